@@ -125,10 +125,7 @@ class Topology:
         return self._path(max)
 
     def _path(self, pick: Callable[[list[int]], int]) -> int:
-        lengths: list[int | None] = [0]
+        lengths = [0]
         for read in self.sources:
-            reached = [length for j in read if (length := lengths[j]) is not None]
-            lengths.append(1 + pick(reached) if reached else None)
-        if lengths[-1] is None:
-            raise ValueError("topology: the stage output cannot be reached from the stage input")
+            lengths.append(1 + pick([lengths[j] for j in read]))
         return lengths[-1]

@@ -1,0 +1,49 @@
+"""The textbook: join, batch norm, ReLU, convolution, one reader after the other. This is the specification."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsenet.ops.plan import EPS, MOMENTUM, Plan, Reader, Statistics
+
+
+def aggregate(
+    plan: Plan, x: Tensor, readers: Sequence[Reader], statistics: Sequence[Statistics], training: bool
+) -> Tensor:
+    """The activated stage output ``(N, C_out, H, W)`` for a stage input ``(N, C_0, H, W)``."""
+    features: list[Tensor | None] = [x]
+    for r, (read, reader) in enumerate(zip(plan.reads, readers, strict=True)):
+        gathered = [feature for j in read if (feature := features[j]) is not None]
+        joined = torch.cat(gathered, 1) if plan.aggregation == "concat" else torch.stack(gathered).sum(0)
+        normed = _batch_norm(plan, r, joined, reader, statistics, training)
+        activated = F.relu(normed, inplace=True)
+        if reader.weight is None:
+            return activated
+        made = F.conv2d(activated, reader.weight, padding=reader.weight.shape[-1] // 2)
+        if training and plan.dropout:
+            made = torch.native_dropout(made, plan.dropout, True)[0]
+        features.append(made)
+        for j in read:
+            if plan.last_reader[j] == r:
+                features[j] = None  # nobody reads it any more: inference needs no more than the live features
+    raise ValueError("plan: expected a last reader without a convolution")
+
+
+def _batch_norm(
+    plan: Plan, r: int, joined: Tensor, reader: Reader, statistics: Sequence[Statistics], training: bool
+) -> Tensor:
+    owners = plan.reads[r] if plan.aggregation == "concat" else (r,)
+    mean = torch.cat([statistics[j].mean for j in owners])
+    var = torch.cat([statistics[j].var for j in owners])
+    normed = F.batch_norm(joined, mean, var, reader.scale, reader.shift, training, MOMENTUM, EPS)
+    if training:  # every reader of a feature sees the same batch: the first one keeps the statistics
+        widths = [len(statistics[j].mean) for j in owners]
+        for j, new_mean, new_var in zip(owners, mean.split(widths), var.split(widths), strict=True):
+            if plan.aggregation == "sum" or plan.first_reader[j] == r:
+                statistics[j].mean.copy_(new_mean)
+                statistics[j].var.copy_(new_var)
+    return normed

@@ -1,0 +1,178 @@
+"""The same arithmetic with statistics once per feature and nothing stored but the normalised features.
+
+A feature ``x`` is normalised once, ``z = (x - mean) * rstd``, whoever reads it. Reader *i* uses
+``relu(scale_i * z + shift_i)`` of what it gathers, which is recomputed in backward instead of stored. In
+backward the readers' gradients with respect to ``z`` are summed into ``h``, and one correction per feature gives
+
+    dx = rstd * (h - mean(h) - z * mean(h * z)),
+
+where the textbook corrects once per link. Means run over batch and pixels. Exact, not an approximation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsenet.ops import reference
+from sparsenet.ops.plan import EPS, MOMENTUM, Plan, Reader, Statistics
+
+CHANNELS_LAST = torch.channels_last
+
+
+def aggregate(
+    plan: Plan, x: Tensor, readers: Sequence[Reader], statistics: Sequence[Statistics], training: bool
+) -> Tensor:
+    """The activated stage output ``(N, C_out, H, W)``, equal to the reference's in exact arithmetic.
+
+    Raises ``ValueError`` for one value per channel in training, which has no variance.
+    """
+    if training and x.numel() == x.shape[1]:
+        raise ValueError(f"batch norm: expected more than 1 value per channel in training, found {list(x.shape)}")
+    if not training and not torch.is_grad_enabled():
+        return reference.aggregate(plan, x.contiguous(memory_format=CHANNELS_LAST), readers, statistics, False)
+    weights = [reader.weight for reader in readers[:-1]]
+    scales, shifts = [reader.scale for reader in readers], [reader.shift for reader in readers]
+    return _Aggregate.apply(plan, statistics, training, x, *scales, *shifts, *weights)  # type: ignore[no-any-return]
+
+
+class _Aggregate(torch.autograd.Function):
+    """Inputs: the stage input ``(N, C, H, W)``, then all scales, all shifts, all convolution weights."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        plan: Plan,
+        statistics: Sequence[Statistics],
+        training: bool,
+        x: Tensor,
+        *parameters: Tensor,
+    ) -> Tensor:
+        scales, shifts, weights = _by_kind(plan, parameters)
+        normed: list[Tensor] = []
+        rstds: list[Tensor] = []
+        masks: list[Tensor] = []
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.contiguous(memory_format=CHANNELS_LAST)
+            scratch = _Scratch(plan, x, scales)
+            for r, read in enumerate(plan.reads):
+                z, rstd = _normalise(x, statistics[r], training) if plan.last_reader[r] >= 0 else (x[:0], x[:0])
+                normed.append(z)
+                rstds.append(rstd)
+                activated = _activate(scratch.gather([normed[j] for j in read]), scales[r], shifts[r])
+                if r < len(weights):
+                    weight = weights[r].to(x.dtype)
+                    x = torch.conv2d(activated, weight, padding=weight.shape[-1] // 2)
+                    if training and plan.dropout:
+                        x, mask = torch.native_dropout(x, plan.dropout, True)
+                        masks.append(mask)
+        ctx.save_for_backward(*parameters, *normed, *rstds, *masks)
+        ctx.plan, ctx.training = plan, training
+        return activated
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, d_activated: Tensor) -> tuple[Tensor | None, ...]:
+        plan: Plan = ctx.plan
+        n, saved = len(plan.reads), ctx.saved_tensors
+        scales, shifts, weights = _by_kind(plan, saved[: 3 * n - 1])
+        normed, rstds, masks = saved[3 * n - 1 : 4 * n - 1], saved[4 * n - 1 : 5 * n - 1], saved[5 * n - 1 :]
+        d_scales: list[Tensor | None] = [None] * n
+        d_shifts: list[Tensor | None] = [None] * n
+        d_weights: list[Tensor | None] = [None] * (n - 1)
+        sums: list[Tensor | None] = [None] * n  # h of each feature, growing as its readers are visited
+        with torch.autocast(normed[0].device.type, enabled=False):
+            scratch = _Scratch(plan, normed[0], scales)
+            for r in reversed(range(n)):
+                gathered = scratch.gather([normed[j] for j in plan.reads[r]])
+                activated = _activate(gathered, scales[r], shifts[r])
+                if r < n - 1:
+                    h = sums[r + 1]
+                    if h is None:
+                        continue  # nobody reads what this reader makes
+                    d_made = _normalise_backward(h, normed[r + 1], rstds[r + 1], ctx.training)
+                    sums[r + 1] = None
+                    if masks:
+                        d_made = torch.ops.aten.native_dropout_backward(d_made, masks[r], 1 / (1 - plan.dropout))
+                    d_activated, d_weights[r] = _convolve_backward(d_made, activated, weights[r])
+                d_gathered, d_scales[r], d_shifts[r] = _activate_backward(
+                    d_activated, activated, gathered, scales[r], in_place=r < n - 1
+                )
+                _share_out(d_gathered, plan.reads[r], normed, sums)
+            h = sums[0]
+            d_x = None if h is None else _normalise_backward(h, normed[0], rstds[0], ctx.training)
+        return (None, None, None, d_x, *d_scales, *d_shifts, *d_weights)
+
+
+def _by_kind(plan: Plan, parameters: Sequence[Tensor]) -> tuple[Sequence[Tensor], ...]:
+    n = len(plan.reads)
+    return parameters[:n], parameters[n : 2 * n], parameters[2 * n :]
+
+
+class _Scratch:
+    """One buffer, as large as the widest reader, in which every gathered input is laid out channels-last."""
+
+    def __init__(self, plan: Plan, x: Tensor, scales: Sequence[Tensor]):
+        self.pixels = x.shape[0], x.shape[2], x.shape[3]
+        widest = max(len(scale) for scale in scales)
+        self.flat = x.new_empty(x.shape[0] * x.shape[2] * x.shape[3] * widest)
+
+    def gather(self, features: Sequence[Tensor]) -> Tensor:
+        width = sum(feature.shape[1] for feature in features)
+        n, height, columns = self.pixels
+        out = self.flat[: n * height * columns * width].view(n, height, columns, width).permute(0, 3, 1, 2)
+        return torch.cat(list(features), 1, out=out)
+
+
+def _normalise(x: Tensor, statistics: Statistics, training: bool) -> tuple[Tensor, Tensor]:
+    mean, var = statistics
+    normed, _, rstd = torch.native_batch_norm(x, None, None, mean, var, training, MOMENTUM, EPS)
+    return normed, rstd if training else (var + EPS).rsqrt()
+
+
+def _normalise_backward(h: Tensor, normed: Tensor, rstd: Tensor, training: bool) -> Tensor:
+    # The gradient of a batch norm whose input already has mean 0 and deviation 1, scaled by rstd.
+    zero, one = torch.zeros_like(rstd), torch.ones_like(rstd)
+    grads = torch.ops.aten.native_batch_norm_backward(
+        h, normed, rstd, zero, one, zero, one, training, 0.0, [True, False, False]
+    )
+    return grads[0]  # type: ignore[no-any-return]
+
+
+def _activate(gathered: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    # A batch norm with mean 0 and variance 1 is the affine map, in one pass and at the parameters' precision.
+    zero, one = torch.zeros_like(scale), torch.ones_like(scale)
+    return torch.batch_norm(gathered, scale, shift, zero, one, False, 0.0, 0.0, False).relu_()
+
+
+def _activate_backward(
+    d_activated: Tensor, activated: Tensor, gathered: Tensor, scale: Tensor, in_place: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    target = d_activated if in_place else torch.empty_like(activated)
+    d_affine = torch.ops.aten.threshold_backward.grad_input(d_activated, activated, 0, grad_input=target)
+    zero, one = torch.zeros_like(scale), torch.ones_like(scale)
+    return torch.ops.aten.native_batch_norm_backward(  # type: ignore[no-any-return]
+        d_affine, gathered, scale, zero, one, zero, one, False, 0.0, [True, True, True]
+    )
+
+
+def _convolve_backward(d_made: Tensor, activated: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    padding = weight.shape[-1] // 2
+    d_activated, d_weight, _ = torch.ops.aten.convolution_backward(
+        d_made, activated, weight.to(activated.dtype), None,
+        [1, 1], [padding, padding], [1, 1], False, [0, 0], 1, [True, True, False],
+    )  # fmt: skip
+    return d_activated, d_weight.to(weight.dtype)
+
+
+def _share_out(
+    d_gathered: Tensor, read: Sequence[int], normed: Sequence[Tensor], sums: list[Tensor | None]
+) -> None:
+    parts = d_gathered.split([normed[j].shape[1] for j in read], 1)
+    for j, part in zip(read, parts, strict=True):
+        copy = part.contiguous(memory_format=CHANNELS_LAST)  # a dense copy adds faster than a strided view
+        total = sums[j]
+        sums[j] = copy if total is None else total.add_(copy)
