@@ -59,7 +59,8 @@ class _Aggregate(torch.autograd.Function):
             x = x.contiguous(memory_format=CHANNELS_LAST)
             scratch = _Scratch(plan, x, scales)
             for r, read in enumerate(plan.reads):
-                z, rstd = _normalise(x, statistics[r], training) if plan.last_reader[r] >= 0 else (x[:0], x[:0])
+                own = r > 0  # a feature made here is overwritten, the caller's stage input is not
+                z, rstd = _normalise(x, statistics[r], training, own) if plan.last_reader[r] >= 0 else (x[:0],) * 2
                 normed.append(z)
                 rstds.append(rstd)
                 activated = _activate(scratch.gather([normed[j] for j in read]), scales[r], shifts[r])
@@ -127,10 +128,12 @@ class _Scratch:
         return torch.cat(list(features), 1, out=out)
 
 
-def _normalise(x: Tensor, statistics: Statistics, training: bool) -> tuple[Tensor, Tensor]:
+def _normalise(x: Tensor, statistics: Statistics, training: bool, in_place: bool) -> tuple[Tensor, Tensor]:
     mean, var = statistics
-    normed, _, rstd = torch.native_batch_norm(x, None, None, mean, var, training, MOMENTUM, EPS)
-    return normed, rstd if training else (var + EPS).rsqrt()
+    out = x if in_place else torch.empty_like(x)
+    saved = torch.empty_like(mean), torch.empty_like(var)
+    torch.native_batch_norm(x, None, None, mean, var, training, MOMENTUM, EPS, out=(out, *saved))
+    return out, saved[1] if training else (var + EPS).rsqrt()
 
 
 def _normalise_backward(h: Tensor, normed: Tensor, rstd: Tensor, training: bool) -> Tensor:
