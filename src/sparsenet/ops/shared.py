@@ -52,19 +52,20 @@ class _Aggregate(torch.autograd.Function):
         *parameters: Tensor,
     ) -> Tensor:
         scales, shifts, weights = _by_kind(plan, parameters)
-        normed: list[Tensor] = []
+        normed = _block(x, [x.shape[1], *(len(weight) for weight in weights)])
         rstds: list[Tensor] = []
         masks: list[Tensor] = []
         with torch.autocast(x.device.type, enabled=False):
             x = x.contiguous(memory_format=CHANNELS_LAST)
-            scratch = _Scratch(plan, x, scales)
+            gather, activate = _Buffer(x, scales), _Buffer(x, scales)
             for r, read in enumerate(plan.reads):
-                own = r > 0  # a feature made here is overwritten, the caller's stage input is not
-                z, rstd = _normalise(x, statistics[r], training, own) if plan.last_reader[r] >= 0 else (x[:0],) * 2
-                normed.append(z)
-                rstds.append(rstd)
-                activated = _activate(scratch.gather([normed[j] for j in read]), scales[r], shifts[r])
-                if r < len(weights):
+                unread = plan.last_reader[r] < 0
+                rstds.append(x.new_empty(0) if unread else _normalise(x, statistics[r], training, normed[r]))
+                gathered = gather.of([normed[j] for j in read])
+                made = r < len(weights)
+                target = activate.like(gathered) if made else torch.empty_like(gathered)
+                activated = _activate(gathered, scales[r], shifts[r], target)
+                if made:
                     weight = weights[r].to(x.dtype)
                     x = torch.conv2d(activated, weight, padding=weight.shape[-1] // 2)
                     if training and plan.dropout:
@@ -84,27 +85,25 @@ class _Aggregate(torch.autograd.Function):
         d_scales: list[Tensor | None] = [None] * n
         d_shifts: list[Tensor | None] = [None] * n
         d_weights: list[Tensor | None] = [None] * (n - 1)
-        sums: list[Tensor | None] = [None] * n  # h of each feature, growing as its readers are visited
+        sums = _block(normed[0], [feature.shape[1] for feature in normed])  # h of each feature
+        begun = [False] * n  # whether a reader has put its gradient there
         with torch.autocast(normed[0].device.type, enabled=False):
-            scratch = _Scratch(plan, normed[0], scales)
+            gather, activate = _Buffer(normed[0], scales), _Buffer(normed[0], scales)
             for r in reversed(range(n)):
-                gathered = scratch.gather([normed[j] for j in plan.reads[r]])
-                activated = _activate(gathered, scales[r], shifts[r])
+                if r < n - 1 and not begun[r + 1]:
+                    continue  # nobody reads what this reader makes
+                gathered = gather.of([normed[j] for j in plan.reads[r]])
+                activated = _activate(gathered, scales[r], shifts[r], activate.like(gathered))
                 if r < n - 1:
-                    h = sums[r + 1]
-                    if h is None:
-                        continue  # nobody reads what this reader makes
-                    d_made = _normalise_backward(h, normed[r + 1], rstds[r + 1], ctx.training)
-                    sums[r + 1] = None
+                    d_made = _normalise_backward(sums[r + 1], normed[r + 1], rstds[r + 1], ctx.training)
                     if masks:
                         d_made = torch.ops.aten.native_dropout_backward(d_made, masks[r], 1 / (1 - plan.dropout))
                     d_activated, d_weights[r] = _convolve_backward(d_made, activated, weights[r])
                 d_gathered, d_scales[r], d_shifts[r] = _activate_backward(
                     d_activated, activated, gathered, scales[r], in_place=r < n - 1
                 )
-                _share_out(d_gathered, plan.reads[r], normed, sums)
-            h = sums[0]
-            d_x = None if h is None else _normalise_backward(h, normed[0], rstds[0], ctx.training)
+                _share_out(d_gathered, plan.reads[r], sums, begun)
+            d_x = _normalise_backward(sums[0], normed[0], rstds[0], ctx.training) if begun[0] else None
         return (None, None, None, d_x, *d_scales, *d_shifts, *d_weights)
 
 
@@ -113,27 +112,41 @@ def _by_kind(plan: Plan, parameters: Sequence[Tensor]) -> tuple[Sequence[Tensor]
     return parameters[:n], parameters[n : 2 * n], parameters[2 * n :]
 
 
-class _Scratch:
-    """One buffer, as large as the widest reader, in which every gathered input is laid out channels-last."""
+def _block(like: Tensor, widths: Sequence[int]) -> list[Tensor]:
+    """Uninitialised channels-last tensors of these widths in one allocation, which leaves no holes behind."""
+    n, _, height, columns = like.shape
+    flat = like.new_empty(n * height * columns * sum(widths))
+    parts = flat.split([n * height * columns * width for width in widths])
+    return [
+        part.view(n, height, columns, width).permute(0, 3, 1, 2)
+        for part, width in zip(parts, widths, strict=True)
+    ]
 
-    def __init__(self, plan: Plan, x: Tensor, scales: Sequence[Tensor]):
-        self.pixels = x.shape[0], x.shape[2], x.shape[3]
-        widest = max(len(scale) for scale in scales)
-        self.flat = x.new_empty(x.shape[0] * x.shape[2] * x.shape[3] * widest)
 
-    def gather(self, features: Sequence[Tensor]) -> Tensor:
-        width = sum(feature.shape[1] for feature in features)
-        n, height, columns = self.pixels
-        out = self.flat[: n * height * columns * width].view(n, height, columns, width).permute(0, 3, 1, 2)
+class _Buffer:
+    """Memory for the widest reader, used again by every reader: fresh pages cost more than the arithmetic."""
+
+    def __init__(self, like: Tensor, scales: Sequence[Tensor]):
+        self.widest = _block(like, [max(len(scale) for scale in scales)])[0]
+
+    def channels(self, width: int) -> Tensor:
+        n, _, height, columns = self.widest.shape
+        strides = (height * columns * width, 1, columns * width, width)
+        return self.widest.as_strided((n, width, height, columns), strides)
+
+    def of(self, features: Sequence[Tensor]) -> Tensor:
+        out = self.channels(sum(feature.shape[1] for feature in features))
         return torch.cat(list(features), 1, out=out)
 
+    def like(self, gathered: Tensor) -> Tensor:
+        return self.channels(gathered.shape[1])
 
-def _normalise(x: Tensor, statistics: Statistics, training: bool, in_place: bool) -> tuple[Tensor, Tensor]:
+
+def _normalise(x: Tensor, statistics: Statistics, training: bool, out: Tensor) -> Tensor:
     mean, var = statistics
-    out = x if in_place else torch.empty_like(x)
     saved = torch.empty_like(mean), torch.empty_like(var)
     torch.native_batch_norm(x, None, None, mean, var, training, MOMENTUM, EPS, out=(out, *saved))
-    return out, saved[1] if training else (var + EPS).rsqrt()
+    return saved[1] if training else (var + EPS).rsqrt()
 
 
 def _normalise_backward(h: Tensor, normed: Tensor, rstd: Tensor, training: bool) -> Tensor:
@@ -145,10 +158,12 @@ def _normalise_backward(h: Tensor, normed: Tensor, rstd: Tensor, training: bool)
     return grads[0]  # type: ignore[no-any-return]
 
 
-def _activate(gathered: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def _activate(gathered: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> Tensor:
     # A batch norm with mean 0 and variance 1 is the affine map, in one pass and at the parameters' precision.
     zero, one = torch.zeros_like(scale), torch.ones_like(scale)
-    return torch.batch_norm(gathered, scale, shift, zero, one, False, 0.0, 0.0, False).relu_()
+    saved = scale.new_empty(0), scale.new_empty(0)
+    torch.native_batch_norm(gathered, scale, shift, zero, one, False, 0.0, 0.0, out=(out, *saved))
+    return out.relu_()
 
 
 def _activate_backward(
@@ -157,9 +172,10 @@ def _activate_backward(
     target = d_activated if in_place else torch.empty_like(activated)
     d_affine = torch.ops.aten.threshold_backward.grad_input(d_activated, activated, 0, grad_input=target)
     zero, one = torch.zeros_like(scale), torch.ones_like(scale)
-    return torch.ops.aten.native_batch_norm_backward(  # type: ignore[no-any-return]
-        d_affine, gathered, scale, zero, one, zero, one, False, 0.0, [True, True, True]
+    _, d_scale, d_shift = torch.ops.aten.native_batch_norm_backward(
+        d_affine, gathered, scale, zero, one, zero, one, False, 0.0, [False, True, True]
     )
+    return d_affine.mul_(scale.to(d_affine.dtype).view(-1, 1, 1)), d_scale, d_shift
 
 
 def _convolve_backward(d_made: Tensor, activated: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,11 +187,11 @@ def _convolve_backward(d_made: Tensor, activated: Tensor, weight: Tensor) -> tup
     return d_activated, d_weight.to(weight.dtype)
 
 
-def _share_out(
-    d_gathered: Tensor, read: Sequence[int], normed: Sequence[Tensor], sums: list[Tensor | None]
-) -> None:
-    parts = d_gathered.split([normed[j].shape[1] for j in read], 1)
+def _share_out(d_gathered: Tensor, read: Sequence[int], sums: list[Tensor], begun: list[bool]) -> None:
+    parts = d_gathered.split([sums[j].shape[1] for j in read], 1)
     for j, part in zip(read, parts, strict=True):
-        copy = part.contiguous(memory_format=CHANNELS_LAST)  # a dense copy adds faster than a strided view
-        total = sums[j]
-        sums[j] = copy if total is None else total.add_(copy)
+        if begun[j]:
+            sums[j] += part.contiguous(memory_format=CHANNELS_LAST)  # dense sums beat strided ones, copy included
+        else:
+            sums[j].copy_(part)
+        begun[j] = True
