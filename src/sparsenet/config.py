@@ -1,0 +1,179 @@
+"""What a run is made of: each component owns its settings, a run composes them, flags are read off them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sparsenet.architecture import Architecture
+from sparsenet.data import DataConfig
+from sparsenet.ops import IMPLEMENTATIONS
+from sparsenet.optim import OptimConfig
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How the run is driven. Raises ``ValueError`` naming the field."""
+
+    seed: int = field(default=0, metadata={"help": "all randomness is a function of (seed, epoch, position)"})
+    batch_size: int = field(default=64, metadata={"help": "images a step"})
+    max_epoch: int = field(default=300, metadata={"help": "epochs in all, resumed ones included"})
+    device: str = field(
+        default="auto", metadata={"help": "auto, cpu, cuda, npu, mps, xpu or any device PyTorch knows"}
+    )
+    precision: str = field(
+        default="auto",
+        metadata={"help": "auto: bf16 on accelerators, fp32 elsewhere", "choices": ("auto", "fp32", "bf16")},
+    )
+    implementation: str = field(
+        default="auto", metadata={"help": "engine", "choices": ("auto", *IMPLEMENTATIONS)}
+    )
+    time_limit: float = field(default=0.0, metadata={"help": "seconds after which the run ends and saves; 0: none"})
+    save_every: float = field(default=120.0, metadata={"help": "seconds between checkpoints within an epoch"})
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch_size", 1), ("max_epoch", 1), ("time_limit", 0), ("save_every", 0), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected at least {least}, found {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything needed to run again."""
+
+    network: Architecture = field(default_factory=Architecture)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON value; :func:`from_dict` reads it back."""
+        return dataclasses.asdict(self)
+
+
+COMPONENTS: dict[str, type] = {
+    "network": Architecture,
+    "data": DataConfig,
+    "optim": OptimConfig,
+    "train": TrainConfig,
+}
+FOUND_IN_DATA = ("in_chans", "num_classes")  # fields of the network that the dataset decides
+MAY_CHANGE = ("max_epoch", "time_limit", "save_every", "device", "dataset_dir", "download")  # when resuming
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One field of one component: its flag, help text and type exist nowhere else."""
+
+    component: str
+    name: str
+    kind: Any
+    default: Any
+    help: str
+    choices: tuple[str, ...] | None
+
+    def parse(self, text: str) -> Any:
+        """The value that *text* on a command line stands for; ``ValueError`` if it is none."""
+        if self.kind is bool:
+            truth = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+            if text.lower() not in truth:
+                raise ValueError(f"--{self.name}: expected true or false, found {text!r}")
+            return truth[text.lower()]
+        if self.kind in (int, float):
+            try:
+                return self.kind(text)
+            except ValueError:
+                what = "a whole number" if self.kind is int else "a number"
+                raise ValueError(f"--{self.name}: expected {what}, found {text!r}") from None
+        if self.name in ("growth_rate", "blocks"):
+            try:
+                return tuple(int(part) for part in text.split(","))
+            except ValueError:
+                raise ValueError(f"--{self.name}: expected whole numbers like 16,32,64, found {text!r}") from None
+        return text
+
+
+def settings() -> Iterator[Setting]:
+    """Every setting of a run that a flag can change."""
+    for component, owner in COMPONENTS.items():
+        kinds = typing.get_type_hints(owner)
+        for f in dataclasses.fields(owner):
+            if not (component == "network" and f.name in FOUND_IN_DATA):
+                text, choices = f.metadata.get("help", ""), f.metadata.get("choices")
+                yield Setting(component, f.name, kinds[f.name], f.default, text, choices)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """One flag for each setting; flags not given leave no trace in the namespace."""
+    for s in settings():
+        shown = f"{s.help} (default {s.default})" if s.default not in ("", (), None) else s.help
+        optional: dict[str, Any] = {"nargs": "?", "const": "true"} if s.kind is bool else {}
+        parser.add_argument(
+            f"--{s.name}", default=argparse.SUPPRESS, choices=s.choices, help=shown, metavar=s.name.upper(), **optional
+        )
+
+
+def from_flags(flags: Mapping[str, str], base: RunConfig) -> RunConfig:
+    """*base* with the settings in *flags* (name to command-line text) replaced."""
+    changes: dict[str, dict[str, Any]] = {component: {} for component in COMPONENTS}
+    for s in settings():
+        if s.name in flags:
+            changes[s.component][s.name] = s.parse(flags[s.name])
+    return replace(base, changes)
+
+
+def replace(base: RunConfig, changes: Mapping[str, Mapping[str, Any]]) -> RunConfig:
+    """*base* with fields of its components replaced: ``{"optim": {"lr": 0.2}}``."""
+    network = dict(changes.get("network", {}))
+    if {"depth", "bottleneck", "aggregation"} & set(network) and "blocks" not in network:
+        network["blocks"] = ()  # a new depth replaces the base's stages, and the other way round
+    if "blocks" in network and "depth" not in network:
+        network["depth"] = 0
+    if network and not network.get("depth", True) and not network.get("blocks", True):
+        network["depth"] = base.network.depth
+    merged = {**changes, "network": network}
+    return RunConfig(
+        **{name: dataclasses.replace(getattr(base, name), **merged.get(name, {})) for name in COMPONENTS}
+    )
+
+
+def from_dict(value: Any, source: str) -> RunConfig:
+    """The configuration that :meth:`RunConfig.to_dict` wrote; ``ValueError`` naming *source* and what is unknown."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{source}: expected a JSON object, found {type(value).__name__}")
+    for component, fields in value.items():
+        if component not in COMPONENTS or not isinstance(fields, dict):
+            raise ValueError(f"{source}: expected objects named {', '.join(COMPONENTS)}, found {component!r}")
+        known = {f.name for f in dataclasses.fields(COMPONENTS[component])}
+        if unknown := sorted(set(fields) - known):
+            raise ValueError(f"{source}: {component} has no setting {unknown[0]!r}")
+    try:
+        return RunConfig(**{name: COMPONENTS[name](**fields) for name, fields in value.items()})
+    except TypeError as error:
+        raise ValueError(f"{source}: a setting has the wrong type ({error})") from None
+
+
+def load(path: Path) -> RunConfig:
+    """The configuration in a JSON file; ``ValueError`` in one line where there is none."""
+    try:
+        return from_dict(json.loads(path.read_text()), str(path))
+    except OSError as error:
+        raise ValueError(f"{path}: expected a readable configuration, found: {error.strerror}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: expected JSON, found {error.msg} in line {error.lineno}") from None
+
+
+def differences(old: RunConfig, new: RunConfig) -> list[str]:
+    """What resuming *old* as *new* would change and must not: ``name old -> new``."""
+    found = []
+    for s in settings():
+        before, after = (getattr(getattr(config, s.component), s.name) for config in (old, new))
+        if before != after and s.name not in MAY_CHANGE:
+            found.append(f"{s.name} {before!r} -> {after!r}")
+    return found

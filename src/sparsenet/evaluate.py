@@ -1,0 +1,87 @@
+"""One pass over labelled images: error, top-5 error, loss, the confusion matrix."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparsenet.data import Images
+from sparsenet.data.images import Preprocessing
+from sparsenet.data.sampling import Batches
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a pass found. Entry *i* of the three tensors belongs to image *i*; all lie on the CPU."""
+
+    loss: float  # mean cross-entropy, nats
+    seconds: float  # wall time of the pass, the copy to the device included
+    labels: Tensor  # (N,) int64
+    predicted: Tensor  # (N,) int64
+    confidence: Tensor  # (N,) float32: probability of the predicted class
+    in_top5: Tensor  # (N,) bool
+
+    @property
+    def images(self) -> int:
+        return len(self.labels)
+
+    @property
+    def error(self) -> float:
+        """Wrong images in percent."""
+        return 100 * (self.predicted != self.labels).double().mean().item()
+
+    @property
+    def top5_error(self) -> float:
+        """Images whose class is not among the five most probable, in percent."""
+        return 100 * (~self.in_top5).double().mean().item()
+
+    @cached_property
+    def classes(self) -> int:
+        return 1 + int(torch.cat([self.labels, self.predicted]).max())
+
+    def confusion(self, classes: int) -> Tensor:
+        """Counts ``(classes, classes)``: row the true class, column the predicted one."""
+        pairs = self.labels * classes + self.predicted
+        return torch.bincount(pairs, minlength=classes * classes).view(classes, classes)
+
+    def class_errors(self, names: Sequence[str]) -> dict[str, float | None]:
+        """Error of each class in percent; ``None`` where the data has no image of it."""
+        counts = self.confusion(len(names)).double()
+        totals = counts.sum(1)
+        wrong = 100 * (totals - counts.diagonal()) / totals
+        return {
+            name: None if totals[i] == 0 else round(wrong[i].item(), 4) for i, name in enumerate(names)
+        }
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    images: Images,
+    preprocessing: Preprocessing,
+    device: torch.device,
+    batch_size: int = 256,
+    precision: str = "fp32",
+) -> Evaluation:
+    """Runs *model* in evaluation mode over *images*, in order; the model's mode is put back afterwards."""
+    was_training = model.training
+    model.eval()
+    start = time.perf_counter()
+    results = []
+    for pixels, labels in Batches(images, batch_size, device=device):
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            logits = model(preprocessing.normalise(pixels))
+        logits = logits.float()
+        confidence, predicted = logits.softmax(1).max(1)
+        top5 = logits.topk(min(5, logits.shape[1]), 1).indices
+        losses = F.cross_entropy(logits, labels, reduction="none").double()
+        results.append((losses, labels, predicted, confidence, (top5 == labels[:, None]).any(1)))
+    model.train(was_training)
+    columns = [torch.cat(column).cpu() for column in zip(*results, strict=True)]
+    return Evaluation(columns[0].mean().item(), time.perf_counter() - start, *columns[1:])

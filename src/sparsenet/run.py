@@ -1,0 +1,284 @@
+"""The run folder: configuration, environment, metrics, checkpoints, lock. Whatever is written is written whole."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as parse_tensors
+from safetensors.torch import save as serialise_tensors
+from torch import Tensor
+
+from sparsenet import architecture
+from sparsenet.architecture import Architecture
+from sparsenet.config import RunConfig, load
+from sparsenet.data.images import Preprocessing
+from sparsenet.extras import require
+from sparsenet.model import SparseNet
+
+COLUMNS = (
+    "epoch", "step", "lr", "train_loss", "train_error", "val_loss", "val_error", "test_loss", "test_error",
+    "seconds", "images_per_second", "eval_seconds", "peak_memory_mb",
+)  # fmt: skip
+TIMES = ("seconds", "images_per_second", "eval_seconds", "peak_memory_mb")  # what differs between equal runs
+KEPT = {"last": 2, "best": 1}  # checkpoints of each kind that stay on disk
+
+
+class RunError(ValueError):
+    """A run folder that cannot be used; the message says what was expected, found, and what to do."""
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Writes a whole file or nothing: temporary file, fsync, rename, fsync of the folder."""
+    data = content.encode() if isinstance(content, str) else content
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    if os.name == "posix":
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomic(path, json.dumps(value, indent=2) + "\n")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Tensors by name, and a manifest: kind, step, epoch, sha256 and whatever the writer added."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    manifest: dict[str, Any]
+
+
+class Run:
+    """A run folder. Every method that reads or writes it raises :class:`RunError` in one line."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @classmethod
+    def create(cls, path: Path) -> Run:
+        """A new, empty run folder; a folder that already holds a run is left as it is."""
+        if (path / "config.json").exists():
+            raise RunError(f"--out: {path} already holds a run; choose another folder or --resume {path}")
+        run = cls(path)
+        try:
+            run.checkpoints.mkdir(parents=True, exist_ok=True)
+            write_atomic(path / "train.log", "")
+        except OSError as error:
+            raise RunError(f"--out: expected a folder that can be written, {path}: {error.strerror}") from None
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> Run:
+        """An existing run folder."""
+        if not (path / "config.json").is_file():
+            found = "a folder without one" if path.is_dir() else "a file" if path.exists() else "nothing"
+            raise RunError(f"{path}: expected a run folder with config.json, found {found}")
+        return cls(path)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the folder: a second process that trains into it is refused. Freed however the process ends."""
+        filelock = require("filelock", "train")
+        lock = filelock.FileLock(str(self.path / ".lock"), timeout=0)
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            raise RunError(f"{self.path}: another process is training into this folder") from None
+        except OSError as error:
+            raise RunError(f"{self.path}: expected a folder that can be written: {error.strerror}") from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def config(self) -> RunConfig:
+        return load(self.path / "config.json")
+
+    def describe(self, config: RunConfig, image_size: int, device: torch.device) -> None:
+        """Writes config.json, requirements.txt, environment.json and graph.json."""
+        nodes = architecture.graph(config.network, image_size)
+        parameters, macs = architecture.count(config.network, image_size)
+        write_json(
+            self.path / "graph.json",
+            {
+                "image_size": image_size,
+                "parameters": parameters,
+                "macs": macs,
+                "nodes": [dataclasses.asdict(node) for node in nodes],
+            },
+        )
+        write_json(self.path / "environment.json", environment(device))
+        write_atomic(self.path / "requirements.txt", "\n".join(installed()) + "\n")
+        write_json(self.path / "config.json", config.to_dict())
+
+    def log(self, line: str) -> None:
+        with (self.path / "train.log").open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def metrics(self) -> list[dict[str, float | None]]:
+        """The rows of metrics.csv; a value that was not measured is ``None``."""
+        file = self.path / "metrics.csv"
+        if not file.exists():
+            return []
+        with file.open(newline="") as lines:
+            return [{k: float(v) if v else None for k, v in row.items()} for row in csv.DictReader(lines)]
+
+    def write_metrics(self, rows: Sequence[Mapping[str, float | None]]) -> None:
+        lines = [",".join(COLUMNS)]
+        lines += [",".join(_cell(row.get(column)) for column in COLUMNS) for row in rows]
+        write_atomic(self.path / "metrics.csv", "\n".join(lines) + "\n")
+
+    def save(self, kind: str, step: int, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> None:
+        """A checkpoint, whole or not at all; the manifest is written last and makes it valid."""
+        data = serialise_tensors(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+            {"sparsenet": json.dumps(manifest)},
+        )
+        stem = self.checkpoints / f"{kind}-{step:08d}"
+        write_atomic(stem.with_suffix(".safetensors"), data)
+        digest = hashlib.sha256(data).hexdigest()
+        write_json(stem.with_suffix(".json"), {**manifest, "kind": kind, "step": step, "sha256": digest})
+        for old in self._saved(kind)[KEPT[kind] :]:
+            old.unlink()
+            old.with_suffix(".safetensors").unlink(missing_ok=True)
+
+    def restore(self, kind: str) -> tuple[Checkpoint, list[str]]:
+        """The newest intact checkpoint of *kind*, and a warning for each damaged one before it."""
+        warnings = []
+        for manifest_path in self._saved(kind):
+            try:
+                return _read_checkpoint(manifest_path), warnings
+            except (OSError, ValueError, KeyError, SafetensorError) as error:
+                warnings.append(f"{manifest_path.stem}: damaged ({error}); going back to the one before")
+        found = f"{len(warnings)} damaged" if warnings else "none"
+        raise RunError(f"{self.path}: expected an intact '{kind}' checkpoint, found {found}")
+
+    def _saved(self, kind: str) -> list[Path]:
+        return sorted(self.checkpoints.glob(f"{kind}-*.json"), reverse=True)
+
+
+def _read_checkpoint(manifest_path: Path) -> Checkpoint:
+    manifest = json.loads(manifest_path.read_text())
+    data = manifest_path.with_suffix(".safetensors").read_bytes()
+    if hashlib.sha256(data).hexdigest() != manifest["sha256"]:
+        raise ValueError("its hash is not the one in its manifest")
+    return Checkpoint(manifest_path, parse_tensors(data), manifest)
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None else repr(value)
+
+
+def installed() -> list[str]:
+    """``name==version`` of every installed package, sorted."""
+    found = {(d.metadata["Name"], d.version) for d in importlib.metadata.distributions() if d.metadata["Name"]}
+    return sorted((f"{name}=={version}" for name, version in found), key=str.lower)
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, hardware and commit: what a figure needs beside it."""
+    return {
+        "sparsenet": version(),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "device": str(device),
+        "device_name": device_name(device),
+        "driver": {"cuda": torch.version.cuda, "hip": torch.version.hip} if device.type == "cuda" else None,
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+    }
+
+
+def version() -> str:
+    """The installed version of this package."""
+    try:
+        return importlib.metadata.version("sparsenet")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def device_name(device: torch.device) -> str:
+    """The device as its maker calls it."""
+    if device.type != "cpu":
+        module = torch.get_device_module(device)
+        return str(module.get_device_name(device)) if hasattr(module, "get_device_name") else device.type
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() if found.returncode == 0 else None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained network and all that is needed to use it."""
+
+    path: Path
+    model: SparseNet  # in evaluation mode
+    preprocessing: Preprocessing
+    classes: tuple[str, ...]
+    dataset: str
+    info: dict[str, Any]  # epoch, validation error, version: what the weights say of themselves
+
+
+def load_trained(
+    path: Path, kind: str = "best", device: torch.device | str = "cpu", implementation: str = "auto"
+) -> Trained:
+    """The network of a run folder from its ``best`` or ``last`` checkpoint; :class:`RunError` in one line."""
+    checkpoint, _ = Run.open(path).restore(kind)
+    about = checkpoint.manifest["about"]
+    model = SparseNet(Architecture(**about["architecture"]), implementation)
+    weights = {k.removeprefix("model."): v for k, v in checkpoint.tensors.items() if k.startswith("model.")}
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise RunError(f"{checkpoint.path}: its weights do not fit its architecture ({error})") from None
+    preprocessing = Preprocessing(**about["preprocessing"])
+    info = {**about, "epoch": checkpoint.manifest["epoch"], "step": checkpoint.manifest["step"]}
+    return Trained(path, model.eval().to(device), preprocessing, tuple(about["classes"]), about["dataset"], info)

@@ -1,0 +1,382 @@
+"""Training: one loop that reads top to bottom, and the state that a checkpoint holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparsenet import optim
+from sparsenet.config import RunConfig
+from sparsenet.data import Dataset, Images, channel_statistics, load_dataset
+from sparsenet.data.images import Preprocessing
+from sparsenet.data.sampling import Batches, plan_epoch, stream
+from sparsenet.evaluate import Evaluation, evaluate
+from sparsenet.model import SparseNet
+from sparsenet.run import Checkpoint, Run, RunError, version
+
+CHECK_EVERY = 50  # steps between looks at the loss where a look makes the device wait
+
+
+class DivergedError(RuntimeError):
+    """The loss is no longer a number."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """A line for the user."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """A training step was made; ``loss`` and ``error`` are means over the epoch so far."""
+
+    epoch: int  # from 1
+    step: int  # within the epoch, from 1
+    steps: int
+    epochs: int
+    loss: float
+    error: float  # percent
+    images_per_second: float
+
+
+@dataclass(frozen=True)
+class EpochDone:
+    """An epoch was finished; ``row`` is its line in metrics.csv."""
+
+    row: dict[str, float | None]
+    epochs: int
+    best: bool
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """The run ended before its last epoch; everything is saved."""
+
+    reason: str
+
+
+Event = Message | Step | EpochDone | Stopped
+
+
+@dataclass
+class State:
+    """What a checkpoint holds and a resumed run starts from."""
+
+    model: SparseNet
+    optimizer: torch.optim.SGD
+    average: nn.Module | None
+    losses: Tensor  # (steps an epoch,) float32: this epoch's losses, on the device
+    wrongs: Tensor  # (steps an epoch,) int64: this epoch's wrong images
+    step: int = 0  # optimizer steps made since the start of the run
+    seconds: float = 0.0  # training time of this epoch so far
+    best: float = float("inf")  # lowest validation error so far, in percent
+    rows: list[dict[str, float | None]] = field(default_factory=list)
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The weights that are evaluated and kept: the average where there is one."""
+        return self.model if self.average is None else self.average
+
+    def tensors(self) -> dict[str, Tensor]:
+        found = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        for index, entry in self.optimizer.state_dict()["state"].items():
+            found[f"optimizer.{index}"] = entry["momentum_buffer"]
+        if self.average is not None:
+            found |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
+        return found | {"epoch.losses": self.losses, "epoch.wrongs": self.wrongs}
+
+    def manifest(self) -> dict[str, Any]:
+        return {"seconds": self.seconds, "best": None if self.best == float("inf") else self.best}
+
+    def load(self, checkpoint: Checkpoint, rows: list[dict[str, float | None]]) -> None:
+        tensors, manifest = checkpoint.tensors, checkpoint.manifest
+        part = lambda prefix: {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}  # noqa: E731
+        self.model.load_state_dict(part("model."))
+        momenta = {int(i): {"momentum_buffer": buffer} for i, buffer in part("optimizer.").items()}
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": momenta, "param_groups": groups})
+        if self.average is not None:
+            self.average.load_state_dict(part("average."))
+        self.losses.copy_(tensors["epoch.losses"])
+        self.wrongs.copy_(tensors["epoch.wrongs"])
+        self.step, self.seconds = manifest["step"], manifest["seconds"]
+        self.best = float("inf") if manifest["best"] is None else manifest["best"]
+        self.rows = rows[: self.step // len(self.losses)]
+
+
+@dataclass(frozen=True)
+class Session:
+    """What stays the same while a run goes on."""
+
+    config: RunConfig
+    run: Run
+    data: Dataset
+    preprocessing: Preprocessing
+    device: torch.device
+    precision: str
+    fill: Tensor  # (C,) uint8: what shifted images are padded with
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What weights say of themselves."""
+        return {
+            "sparsenet": version(),
+            "architecture": self.config.network.to_dict(),
+            "preprocessing": dataclasses.asdict(self.preprocessing),
+            "classes": list(self.data.classes),
+            "dataset": self.data.name,
+            "recipe": dataclasses.asdict(self.config.optim),
+            "seed": self.config.train.seed,
+        }
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto``: the accelerator PyTorch finds, else the CPU; ``ValueError`` for one that is not there."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if name == "auto":
+        return accelerator or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        found = f"cpu and {accelerator}" if accelerator else "only cpu"
+        raise ValueError(f"--device: expected a device that is here, found {name!r}; here: {found}") from None
+    return device
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """``auto``: bf16 on an accelerator, fp32 on the CPU and on MPS."""
+    if name != "auto":
+        return name
+    return "fp32" if device.type in ("cpu", "mps") else "bf16"
+
+
+def prepare(config: RunConfig) -> tuple[RunConfig, Dataset, Preprocessing, torch.device]:
+    """Loads the data and settles what only the data can say. Raises ``ValueError`` in one line."""
+    device = choose_device(config.train.device)
+    data = load_dataset(config.data)
+    channels, size = data.train.pixels.shape[1], data.train.pixels.shape[-1]
+    if config.train.batch_size > len(data.train):
+        raise ValueError(
+            f"--batch_size: expected at most the {len(data.train)} training images, found {config.train.batch_size}"
+        )
+    network = dataclasses.replace(config.network, in_chans=channels, num_classes=len(data.classes))
+    network.sizes(size)
+    mean, std = channel_statistics(data.train)
+    return dataclasses.replace(config, network=network), data, Preprocessing(size, channels, mean, std), device
+
+
+def train(
+    config: RunConfig, run: Run, resume: bool = False, should_stop: Callable[[], str | None] = lambda: None
+) -> Iterator[Event]:
+    """Trains into *run*, yielding what happens; ``should_stop`` is asked after every step.
+
+    With *resume*, continues from the last intact checkpoint to exactly the weights of an uninterrupted run.
+    Raises ``ValueError`` for data or settings that do not fit, :class:`DivergedError` for a non-finite loss.
+    """
+    began = time.monotonic()
+    config, data, preprocessing, device = prepare(config)
+    precision = choose_precision(config.train.precision, device)
+    fill = (torch.tensor(preprocessing.mean) * 255).round().to(torch.uint8)
+    session = Session(config, run, _on_device(data, device), preprocessing, device, precision, fill)
+    state = _new_state(session)
+    run.describe(config, preprocessing.size, device)
+    yield from _introduce(session, state)
+    if resume:
+        yield from _resume(session, state)
+    else:
+        run.write_metrics([])
+    steps = len(state.losses)
+    saved = time.monotonic()
+    while state.step < config.train.max_epoch * steps:
+        for event in _train_epoch(session, state):
+            yield event
+            limit = config.train.time_limit
+            out_of_time = "time limit" if limit and time.monotonic() - began > limit else None
+            stop = should_stop() or out_of_time
+            if state.step % steps and (stop or time.monotonic() - saved >= config.train.save_every):
+                _save_last(session, state)
+                saved = time.monotonic()
+            if stop and state.step % steps:
+                yield Stopped(stop)
+                return
+        yield _finish_epoch(session, state)
+        saved = time.monotonic()
+        if stop and state.step < config.train.max_epoch * steps:
+            yield Stopped(stop)
+            return
+
+
+def _train_epoch(session: Session, state: State) -> Iterator[Step]:
+    config, steps = session.config, len(state.losses)
+    epoch, start = divmod(state.step, steps)
+    images, data = session.data.train, config.data
+    plan = plan_epoch(config.train.seed, epoch, len(images), data.shift, data.mirror)
+    batch_size = config.train.batch_size
+    batches = Batches(images, batch_size, plan, data.shift, session.fill, start, session.device)
+    state.model.train()
+    clock, before = time.perf_counter(), state.seconds
+    for number, (pixels, labels) in enumerate(batches, start + 1):
+        state.losses[number - 1], state.wrongs[number - 1] = _step(session, state, pixels, labels)
+        state.step += 1
+        state.seconds = before + time.perf_counter() - clock
+        if session.device.type == "cpu" or number % CHECK_EVERY == 0 or number == steps:
+            loss, error = _progress(state, number, batch_size, len(images))
+            rate = (number - start) * batch_size / (state.seconds - before)
+            yield Step(epoch + 1, number, steps, config.train.max_epoch, loss, error, rate)
+
+
+def _step(session: Session, state: State, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    settings, train = session.config.optim, session.config.train
+    rate = optim.learning_rate(settings, state.step, len(state.losses), train.max_epoch)
+    for group in state.optimizer.param_groups:
+        group["lr"] = rate
+    if session.config.network.dropout:
+        torch.manual_seed(stream(train.seed, "dropout", state.step).initial_seed())
+    with torch.autocast(session.device.type, torch.bfloat16, enabled=session.precision == "bf16"):
+        logits = state.model(session.preprocessing.normalise(pixels)).float()
+        loss = F.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing)
+    state.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    if settings.grad_clip:
+        nn.utils.clip_grad_norm_(state.model.parameters(), settings.grad_clip)
+    state.optimizer.step()
+    if state.average is not None:
+        state.average.update_parameters(state.model)  # type: ignore[operator]
+    return loss.detach(), (logits.detach().argmax(1) != labels).sum()
+
+
+def _progress(state: State, number: int, batch_size: int, images: int) -> tuple[float, float]:
+    """Mean loss and error in percent of the epoch's first *number* steps; raises where a loss is not finite."""
+    losses = state.losses[:number].double()
+    finite = losses.isfinite()
+    if not finite.all():
+        step = state.step - number + int(finite.int().argmin()) + 1
+        raise DivergedError(
+            f"the loss of step {step} is not finite; the last checkpoint is from before it: "
+            "lower --lr, set --grad_clip or use --precision fp32"
+        )
+    seen = min(number * batch_size, images)
+    return losses.mean().item(), 100 * state.wrongs[:number].sum().item() / seen
+
+
+def _finish_epoch(session: Session, state: State) -> EpochDone:
+    config, data, steps = session.config, session.data, len(state.losses)
+    loss, error = _progress(state, steps, config.train.batch_size, len(data.train))
+    tested = _evaluate(session, state, data.test)
+    validated = None if data.val is None else _evaluate(session, state, data.val)
+    rate = optim.learning_rate(config.optim, state.step - 1, steps, config.train.max_epoch)
+    row: dict[str, float | None] = {
+        "epoch": state.step // steps, "step": state.step, "lr": rate, "train_loss": loss, "train_error": error,
+        "val_loss": validated.loss if validated else None, "val_error": validated.error if validated else None,
+        "test_loss": tested.loss, "test_error": tested.error, "seconds": state.seconds,
+        "images_per_second": len(data.train) / state.seconds, "eval_seconds": tested.seconds,
+        "peak_memory_mb": peak_memory_mb(session.device),
+    }  # fmt: skip
+    # Without a validation set the last epoch is the one reported, as in the paper; never the best on the test set.
+    best = validated is None or validated.error < state.best
+    if validated and best:
+        state.best = validated.error
+    state.rows.append(row)
+    state.seconds = 0.0
+    session.run.write_metrics(state.rows)
+    _save_last(session, state)
+    if best:
+        _save_best(session, state)
+    return EpochDone(row, config.train.max_epoch, best)
+
+
+def _evaluate(session: Session, state: State, images: Images) -> Evaluation:
+    return evaluate(state.evaluated, images, session.preprocessing, session.device, precision=session.precision)
+
+
+def _save_last(session: Session, state: State) -> None:
+    manifest = {"epoch": state.step // len(state.losses), "about": session.about, **state.manifest()}
+    session.run.save("last", state.step, state.tensors(), manifest)
+
+
+def _save_best(session: Session, state: State) -> None:
+    """The evaluated weights alone, with all that is needed to use them."""
+    weights = {name.removeprefix("module."): value for name, value in state.evaluated.state_dict().items()}
+    tensors = {f"model.{name}": value for name, value in weights.items() if name != "n_averaged"}
+    manifest = {"epoch": state.step // len(state.losses), "about": session.about}
+    session.run.save("best", state.step, tensors, manifest)
+
+
+def _new_state(session: Session) -> State:
+    config, device = session.config, session.device
+    torch.manual_seed(stream(config.train.seed, "weights").initial_seed())
+    model = SparseNet(config.network, config.train.implementation).to(device)
+    average = optim.averaged(model, config.optim.ema) if config.optim.ema else None
+    steps = -(-len(session.data.train) // config.train.batch_size)
+    losses = torch.zeros(steps, device=device)
+    wrongs = torch.zeros(steps, dtype=torch.int64, device=device)
+    return State(model, optim.sgd(model, config.optim), average, losses, wrongs)
+
+
+def _resume(session: Session, state: State) -> Iterator[Message]:
+    checkpoint, warnings = session.run.restore("last")
+    yield from (Message(f"warning: {warning}") for warning in warnings)
+    known = checkpoint.manifest["about"]["classes"]
+    if known != list(session.data.classes):
+        raise RunError(
+            f"{checkpoint.path}: expected the {len(known)} classes it was trained on, "
+            f"found {len(session.data.classes)} classes in the data"
+        )
+    state.load(checkpoint, session.run.metrics())
+    session.run.write_metrics(state.rows)
+    yield Message(f"resumed at step {state.step} (epoch {1 + state.step // len(state.losses)})")
+
+
+def _introduce(session: Session, state: State) -> Iterator[Message]:
+    from sparsenet.architecture import count
+
+    data, parameters = session.data, count(session.config.network, session.preprocessing.size)
+    held = f", {len(data.val)} validation" if data.val else ""
+    yield Message(
+        f"{data.name}: {len(data.train)} training{held} and {len(data.test)} test images, "
+        f"{len(data.classes)} classes, {tuple(data.train.pixels.shape[1:])}"
+    )
+    if data.skipped:
+        yield Message(f"skipped {len(data.skipped)} corrupt images, the first: {data.skipped[0]}")
+    net = session.config.network
+    yield Message(
+        f"{net.fetch if isinstance(net.fetch, str) else 'custom'} network, {net.stage_depths} layers, growth "
+        f"{net.growth_rates}: {parameters[0]:,} parameters, {parameters[1]:,} MACs"
+    )
+    yield Message(f"{session.device}, {session.precision}, implementation {state.model.implementation}")
+
+
+def _on_device(data: Dataset, device: torch.device) -> Dataset:
+    """The dataset with its pixels on the device when they fill at most half of what is free there."""
+    splits = {"train": data.train, "val": data.val, "test": data.test}
+    size = sum(images.pixels.nbytes for images in splits.values() if images)
+    if device.type == "cpu" or (free := _free_memory(device)) is None or size > free // 2:
+        return data
+    moved = {name: images and Images(images.pixels.to(device), images.labels.to(device)) for name, images in splits.items()}
+    return dataclasses.replace(data, **moved)
+
+
+def _free_memory(device: torch.device) -> int | None:
+    module = torch.get_device_module(device)
+    return module.mem_get_info(device)[0] if hasattr(module, "mem_get_info") else None
+
+
+def peak_memory_mb(device: torch.device) -> float | None:
+    """Peak memory in MB: the accelerator's allocations, or the process's resident memory on the CPU."""
+    if device.type == "cpu":
+        unit = 1e6 if sys.platform == "darwin" else 1e3
+        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
+    module = torch.get_device_module(device)
+    return round(module.max_memory_allocated(device) / 1e6, 1) if hasattr(module, "max_memory_allocated") else None
