@@ -98,7 +98,8 @@ class Architecture:
         metadata={"help": "how fetched features are joined", "choices": ("concat", "sum")},
     )
     depth: int = field(
-        default=0, metadata={"help": "layers with weights: 4 + 3*n, or 4 + 6*n with --bottleneck (default 40)"}
+        default=0,
+        metadata={"help": "layers with weights: 4 + 3*n, or 4 + 6*n with --bottleneck (default 40)"},
     )
     blocks: tuple[int, ...] = field(
         default=(), metadata={"help": "layers of each stage, instead of --depth (as 6,12,24,16)"}
@@ -152,8 +153,7 @@ class Architecture:
                 raise ValueError(f"{name}: expected {expected}, found {getattr(self, name)!r}")
         if self.aggregation == "sum" and self.stem_width not in (0, self.growth_rates[0]):
             raise ValueError(
-                f"stem_width: summed features have one width, expected {self.growth_rates[0]}, "
-                f"found {self.stem_width}"
+                f"stem_width: summed features have one width, expected {self.growth_rates[0]}, found {self.stem_width}"
             )
 
     def _checked_depth(self) -> int:
@@ -268,9 +268,7 @@ def graph(architecture: Architecture, image_size: int = 32) -> list[Node]:
             classes = architecture.num_classes
             cost = 2 * width + (width + 1) * classes
             shape = (classes,)
-            nodes.append(
-                Node("classifier", "classifier", number, depth + 1, read, shape, cost, width * classes)
-            )
+            nodes.append(Node("classifier", "classifier", number, depth + 1, read, shape, cost, width * classes))
     return nodes
 
 

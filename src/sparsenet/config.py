@@ -24,21 +24,23 @@ class TrainConfig:
     seed: int = field(default=0, metadata={"help": "all randomness is a function of (seed, epoch, position)"})
     batch_size: int = field(default=64, metadata={"help": "images a step"})
     max_epoch: int = field(default=300, metadata={"help": "epochs in all, resumed ones included"})
-    device: str = field(
-        default="auto", metadata={"help": "auto, cpu, cuda, npu, mps, xpu or any device PyTorch knows"}
-    )
+    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, npu, mps, xpu or any device PyTorch knows"})
     precision: str = field(
         default="auto",
         metadata={"help": "auto: bf16 on accelerators, fp32 elsewhere", "choices": ("auto", "fp32", "bf16")},
     )
-    implementation: str = field(
-        default="auto", metadata={"help": "engine", "choices": ("auto", *IMPLEMENTATIONS)}
-    )
+    implementation: str = field(default="auto", metadata={"help": "engine", "choices": ("auto", *IMPLEMENTATIONS)})
     time_limit: float = field(default=0.0, metadata={"help": "seconds after which the run ends and saves; 0: none"})
     save_every: float = field(default=120.0, metadata={"help": "seconds between checkpoints within an epoch"})
 
     def __post_init__(self) -> None:
-        for name, least in (("batch_size", 1), ("max_epoch", 1), ("time_limit", 0), ("save_every", 0), ("seed", 0)):
+        for name, least in (
+            ("batch_size", 1),
+            ("max_epoch", 1),
+            ("time_limit", 0),
+            ("save_every", 0),
+            ("seed", 0),
+        ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: expected at least {least}, found {getattr(self, name)}")
 
@@ -115,7 +117,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         shown = f"{s.help} (default {s.default})" if s.default not in ("", (), None) else s.help
         optional: dict[str, Any] = {"nargs": "?", "const": "true"} if s.kind is bool else {}
         parser.add_argument(
-            f"--{s.name}", default=argparse.SUPPRESS, choices=s.choices, help=shown, metavar=s.name.upper(), **optional
+            f"--{s.name}",
+            default=argparse.SUPPRESS,
+            choices=s.choices,
+            help=shown,
+            metavar=s.name.upper(),
+            **optional,
         )
 
 
@@ -131,20 +138,16 @@ def from_flags(flags: Mapping[str, str], base: RunConfig) -> RunConfig:
 def replace(base: RunConfig, changes: Mapping[str, Mapping[str, Any]]) -> RunConfig:
     """*base* with fields of its components replaced: ``{"optim": {"lr": 0.2}}``."""
     network = dict(changes.get("network", {}))
-    if {"depth", "bottleneck", "aggregation"} & set(network) and "blocks" not in network:
-        network["blocks"] = ()  # a new depth replaces the base's stages, and the other way round
-    if "blocks" in network and "depth" not in network:
+    if "depth" in network:  # a depth replaces the base's stages, and the other way round
+        network.setdefault("blocks", ())
+    elif network.get("blocks"):
         network["depth"] = 0
-    if network and not network.get("depth", True) and not network.get("blocks", True):
-        network["depth"] = base.network.depth
     merged = {**changes, "network": network}
-    return RunConfig(
-        **{name: dataclasses.replace(getattr(base, name), **merged.get(name, {})) for name in COMPONENTS}
-    )
+    return RunConfig(**{name: dataclasses.replace(getattr(base, name), **merged.get(name, {})) for name in COMPONENTS})
 
 
-def from_dict(value: Any, source: str) -> RunConfig:
-    """The configuration that :meth:`RunConfig.to_dict` wrote; ``ValueError`` naming *source* and what is unknown."""
+def from_dict(value: Any, source: str, base: RunConfig) -> RunConfig:
+    """*base* with what a JSON value sets; ``ValueError`` naming *source* and what is unknown."""
     if not isinstance(value, dict):
         raise ValueError(f"{source}: expected a JSON object, found {type(value).__name__}")
     for component, fields in value.items():
@@ -154,19 +157,20 @@ def from_dict(value: Any, source: str) -> RunConfig:
         if unknown := sorted(set(fields) - known):
             raise ValueError(f"{source}: {component} has no setting {unknown[0]!r}")
     try:
-        return RunConfig(**{name: COMPONENTS[name](**fields) for name, fields in value.items()})
+        return replace(base, value)
     except TypeError as error:
         raise ValueError(f"{source}: a setting has the wrong type ({error})") from None
 
 
-def load(path: Path) -> RunConfig:
-    """The configuration in a JSON file; ``ValueError`` in one line where there is none."""
+def load(path: Path, base: RunConfig) -> RunConfig:
+    """*base* with what a JSON file sets; ``ValueError`` in one line where there is no such file."""
     try:
-        return from_dict(json.loads(path.read_text()), str(path))
-    except OSError as error:
-        raise ValueError(f"{path}: expected a readable configuration, found: {error.strerror}") from None
+        value = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: expected a readable configuration, found: {error}") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: expected JSON, found {error.msg} in line {error.lineno}") from None
+    return from_dict(value, str(path), base)
 
 
 def differences(old: RunConfig, new: RunConfig) -> list[str]:

@@ -55,9 +55,7 @@ class Evaluation:
         counts = self.confusion(len(names)).double()
         totals = counts.sum(1)
         wrong = 100 * (totals - counts.diagonal()) / totals
-        return {
-            name: None if totals[i] == 0 else round(wrong[i].item(), 4) for i, name in enumerate(names)
-        }
+        return {name: None if totals[i] == 0 else round(wrong[i].item(), 4) for i, name in enumerate(names)}
 
 
 @torch.no_grad()

@@ -11,13 +11,11 @@ class MissingExtra(ImportError):
 
 
 def require(module: str, extra: str) -> Any:
-    """The imported *module*; raises :class:`MissingExtra` saying which extra to install where it is missing."""
+    """The imported *module*; where it is missing, :class:`MissingExtra` says which extra to install."""
     try:
         return import_module(module)
     except ModuleNotFoundError as error:
         package = module.partition(".")[0]
         if error.name is None or error.name.partition(".")[0] != package:
             raise
-        raise MissingExtra(
-            f"expected the package {package}, found none: pip install 'sparsenet[{extra}]'"
-        ) from None
+        raise MissingExtra(f"expected the package {package}, found none: pip install 'sparsenet[{extra}]'") from None

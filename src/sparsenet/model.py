@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +57,7 @@ class Stage(nn.Module):
         self.statistics = nn.ModuleList(Statistics(width) for width in stage.unit_widths)
 
     def forward(self, x: Tensor) -> Tensor:  # (N, in_width, H, W) -> (N, out_width, H, W)
-        units = [unit for layer in self.layers for unit in layer]  # type: ignore[union-attr]
+        units = [unit for layer in self.layers for unit in layer]  # type: ignore[attr-defined]
         readers = [ops.Reader(unit.norm.weight, unit.norm.bias, unit.conv.weight) for unit in units]
         readers.append(ops.Reader(self.norm.weight, self.norm.bias, None))
         statistics = [ops.Statistics(s.running_mean, s.running_var) for s in self.statistics]  # type: ignore[arg-type]
@@ -100,7 +101,7 @@ class SparseNet(nn.Module):
         stages, dropout = architecture.stages, architecture.dropout
         self.stem = _stem(architecture.stem, architecture.in_chans, stages[0].in_width)
         self.stages = nn.ModuleList(Stage(stage, dropout, self.implementation) for stage in stages)
-        pairs = zip(stages[:-1], stages[1:], strict=True)
+        pairs = itertools.pairwise(stages)
         self.transitions = nn.ModuleList(Transition(a.out_width, b.in_width, dropout) for a, b in pairs)
         self.classifier = _classifier(self.num_features, architecture.num_classes)
         self.apply(_initialise)

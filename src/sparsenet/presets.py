@@ -19,7 +19,13 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # A short budget on images of one's own.
     "short": {
         "network": {"depth": 40, "growth_rate": 12},
-        "optim": {"schedule": "onecycle", "lr": 0.2, "weight_decay": 5e-4, "label_smoothing": 0.1, "ema": 0.995},
+        "optim": {
+            "schedule": "onecycle",
+            "lr": 0.2,
+            "weight_decay": 5e-4,
+            "label_smoothing": 0.1,
+            "ema": 0.995,
+        },
         "train": {"max_epoch": 30},
     },
 }

@@ -27,6 +27,7 @@ from sparsenet import architecture
 from sparsenet.architecture import Architecture
 from sparsenet.config import RunConfig, load
 from sparsenet.data.images import Preprocessing
+from sparsenet.device import device_name
 from sparsenet.extras import require
 from sparsenet.model import SparseNet
 
@@ -51,7 +52,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
+        Path(temporary).chmod(0o644)
         Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -125,7 +126,7 @@ class Run:
             lock.release()
 
     def config(self) -> RunConfig:
-        return load(self.path / "config.json")
+        return load(self.path / "config.json", RunConfig())
 
     def describe(self, config: RunConfig, image_size: int, device: torch.device) -> None:
         """Writes config.json, requirements.txt, environment.json and graph.json."""
@@ -177,7 +178,7 @@ class Run:
 
     def restore(self, kind: str) -> tuple[Checkpoint, list[str]]:
         """The newest intact checkpoint of *kind*, and a warning for each damaged one before it."""
-        warnings = []
+        warnings: list[str] = []
         for manifest_path in self._saved(kind):
             try:
                 return _read_checkpoint(manifest_path), warnings
@@ -232,23 +233,14 @@ def version() -> str:
         return "unknown"
 
 
-def device_name(device: torch.device) -> str:
-    """The device as its maker calls it."""
-    if device.type != "cpu":
-        module = torch.get_device_module(device)
-        return str(module.get_device_name(device)) if hasattr(module, "get_device_name") else device.type
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
-
-
 def _commit() -> str | None:
     try:
         found = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

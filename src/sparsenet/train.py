@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,16 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsenet import optim
+from sparsenet import architecture, optim, pictures
 from sparsenet.config import RunConfig
 from sparsenet.data import Dataset, Images, channel_statistics, load_dataset
 from sparsenet.data.images import Preprocessing
 from sparsenet.data.sampling import Batches, plan_epoch, stream
+from sparsenet.device import choose_device, choose_precision, free_memory, peak_memory_mb
 from sparsenet.evaluate import Evaluation, evaluate
 from sparsenet.model import SparseNet
-from sparsenet.run import Checkpoint, Run, RunError, version
+from sparsenet.run import Checkpoint, Run, RunError, load_trained, version, write_json
 
 CHECK_EVERY = 50  # steps between looks at the loss where a look makes the device wait
+
+
+TIME_LIMIT = "the time limit"
 
 
 class DivergedError(RuntimeError):
@@ -66,7 +68,14 @@ class Stopped:
     reason: str
 
 
-Event = Message | Step | EpochDone | Stopped
+@dataclass(frozen=True)
+class Concluded:
+    """The final evaluation; ``result`` is what result.json holds."""
+
+    result: dict[str, Any]
+
+
+Event = Message | Step | EpochDone | Stopped | Concluded
 
 
 @dataclass
@@ -141,27 +150,6 @@ class Session:
         }
 
 
-def choose_device(name: str) -> torch.device:
-    """``auto``: the accelerator PyTorch finds, else the CPU; ``ValueError`` for one that is not there."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if name == "auto":
-        return accelerator or torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        found = f"cpu and {accelerator}" if accelerator else "only cpu"
-        raise ValueError(f"--device: expected a device that is here, found {name!r}; here: {found}") from None
-    return device
-
-
-def choose_precision(name: str, device: torch.device) -> str:
-    """``auto``: bf16 on an accelerator, fp32 on the CPU and on MPS."""
-    if name != "auto":
-        return name
-    return "fp32" if device.type in ("cpu", "mps") else "bf16"
-
-
 def prepare(config: RunConfig) -> tuple[RunConfig, Dataset, Preprocessing, torch.device]:
     """Loads the data and settles what only the data can say. Raises ``ValueError`` in one line."""
     device = choose_device(config.train.device)
@@ -174,7 +162,12 @@ def prepare(config: RunConfig) -> tuple[RunConfig, Dataset, Preprocessing, torch
     network = dataclasses.replace(config.network, in_chans=channels, num_classes=len(data.classes))
     network.sizes(size)
     mean, std = channel_statistics(data.train)
-    return dataclasses.replace(config, network=network), data, Preprocessing(size, channels, mean, std), device
+    return (
+        dataclasses.replace(config, network=network),
+        data,
+        Preprocessing(size, channels, mean, std),
+        device,
+    )
 
 
 def train(
@@ -192,6 +185,7 @@ def train(
     session = Session(config, run, _on_device(data, device), preprocessing, device, precision, fill)
     state = _new_state(session)
     run.describe(config, preprocessing.size, device)
+    pictures.draw_graph(architecture.graph(config.network, preprocessing.size), run.path / "graph.svg")
     yield from _introduce(session, state)
     if resume:
         yield from _resume(session, state)
@@ -199,23 +193,24 @@ def train(
         run.write_metrics([])
     steps = len(state.losses)
     saved = time.monotonic()
-    while state.step < config.train.max_epoch * steps:
+    stop: str | None = None
+    while state.step < config.train.max_epoch * steps and not stop:
         for event in _train_epoch(session, state):
             yield event
             limit = config.train.time_limit
-            out_of_time = "time limit" if limit and time.monotonic() - began > limit else None
-            stop = should_stop() or out_of_time
-            if state.step % steps and (stop or time.monotonic() - saved >= config.train.save_every):
+            stop = should_stop() or (TIME_LIMIT if limit and time.monotonic() - began > limit else None)
+            if stop or time.monotonic() - saved >= config.train.save_every:
                 _save_last(session, state)
                 saved = time.monotonic()
-            if stop and state.step % steps:
-                yield Stopped(stop)
-                return
-        yield _finish_epoch(session, state)
-        saved = time.monotonic()
-        if stop and state.step < config.train.max_epoch * steps:
-            yield Stopped(stop)
-            return
+            if stop:
+                break
+        if state.step % steps == 0:
+            yield _finish_epoch(session, state)
+            saved = time.monotonic()
+    if stop and state.step < config.train.max_epoch * steps:
+        yield Stopped(stop)
+    if stop in (None, TIME_LIMIT):  # a signal wants out at once; everything is saved already
+        yield from _conclude(session, state)
 
 
 def _train_epoch(session: Session, state: State) -> Iterator[Step]:
@@ -291,9 +286,9 @@ def _finish_epoch(session: Session, state: State) -> EpochDone:
     state.rows.append(row)
     state.seconds = 0.0
     session.run.write_metrics(state.rows)
-    _save_last(session, state)
-    if best:
+    if best:  # before "last", so that a kill between the two leaves nothing that resuming would not write again
         _save_best(session, state)
+    _save_last(session, state)
     return EpochDone(row, config.train.max_epoch, best)
 
 
@@ -312,6 +307,34 @@ def _save_best(session: Session, state: State) -> None:
     tensors = {f"model.{name}": value for name, value in weights.items() if name != "n_averaged"}
     manifest = {"epoch": state.step // len(state.losses), "about": session.about}
     session.run.save("best", state.step, tensors, manifest)
+
+
+def _conclude(session: Session, state: State) -> Iterator[Event]:
+    """Evaluates the checkpoint that counts on the test images and draws what people look at first."""
+    run, data = session.run, session.data
+    if not state.rows:  # stopped within the first epoch
+        _save_best(session, state)
+    trained = load_trained(run.path, "best", session.device, session.config.train.implementation)
+    found = evaluate(trained.model, data.test, session.preprocessing, session.device, precision=session.precision)
+    result = {
+        "dataset": data.name, "error": found.error, "top5_error": found.top5_error, "loss": found.loss,
+        "images": found.images, "seconds": found.seconds, "epochs": trained.info["epoch"],
+        "checkpoint": "lowest validation error" if data.val else "last epoch",
+        "classes": list(data.classes), "class_errors": found.class_errors(data.classes),
+    }  # fmt: skip
+    write_json(run.path / "result.json", result)
+    title = f"{run.path.name} on {data.name}"
+    pictures.draw_curves(state.rows, run.path / "curves.png", title)
+    pictures.draw_confusion(found.confusion(len(data.classes)), data.classes, run.path / "confusion.png")
+    pictures.draw_samples(
+        data.test.pixels.cpu(),
+        found.labels,
+        found.predicted,
+        found.confidence,
+        data.classes,
+        run.path / "samples.png",
+    )
+    yield Concluded(result)
 
 
 def _new_state(session: Session) -> State:
@@ -340,9 +363,7 @@ def _resume(session: Session, state: State) -> Iterator[Message]:
 
 
 def _introduce(session: Session, state: State) -> Iterator[Message]:
-    from sparsenet.architecture import count
-
-    data, parameters = session.data, count(session.config.network, session.preprocessing.size)
+    data, parameters = session.data, architecture.count(session.config.network, session.preprocessing.size)
     held = f", {len(data.val)} validation" if data.val else ""
     yield Message(
         f"{data.name}: {len(data.train)} training{held} and {len(data.test)} test images, "
@@ -360,23 +381,10 @@ def _introduce(session: Session, state: State) -> Iterator[Message]:
 
 def _on_device(data: Dataset, device: torch.device) -> Dataset:
     """The dataset with its pixels on the device when they fill at most half of what is free there."""
-    splits = {"train": data.train, "val": data.val, "test": data.test}
-    size = sum(images.pixels.nbytes for images in splits.values() if images)
-    if device.type == "cpu" or (free := _free_memory(device)) is None or size > free // 2:
+    splits = data.train, data.val, data.test
+    size = sum(images.pixels.nbytes for images in splits if images)
+    if device.type == "cpu" or (free := free_memory(device)) is None or size > free // 2:
         return data
-    moved = {name: images and Images(images.pixels.to(device), images.labels.to(device)) for name, images in splits.items()}
-    return dataclasses.replace(data, **moved)
-
-
-def _free_memory(device: torch.device) -> int | None:
-    module = torch.get_device_module(device)
-    return module.mem_get_info(device)[0] if hasattr(module, "mem_get_info") else None
-
-
-def peak_memory_mb(device: torch.device) -> float | None:
-    """Peak memory in MB: the accelerator's allocations, or the process's resident memory on the CPU."""
-    if device.type == "cpu":
-        unit = 1e6 if sys.platform == "darwin" else 1e3
-        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
-    module = torch.get_device_module(device)
-    return round(module.max_memory_allocated(device) / 1e6, 1) if hasattr(module, "max_memory_allocated") else None
+    train, val, test = (images and Images(images.pixels.to(device), images.labels.to(device)) for images in splits)
+    assert train is not None and test is not None
+    return dataclasses.replace(data, train=train, val=val, test=test)

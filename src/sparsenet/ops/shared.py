@@ -117,10 +117,7 @@ def _block(like: Tensor, widths: Sequence[int]) -> list[Tensor]:
     n, _, height, columns = like.shape
     flat = like.new_empty(n * height * columns * sum(widths))
     parts = flat.split([n * height * columns * width for width in widths])
-    return [
-        part.view(n, height, columns, width).permute(0, 3, 1, 2)
-        for part, width in zip(parts, widths, strict=True)
-    ]
+    return [part.view(n, height, columns, width).permute(0, 3, 1, 2) for part, width in zip(parts, widths, strict=True)]
 
 
 class _Buffer:

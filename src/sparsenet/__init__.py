@@ -1,0 +1,8 @@
+"""Sparsely aggregated convolutional networks: topologies, an engine, training and what comes after it."""
+
+from sparsenet.architecture import Architecture
+from sparsenet.model import SparseNet
+from sparsenet.topology import Topology
+from sparsenet.zoo import create_model, list_models, load_torchvision
+
+__all__ = ["Architecture", "SparseNet", "Topology", "create_model", "list_models", "load_torchvision"]

@@ -1,0 +1,357 @@
+"""The command line: the only room that prints to users or exits.
+
+Exit codes: 0 done, 1 a run failed, 2 a bad call (one line on stderr says what was expected and found),
+130 or 143 stopped by Ctrl-C or SIGTERM after saving.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from sparsenet import config as settings
+from sparsenet import presets, zoo
+from sparsenet.architecture import count
+from sparsenet.config import RunConfig
+from sparsenet.device import choose_device, choose_precision, use_large_pages
+from sparsenet.display import display
+from sparsenet.extras import MissingExtra
+from sparsenet.run import Run, load_trained
+
+FAILED, BAD_CALL = 1, 2
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors are exceptions, so that they can be told in one line; flags are never abbreviated."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+    def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """The flags, ``-`` and ``_`` being the same in their names; ``ValueError`` with the nearest valid one."""
+        found, unknown = self.parse_known_args([_underscored(argument) for argument in arguments])
+        if unknown:
+            command = self._subparsers._group_actions[0].choices[found.command]  # type: ignore[union-attr,index,call-overload]
+            near = difflib.get_close_matches(unknown[0].split("=")[0], command._option_string_actions, 1, 0.5)
+            hint = f"; did you mean {near[0]}?" if near else f"; see sparsenet {found.command} --help"
+            raise ValueError(f"sparsenet {found.command}: unknown argument {unknown[0]!r}{hint}")
+        return found
+
+
+def _underscored(argument: str) -> str:
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="sparsenet", description="Train, evaluate and use sparsely aggregated networks.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    train = commands.add_parser("train", help="train a network and write a run folder")
+    train.add_argument("--out", default="", help="the run folder; default: a new one in runs/")
+    train.add_argument("--resume", default="", metavar="RUN", help="go on with a run")
+    train.add_argument("--preset", default="", help=f"settings to start from: {', '.join(presets.PRESETS)}")
+    train.add_argument("--config", default="", metavar="FILE", help="settings from a run's config.json")
+    settings.add_flags(train)
+
+    evaluate = commands.add_parser("eval", help="error of a run on its test images")
+    _run_flags(evaluate)
+    evaluate.add_argument("--batch_size", type=_at_least_1, default=256, help="images at a time")
+    evaluate.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="arithmetic")
+    evaluate.add_argument("--dataset", default="", help="other data than the run's: as for train")
+    evaluate.add_argument("--dataset_dir", default="", help="where the data lies now")
+
+    predict = commands.add_parser("predict", help="classes of image files")
+    _run_flags(predict)
+    predict.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders or globs")
+    predict.add_argument("--top", type=_at_least_1, default=5, help="classes to show")
+    predict.add_argument("--batch_size", type=_at_least_1, default=64, help="images at a time")
+
+    export = commands.add_parser("export", help="write a file that runs elsewhere, checked against the model")
+    _run_flags(export, as_json=False)
+    export.add_argument("--format", default="onnx", choices=("onnx",), help="file format")
+    export.add_argument("--out", default="", help="the file; default: model.onnx in the run folder")
+    export.add_argument("--opset", type=_at_least_1, default=None, help="ONNX operator set")
+
+    models = commands.add_parser("models", help="the named networks with parameters and MACs")
+    models.add_argument("pattern", nargs="?", default="*", help="such as 'sparsenet*'")
+    _json_flag(models)
+
+    report = commands.add_parser("report", help="one HTML page that compares runs")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
+    report.add_argument("--out", default="", help="the page; default: report.html in the first run folder")
+    report.add_argument("--markdown", action="store_true", help="print the table as Markdown instead")
+
+    bench = commands.add_parser("bench", help="time and memory of the implementations, side by side")
+    bench.add_argument("--model", default="sparsenet_100_24", help="a name of 'sparsenet models'")
+    bench.add_argument("--batch_size", type=_at_least_1, default=64, help="images a step")
+    bench.add_argument("--image_size", type=int, default=0, help="pixels; 0: what the network is made for")
+    bench.add_argument("--steps", type=_at_least_1, default=5, help="counted steps of each implementation")
+    bench.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="arithmetic")
+    bench.add_argument("--device", default="auto", help="auto, cpu, cuda, …")
+    _json_flag(bench)
+
+    check = commands.add_parser("check", help="what this machine offers")
+    check.add_argument("--dataset_dir", default="", help="data to look at")
+    _json_flag(check)
+    return parser
+
+
+def _run_flags(parser: argparse.ArgumentParser, as_json: bool = True) -> None:
+    parser.add_argument("run", metavar="RUN", help="a run folder")
+    parser.add_argument("--checkpoint", default="best", choices=("best", "last"), help="which weights")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, npu, mps, xpu, …")
+    if as_json:
+        _json_flag(parser)
+
+
+def _json_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="one JSON value on stdout and nothing else")
+
+
+def _at_least_1(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text!r}")
+    return int(text)
+
+
+def _train(args: argparse.Namespace) -> int:
+    from sparsenet.train import train
+
+    run, config = _resumed(args) if args.resume else _new_run(args)
+    stop = _Signals()
+    with run.locked():
+        reason = display(train(config, run, bool(args.resume), stop), run)
+    if reason and stop.number is None:
+        print(f"stopped by {reason}; go on with: sparsenet train --resume {run.path}")
+    print(run.path)
+    return 128 + stop.number if stop.number is not None else 0
+
+
+class _Signals:
+    """Ctrl-C and SIGTERM ask the run to save and end; a second one ends it at once."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._received)
+
+    def _received(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def __call__(self) -> str | None:
+        return None if self.number is None else signal.Signals(self.number).name
+
+
+def _new_run(args: argparse.Namespace) -> tuple[Run, RunConfig]:
+    flags = vars(args)
+    file = Path(args.config) if args.config else None
+    base = presets.preset(args.preset) if args.preset else RunConfig()
+    if not args.preset and not file:
+        base = presets.preset(presets.preset_for(flags.get("dataset", "auto"), flags.get("dataset_dir", "")))
+    if file:
+        base = settings.load(file, base)
+    config = settings.from_flags(flags, base)
+    return Run.create(Path(args.out) if args.out else _default_folder(config)), config
+
+
+def _default_folder(config: RunConfig) -> Path:
+    net, data = config.network, config.data
+    name = data.dataset if data.dataset != "auto" else Path(data.dataset_dir).name or "digits"
+    fetch = net.fetch.replace(":", "") if isinstance(net.fetch, str) else "custom"
+    growth = "_".join(map(str, dict.fromkeys(net.growth_rates)))
+    bottleneck = "bc-" if net.bottleneck else ""
+    stem = f"{name}-{fetch}-{bottleneck}{net.depth}-{growth}-{datetime.now():%Y%m%d-%H%M%S}"
+    taken = sum(1 for _ in Path("runs").glob(f"{stem}*"))
+    return Path("runs") / (f"{stem}-{taken}" if taken else stem)
+
+
+def _resumed(args: argparse.Namespace) -> tuple[Run, RunConfig]:
+    if args.out and Path(args.out).resolve() != Path(args.resume).resolve():
+        raise ValueError(f"--out: a resumed run stays in its folder, expected {args.resume}, found {args.out}")
+    run = Run.open(Path(args.resume))
+    old = run.config()
+    base = presets.preset(args.preset) if args.preset else old
+    new = settings.from_flags(vars(args), settings.load(Path(args.config), base) if args.config else base)
+    if changed := settings.differences(old, new):
+        raise ValueError(f"--resume {run.path}: settings differ from the run's: {'; '.join(changed)}")
+    return run, new
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from sparsenet.data import load_dataset
+    from sparsenet.evaluate import evaluate
+
+    device = choose_device(args.device)
+    trained = load_trained(Path(args.run), args.checkpoint, device)
+    stored = Run.open(Path(args.run)).config().data
+    asked = dataclasses.replace(
+        stored,
+        dataset=args.dataset or stored.dataset,
+        dataset_dir=args.dataset_dir or stored.dataset_dir,
+        image_size=trained.preprocessing.size,
+        in_chans=trained.preprocessing.channels,
+        download=False,
+    )
+    data = load_dataset(asked)
+    if data.classes != trained.classes:
+        raise ValueError(
+            f"--dataset_dir: expected the run's {len(trained.classes)} classes {list(trained.classes)[:5]}, "
+            f"found {len(data.classes)} classes {list(data.classes)[:5]}"
+        )
+    precision = choose_precision(args.precision, device)
+    found = evaluate(trained.model, data.test, trained.preprocessing, device, args.batch_size, precision)
+    value = {
+        "run": str(trained.path), "dataset": data.name, "checkpoint": args.checkpoint, "error": found.error,
+        "top5_error": found.top5_error, "loss": found.loss, "images": found.images, "seconds": found.seconds,
+        "class_errors": found.class_errors(data.classes),
+    }  # fmt: skip
+    lines = [
+        f"{data.name}: {found.images} images in {found.seconds:.2f} s",
+        f"error {found.error:.2f} %, top-5 error {found.top5_error:.2f} %, loss {found.loss:.4f}",
+        *(f"  {name}: {'no image' if e is None else f'{e:.2f} %'}" for name, e in value["class_errors"].items()),
+    ]
+    return _print(value, lines, args.json)
+
+
+def _predict(args: argparse.Namespace) -> int:
+    from sparsenet.predict import find_images, predict
+
+    device = choose_device(args.device)
+    trained = load_trained(Path(args.run), args.checkpoint, device)
+    found = []
+    for result in predict(trained, find_images(args.images), args.top, args.batch_size, device):
+        found.append(result)
+        if args.json:
+            continue
+        if result.error is not None:
+            print(f"sparsenet predict: {result.error}", file=sys.stderr)
+        else:
+            ranked = zip(result.classes, result.probabilities, strict=True)
+            print(f"{result.path}: " + ", ".join(f"{name} {100 * p:.1f} %" for name, p in ranked))
+    if args.json:
+        print(json.dumps([result.to_dict() for result in found], indent=2))
+    return FAILED if all(result.error is not None for result in found) else 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from sparsenet.data import load_dataset
+    from sparsenet.export import export_onnx
+
+    path = Path(args.run)
+    trained = load_trained(path, args.checkpoint)
+    try:
+        real = load_dataset(Run.open(path).config().data).test.pixels[:64]
+    except ValueError as error:
+        print(
+            f"sparsenet export: compared on random inputs only, the run's data is not here ({error})",
+            file=sys.stderr,
+        )
+        real = None
+    target = Path(args.out) if args.out else path / "model.onnx"
+    print(export_onnx(trained, target, real, args.opset).summary())
+    return 0
+
+
+def _models(args: argparse.Namespace) -> int:
+    rows = []
+    for name in zoo.list_models(args.pattern):
+        size = zoo.image_size(name)
+        parameters, macs = count(zoo.architecture(name), size)
+        rows.append({"name": name, "parameters": parameters, "macs": macs, "image_size": size})
+    if not rows:
+        raise ValueError(f"sparsenet models: expected a pattern that fits a name, found {args.pattern!r}")
+    lines = [f"{'name':<28}{'parameters':>12}{'MACs':>16}  at"]
+    lines += [f"{r['name']:<28}{r['parameters']:>12,}{r['macs']:>16,}  {r['image_size']}²" for r in rows]
+    return _print(rows, lines, args.json)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from sparsenet.report import markdown_table, summarise, write_report
+
+    runs = [Path(run) for run in args.runs]
+    if args.markdown:
+        print(markdown_table([summarise(run) for run in runs]))
+    else:
+        print(write_report(runs, Path(args.out) if args.out else runs[0] / "report.html"))
+    return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from sparsenet.bench import bench, table
+
+    device = choose_device(args.device)
+    size = args.image_size or zoo.image_size(zoo.known(args.model))
+    found = bench(args.model, args.batch_size, size, args.steps, args.precision, device)
+    return _print(found, table(found), args.json)
+
+
+def _check(args: argparse.Namespace) -> int:
+    from sparsenet.check import check, lines
+
+    found = check(args.dataset_dir)
+    return _print(found, lines(found), args.json)
+
+
+def _print(value: Any, lines: Sequence[str], as_json: bool) -> int:
+    print(json.dumps(value, indent=2) if as_json else "\n".join(lines))
+    return 0
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "train": _train, "eval": _eval, "predict": _predict, "export": _export,
+    "models": _models, "report": _report, "bench": _bench, "check": _check,
+}  # fmt: skip
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs one command and returns its exit code."""
+    from sparsenet.train import DivergedError
+
+    try:
+        args = _parser().parse(arguments)
+        return COMMANDS[args.command](args)
+    except (ValueError, MissingExtra) as error:
+        code = BAD_CALL
+        message = error
+    except (DivergedError, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        code = FAILED
+        message = error  # type: ignore[assignment]
+    print(f"sparsenet: {' '.join(str(message).split())}", file=sys.stderr)
+    return code
+
+
+def main() -> NoReturn:
+    """The program ``sparsenet``."""
+    use_large_pages()
+    try:
+        code = run(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of a pipe has gone; nobody is left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = FAILED
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

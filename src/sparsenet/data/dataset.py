@@ -1,0 +1,123 @@
+"""What a data set is: its options, its undecoded examples, its images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsenet.data.errors import DataError
+
+DATASETS = ("auto", "digits", "c10", "c100", "folder", "parquet")
+
+
+def _option(default: Any, help: str, choices: tuple[Any, ...] = ()) -> Any:
+    return field(default=default, metadata={"help": help} | ({"choices": choices} if choices else {}))
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images are trained on. Raises :class:`DataError` naming the flag whose value is out of range."""
+
+    dataset: str = _option("auto", "which data; auto: digits, or what --dataset_dir holds", DATASETS)
+    dataset_dir: str = _option("", "folder with the data: archives, class folders or parquet files")
+    dataset_name: str = _option("", "name used in reports; default: derived from the data")
+    download: bool = _option(False, "download c10 or c100 into --dataset_dir where it is missing")
+    image_size: int = _option(0, "side of the square images; 0: their own where all agree, else 64")
+    in_chans: int = _option(0, "channels: 1 grey, 3 colour; 0: those of the data", (0, 1, 3))
+    test_fraction: float = _option(0.2, "part of the images tested on where the data has no test split")
+    val_fraction: float = _option(0.0, "part of the training images held out to choose the best checkpoint")
+    skip_corrupt: bool = _option(False, "leave out images that cannot be read, and count them")
+    mirror: bool = _option(True, "mirror half of the training images")
+    shift: int = _option(4, "shift training images by up to so many pixels each way")
+
+    def __post_init__(self) -> None:
+        rules = {
+            "dataset": (self.dataset in DATASETS, "one of " + ", ".join(DATASETS)),
+            "image_size": (self.image_size >= 0, "a size in pixels, or 0"),
+            "in_chans": (self.in_chans in (0, 1, 3), "0, 1 or 3"),
+            "test_fraction": (0 < self.test_fraction < 1, "a fraction between 0 and 1"),
+            "val_fraction": (0 <= self.val_fraction < 1, "a fraction from 0 to below 1"),
+            "shift": (self.shift >= 0, "a number of pixels, 0 or more"),
+        }
+        for flag, (holds, expected) in rules.items():
+            if not holds:
+                raise DataError(f"--{flag}: expected {expected}, found {getattr(self, flag)!r}")
+        if self.download and self.dataset not in ("c10", "c100"):
+            raise DataError(f"--download: expected --dataset c10 or c100, found {self.dataset}")
+
+
+class Example(NamedTuple):
+    """An image before it is decoded: a file, a file's bytes, or an array uint8 ``(C, H, W)``."""
+
+    name: str
+    source: Path | bytes | np.ndarray
+    label: int
+
+
+class Split(Protocol):
+    """Examples that can be gone through more than once."""
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[Example]: ...
+
+
+@dataclass(frozen=True)
+class Images:
+    """Decoded images: *pixels* uint8 ``(N, C, H, W)`` and *labels* int64 ``(N,)``; also a :class:`Split`."""
+
+    pixels: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __iter__(self) -> Iterator[Example]:
+        for i, (image, label) in enumerate(zip(self.pixels.numpy(), self.labels.tolist(), strict=True)):
+            yield Example(f"image {i}", image, label)
+
+    def __getitem__(self, index: Tensor | slice) -> Images:
+        return Images(self.pixels[index], self.labels[index])
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Images in three splits, with the names of their classes and of the corrupt images left out."""
+
+    name: str
+    classes: tuple[str, ...]
+    train: Images
+    val: Images | None
+    test: Images
+    skipped: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a reader finds: undecoded splits ``train`` and, where the data has them, ``test`` and ``val``."""
+
+    name: str
+    classes: tuple[str, ...]
+    channels: int
+    splits: dict[str, Split]
+
+
+def channel_statistics(images: Images) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel of ``pixels / 255``, in fp64 from the channel's histogram.
+
+    A deviation is at least 1/255, one grey level, so that a constant channel can be divided by it.
+    """
+    counts = torch.zeros(images.pixels.shape[1], 256, dtype=torch.float64)
+    for first in range(0, len(images), 4096):
+        for channel, pixels in enumerate(images.pixels[first : first + 4096].unbind(1)):
+            counts[channel] += torch.bincount(pixels.flatten(), minlength=256).cpu()
+    share = counts / counts.sum(1, keepdim=True)  # (C, 256)
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    mean = share @ levels
+    std = (share * (levels - mean[:, None]) ** 2).sum(1).sqrt().clamp(min=1 / 255)
+    return tuple(mean.tolist()), tuple(std.tolist())
