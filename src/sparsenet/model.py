@@ -124,8 +124,6 @@ class SparseNet(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images ``(N, in_chans, H, W)`` to the last stage's activated output ``(N, num_features, h, w)``."""
-        if self.implementation != "reference":
-            x = x.contiguous(memory_format=torch.channels_last)
         x = self.stem(x)
         for number, stage in enumerate(self.stages):
             x = stage(x)

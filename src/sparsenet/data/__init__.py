@@ -10,7 +10,7 @@ import torch
 from sparsenet.data.archives import find_archive, layouts, open_archive
 from sparsenet.data.dataset import DataConfig, Dataset, Images, Source, channel_statistics
 from sparsenet.data.download import CIFAR_URL, download
-from sparsenet.data.errors import DataError, one_line
+from sparsenet.data.errors import DataError, reason
 from sparsenet.data.folder import open_folder
 from sparsenet.data.images import common_size, read_images
 from sparsenet.data.parquet import open_parquet, parquet_files
@@ -29,7 +29,7 @@ def load_dataset(config: DataConfig) -> Dataset:
         source = _find(config)
         splits, skipped = _decode(source, config)
     except (OSError, MemoryError) as error:
-        raise DataError(f"--dataset_dir: expected readable data that fits, found {one_line(error)}") from error
+        raise DataError(f"--dataset_dir: expected readable data that fits, found {reason(error)}") from error
     if "test" not in splits:
         splits["train"], splits["test"] = _hold_out(splits["train"], config.test_fraction)
     if "val" not in splits and config.val_fraction:

@@ -6,6 +6,7 @@ never extracted.
 
 from __future__ import annotations
 
+import gzip
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -99,16 +100,20 @@ def _files(layout: Layout, path: Path, names: tuple[str, ...]) -> Iterator[tuple
         return
     wanted = {f"{layout.folder}/{name}": name for name in names}
     expected = "a whole archive (delete a damaged one; --download gets it anew)"
-    with decoding(str(path), expected, tarfile.TarError), tarfile.open(path, "r:gz") as archive:
+    with (
+        decoding(str(path), expected, tarfile.TarError),
+        gzip.open(path) as stream,
+        tarfile.open(fileobj=stream) as archive,
+    ):
         for member in archive:
             name = wanted.pop(str(PurePosixPath(member.name)), "")
-            stream = archive.extractfile(member) if name and member.isfile() else None
-            if member.size > MEMBER_LIMIT and stream:
+            file = archive.extractfile(member) if name and member.isfile() else None
+            if file and member.size > MEMBER_LIMIT:
                 raise DataError(f"{path}: {name}: expected at most {MEMBER_LIMIT} bytes, found {member.size}")
-            if stream:
-                yield name, stream.read()
-            if not wanted:
-                return
+            if file:
+                yield name, file.read()
+        while stream.read(1 << 20):  # on to the checksum at its end
+            pass
 
 
 def _class_names(layout: Layout, data: bytes, where: str) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-from sparsenet.data.errors import DataError, one_line
+from sparsenet.data.errors import DataError, reason
 
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/"
 
@@ -27,7 +27,7 @@ def download(url: str, target: Path, md5: str, timeout: float = 30.0) -> Path:
             found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
     except (OSError, HTTPException) as error:
         todo = f"run again to resume, or put {target.name} into --dataset_dir"
-        raise DataError(f"--download: expected {url}, found {one_line(error)}: {todo}") from error
+        raise DataError(f"--download: expected {url}, found {reason(error)}: {todo}") from error
     if found != md5:
         part.unlink()
         raise DataError(f"--download: expected MD5 {md5} of {url}, found {found}: deleted; run again")

@@ -17,14 +17,17 @@ DAMAGE: tuple[type[Exception], ...] = (
 class DataError(ValueError):
     """Data that cannot be used: one line with what was expected, what was found, and what to do."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))  # names in the data may have line breaks
+
 
 class BadImage(DataError):
     """A file that is no readable image; the message names it."""
 
 
-def one_line(error: BaseException) -> str:
-    """The message of *error* without line breaks, or its type where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
+def reason(error: BaseException) -> str:
+    """The message of *error*, or its type where it has none."""
+    return str(error) or type(error).__name__
 
 
 @contextmanager
@@ -35,4 +38,4 @@ def decoding(where: str, expected: str, *damage: type[Exception], error: type[Da
     except DataError:
         raise
     except (*DAMAGE, *damage) as cause:
-        raise error(f"{where}: expected {expected}, found it damaged: {one_line(cause)}") from cause
+        raise error(f"{where}: expected {expected}, found it damaged: {reason(cause)}") from cause

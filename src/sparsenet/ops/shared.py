@@ -20,8 +20,6 @@ from torch import Tensor
 from sparsenet.ops import reference
 from sparsenet.ops.plan import EPS, MOMENTUM, Plan, Reader, Statistics
 
-CHANNELS_LAST = torch.channels_last
-
 
 def aggregate(
     plan: Plan, x: Tensor, readers: Sequence[Reader], statistics: Sequence[Statistics], training: bool
@@ -33,7 +31,7 @@ def aggregate(
     if training and x.numel() == x.shape[1]:
         raise ValueError(f"batch norm: expected more than 1 value per channel in training, found {list(x.shape)}")
     if not training and not torch.is_grad_enabled():
-        return reference.aggregate(plan, x.contiguous(memory_format=CHANNELS_LAST), readers, statistics, False)
+        return reference.aggregate(plan, x, readers, statistics, False)
     weights = [reader.weight for reader in readers[:-1]]
     scales, shifts = [reader.scale for reader in readers], [reader.shift for reader in readers]
     return _Aggregate.apply(plan, statistics, training, x, *scales, *shifts, *weights)  # type: ignore[no-any-return]
@@ -56,14 +54,14 @@ class _Aggregate(torch.autograd.Function):
         rstds: list[Tensor] = []
         masks: list[Tensor] = []
         with torch.autocast(x.device.type, enabled=False):
-            x = x.contiguous(memory_format=CHANNELS_LAST)
-            gather, activate = _Buffer(x, scales), _Buffer(x, scales)
+            x = x.contiguous(memory_format=_layout(x))
+            inputs, outputs = _Buffer(x, scales), _Buffer(x, scales)
             for r, read in enumerate(plan.reads):
                 unread = plan.last_reader[r] < 0
                 rstds.append(x.new_empty(0) if unread else _normalise(x, statistics[r], training, normed[r]))
-                gathered = gather.of([normed[j] for j in read])
+                gathered = inputs.gathered([normed[j] for j in read])
                 made = r < len(weights)
-                target = activate.like(gathered) if made else torch.empty_like(gathered)
+                target = outputs.of_width(gathered.shape[1]) if made else torch.empty_like(gathered)
                 activated = _activate(gathered, scales[r], shifts[r], target)
                 if made:
                     weight = weights[r].to(x.dtype)
@@ -88,12 +86,12 @@ class _Aggregate(torch.autograd.Function):
         sums = _block(normed[0], [feature.shape[1] for feature in normed])  # h of each feature
         begun = [False] * n  # whether a reader has put its gradient there
         with torch.autocast(normed[0].device.type, enabled=False):
-            gather, activate = _Buffer(normed[0], scales), _Buffer(normed[0], scales)
+            inputs, outputs = _Buffer(normed[0], scales), _Buffer(normed[0], scales)
             for r in reversed(range(n)):
                 if r < n - 1 and not begun[r + 1]:
                     continue  # nobody reads what this reader makes
-                gathered = gather.of([normed[j] for j in plan.reads[r]])
-                activated = _activate(gathered, scales[r], shifts[r], activate.like(gathered))
+                gathered = inputs.gathered([normed[j] for j in plan.reads[r]])
+                activated = _activate(gathered, scales[r], shifts[r], outputs.of_width(gathered.shape[1]))
                 if r < n - 1:
                     d_made = _normalise_backward(sums[r + 1], normed[r + 1], rstds[r + 1], ctx.training)
                     if masks:
@@ -112,31 +110,40 @@ def _by_kind(plan: Plan, parameters: Sequence[Tensor]) -> tuple[Sequence[Tensor]
     return parameters[:n], parameters[n : 2 * n], parameters[2 * n :]
 
 
+def _layout(x: Tensor) -> torch.memory_format:
+    """The layout of the stage input is kept throughout: which one is faster depends on the device."""
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
 def _block(like: Tensor, widths: Sequence[int]) -> list[Tensor]:
-    """Uninitialised channels-last tensors of these widths in one allocation, which leaves no holes behind."""
+    """Uninitialised features of these widths in one allocation, which leaves no holes behind."""
     n, _, height, columns = like.shape
-    flat = like.new_empty(n * height * columns * sum(widths))
-    parts = flat.split([n * height * columns * width for width in widths])
-    return [part.view(n, height, columns, width).permute(0, 3, 1, 2) for part, width in zip(parts, widths, strict=True)]
+    pixels = n * height * columns
+    parts = like.new_empty(pixels * sum(widths)).split([pixels * width for width in widths])
+    return [_view(part, like, width) for part, width in zip(parts, widths, strict=True)]
+
+
+def _view(flat: Tensor, like: Tensor, width: int) -> Tensor:
+    n, _, height, columns = like.shape
+    if _layout(like) == torch.channels_last:
+        return flat.view(n, height, columns, width).permute(0, 3, 1, 2)
+    return flat.view(n, width, height, columns)
 
 
 class _Buffer:
     """Memory for the widest reader, used again by every reader: fresh pages cost more than the arithmetic."""
 
     def __init__(self, like: Tensor, scales: Sequence[Tensor]):
-        self.widest = _block(like, [max(len(scale) for scale in scales)])[0]
+        self.like = like
+        self.pixels = like.numel() // like.shape[1]
+        self.flat = like.new_empty(self.pixels * max(len(scale) for scale in scales))
 
-    def channels(self, width: int) -> Tensor:
-        n, _, height, columns = self.widest.shape
-        strides = (height * columns * width, 1, columns * width, width)
-        return self.widest.as_strided((n, width, height, columns), strides)
+    def of_width(self, width: int) -> Tensor:
+        return _view(self.flat[: self.pixels * width], self.like, width)
 
-    def of(self, features: Sequence[Tensor]) -> Tensor:
-        out = self.channels(sum(feature.shape[1] for feature in features))
-        return torch.cat(list(features), 1, out=out)
-
-    def like(self, gathered: Tensor) -> Tensor:
-        return self.channels(gathered.shape[1])
+    def gathered(self, features: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(features), 1, out=self.of_width(sum(feature.shape[1] for feature in features)))
 
 
 def _normalise(x: Tensor, statistics: Statistics, training: bool, out: Tensor) -> Tensor:
@@ -188,7 +195,7 @@ def _share_out(d_gathered: Tensor, read: Sequence[int], sums: list[Tensor], begu
     parts = d_gathered.split([sums[j].shape[1] for j in read], 1)
     for j, part in zip(read, parts, strict=True):
         if begun[j]:
-            sums[j] += part.contiguous(memory_format=CHANNELS_LAST)  # dense sums beat strided ones, copy included
+            sums[j].add_(part)
         else:
             sums[j].copy_(part)
         begun[j] = True

@@ -1,0 +1,262 @@
+"""Folders, parquet files and the embedded digits, as a user has them; and every way they can be wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import fields
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from sparsenet.data import DataConfig, DataError, Dataset, load_dataset
+
+
+def load(root: Path | str = "", **options: Any) -> Dataset:
+    return load_dataset(DataConfig(dataset_dir=str(root), **options))
+
+
+def png(value: int, size: tuple[int, int] = (12, 12)) -> bytes:
+    stream = BytesIO()
+    Image.new("RGB", size, (value, value, value)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def plant(root: Path, *classes: str, count: int = 5, size: tuple[int, int] = (12, 12)) -> Path:
+    """Class folders with images whose grey is 10 times the class plus the number of the image."""
+    for label, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            (root / name / f"{i}.png").write_bytes(png(10 * label + i, size))
+    return root
+
+
+def greys(images: Any) -> list[int]:
+    return sorted(images.pixels[:, 0, 0, 0].tolist())
+
+
+def test_digits_are_the_default() -> None:
+    digits = load()
+    assert (digits.name, digits.classes, digits.val) == ("digits", tuple("0123456789"), None)
+    assert digits.train.pixels.shape[1:] == (1, 8, 8) and digits.train.pixels.dtype == torch.uint8
+    assert len(digits.train) + len(digits.test) == 1797 and int(digits.train.pixels.max()) == 255
+    again = load(val_fraction=0.1)
+    assert torch.equal(again.test.pixels, digits.test.pixels)
+    assert again.val is not None and len(again.val) + len(again.train) == len(digits.train)
+    assert load(dataset="digits", image_size=16, in_chans=3).train.pixels.shape[1:] == (3, 16, 16)
+
+
+def test_folder_of_classes_is_split(tmp_path: Path) -> None:
+    found = load(plant(tmp_path / "pets", "dog", "cat"), test_fraction=0.4)
+    assert (found.name, found.classes) == ("pets", ("cat", "dog"))
+    assert found.test.labels.tolist() == [0, 0, 1, 1] and found.train.labels.tolist() == [0] * 3 + [1] * 3
+    assert sorted(greys(found.train) + greys(found.test)) == [*range(5), *range(10, 15)]
+    assert found.train.pixels.shape[1:] == (3, 12, 12)
+    assert load(tmp_path / "pets", dataset_name="Pets").name == "Pets"
+
+
+@pytest.mark.parametrize("val", ["val", "valid", "validation"])
+def test_folder_with_splits_is_taken_as_it_is(val: str, tmp_path: Path) -> None:
+    plant(tmp_path / "train", "a", "b", count=3)
+    plant(tmp_path / val, "a", "b", count=2)
+    found = load(tmp_path)
+    assert found.val is None and (len(found.train), len(found.test)) == (6, 4)
+    plant(tmp_path / "test", "a", "b", count=1)
+    found = load(tmp_path, val_fraction=0.5)
+    assert found.val is not None and [len(found.train), len(found.val), len(found.test)] == [6, 4, 2]
+
+
+def test_train_folder_alone_is_split_and_a_class_may_be_named_train(tmp_path: Path) -> None:
+    assert load(plant(tmp_path / "x" / "train", "a", "b").parent).classes == ("a", "b")
+    assert load(plant(tmp_path / "y", "train", "plane")).classes == ("plane", "train")
+
+
+def test_hidden_and_other_files_are_ignored_and_nested_ones_belong_to_the_class(tmp_path: Path) -> None:
+    plant(tmp_path, "a", "b", ".hidden", count=2)
+    for name in ("a/notes.txt", "a/.DS_Store", "a/._0.png", "a/.cache/9.png", "readme.md"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"?")
+    plant(tmp_path / "b" / "deep", "er", count=1)
+    (tmp_path / "a" / "LOUD.PNG").write_bytes(png(77))
+    found = load(tmp_path)
+    assert sorted(greys(found.train) + greys(found.test)) == [0, 0, 1, 10, 11, 77]
+
+
+def test_image_size_is_the_images_own_or_64_or_as_asked(tmp_path: Path) -> None:
+    plant(tmp_path, "a", "b")
+    assert load(tmp_path).train.pixels.shape[2:] == (12, 12)
+    assert load(tmp_path, image_size=9, in_chans=1).test.pixels.shape[1:] == (1, 9, 9)
+    (tmp_path / "b" / "wide.png").write_bytes(png(50, (30, 12)))
+    assert load(tmp_path).train.pixels.shape[2:] == (64, 64)
+
+
+def empty_class(root: Path) -> None:
+    plant(root, "a", "b")
+    (root / "bare").mkdir()
+
+
+def other_classes(root: Path) -> None:
+    plant(root / "train", "cat", "dog")
+    plant(root / "test", "dog", "frog")
+
+
+def single_images(root: Path) -> None:
+    plant(root, "a", "b", count=1)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (empty_class, r"bare: expected images of this class, found none"),
+        (other_classes, r"test: expected the classes of train, found .*: -cat, \+frog$"),
+        (single_images, r"expected a class of 2 images or more"),
+        (lambda root: plant(root, "only"), r"at least 2 class folders .* found 1$"),
+        (lambda root: None, r"--dataset_dir: .* found 0$"),
+        (lambda root: root.rmdir(), r"^--dataset_dir: expected a folder with data, found .*nowhere"),
+        (lambda root: (root / "train-0.parquet").write_bytes(b"PAR1?"), r"train-0.parquet: expected a parquet file"),
+        (lambda root: (root / "extra.parquet").touch(), r"expected train\*\.parquet in .*, found extra.parquet"),
+    ],
+)
+def test_wrong_folder_is_one_line(make: Callable[[Path], object], message: str, tmp_path: Path) -> None:
+    root = tmp_path / "nowhere"
+    root.mkdir()
+    make(root)
+    with pytest.raises(DataError, match=message) as caught:
+        load(root)
+    assert "\n" not in str(caught.value)
+
+
+def test_corrupt_image_is_named_or_skipped(tmp_path: Path) -> None:
+    plant(tmp_path, "a", "b")
+    bad = tmp_path / "a" / "2.png"
+    bad.write_bytes(png(3)[:40])
+    with pytest.raises(DataError, match=r"a/2\.png: .*--skip_corrupt"):
+        load(tmp_path)
+    found = load(tmp_path, skip_corrupt=True)
+    assert found.skipped == (str(bad),) and len(found.train) + len(found.test) == 9
+    for path in tmp_path.rglob("*.png"):
+        path.write_bytes(b"?")
+    with pytest.raises(DataError, match=r"expected train images, found none \(10 corrupt\)"):
+        load(tmp_path, skip_corrupt=True)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="everything is readable to root")
+def test_unreadable_folder_is_one_line(tmp_path: Path) -> None:
+    plant(tmp_path / "x", "a", "b").chmod(0)
+    with pytest.raises(DataError, match="--dataset_dir: expected readable data"):
+        load(tmp_path / "x")
+    (tmp_path / "x").chmod(0o700)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dataset": "c11"}, r"^--dataset: expected one of auto, digits, .*, found 'c11'$"),
+        ({"in_chans": 2}, "--in_chans: expected 0, 1 or 3"),
+        ({"image_size": -1}, "--image_size"),
+        ({"test_fraction": 0.0}, "--test_fraction"),
+        ({"val_fraction": 1.0}, "--val_fraction"),
+        ({"shift": -1}, "--shift"),
+        ({"download": True}, "^--download: expected --dataset c10 or c100, found auto$"),
+        ({"dataset": "c10"}, "^--dataset_dir: expected a folder with data, found none given$"),
+        ({"dataset": "c10", "download": True}, "^--dataset_dir: expected a folder with data, found none given$"),
+    ],
+)
+def test_wrong_option_names_its_flag(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        load(**options)
+
+
+def test_every_option_has_one_line_of_help() -> None:
+    for field in fields(DataConfig):
+        assert field.metadata["help"] and "\n" not in field.metadata["help"]
+        assert field.default in field.metadata.get("choices", (field.default,))
+
+
+def write_parquet(
+    path: Path,
+    labels: list[int | None],
+    names: Any = None,
+    image: str = "img",
+    label: str = "label",
+    bad: tuple[int, ...] = (),
+) -> None:
+    """A file in the hub's layout; images have the grey of their row."""
+    cells = [{"bytes": b"?" if i in bad else png(i), "path": None} for i in range(len(labels))]
+    table = pa.table(
+        {
+            image: pa.array(cells, pa.struct({"bytes": pa.binary(), "path": pa.string()})),
+            label: pa.array(labels, pa.int64()),
+        }
+    )
+    if names is not None:
+        features = {image: {"_type": "Image"}, label: {"names": names, "_type": "ClassLabel"}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, path, row_group_size=4)
+
+
+@pytest.mark.parametrize("names", [["cat", "dog"], {"0": "cat", "1": "dog"}, None])
+@pytest.mark.parametrize(
+    ("folder", "image", "label"), [(".", "img", "label"), ("data", "image", "fine_label"), (".", "pic", "labels")]
+)
+def test_parquet_in_the_hubs_layout(names: Any, folder: str, image: str, label: str, tmp_path: Path) -> None:
+    root = tmp_path / "pets"
+    for name, labels in {"train-0-of-2": [0, 1, 0, 1, 1, 0], "train-1-of-2": [1, 1], "test-0-of-1": [0, 1, 0]}.items():
+        write_parquet(root / folder / f"{name}.parquet", labels, names, image, label)
+    found = load(root)
+    assert found.name == "pets" and found.classes == (("cat", "dog") if names else ("0", "1"))
+    assert found.train.labels.tolist() == [0, 1, 0, 1, 1, 0, 1, 1] and found.test.labels.tolist() == [0, 1, 0]
+    assert found.train.pixels[:, 2, 3, 4].tolist() == [0, 1, 2, 3, 4, 5, 0, 1]
+    assert found.val is None and found.train.pixels.shape[1:] == (3, 12, 12)
+
+
+def test_parquet_validation_is_val_beside_a_test_and_the_test_without(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train.parquet", [0, 1] * 5)
+    assert len(load(tmp_path).test) == 2
+    write_parquet(tmp_path / "validation-0.parquet", [0, 1, 1])
+    found = load(tmp_path)
+    assert found.val is None and len(found.test) == 3
+    write_parquet(tmp_path / "test-0.parquet", [0, 1])
+    found = load(tmp_path)
+    assert found.val is not None and (len(found.val), len(found.test)) == (3, 2)
+
+
+def test_parquet_damage_names_file_and_row(tmp_path: Path) -> None:
+    path = tmp_path / "train-0.parquet"
+    write_parquet(path, [0, 1] * 5, ["cat", "dog"], bad=(7,))
+    with pytest.raises(DataError, match=r"train-0\.parquet row 7: .*--skip_corrupt"):
+        load(tmp_path)
+    found = load(tmp_path, skip_corrupt=True)
+    assert found.skipped == (f"{path} row 7",) and len(found.train) + len(found.test) == 9
+    for label, name in ((2, "2"), (-1, "-1"), (None, "-1")):
+        write_parquet(path, [0, 1, label], ["cat", "dog"])
+        with pytest.raises(DataError, match=rf"train-0\.parquet row 2: expected a label from 0 to 1, found {name}$"):
+            load(tmp_path)
+    write_parquet(path, [0, 1], label="target")
+    with pytest.raises(DataError, match=r"expected an image column .* found the columns img, target"):
+        load(tmp_path)
+    write_parquet(path, [0, 1] * 5)
+    write_parquet(tmp_path / "train-1.parquet", [0, 1], image="other")
+    with pytest.raises(DataError, match=r"train-1\.parquet: expected"):
+        load(tmp_path)
+    whole = path.read_bytes()
+    (tmp_path / "train-1.parquet").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"train-1\.parquet: expected a parquet file"):
+        load(tmp_path)
+
+
+@pytest.mark.skipif("SPARSENET_TEST_PARQUET" not in os.environ, reason="SPARSENET_TEST_PARQUET names no folder")
+def test_real_parquet_folder() -> None:
+    found = load(os.environ["SPARSENET_TEST_PARQUET"])
+    assert len(found.train) and len(found.test) and not found.skipped
+    assert np.all(np.bincount(found.train.labels.numpy(), minlength=len(found.classes)) > 0)
