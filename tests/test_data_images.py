@@ -119,8 +119,9 @@ def test_exif_orientation_is_applied(orientation: int) -> None:
     assert np.array_equal(read(image, exif=exif), chw(COLOUR))
 
 
-def test_damaged_metadata_spoil_no_image() -> None:
-    assert read(Image.fromarray(COLOUR), "JPEG", exif=b"Exif\0\0nonsense").shape == (3, 8, 8)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_damaged_metadata_spoil_no_image(kind: str) -> None:
+    assert read(Image.fromarray(COLOUR), kind, exif=b"nonsense").shape == (3, 8, 8)
 
 
 def test_shorter_side_is_resized_and_the_centre_cropped() -> None:
@@ -147,6 +148,8 @@ def test_large_jpeg_decoded_small_stays_near_the_whole_one() -> None:
     )
     from_jpeg, from_png = (read(photo, kind, size=32).astype(int) for kind in ("JPEG", "PNG"))
     assert np.abs(from_jpeg - from_png).max() <= 4
+    noise = Image.fromarray(RNG.integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    assert np.array_equal(read(noise, "JPEG", size=32), read(noise, "JPEG", size=0))
 
 
 def test_array_and_file_take_the_same_path() -> None:

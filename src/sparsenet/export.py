@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +16,7 @@ from torch import Tensor
 
 from sparsenet.extras import require
 from sparsenet.model import SparseNet
-from sparsenet.run import version
+from sparsenet.run import version, write_atomic
 
 if TYPE_CHECKING:
     from sparsenet.run import Trained
@@ -42,36 +40,48 @@ class ExportReport:
     random_images: int
     real_images: int
 
+    def summary(self) -> str:
+        """One line to print."""
+        return (
+            f"{self.path}: opset {self.opset}, {self.bytes / 2**20:.1f} MiB; onnxruntime's logits are within "
+            f"{self.max_difference:.0e} of the model's on {self.random_images} random and {self.real_images} "
+            f"real images (largest logit {self.max_logit:.1f})"
+        )
+
 
 def export_onnx(
     trained: Trained, target: Path, real_images: Tensor | None = None, opset: int | None = None
 ) -> ExportReport:
     """A network from ``images``, normalised float32 ``(batch, C, H, W)``, to ``logits (batch, classes)``.
 
-    The batch size is free; the file's metadata say how to normalise (see :func:`metadata`). Before the file
-    gets its name it is checked, at several batch sizes, on random images and on *real_images*, uint8
-    ``(N, C, H, W)``. Raises ``ValueError`` for an *opset* or *target* that cannot be written, and, keeping no
-    file, where onnxruntime's logits differ.
+    The batch size is free; the file's metadata say how to normalise (see :func:`metadata`). Before it is
+    written it is checked, at several batch sizes, on random images and on *real_images*, uint8 ``(N, C, H, W)``.
+    Raises ``ValueError`` where onnxruntime's logits differ, and for an *opset* or *target* that cannot be written.
     """
     onnx = require("onnx", "export")
     require("onnxscript", "export")
     newest = onnx.defs.onnx_opset_version()
     if opset is not None and not OLDEST_OPSET <= opset <= newest:
         raise ValueError(f"--opset: expected a number from {OLDEST_OPSET} to {newest}, found {opset}")
+    if target.is_dir() or not target.parent.is_dir():
+        raise ValueError(f"{target}: expected the name of a file in a folder that exists")
     model = SparseNet(trained.model.architecture, "reference").eval()
     model.load_state_dict({name: value.cpu() for name, value in trained.model.state_dict().items()})
     random = _random_images(trained)
-    real = random[:0] if real_images is None else real_images[: max(BATCHES)].cpu()
-    with _temporary(target) as temporary, _quiet():
-        program = _program(model, trained.preprocessing.normalise(random), opset)
+    real = random[:0] if real_images is None else real_images.cpu()
+    images = [trained.preprocessing.normalise(pixels) for pixels in (random, real)]
+    with _quiet():
+        program = _program(model, images[0], opset)
         program.model.metadata_props.update(metadata(trained))
-        program.save(temporary, external_data=False)
-        onnx.checker.check_model(temporary, full_check=True)
-        images = [trained.preprocessing.normalise(pixels) for pixels in (random, real) if len(pixels)]
-        difference, largest = _compare(model, temporary, images)
-        temporary.replace(target)
+        file = program.model_proto.SerializeToString()
+        onnx.checker.check_model(file, full_check=True)
+    difference, largest = _compare(model, file, images)
+    try:
+        write_atomic(target, file)
+    except OSError as error:
+        raise ValueError(f"{target}: expected a file that can be written, found: {error.strerror}") from None
     opset = program.model.opset_imports[""]
-    return ExportReport(target, opset, target.stat().st_size, difference, largest, len(random), len(real))
+    return ExportReport(target, opset, len(file), difference, largest, len(random), len(real))
 
 
 def metadata(trained: Trained) -> dict[str, str]:
@@ -96,23 +106,6 @@ def _random_images(trained: Trained) -> Tensor:
     size, channels = trained.preprocessing.size, trained.preprocessing.channels
     shape = (max(BATCHES), channels, size, size)
     return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-
-
-@contextmanager
-def _temporary(target: Path) -> Iterator[Path]:
-    """A file beside *target* that is gone afterwards unless it was renamed."""
-    if target.is_dir():
-        raise ValueError(f"{target}: expected the name of a file to write, found a folder")
-    try:
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    except OSError as error:
-        raise ValueError(f"{target}: expected a file that can be written, found: {error.strerror}") from None
-    os.close(handle)
-    try:
-        Path(name).chmod(0o644)
-        yield Path(name)
-    finally:
-        Path(name).unlink(missing_ok=True)
 
 
 @contextmanager
@@ -146,34 +139,30 @@ def _program(model: SparseNet, images: Tensor, opset: int | None) -> Any:
     return program
 
 
-def _compare(model: SparseNet, file: Path, images: list[Tensor]) -> tuple[float, float]:
+def _compare(model: SparseNet, file: bytes, images: list[Tensor]) -> tuple[float, float]:
     """Largest difference and largest logit over *images* in batches of every size; ``ValueError`` if far."""
     session = _session(file)
-    difference = largest = 0.0
-    for batch in (kind[:size] for kind in images for size in BATCHES):
-        with torch.no_grad():
-            expected = model(batch)
-        found = torch.from_numpy(session.run(["logits"], {"images": batch.numpy()})[0])
-        if found.shape != expected.shape or not found.isfinite().all():
-            shape = tuple(expected.shape)
-            raise ValueError(f"onnx: expected {shape} finite logits, found others; no file kept")
-        difference = max(difference, (found - expected).abs().max().item())
-        largest = max(largest, expected.abs().max().item())
-    if difference > TOLERANCE * max(1.0, largest):
+    batches = [kind[:size] for kind in images if len(kind) for size in (*BATCHES, len(kind))]
+    with torch.no_grad():
+        expected = torch.cat([model(batch) for batch in batches])
+    found = torch.cat([torch.from_numpy(session.run(None, {"images": batch.numpy()})[0]) for batch in batches])
+    difference, largest = (found - expected).abs().max().item(), expected.abs().max().item()
+    allowed = TOLERANCE * max(1.0, largest)
+    if not difference <= allowed:  # neither is NaN
         raise ValueError(
-            f"onnx: expected onnxruntime's logits within {TOLERANCE * max(1.0, largest):.1e} of the model's, "
-            f"found a difference of {difference:.1e}; no file kept"
+            f"onnx: expected onnxruntime's logits within {allowed:.1e} of the model's, "
+            f"found a difference of {difference:.1e}; no file written"
         )
     return difference, largest
 
 
-def _session(file: Path) -> Any:
+def _session(file: bytes) -> Any:
     runtime = require("onnxruntime", "export")
     failures = require("onnxruntime.capi.onnxruntime_pybind11_state", "export")
     options = runtime.SessionOptions()
     options.log_severity_level = 3  # errors; its warnings go to stderr past Python
     try:
-        return runtime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        return runtime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     except (failures.Fail, failures.InvalidGraph, failures.NotImplemented) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"onnx: onnxruntime {runtime.__version__} cannot run the file: {reason}") from None

@@ -5,51 +5,70 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from html import escape
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sparsenet.architecture import Node
 from sparsenet.extras import require
 from sparsenet.run import write_atomic
 
-# Okabe and Ito's palette: distinguishable with any colour vision.
-COLOURS = {"train": "#0072b2", "val": "#e69f00", "test": "#d55e00"}
-INK, FAINT = "#22272e", "#8a929c"
+INK, FAINT, GRID = "#22272e", "#8a929c", "#e3e6ea"
+COLOURS = {"train": "#0072b2", "val": "#e69f00", "test": "#d55e00"}  # Okabe and Ito's, for any colour vision
+LOOK = {
+    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), INK),
+    **dict.fromkeys(("xtick.major.size", "ytick.major.size", "legend.borderpad", "legend.borderaxespad"), 0),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "axes.spines.left", "legend.frameon"), False),
+    "text.parse_math": False,  # a $ in the name of a class is a $
+    "grid.color": GRID,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+}
 SHEET = (4, 8)  # rows and columns of the sheet of mistakes
 
 Row = Mapping[str, float | None]
 
 
-def draw_curves(rows: Sequence[Row], target: Path, title: str = "") -> None:
-    """A PNG of loss and error in percent over the epochs of metrics.csv, with the learning rate's drops.
+@contextmanager
+def _picture(target: Path, width: float, height: float, title: str = "") -> Iterator[Any]:
+    """A figure of *width* by *height* inches to draw on, written to *target* at the end: no window opens."""
+    figures = require("matplotlib.figure", "train")
+    with require("matplotlib", "train").rc_context(LOOK), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a class name in a script that the font lacks
+        figure = figures.Figure((width, height), layout="constrained", facecolor="white")
+        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
+        if title:
+            figure.suptitle(title, fontsize=13)
+        yield figure
+        png = io.BytesIO()
+        figure.savefig(png, format="png", dpi=130)
+    write_atomic(target, png.getvalue())
 
-    A schedule that changes at every epoch is drawn as a curve of its own instead. ``None``: not measured.
+
+def draw_curves(rows: Sequence[Row], target: Path, title: str = "") -> None:
+    """A PNG of loss and error over the epochs of metrics.csv (``None``: not measured), and the learning rate.
+
+    The rate is drawn as a line at each drop, or as a curve where it changes all the time.
     """
-    figure = _figure(11, 4.4, title)
-    axes = figure.subplots(1, 2)
-    drops = _drops(rows)
-    for axis, quantity, unit in ((axes[0], "loss", "nats"), (axes[1], "error", "%")):
-        for split, colour in COLOURS.items():
-            points = _points(rows, f"{split}_{quantity}")
-            style = ".-" if len(points) <= 40 else "-"
-            if points:
-                axis.plot(*zip(*points, strict=True), style, color=colour, label=split, lw=1.6, ms=6)
-        _frame_curves(axis, rows, quantity, f"{quantity} ({unit})")
-        for epoch, rate in drops or ():
-            axis.axvline(epoch - 0.5, color=FAINT, lw=0.8, ls="--", zorder=0)
-            axis.annotate(
-                f"lr {rate:.3g} ", (epoch - 0.5, 0.98), xycoords=("data", "axes fraction"), rotation=90,
-                ha="right", va="top", fontsize=8, color=FAINT,
-            )  # fmt: skip
-    if drops is None:
-        _draw_rate(axes[0], rows)
-    _annotate_last(axes[1], rows)
-    _save(figure, target)
+    with _picture(target, 11, 4.4, title) as figure:
+        axes = figure.subplots(1, 2)
+        _draw_curves(axes[0], rows, "loss", "nats")
+        _draw_curves(axes[1], rows, "error", "%")
+        _annotate_last(axes[1], rows)
+        rates = _points(rows, "lr")
+        drops = [new for old, new in pairwise(rates) if old[1] != new[1]]
+        if 3 * len(drops) > len(rates):
+            _draw_rates(axes[0].twinx(), rates)
+            return
+        for axis in axes:
+            for epoch, rate in drops:
+                axis.axvline(epoch - 0.5, color=FAINT, lw=0.8, ls="--", zorder=0)
+                style = {"rotation": 90, "ha": "right", "va": "top", "fontsize": 8, "color": FAINT}
+                axis.annotate(f"lr {rate:.3g} ", (epoch - 0.5, 0.98), xycoords=("data", "axes fraction"), **style)
 
 
 def _points(rows: Sequence[Row], column: str) -> list[tuple[float, float]]:
@@ -57,159 +76,117 @@ def _points(rows: Sequence[Row], column: str) -> list[tuple[float, float]]:
     return [(epoch, value) for epoch, value in cells if epoch is not None and value is not None]
 
 
-def _drops(rows: Sequence[Row]) -> list[tuple[float, float]] | None:
-    """The epochs with a new learning rate, and the rate; ``None`` for a smooth schedule."""
-    rates = _points(rows, "lr")
-    changes = [new for old, new in pairwise(rates) if old[1] != new[1]]
-    return changes if 3 * len(changes) <= len(rates) else None
-
-
-def _frame_curves(axis: Any, rows: Sequence[Row], quantity: str, label: str) -> None:
-    axis.set_xlabel("epoch", color=INK)
-    axis.set_title(label, loc="left", fontsize=11, color=INK)
-    axis.grid(axis="y", color="#e3e6ea", lw=0.8)
-    axis.spines[["top", "right", "left"]].set_visible(False)
-    axis.tick_params(colors=INK, length=0)
+def _draw_curves(axis: Any, rows: Sequence[Row], quantity: str, unit: str) -> None:
+    axis.set(xlabel="epoch", title=f"{quantity} ({unit})")
+    axis.grid(axis="y")
     axis.xaxis.get_major_locator().set_params(integer=True)
-    values = sorted(value for split in COLOURS for _, value in _points(rows, f"{split}_{quantity}"))
-    if not values:
+    curves = {split: points for split in COLOURS if (points := _points(rows, f"{split}_{quantity}"))}
+    if not curves:
         axis.set(xticks=[], yticks=[])
         axis.text(0.5, 0.5, "no epoch finished yet", transform=axis.transAxes, ha="center", color=FAINT)
         return
+    for split, points in curves.items():
+        style = ".-" if len(points) <= 40 else "-"
+        axis.plot(*zip(*points, strict=True), style, color=COLOURS[split], label=split)
+    values = sorted(value for points in curves.values() for _, value in points)
     # In a long run the first epochs would leave no room for the rest: they may leave the picture at the top.
-    shown = values if len(values) < 100 else values[: int(0.98 * len(values))]
-    axis.set_ylim(0, 1.08 * shown[-1] or 1)
-    axis.set_xlim(0, 1.015 * max(row.get("epoch") or 0 for row in rows) or 1)
-    where = {"loc": "lower right", "bbox_to_anchor": (1, 1.01), "borderpad": 0, "borderaxespad": 0}
-    axis.legend(frameon=False, labelcolor=INK, ncols=3, handlelength=1.2, columnspacing=1.4, **where)
+    top = values[-1] if len(values) < 100 else values[int(0.98 * len(values))]
+    axis.set(ylim=(0, 1.08 * top or 1), xlim=(0, 1.015 * max(points[-1][0] for points in curves.values()) or 1))
+    axis.legend(ncols=3, handlelength=1.2, columnspacing=1.4, loc="lower right", bbox_to_anchor=(1, 1.01))
 
 
-def _draw_rate(axis: Any, rows: Sequence[Row]) -> None:
-    twin = axis.twinx()
-    twin.plot(*zip(*_points(rows, "lr"), strict=True), color=FAINT, lw=1, ls=":")
-    twin.set_ylim(bottom=0)
-    twin.spines[["top", "right", "left", "bottom"]].set_visible(False)
-    twin.tick_params(colors=FAINT, length=0, labelsize=8)
-    twin.set_ylabel("learning rate (dotted)", color=FAINT, fontsize=8)
+def _draw_rates(axis: Any, rates: Sequence[tuple[float, float]]) -> None:
+    axis.plot(*zip(*rates, strict=True), color=FAINT, lw=1, ls=":")
+    axis.set_ylim(bottom=0)
+    axis.tick_params(labelcolor=FAINT, labelsize=8)
+    axis.set_ylabel("learning rate (dotted)", color=FAINT, fontsize=8)
 
 
 def _annotate_last(axis: Any, rows: Sequence[Row]) -> None:
-    for split in ("test", "val"):
-        if points := _points(rows, f"{split}_error"):
-            epoch, error = points[-1]
-            at = (1.015, min(error, axis.get_ylim()[1]))
-            axis.plot(epoch, error, "o", color=COLOURS[split], ms=7, mec="white", clip_on=False, zorder=5)
-            axis.annotate(
-                f"{split}\n{error:.2f} %", at, xycoords=("axes fraction", "data"), va="center",
-                color=COLOURS[split], weight="bold", fontsize=10, annotation_clip=False,
-            )  # fmt: skip
-            return
+    split = "test" if _points(rows, "test_error") else "val"
+    for epoch, error in _points(rows, f"{split}_error")[-1:]:
+        axis.plot(epoch, error, "o", color=COLOURS[split], ms=7, mec="white", clip_on=False, zorder=5)
+        at = (1.015, min(error, axis.get_ylim()[1]))
+        style = {"xycoords": ("axes fraction", "data"), "annotation_clip": False, "va": "center", "weight": "bold"}
+        axis.annotate(f"{split}\n{error:.2f} %", at, color=COLOURS[split], **style)
 
 
 def draw_confusion(counts: Tensor, classes: Sequence[str], target: Path) -> None:
-    """A PNG of the confusion matrix *counts* ``(C, C)``, true classes in rows, each row in percent of itself."""
-    images, many = counts.sum(1, keepdim=True).double(), len(classes)
-    shares = (100 * counts / images).cpu()  # a class without images gives a row of NaN, drawn blank
-    wrong = counts.sum() - counts.diagonal().sum()
-    error = 100 * wrong.item() / max(counts.sum().item(), 1)
+    """A PNG of the confusion matrix *counts* ``(C, C)``: true classes in rows, each row in percent of itself."""
+    many, images = len(classes), int(counts.sum())
+    error = 100 * (images - int(counts.diagonal().sum())) / max(images, 1)
+    shares = 100 * counts.double() / counts.sum(1, keepdim=True)  # NaN, drawn blank, for a class without images
     side = min(max(6.0, 1.5 + 0.62 * many), 14.0)
-    figure = _figure(side + 1, side, f"Confusion: {error:.2f} % of {int(counts.sum()):,} images wrong")
-    axis = figure.subplots()
-    # The square root of the share: a confusion of 1 % can be told from none.
-    norm = require("matplotlib.colors", "train").PowerNorm(0.5, 0, 100)
-    image = axis.imshow(shares.numpy(), cmap="Blues", norm=norm)
-    bar = figure.colorbar(image, ax=axis, ticks=[0, 1, 5, 10, 25, 50, 100], shrink=0.8, pad=0.02, aspect=36)
-    bar.set_label("% of the true class", color=INK)
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(colors=INK, length=0)
+    with _picture(target, side + 1, side, f"Confusion: {error:.2f} % of {images:,} images wrong") as figure:
+        axis = figure.subplots()
+        # Over the square root of the share a confusion of 1 % can be told from none.
+        norm = require("matplotlib.colors", "train").PowerNorm(0.5, 0, 100)
+        image = axis.imshow(shares.numpy(), cmap="Blues", norm=norm)
+        bar = figure.colorbar(image, ax=axis, ticks=[0, 1, 5, 10, 25, 50, 100], shrink=0.8, pad=0.02, aspect=36)
+        bar.set_label("% of the true class")
+        bar.outline.set_visible(False)
+        _name_classes(axis, classes)
+        if many <= 20:
+            _write_shares(axis, shares)
+
+
+def _name_classes(axis: Any, classes: Sequence[str]) -> None:
+    many = len(classes)
     step = 1 + (many - 1) // 100
     names, size = [_short(name, 20) for name in classes[::step]], min(10.0, 660 / many * step)
-    longest = max(map(len, names), default=0)
-    turn = 0 if longest <= 2 and many <= 20 else 90 if many > 20 else 45
-    axis.set_xticks(range(0, many, step), names, fontsize=size, rotation=turn, parse_math=False)
-    axis.set_yticks(range(0, many, step), names, fontsize=size, parse_math=False)
-    for label in axis.get_xticklabels():
-        label.set(ha="right" if turn == 45 else "center", rotation_mode="anchor" if turn == 45 else "default")
-    axis.set_xlabel("predicted", color=INK)
-    axis.set_ylabel("true", color=INK)
-    axis.tick_params(length=0, colors=INK)
+    upright = many <= 20 and max(map(len, names)) <= 2
+    turned = {"rotation": 45 if many <= 20 else 90, "ha": "right", "va": "center", "rotation_mode": "anchor"}
+    axis.set_xticks(range(0, many, step), names, fontsize=size, **({} if upright else turned))
+    axis.set_yticks(range(0, many, step), names, fontsize=size)
+    axis.set(xlabel="predicted", ylabel="true")
     axis.spines[:].set_visible(False)
-    if many <= 20:
-        _write_shares(axis, shares)
-    _save(figure, target)
 
 
 def _write_shares(axis: Any, shares: Tensor) -> None:
-    for (y, x), share in zip(torch.cartesian_prod(*map(torch.arange, shares.shape)), shares.flatten(), strict=True):
-        if share > 0:
-            text = f"{share:.0f}" if share >= 9.95 else f"{share:.1f}"
-            axis.text(x, y, text, ha="center", va="center", fontsize=8, color="white" if share > 30 else INK)
+    for y, row in enumerate(shares.tolist()):
+        for x, share in enumerate(row):
+            if share > 0:
+                text, colour = f"{share:.{0 if share >= 9.95 else 1}f}", "white" if share > 30 else INK
+                axis.text(x, y, text, ha="center", va="center", fontsize=8, color=colour)
 
 
 def draw_samples(
-    pixels: Tensor,
-    labels: Tensor,
-    predicted: Tensor,
-    confidence: Tensor,
-    classes: Sequence[str],
-    target: Path,
+    pixels: Tensor, labels: Tensor, predicted: Tensor, confidence: Tensor, classes: Sequence[str], target: Path
 ) -> None:
-    """A PNG of the images that the network gets wrong with the most confidence.
+    """A PNG of the images that the network gets wrong with the most confidence, at most 32.
 
-    *pixels* uint8 ``(N, C, H, W)``; *labels*, *predicted* int64 and *confidence* (0 to 1) ``(N,)``.
+    *pixels* uint8 ``(N, C, H, W)``; *labels*, *predicted* int64 and *confidence* (0 to 1) ``(N,)``; on the CPU.
     """
     wrong = (predicted != labels).nonzero()[:, 0]
-    worst = wrong[confidence[wrong].argsort(descending=True, stable=True)][: SHEET[0] * SHEET[1]]
-    if not len(worst):
-        figure = _figure(8, 2.4)
-        text = f"No mistakes: all {len(labels):,} images are classified correctly." if len(labels) else "No images."
-        figure.text(0.5, 0.5, text, ha="center", va="center", fontsize=14, color=INK)
-        _save(figure, target)
+    worst = wrong[confidence[wrong].argsort(descending=True, stable=True)][: SHEET[0] * SHEET[1]].tolist()
+    if not worst:
+        with _picture(target, 8, 2.4) as figure:
+            text = f"No mistakes: all {len(labels):,} images are classified correctly."
+            figure.text(0.5, 0.5, text, ha="center", va="center", fontsize=14)
         return
     columns = min(len(worst), SHEET[1])
     rows = -(-len(worst) // columns)
     title = f"{len(wrong):,} of {len(labels):,} images wrong; the most confident first"
-    figure = _figure(max(1.5 * columns, 6), 1.85 * rows + 0.6, title)
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axis in axes:
-        axis.axis("off")
-    for axis, i in zip(axes, worst.tolist(), strict=False):
-        _draw_image(axis, pixels[i])
-        said, truth = _short(classes[predicted[i]], 16), _short(classes[labels[i]], 15)
-        lines = ((f"{said} {100 * confidence[i]:.0f} %", COLOURS["test"]), (f"true: {truth}", COLOURS["train"]))
-        for line, (text, colour) in enumerate(lines):
-            axis.text(
-                0.5, -0.04 - 0.15 * line, text, transform=axis.transAxes, ha="center", va="top", fontsize=8.5,
-                color=colour, parse_math=False,
-            )  # fmt: skip
-    _save(figure, target)
+    with _picture(target, max(1.5 * columns, 6), 1.85 * rows + 0.6, title) as figure:
+        axes = figure.subplots(rows, columns, squeeze=False).flatten()
+        for axis in axes:
+            axis.axis("off")
+        for axis, i in zip(axes, worst, strict=False):
+            said, truth = (_short(classes[int(label[i])], 15) for label in (predicted, labels))
+            _draw_sample(axis, pixels[i], f"{said} · {100 * confidence[i]:.0f} %", f"true: {truth}")
 
 
-def _draw_image(axis: Any, pixels: Tensor) -> None:
-    shown = pixels.cpu().permute(1, 2, 0) if pixels.shape[0] == 3 else pixels[0].cpu()
-    smooth = "nearest" if min(pixels.shape[1:]) < 96 else "antialiased"
-    axis.imshow(shown.numpy(), cmap="gray", vmin=0, vmax=255, interpolation=smooth)
+def _draw_sample(axis: Any, pixels: Tensor, said: str, truth: str) -> None:
+    image = pixels.permute(1, 2, 0) if len(pixels) == 3 else pixels[0]
+    enlarged = "nearest" if min(pixels.shape[1:]) < 96 else "antialiased"
+    axis.imshow(image.numpy(), cmap="gray", vmin=0, vmax=255, interpolation=enlarged)
+    style = {"transform": axis.transAxes, "ha": "center", "va": "top", "fontsize": 8.5}
+    axis.text(0.5, -0.04, said, color=COLOURS["test"], **style)
+    axis.text(0.5, -0.19, truth, color=COLOURS["train"], **style)
 
 
 def _short(name: str, length: int) -> str:
     return name if len(name) <= length else name[: length - 1] + "…"
-
-
-def _figure(width: float, height: float, title: str = "") -> Any:
-    """A figure of its own, *width* by *height* inches: no window, no state shared with the caller's plots."""
-    figure = require("matplotlib.figure", "train").Figure((width, height), layout="constrained", facecolor="white")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
-    if title:
-        figure.suptitle(title, fontsize=13, color=INK, parse_math=False)
-    return figure
-
-
-def _save(figure: Any, target: Path) -> None:
-    png = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # a class name in a script that the font lacks
-        figure.savefig(png, format="png", dpi=130)
-    write_atomic(target, png.getvalue())
 
 
 MARGIN, BOX, WIDTH = 24, 104, 1100  # of the drawn network, in SVG units; a box is BOX wide and 36 high
@@ -227,48 +204,38 @@ def draw_graph(nodes: Sequence[Node], target: Path, title: str = "") -> None:
     Pointing at a feature shows its name, sources, shape and cost. A network with more than 6,000 links gets
     those of every n-th layer only, and says so.
     """
-    write_atomic(target, graph_svg(nodes, title))
-
-
-def graph_svg(nodes: Sequence[Node], title: str = "") -> str:
-    """The drawing of :func:`draw_graph` as text."""
     stages = [list(stage) for _, stage in groupby(nodes[1:], lambda node: node.stage)]
     pitch = max(7.0, min(56.0, (WIDTH - 2 * MARGIN - 2 * BOX) / max(map(len, stages))))
     stride = -(-sum(len(node.sources) for node in nodes) // MOST_LINKS)
-    y, parts, before = 48.0, [], nodes[0]
+    y, before = 48.0, nodes[0]
+    parts: list[str] = []
     for stage in stages:
-        y += 36 + max(_height(node.index - min(node.sources)) for node in stage)
+        y += 30 + max(_height(node.index - min(node.sources), pitch) for node in stage)
         parts += _row(stage, before, y, pitch, stride)
         before = stage[-1]
-        y += 58
+        y += 56
     width = max(2 * MARGIN + 2 * BOX + pitch * max(map(len, stages)), 640.0)
     counts = f"{sum(n.parameters for n in nodes):,} parameters · {_millions(sum(n.macs for n in nodes))} an image"
-    sampled = f" · links of every {stride}th layer drawn" if stride > 1 else ""
-    name = escape(title or "The network")
-    return "".join(
-        [
-            f'<svg xmlns="http://www.w3.org/2000/svg" class="sparsenet" role="img" aria-label="{name}" '
-            f'viewBox="0 0 {width:.0f} {y + 12:.0f}" width="{width:.0f}"><style>{STYLE}</style>',
-            '<rect width="100%" height="100%" rx="8" fill="#fff"/>',
-            _text(MARGIN, 34, title or "The network", "font-size:17px;font-weight:600;text-anchor:start"),
-            *parts,
-            _text(MARGIN, y - 8, counts + sampled, "text-anchor:start"),
-            "</svg>\n",
-        ]
+    sampled = f" · links of one layer in {stride} drawn" if stride > 1 else ""
+    title = title or "The network"
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="sparsenet" role="img" aria-label="{escape(title)}" '
+        f'viewBox="0 0 {width:.0f} {y + 30:.0f}" width="{width:.0f}"><style>{STYLE}</style>'
+        f'<rect width="100%" height="100%" rx="8" fill="#fff"/>'
     )
+    heading = _text(MARGIN, 34, title, "font-size:17px;font-weight:600;text-anchor:start")
+    caption = _text(MARGIN, y + 10, counts + sampled, "text-anchor:start")
+    write_atomic(target, "".join([head, heading, *parts, caption, "</svg>\n"]))
 
 
-def _height(distance: int) -> float:
-    return 11 * distance**0.65
+def _height(distance: int, pitch: float) -> float:
+    return (7 + 0.15 * pitch) * float(distance**0.65)
 
 
 def _row(stage: Sequence[Node], before: Node, y: float, pitch: float, stride: int) -> Iterator[str]:
     """Feature 0 as a box on the left, layers as dots, the transition or classifier as a box on the right."""
     end, colour = stage[-1], STAGE_COLOURS[stage[0].stage % len(STAGE_COLOURS)]
     xs = [MARGIN + BOX + pitch * index for index in range(end.index + 1)]
-    if before.kind == "transition":
-        x = MARGIN + BOX / 2
-        yield f'<path d="M{x:.0f} {y - 38:.0f}v14m-4 -6l4 6l4 -6" stroke="{FAINT}"/>'
     yield from (_layer(node, xs, y, pitch, colour, node.index % stride == 0) for node in stage)
     yield _box(before, MARGIN, y, "stem" if before.kind == "stem" else f"transition {before.stage + 1}")
     yield _box(end, xs[-1], y, end.kind if end.kind == "classifier" else f"transition {end.stage + 1}")
@@ -282,7 +249,7 @@ def _layer(node: Node, xs: Sequence[float], y: float, pitch: float, colour: str,
     for source in node.sources if linked or node.kind != "layer" else ():
         distance, half = node.index - source, (x - xs[source]) / 2
         arcs.append(
-            f'<path d="M{xs[source]:.1f} {y:.0f}a{half:.1f} {_height(distance):.1f} 0 0 1 {2 * half:.1f} 0" '
+            f'<path d="M{xs[source]:.1f} {y:.0f}a{half:.1f} {_height(distance, pitch):.1f} 0 0 1 {2 * half:.1f} 0" '
             f'stroke="{colour}" stroke-opacity="{0.9 * distance**-0.35:.2f}"/>'
         )
     dot = ""
@@ -307,10 +274,11 @@ def _text(x: float, y: float, text: str, style: str) -> str:
 
 
 def _describe(node: Node) -> str:
-    reads = f" reads {', '.join(map(str, node.sources))}" if node.sources else ""
+    many = len(node.sources)
+    read = f" reads {', '.join(map(str, node.sources)) if many <= 40 else f'{many} features'}" if many else ""
     shape = "×".join(map(str, node.shape))
-    return f"{node.name}{reads}, makes {shape}: {node.parameters:,} parameters, {_millions(node.macs)}"
+    return f"{node.name}{read}, makes {shape}: {node.parameters:,} parameters, {_millions(node.macs)}"
 
 
 def _millions(macs: int) -> str:
-    return f"{macs / 1e6:,.2f} million multiply-accumulates"
+    return f"{macs / 1e6:,.1f} million multiply-accumulates"

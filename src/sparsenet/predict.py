@@ -1,5 +1,7 @@
 """Classes of image files, decoded by many threads and classified batch by batch, in the order given."""
 
+# os.path and glob: pathlib raises where a folder may not be entered, which here is the error of one file only.
+# ruff: noqa: PTH111, PTH112, PTH207
 from __future__ import annotations
 
 import glob
@@ -44,14 +46,14 @@ def find_images(patterns: Sequence[str]) -> list[Path]:
     """
     found: list[Path] = []
     for pattern in patterns:
-        path = Path(pattern).expanduser()
-        matches = [path] if path.exists() else map(Path, sorted(glob.glob(str(path), recursive=True)))  # noqa: PTH207
-        images = [image for match in matches for image in (_inside(match) if match.is_dir() else [match])]
-        found += images or [path]
+        path = os.path.expanduser(pattern)
+        matches = [path] if os.path.lexists(path) else sorted(glob.glob(path, recursive=True))
+        images = [image for match in matches for image in (_inside(match) if os.path.isdir(match) else [Path(match)])]
+        found += images or [Path(path)]
     return found
 
 
-def _inside(folder: Path) -> list[Path]:
+def _inside(folder: str) -> list[Path]:
     found = []
     for where, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -98,14 +100,14 @@ def _classify(trained: Trained, images: Images, paths: list[Path], top: int) -> 
 
 def _failure(trained: Trained, path: Path) -> Prediction:
     """Reads *path* once more, alone, to learn what was wrong with it."""
-    if path.is_dir():
-        error = "expected a folder with images, found none in it"
-    elif not path.exists():
-        error = "expected an image, a folder or a glob that matches some, found nothing of that name"
+    error = f"{path}: expected an image, found one that changed while it was read"
+    if os.path.isdir(path):
+        error = f"{path}: expected a folder with images, found none in it"
+    elif not os.path.lexists(path):
+        error = f"{path}: expected an image, a folder or a glob that matches some, found nothing of that name"
     else:
         try:
             read_image(path, trained.preprocessing.size, trained.preprocessing.channels)
-            error = "expected an image, found one that changed while it was read"
         except BadImage as bad:
-            error = str(bad).removeprefix(f"{path}: ")
+            error = str(bad)
     return Prediction(str(path), error=error)

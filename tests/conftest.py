@@ -1,0 +1,143 @@
+"""What the tests of the program share: calling it, a run trained once, and data made on the spot."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+TINY = ("--depth", "7", "--growth-rate", "4")  # the smallest network: one layer a stage
+CLASSES = ("ant", "bee")
+IMAGES = 20  # of each CIFAR batch file
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a user sees of one call of the program."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def lines(self) -> list[str]:
+        return self.out.splitlines()
+
+    @property
+    def error(self) -> str:
+        """The one line on stderr."""
+        assert self.err.count("\n") == 1 and self.err.endswith("\n"), f"expected one line, found {self.err!r}"
+        assert self.err.startswith("sparsenet"), self.err
+        assert "Traceback" not in self.err
+        return self.err.strip()
+
+
+Call = Callable[..., Outcome]
+
+
+@contextlib.contextmanager
+def signals_put_back() -> Iterator[None]:
+    """Training in this process takes over SIGINT and SIGTERM, which belong to pytest."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@pytest.fixture
+def call(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
+    """Runs the program in this process, in an empty folder of its own."""
+    from sparsenet import cli
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> Outcome:
+        capfd.readouterr()
+        with signals_put_back():
+            try:
+                code = cli.run([str(argument) for argument in arguments])
+            except SystemExit as leaving:  # --help
+                code = int(leaving.code or 0)
+        return Outcome(code, *capfd.readouterr())
+
+    return run
+
+
+def _trained(folder: Path, *arguments: object) -> Path:
+    from sparsenet import cli
+
+    said = io.StringIO()
+    with signals_put_back(), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        code = cli.run(["train", "--out", str(folder), *map(str, arguments)])
+    assert code == 0, said.getvalue()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on the digits: two epochs of 23 steps. Read only: take a :func:`copied` one to change it."""
+    return _trained(tmp_path_factory.mktemp("trained") / "run", *TINY, "--max_epoch", 2)
+
+
+@pytest.fixture
+def copied(trained: Path, tmp_path: Path) -> Path:
+    """The digits run in a folder that a test may damage."""
+    return Path(shutil.copytree(trained, tmp_path / "copied"))
+
+
+@pytest.fixture(scope="session")
+def folder_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of class folders. Read only."""
+    return write_classes(tmp_path_factory.mktemp("folder_data") / "insects")
+
+
+@pytest.fixture(scope="session")
+def trained_on_folder(folder_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one epoch on :func:`folder_data`. Read only."""
+    out = tmp_path_factory.mktemp("trained_on_folder") / "run"
+    return _trained(out, *TINY, "--max_epoch", 1, "--batch_size", 4, "--dataset_dir", folder_data)
+
+
+def write_image(path: Path, seed: int = 0, size: int = 8) -> Path:
+    """A colour image of noise."""
+    pillow = pytest.importorskip("PIL.Image")
+    pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pillow.fromarray(pixels).save(path)
+    return path
+
+
+def write_classes(root: Path, classes: tuple[str, ...] = CLASSES, images: int = 6) -> Path:
+    """``root/<class>/<number>.png``."""
+    for label, name in enumerate(classes):
+        for i in range(images):
+            write_image(root / name / f"{i}.png", seed=100 * label + i)
+    return root
+
+
+def write_cifar10(root: Path) -> Path:
+    """The unpacked binary archive of CIFAR-10 in small: six files of :data:`IMAGES` records, and the names."""
+    folder = root / "cifar-10-batches-bin"
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
+        records = generator.integers(0, 256, (IMAGES, 3073), dtype=np.uint8)
+        records[:, 0] = np.arange(IMAGES) % 10
+        (folder / f"{name}.bin").write_bytes(records.tobytes())
+    (folder / "batches.meta.txt").write_text("\n".join(f"class {i}" for i in range(10)))
+    return folder
+
+
+def snapshot(folder: Path) -> dict[str, bytes | None]:
+    """Every file of a folder, byte for byte, and its folders; the lock, which has no content, left out."""
+    paths = (path for path in folder.rglob("*") if path.name != ".lock")
+    return {str(path.relative_to(folder)): None if path.is_dir() else path.read_bytes() for path in paths}

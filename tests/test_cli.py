@@ -1,0 +1,478 @@
+"""The program as its users see it: commands, exit codes, what is printed where, what a run folder holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY, Call, write_cifar10, write_image
+from safetensors.torch import load_file
+
+from sparsenet import cli, zoo
+from sparsenet.config import RunConfig, settings
+from sparsenet.optim import learning_rate
+from sparsenet.run import Run
+
+PROGRAM = [sys.executable, "-m", "sparsenet.cli"]
+FILES = (
+    "config.json", "requirements.txt", "environment.json", "graph.json", "graph.svg", "metrics.csv", "train.log",
+    "curves.png", "confusion.png", "samples.png",
+)  # fmt: skip
+
+
+@pytest.fixture
+def configured(call: Call, monkeypatch: pytest.MonkeyPatch) -> Callable[..., RunConfig]:
+    """The settings that a command line stands for, without the training."""
+
+    def parse(*arguments: object) -> RunConfig:
+        found: list[RunConfig] = []
+
+        def note(config: RunConfig, *rest: object) -> Iterator[Any]:
+            found.append(config)
+            return iter(())
+
+        monkeypatch.setattr("sparsenet.train.train", note)
+        outcome = call("train", "--out", f"out-{len(list(Path().iterdir()))}", *arguments)
+        assert outcome.code == 0, outcome.err
+        return found[0]
+
+    return parse
+
+
+def json_of(text: str) -> Any:
+    """*text* as one JSON value; NaN and infinity are none."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+# --- flags ---------------------------------------------------------------------------------------------------
+
+
+def test_dash_and_underscore_are_the_same_in_a_flag(configured: Callable[..., RunConfig]) -> None:
+    underscored = configured("--growth_rate", "4", "--max_epoch=3", "--skip_corrupt", "--drop_1", "2")
+    dashed = configured("--growth-rate", "4", "--max-epoch=3", "--skip-corrupt", "--drop-1", "2")
+    assert underscored == dashed
+    assert underscored.data.skip_corrupt and underscored.train.max_epoch == 3
+
+
+def test_a_value_keeps_its_dashes(call: Call, trained: Path) -> None:
+    write_image(Path("my-photo.png"))
+    write_image(Path("--my-photo.png"))
+    for arguments in (("my-photo.png",), ("--", "--my-photo.png")):
+        outcome = call("predict", trained, "--json", *arguments)
+        assert outcome.code == 0, outcome.out
+        assert json_of(outcome.out)[0]["path"] == arguments[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "nearest"),
+    [
+        (("trian",), "train"),
+        (("train", "--dept", "7"), "--depth"),
+        (("train", "--growth-rte=4"), "--growth_rate"),
+        (("eval", "RUN", "--batchsize", "2"), "--batch_size"),
+        (("train", "--dataset", "c1O"), "c10"),
+        (("train", "--schedule", "cosin"), "cosine"),
+        (("train", "--precision", "fp23"), "fp32"),
+        (("train", "--preset", "papre"), "paper"),
+        (("train", "--fetch", "harmnic"), "harmonic"),
+        (("eval", "RUN", "--checkpoint", "lst"), "last"),
+        (("export", "RUN", "--format", "onxx"), "onnx"),
+    ],
+)
+def test_an_unknown_name_is_told_with_the_nearest_one(call: Call, arguments: tuple[str, ...], nearest: str) -> None:
+    outcome = call(*arguments)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert re.search(rf"did you mean '?{re.escape(nearest)}'?\?", outcome.error), outcome.error
+    assert next(a for a in arguments if a not in ("train", "eval", "export", "RUN")).split("=")[0][2:5] in outcome.error
+
+
+def test_an_unknown_network_is_told_with_the_nearest_ones(call: Call) -> None:
+    outcome = call("bench", "--model", "sparsenet_40_21")
+    assert outcome.code == 2
+    assert "sparsenet_40_12" in outcome.error and "'sparsenet_40_21'" in outcome.error
+    outcome = call("models", "resnet*")
+    assert outcome.code == 2
+    assert "'resnet*'" in outcome.error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected", "found"),
+    [
+        (("--depth", "seven"), "a whole number", "'seven'"),
+        (("--depth", "7.5"), "a whole number", "'7.5'"),
+        (("--lr", "fast"), "a number", "'fast'"),
+        (("--lr", "-1"), "positive", "-1"),
+        (("--lr", "nan"), "positive", "nan"),
+        (("--lr", "inf"), "number", "inf"),
+        (("--time_limit", "nan"), "at least 0", "nan"),
+        (("--seed", "-1"), "at least 0", "-1"),
+        (("--max_epoch", "0"), "at least 1", "0"),
+        (("--batch_size", "0"), "at least 1", "0"),
+        (("--growth_rate", "4,x"), "whole numbers", "'4,x'"),
+        (("--growth_rate", "4,5"), "1 or 3 numbers", "(4, 5)"),
+        (("--growth_rate", "0"), "positive", "0"),
+        (("--blocks", "2,0,2"), "at least one layer", "0"),
+        (("--mirror", "maybe"), "true or false", "'maybe'"),
+        (("--dropout", "1.5"), "below 1", "1.5"),
+        (("--momentum", "2"), "between 0 and 1", "2"),
+        (("--drop_1", "9", "--drop_2", "3"), "at least", "3"),
+        (("--test_fraction", "1"), "between 0 and 1", "1"),
+        (("--fetch", "sparse:1"), "at least 2", "1"),
+        (("--fetch", "windowed:0"), "at least 1", "0"),
+        (("--in_chans", "2"), "1", "2"),
+        (("--implementation", "shared", "--aggregation", "sum"), "'reference'", "'shared'"),
+        (("--stem", "imagenet"), "image_size", "found 8"),
+        (("--download",), "c10", "auto"),
+    ],
+)
+def test_a_value_out_of_range_names_its_flag(
+    call: Call, arguments: tuple[str, ...], expected: str, found: str
+) -> None:
+    outcome = call("train", "--out", "out", *arguments)
+    assert outcome.code == 2
+    line = outcome.error
+    assert expected in line and found in line
+    assert arguments[-2].lstrip("-") in line or arguments[0].lstrip("-") in line or "image_size" in line
+
+
+def test_every_value_of_a_choice_is_taken(configured: Callable[..., RunConfig]) -> None:
+    for channels in (0, 1, 3):
+        assert configured("--in_chans", channels).data.in_chans == channels
+    for schedule in ("step", "cosine", "onecycle"):
+        assert configured("--schedule", schedule).optim.schedule == schedule
+
+
+def test_more_bad_calls_are_one_line(call: Call, trained: Path) -> None:
+    for arguments in (
+        (),
+        ("train", "stray"),
+        ("train", "--depth"),
+        ("eval",),
+        ("predict", trained),
+        ("report",),
+        ("eval", trained, "--batch_size", "0"),
+        ("predict", trained, "x.png", "--top", "none"),
+        ("bench", "--model", "sparsenet_40_12", "--image_size", "3", "--batch_size", "2", "--steps", "1"),
+        ("bench", "--model", "sparsenet_40_12", "--image_size", "-1", "--batch_size", "2", "--steps", "1"),
+    ):
+        outcome = call(*arguments)
+        assert (outcome.code, outcome.out) == (2, ""), arguments
+        assert outcome.error
+
+
+@pytest.mark.parametrize("command", ["", *cli.COMMANDS])
+def test_help_renders_and_names_what_there_is(call: Call, command: str) -> None:
+    outcome = call(*([command] if command else []), "--help")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out.startswith(f"usage: sparsenet {command}".rstrip())
+    if not command:
+        assert set(cli.COMMANDS) <= set(outcome.out.split())
+    if command == "train":
+        text = " ".join(outcome.out.split())
+        for setting in settings():
+            assert f"--{setting.name}" in text
+            assert setting.help.replace("%%", "%") in text
+
+
+# --- settings ------------------------------------------------------------------------------------------------
+
+
+def test_the_paper_command_is_the_paper_recipe(configured: Callable[..., RunConfig], tmp_path: Path) -> None:
+    write_cifar10(tmp_path / "data")
+    config = configured(
+        *("--dataset", "c10", "--dataset_dir", tmp_path / "data", "--fetch", "sparse", "--depth", "100"),
+        *("--growth_rate", "24", "--batch_size", "64", "--drop_1", "150", "--drop_2", "225", "--max_epoch", "300"),
+    )
+    assert dataclasses.replace(config.network, in_chans=3, num_classes=10) == zoo.architecture("sparsenet_100_24")
+    assert dataclasses.asdict(config.optim) == {
+        "lr": 0.1, "schedule": "step", "drop_1": 150, "drop_2": 225, "warmup": 0.0, "momentum": 0.9,
+        "weight_decay": 1e-4, "label_smoothing": 0.0, "ema": 0.0, "grad_clip": 0.0,
+    }  # fmt: skip
+    rates = [learning_rate(config.optim, epoch * 10, 10, config.train.max_epoch) for epoch in (0, 149, 150, 225, 299)]
+    assert rates == pytest.approx([0.1, 0.1, 0.01, 0.001, 0.001])
+    assert (config.train.batch_size, config.train.max_epoch) == (64, 300)
+    assert (config.data.dataset, config.data.mirror, config.data.shift, config.data.val_fraction) == ("c10", True, 4, 0)
+    assert configured("--dataset", "c10", "--dataset_dir", tmp_path / "data", "--depth", "100", "--growth_rate", "24") \
+        == config  # fmt: skip
+
+
+def test_no_flag_at_all_means_the_digits(configured: Callable[..., RunConfig]) -> None:
+    config = configured()
+    assert config.data.dataset == "digits"
+    assert not config.data.mirror
+
+
+def test_flags_win_over_a_file_and_a_file_over_a_preset(configured: Callable[..., RunConfig]) -> None:
+    Path("mine.json").write_text('{"optim": {"lr": 0.3, "momentum": 0.5}}')
+    config = configured("--preset", "digits", "--config", "mine.json", "--lr", "0.4")
+    assert (config.optim.lr, config.optim.momentum, config.data.dataset) == (0.4, 0.5, "digits")
+
+
+def test_a_function_of_ones_own_is_a_topology(configured: Callable[..., RunConfig]) -> None:
+    Path("mine.py").write_text("def chain(i):\n    return [i - 1]\n")
+    assert configured("--fetch", "mine.py:chain", "--depth", "10").network.stages[0].topology.sources == ((0,), (1,), (2,))
+    config = configured(*TINY, "--fetch", "windowed:1")
+    assert config.network.stages[0].topology.sources == ((0,), (1,))
+
+
+# --- training ------------------------------------------------------------------------------------------------
+
+
+def test_a_run_folder_explains_the_run(trained: Path) -> None:
+    for name in FILES:
+        assert (trained / name).stat().st_size > 0, name
+    log = (trained / "train.log").read_text()
+    assert "epoch 1/2" in log and "epoch 2/2" in log
+    assert len((trained / "metrics.csv").read_text().splitlines()) == 3
+    for name in ("config.json", "environment.json", "graph.json"):
+        json_of((trained / name).read_text())
+    kept = {path.suffix for path in (trained / "checkpoints").iterdir()}
+    assert kept == {".json", ".safetensors"}
+
+
+def test_the_config_of_a_run_makes_the_same_weights_and_the_folder_is_the_last_line(
+    call: Call, trained: Path, tmp_path: Path
+) -> None:
+    outcome = call("train", "--config", trained / "config.json", "--out", tmp_path / "again")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.lines[-1] == str(tmp_path / "again")
+    assert json_of((tmp_path / "again" / "config.json").read_text()) == json_of((trained / "config.json").read_text())
+    ours, theirs = (sorted((run / "checkpoints").glob("*.safetensors")) for run in (trained, tmp_path / "again"))
+    assert [path.name for path in ours] == [path.name for path in theirs]
+    for mine, other in zip(ours, theirs, strict=True):
+        first, second = load_file(mine), load_file(other)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[name], second[name]) for name in first), mine.name
+
+
+def test_without_out_a_run_gets_a_folder_of_its_own(call: Call) -> None:
+    outcome = call("train", *TINY, "--max_epoch", 1, "--time_limit", 0.001)
+    assert outcome.code == 0
+    folder = Path(outcome.lines[-1])
+    assert folder.parent == Path("runs") and folder.name.startswith("digits-sparse-7-4-")
+    assert (folder / "config.json").is_file()
+
+
+def test_resuming_can_extend_the_run(call: Call, copied: Path, trained: Path) -> None:
+    outcome = call("train", "--resume", copied, "--max_epoch", 3)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.lines[-1] == str(copied)
+    assert "resumed at step 46" in outcome.out
+    rows, before = Run.open(copied).metrics(), Run.open(trained).metrics()
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    assert rows[:2] == before
+    assert Run.open(copied).config().train.max_epoch == 3
+
+
+def test_a_time_limit_ends_the_run_cleanly(call: Call, tmp_path: Path) -> None:
+    run = tmp_path / "limited"
+    outcome = call("train", *TINY, "--max_epoch", 100000, "--time_limit", 0.2, "--out", run)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.lines[-1] == str(run)
+    assert f"--resume {run}" in outcome.out
+    assert (run / "result.json").is_file()
+    outcome = call("train", "--resume", run, "--time_limit", 0.2)
+    assert outcome.code == 0 and "resumed at step" in outcome.out
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_anew(call: Call, copied: Path, trained: Path) -> None:
+    run = Run.open(copied)
+    for path in run.checkpoints.iterdir():
+        path.unlink()
+    run.write_metrics([])
+    outcome = call("train", "--resume", copied)
+    assert (outcome.code, outcome.err) == (0, "")
+    name = "checkpoints/last-00000046.safetensors"
+    ours, theirs = load_file(copied / name), load_file(trained / name)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+# --- the real program ----------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_saves_and_another_process_stays_out(call: Call, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = [*PROGRAM, "train", *TINY, "--max_epoch", "100000", "--out", str(run)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith("epoch 1/"):
+                    break
+            refused = call("train", "--resume", run)
+            assert refused.code == 2 and "another process" in refused.error and str(run) in refused.error
+            refused = call("train", *TINY, "--out", run)
+            assert refused.code == 2 and str(run) in refused.error
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert (process.returncode, err) == (130, "")
+    assert out.splitlines()[-1] == str(run)
+    resumed = call("train", "--resume", run, "--time_limit", 0.001)
+    assert (resumed.code, resumed.err) == (0, "")
+    step = re.search(r"resumed at step (\d+)", resumed.out)
+    assert step and int(step[1]) >= 23
+    assert call("eval", run, "--json").code == 0
+
+
+def test_sigterm_at_a_terminal_saves_and_exits_143(call: Call, tmp_path: Path) -> None:
+    pty = pytest.importorskip("pty")
+    run = tmp_path / "run"
+    shown, terminal = pty.openpty()
+    command = [*PROGRAM, "train", *TINY, "--max_epoch", "100000", "--out", str(run)]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "200"}
+    with subprocess.Popen(command, stdout=terminal, stderr=subprocess.PIPE, env=environment) as process:
+        try:
+            os.close(terminal)
+            seen, asked = b"", False
+            while True:
+                try:
+                    part = os.read(shown, 1 << 16)
+                except OSError:  # how Linux says that nobody writes any more
+                    break
+                if not part:
+                    break
+                seen += part
+                if not asked and b"images/s" in seen:
+                    process.send_signal(signal.SIGTERM)
+                    asked = True
+            _, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+            os.close(shown)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen.decode())
+    assert (process.returncode, err) == (143, b"")
+    assert text.split("\r\n")[-2].strip() == str(run)
+    assert "loss" in text and "left" in text  # the bar
+    assert "\x1b" not in (run / "train.log").read_text()
+    assert call("train", "--resume", run, "--time_limit", 0.001).code == 0
+
+
+def test_a_reader_that_goes_away_is_no_error_message() -> None:
+    with subprocess.Popen([*PROGRAM, "models"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(60) == 1
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(["models"], 0), (["models", "no-such"], 2), (["predict"], 2)])
+def test_the_exit_code_is_that_of_the_process(
+    arguments: list[str], code: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")  # main() sets it where it is not set
+    monkeypatch.setattr(sys, "argv", ["sparsenet", *arguments])
+    with pytest.raises(SystemExit) as leaving:
+        cli.main()
+    assert leaving.value.code == code
+    assert capfd.readouterr().err.count("\n") == (code != 0)
+
+
+# --- after training ------------------------------------------------------------------------------------------
+
+
+def test_eval_json(call: Call, trained: Path) -> None:
+    outcome = call("eval", trained, "--json")
+    assert (outcome.code, outcome.err) == (0, "")
+    found = json_of(outcome.out)
+    assert {"error", "top5_error", "loss", "images", "seconds"} <= found.keys()
+    assert found["images"] == 359 and 0 <= found["top5_error"] <= found["error"] <= 100
+    assert len(found["class_errors"]) == 10
+    result = json_of((trained / "result.json").read_text())
+    assert found["error"] == result["error"]
+    plain = call("eval", trained)
+    assert plain.code == 0 and f"{found['error']:.2f} %" in plain.out
+    assert json_of(call("eval", trained, "--json", "--checkpoint", "last").out)["error"] == found["error"]
+
+
+def test_predict_json_goes_on_after_a_bad_file(call: Call, trained: Path) -> None:
+    good, other = write_image(Path("shown/a.png")), write_image(Path("shown/b.png"), seed=1, size=30)
+    bad = Path("shown/c.png")
+    bad.write_bytes(b"no image")
+    outcome = call("predict", trained, "shown", "nothing-here.png", "shown/[ab].png", "--json", "--top", 3)
+    assert outcome.err == ""
+    found = json_of(outcome.out)
+    paths = ["shown/a.png", "shown/b.png", "shown/c.png", "nothing-here.png", "shown/a.png", "shown/b.png"]
+    assert [each["path"] for each in found] == paths
+    for each in found:
+        if each["path"] in (str(good), str(other)):
+            assert each.keys() == {"path", "classes", "probabilities"}
+            assert len(each["classes"]) == 3 and set(each["classes"]) <= set("0123456789")
+            assert each["probabilities"] == sorted(each["probabilities"], reverse=True)
+        else:
+            assert each.keys() == {"path", "error"} and each["error"]
+
+
+def test_predict_names_the_file_it_cannot_read(call: Call, trained: Path) -> None:
+    write_image(Path("good.png"))
+    Path("bad.png").write_bytes(b"no image")
+    outcome = call("predict", trained, "bad.png", "good.png")
+    assert outcome.lines[0].startswith("good.png: ") and len(outcome.lines) == 1
+    assert "bad.png" in outcome.error and "expected an image" in outcome.error
+    assert call("predict", trained, "good.png").code == 0
+    outcome = call("predict", trained, "bad.png")
+    assert (outcome.code, outcome.out) == (1, "")
+    assert "bad.png" in outcome.error
+
+
+def test_models_json(call: Call) -> None:
+    outcome = call("models", "--json")
+    assert (outcome.code, outcome.err) == (0, "")
+    found = {each["name"]: each for each in json_of(outcome.out)}
+    assert list(found) == zoo.list_models()
+    assert (found["sparsenet_100_24"]["parameters"], found["sparsenet_100_24"]["macs"]) == (2509354, 1050072480)
+    table = call("models", "densenet_bc*")
+    assert table.code == 0 and len(table.lines) == 2 and "769,162" in table.out
+
+
+def test_check_json(call: Call, folder_data: Path) -> None:
+    outcome = call("check", "--json", "--dataset_dir", folder_data)
+    assert (outcome.code, outcome.err) == (0, "")
+    found = json_of(outcome.out)
+    assert {"environment", "devices", "extras", "data"} <= found.keys()
+    assert "fp32" in found["devices"]["cpu"]
+    assert found["data"]["classes"] == ["ant", "bee"]
+    plain = call("check")
+    assert plain.code == 0 and "cpu" in plain.out
+
+
+def test_bench_json(call: Call) -> None:
+    tiny = ("--batch_size", 2, "--image_size", 8, "--steps", 1, "--device", "cpu")
+    outcome = call("bench", "--json", "--model", "sparsenet_40_12", *tiny)
+    assert (outcome.code, outcome.err) == (0, "")
+    found = json_of(outcome.out)
+    assert {"model", "batch_size", "image_size", "precision", "environment", "rows"} <= found.keys()
+    assert {"reference", "shared"} <= {row["implementation"] for row in found["rows"]}
+    assert all(row["train_seconds"]["median"] > 0 for row in found["rows"])
+
+
+def test_report_compares_runs_on_one_page(call: Call, trained: Path, trained_on_folder: Path) -> None:
+    outcome = call("report", trained, trained_on_folder, "--out", "page.html")
+    assert (outcome.code, outcome.err, outcome.out) == (0, "", "page.html\n")
+    page = Path("page.html").read_text()
+    assert "digits" in page and "insects" in page
+    outcome = call("report", trained, "--markdown")
+    assert outcome.code == 0 and "digits" in outcome.out and outcome.out.startswith("|")
+
+
+def test_export_writes_a_checked_file(call: Call, trained: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    outcome = call("export", trained, "--out", "model.onnx")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "model.onnx" in outcome.out
+    assert Path("model.onnx").stat().st_size > 0

@@ -1,0 +1,106 @@
+"""The exported file: enough on its own to do what the model does, or it is not written."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor
+
+from sparsenet import export
+from sparsenet.architecture import Architecture
+from sparsenet.data.images import Preprocessing
+from sparsenet.export import ExportReport, export_onnx
+from sparsenet.model import SparseNet
+from sparsenet.run import Trained
+
+CLASSES = ("cat", "dog", "größer", '"quoted"')
+
+
+def make(**options: Any) -> Trained:
+    torch.manual_seed(0)
+    model = SparseNet(Architecture(depth=0, growth_rate=4, num_classes=len(CLASSES), **options)).eval()
+    for name, value in model.state_dict().items():
+        if name.endswith("running_var"):  # as if trained: statistics that are not the identity
+            value.uniform_(0.5, 2)
+    preprocessing = Preprocessing(8, 3, (0.5, 0.4, 0.3), (0.2, 0.2, 0.25))
+    return Trained(Path("run"), model, preprocessing, CLASSES, "animals", {"epoch": 3, "error": None})
+
+
+def pixels(count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(count)
+    return torch.randint(0, 256, (count, 3, 8, 8), generator=generator, dtype=torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trained, ExportReport]:
+    trained = make(blocks=(2, 1, 1))
+    return trained, export_onnx(trained, tmp_path_factory.mktemp("onnx") / "model.onnx", pixels(12))
+
+
+def test_the_report_says_what_lies_on_disk(exported: tuple[Trained, ExportReport]) -> None:
+    _, report = exported
+    model = onnx.load(report.path)
+    assert report.bytes == report.path.stat().st_size
+    assert report.opset == model.opset_import[0].version
+    assert report.max_difference <= 1e-4 * max(1, report.max_logit)
+    assert report.real_images == 12
+    assert list(report.path.parent.iterdir()) == [report.path]  # nothing left beside it
+    assert "\n" not in report.summary()
+
+
+def test_the_file_alone_classifies_as_the_model_does(exported: tuple[Trained, ExportReport]) -> None:
+    trained, report = exported
+    session = onnxruntime.InferenceSession(str(report.path), providers=["CPUExecutionProvider"])
+    about = session.get_modelmeta().custom_metadata_map
+    assert tuple(json.loads(about["classes"])) == CLASSES
+    assert about["layout"] == "NCHW"
+    assert Architecture(**json.loads(about["architecture"])) == trained.model.architecture
+    mean, std = (torch.tensor(json.loads(about[key])).view(1, -1, 1, 1) for key in ("mean", "std"))
+    for count in (1, 3, 8):
+        images = pixels(count)
+        (logits,) = session.run(["logits"], {"images": ((images / 255 - mean) / std).numpy()})
+        expected = trained.model(trained.preprocessing.normalise(images))
+        torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_file_tells_nothing_of_its_makers_machine(exported: tuple[Trained, ExportReport]) -> None:
+    assert str(Path(export.__file__).parent).encode() not in exported[1].path.read_bytes()
+
+
+def test_another_topology_and_opset_in_silence(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    trained = make(blocks=(1, 1), aggregation="sum", fetch="dense")
+    assert export_onnx(trained, tmp_path / "model.onnx", opset=18).opset == 18
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_file_that_computes_something_else_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = export._program
+
+    def wrong(model: SparseNet, images: Tensor, opset: int | None) -> Any:
+        changed = copy.deepcopy(model)
+        changed.state_dict()["classifier.bias"].add_(0.01)
+        return right(changed, images, opset)
+
+    monkeypatch.setattr(export, "_program", wrong)
+    with pytest.raises(ValueError, match=r"within 1\.\de-04 of the model's, found a difference of 1\.0e-02"):
+        export_onnx(make(blocks=(1, 1)), tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("opset", [0, 17, 1000])
+def test_an_opset_that_cannot_be_written_is_refused(tmp_path: Path, opset: int) -> None:
+    with pytest.raises(ValueError, match=f"--opset: expected a number from 18 to .*, found {opset}"):
+        export_onnx(make(blocks=(1, 1)), tmp_path / "model.onnx", opset=opset)
+
+
+@pytest.mark.parametrize("target", [".", "missing/model.onnx"])
+def test_a_target_that_cannot_be_written_is_refused_at_once(tmp_path: Path, target: str) -> None:
+    with pytest.raises(ValueError, match="expected the name of a file in a folder that exists"):
+        export_onnx(make(blocks=(1, 1)), tmp_path / target)

@@ -1,0 +1,222 @@
+"""The implementations compute one function: outputs, gradients, running statistics, training steps."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from sparsenet.architecture import Architecture
+from sparsenet.model import SparseNet
+from sparsenet.ops import Plan, Reader, Statistics, aggregate, choose
+
+EXACT = 1e-10  # relative, in fp64
+FETCHES = ["sparse", "sparse:3", "dense", "harmonic", "windowed:2"]
+
+
+def pair(dtype=torch.float64, seed=0, **settings):
+    """The same random network as ``reference`` and as ``shared``, affines and statistics away from 1 and 0."""
+    torch.manual_seed(seed)
+    reference = SparseNet(Architecture(**settings), "reference").to(dtype)
+    for name, tensor in [*reference.named_parameters(), *reference.named_buffers()]:
+        if "norm" in name or "running" in name:
+            nn.init.uniform_(tensor.data, 0.5, 1.5)
+    shared = SparseNet(reference.architecture, "shared").to(dtype)
+    shared.load_state_dict(reference.state_dict())
+    return reference, shared
+
+
+def close(found, expected, scale=None, tolerance=EXACT):
+    largest = expected.abs().max() if scale is None else scale
+    assert (found - expected).abs().max() <= tolerance * largest.clamp(min=1e-6)
+
+
+def forward_backward(model, images, d_logits):
+    images = images.clone().requires_grad_()
+    logits = model(images)
+    logits.backward(d_logits)
+    return logits, images.grad, {name: p.grad for name, p in model.named_parameters()}
+
+
+def assert_equal_networks(reference, shared, images):
+    d_logits = torch.randn(len(images), reference.num_classes, dtype=images.dtype)
+    torch.manual_seed(1)
+    logits, d_images, gradients = forward_backward(reference, images, d_logits)
+    torch.manual_seed(1)
+    found, d_found, found_gradients = forward_backward(shared, images, d_logits)
+    close(found, logits)
+    close(d_found, d_images, max(g.abs().max() for g in gradients.values()))
+    scale = max(g.abs().max() for g in gradients.values())  # some true gradients are 0 and have no scale of their own
+    for name, gradient in gradients.items():
+        close(found_gradients[name], gradient, scale)
+    for (name, buffer), other in zip(reference.named_buffers(), shared.buffers(), strict=True):
+        close(other, buffer), name
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("bottleneck", [False, True])
+@pytest.mark.parametrize("fetch", FETCHES)
+def test_shared_equals_reference(fetch, bottleneck, training):
+    reference, shared = pair(fetch=fetch, depth=28, growth_rate=3, bottleneck=bottleneck, num_classes=4)
+    images = torch.randn(3, 3, 9, 11, dtype=torch.float64)
+    assert_equal_networks(reference.train(training), shared.train(training), images)
+
+
+@pytest.mark.parametrize(("growth", "batch", "size"), [(1, 1, 8), (2, 8, 9), (7, 2, 13), (48, 1, 8), (24, 5, 11)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_shapes_and_layouts(growth, batch, size, layout):
+    reference, shared = pair(depth=16, growth_rate=growth)
+    images = torch.randn(batch, 3, size, size, dtype=torch.float64).contiguous(memory_format=layout)
+    assert_equal_networks(reference.train(), shared.train(), images)
+
+
+def test_dropout_drops_the_same():
+    reference, shared = pair(depth=22, growth_rate=4, dropout=0.3, bottleneck=True)
+    images = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    assert_equal_networks(reference.train(), shared.train(), images)
+    close(shared.eval()(images), reference.eval()(images))
+
+
+def test_features_nobody_reads():
+    skipping = lambda i: [max(i - 2, 0)]  # noqa: E731
+    reference, shared = pair(fetch=skipping, depth=19, growth_rate=3)
+    images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    results = [forward_backward(m.train(), images, torch.ones(2, 10).double()) for m in (reference, shared)]
+    close(results[1][0], results[0][0])
+    for name, gradient in results[0][2].items():
+        found = results[1][2][name]
+        assert (gradient is None) == (found is None), name
+        if gradient is not None:
+            close(found, gradient, torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("bottleneck", [False, True])
+def test_twenty_training_steps(bottleneck):
+    models = pair(fetch="sparse", depth=16, growth_rate=4, bottleneck=bottleneck)
+    batches = [(torch.randn(4, 3, 8, 8).double(), torch.randint(10, (4,))) for _ in range(20)]
+    for model in models:
+        model.train()
+        optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, nesterov=True, weight_decay=1e-4)
+        for images, labels in batches:
+            optimizer.zero_grad()
+            F.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+    reference, shared = (m.state_dict() for m in models)
+    for name, tensor in reference.items():
+        close(shared[name], tensor)
+
+
+def stage(reads=((0,), (1, 0), (2, 0, 1)), growth=2, width=3, kernel=3):
+    plan = Plan(reads)
+    widths = [width] + [growth] * (len(reads) - 1)
+    readers = []
+    for r, read in enumerate(reads):
+        gathered = sum(widths[j] for j in read)
+        weight = torch.randn(growth, gathered, kernel, kernel).double() * 0.3 if r < len(reads) - 1 else None
+        scale, shift = torch.rand(gathered).double() + 0.5, torch.randn(gathered).double()
+        readers.append(Reader(scale, shift, weight))
+    statistics = [Statistics(torch.zeros(w).double(), torch.ones(w).double()) for w in widths]
+    return plan, readers, statistics
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_gradcheck(training, kernel):
+    torch.manual_seed(0)
+    plan, readers, statistics = stage(kernel=kernel)
+    x = torch.randn(2, 3, 4, 3, dtype=torch.float64, requires_grad=True)
+    tensors = [t.requires_grad_() for reader in readers for t in reader if t is not None]
+
+    def run(x, *tensors):
+        given = iter(tensors)
+        again = [Reader(*(None if t is None else next(given) for t in reader)) for reader in readers]
+        return aggregate("shared", plan, x, again, statistics, training)
+
+    assert torch.autograd.gradcheck(run, (x, *tensors))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "shared"])
+def test_running_statistics_move_once_a_step_and_belong_to_the_feature(implementation):
+    model = pair(depth=13, growth_rate=2)[implementation == "shared"].train()
+    stage = model.stages[0]
+    before = [copy.deepcopy(s.state_dict()) for s in stage.statistics]
+    x = torch.randn(4, stage.statistics[0].running_mean.numel(), 8, 8, dtype=torch.float64)
+    stage(x).sum().backward()  # backward recomputes, and must not update again
+    mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3))
+    close(stage.statistics[0].running_mean, 0.9 * before[0]["running_mean"] + 0.1 * mean)
+    close(stage.statistics[0].running_var, 0.9 * before[0]["running_var"] + 0.1 * var)
+
+
+def test_what_backward_keeps_grows_with_features_not_with_links():
+    """Bytes saved for backward: the features once, where the textbook saves every concatenation."""
+    saved = {}
+    for implementation in ("reference", "shared"):
+        model = SparseNet(Architecture(fetch="dense", depth=40, growth_rate=4), implementation).train()
+        kept = {}
+
+        def pack(tensor, kept=kept):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model.stages[0](torch.randn(2, 8, 16, 16, requires_grad=True))
+        saved[implementation] = sum(kept.values())
+    features = 2 * 16 * 16 * 4 * (8 + 12 * 4)
+    parameters = sum(4 * p.numel() for p in model.stages[0].parameters())
+    assert saved["shared"] <= 1.05 * (features + parameters)
+    assert saved["shared"] < 0.35 * saved["reference"]
+
+
+@pytest.mark.parametrize("bottleneck", [False, True])
+def test_half_precision_errs_no_more_than_the_textbook(bottleneck):
+    """Against an fp64 truth: at most twice the reference's own bf16 error plus rounding."""
+    truth, _ = pair(depth=22, growth_rate=6, bottleneck=bottleneck)
+    images = torch.randn(8, 3, 16, 16).bfloat16().double()
+    d_logits = torch.randn(8, 10).double()
+    expected = forward_backward(truth.train(), images, d_logits)
+    errors = {}
+    for implementation in ("reference", "shared"):
+        model = SparseNet(truth.architecture, implementation)
+        start, _ = pair(depth=22, growth_rate=6, bottleneck=bottleneck)
+        model.load_state_dict(start.state_dict())
+        with torch.autocast("cpu", torch.bfloat16):
+            logits, _, gradients = forward_backward(model.train(), images.float(), d_logits.float())
+        errors[implementation] = [(logits.double() - expected[0]).norm() / expected[0].norm()] + [
+            (gradients[name].double() - g).norm() / g.norm() for name, g in expected[2].items()
+        ]
+    rounding = 2**-8
+    for own, found in zip(errors["reference"], errors["shared"], strict=True):
+        assert found <= 2 * own + rounding
+
+
+def test_a_second_backward_over_a_kept_graph_gives_the_same():
+    _, shared = pair(depth=13, growth_rate=2)
+    logits = shared.train()(torch.randn(2, 3, 8, 8).double())
+    weight = shared.stages[0].layers[0][0].conv.weight
+    first, second = (torch.autograd.grad(logits.sum(), weight, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_the_stage_input_is_left_as_it_was():
+    _, shared = pair(depth=13, growth_rate=2)
+    x = torch.randn(2, 4, 8, 8).double()
+    before = x.clone()
+    shared.train().stages[0](x)
+    assert torch.equal(x, before)
+
+
+def test_asking_for_what_cannot_run_says_why():
+    assert choose("auto", "concat") == "shared"
+    assert choose("auto", "sum") == "reference"
+    with pytest.raises(ValueError, match="sum"):
+        choose("shared", "sum")
+    with pytest.raises(ValueError, match="expected one of auto, reference, shared, found 'fast'"):
+        choose("fast", "concat")
+
+
+@pytest.mark.parametrize("implementation", ["reference", "shared"])
+def test_one_value_a_channel_has_no_variance(implementation):
+    model = SparseNet(Architecture(depth=7, growth_rate=2), implementation).train()
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        model(torch.randn(1, 3, 4, 4))

@@ -1,0 +1,98 @@
+"""Pictures: they come out for any data, show every link, and touch nothing outside."""
+
+from __future__ import annotations
+
+import re
+from math import cos, pi
+from pathlib import Path
+from xml.etree import ElementTree
+
+import matplotlib
+import pytest
+import torch
+from PIL import Image
+
+from sparsenet.architecture import Architecture, graph
+from sparsenet.pictures import draw_confusion, draw_curves, draw_graph, draw_samples
+
+Rows = list[dict[str, float | None]]
+
+
+def is_picture(file: Path) -> bool:
+    with Image.open(file) as image:
+        colours = image.convert("RGB").getcolors(1 << 24)
+    return colours is not None and len(colours) > 3
+
+
+def run(epochs: int, drop: bool = True, test_every: int = 1) -> Rows:
+    rows: Rows = []
+    for epoch in range(1, epochs + 1):
+        lr = (0.1 if epoch <= epochs / 2 else 0.01) if drop else 0.1 * (1 + cos(pi * epoch / epochs))
+        row: dict[str, float | None] = {"epoch": epoch, "lr": lr, "train_loss": 1 / epoch, "train_error": 90 / epoch}
+        tested = epoch % test_every == 0
+        rows.append(row | {"test_error": 95 / epoch if tested else None, "test_loss": 2.0 if tested else None})
+    return rows
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [[], run(1), run(12), run(5, drop=False), run(300, test_every=10), [{"epoch": 1, "lr": 0.1, "val_error": 0.0}]],
+    ids=["none", "one", "step", "smooth", "long", "perfect"],
+)
+def test_curves_of_any_run(tmp_path: Path, rows: Rows) -> None:
+    draw_curves(rows, tmp_path / "curves.png", "a run that costs $5 to $10")
+    assert is_picture(tmp_path / "curves.png")
+
+
+@pytest.mark.parametrize("classes", [1, 2, 10, 21, 100, 150])
+def test_confusion_of_any_number_of_classes(tmp_path: Path, classes: int) -> None:
+    counts = torch.eye(classes, dtype=torch.int64) * 9
+    counts[-1] = 0  # no image of the last class
+    counts[0, -1] += 1
+    names = ["$x^2$ and a very long name", "犬", *map(str, range(classes))][:classes]
+    draw_confusion(counts, names, tmp_path / "confusion.png")
+    assert is_picture(tmp_path / "confusion.png")
+
+
+@pytest.mark.parametrize(("channels", "wrong"), [(1, 3), (3, 40), (3, 0)])
+def test_samples(tmp_path: Path, channels: int, wrong: int) -> None:
+    labels = torch.arange(50) % 2
+    predicted = torch.where(torch.arange(50) < wrong, 1 - labels, labels)
+    pixels = torch.randint(0, 256, (50, channels, 8, 8), dtype=torch.uint8)
+    draw_samples(pixels, labels, predicted, torch.rand(50), ["$a", "b" * 40], tmp_path / "samples.png")
+    assert is_picture(tmp_path / "samples.png")
+
+
+def test_the_callers_own_plots_keep_their_look(tmp_path: Path) -> None:
+    before = dict(matplotlib.rcParams)
+    draw_curves(run(3), tmp_path / "curves.png")
+    assert dict(matplotlib.rcParams) == before
+
+
+@pytest.mark.parametrize("fetch", ["sparse", "dense", "harmonic", "windowed:3"])
+@pytest.mark.parametrize("depth", [7, 40, 100])
+def test_the_graph_has_an_arc_for_every_link(tmp_path: Path, fetch: str, depth: int) -> None:
+    architecture = Architecture(depth=depth, fetch=fetch)
+    draw_graph(graph(architecture), tmp_path / "graph.svg", '<&"> a name')
+    text = (tmp_path / "graph.svg").read_text()
+    drawing = ElementTree.fromstring(text)
+    space = "{http://www.w3.org/2000/svg}"
+    assert len(drawing.findall(f".//{space}path")) == sum(stage.topology.edges for stage in architecture.stages)
+    assert len(drawing.findall(f".//{space}circle")) == sum(architecture.stage_depths)
+    assert drawing.get("aria-label") == '<&"> a name'
+    assert not re.search("https?://(?!www.w3.org/2000/svg)", text)
+
+
+def test_pointing_at_a_layer_tells_its_sources(tmp_path: Path) -> None:
+    draw_graph(graph(Architecture(depth=40)), tmp_path / "graph.svg")
+    text = (tmp_path / "graph.svg").read_text()
+    assert "<title>stages.0.layers.4 reads 4, 3, 1, makes 12×32×32: 3,960 parameters" in text
+    assert "189,514 parameters" in text
+
+
+@pytest.mark.parametrize("fetch", ["sparse", "dense"])
+def test_a_thousand_layers_stay_a_small_file(tmp_path: Path, fetch: str) -> None:
+    draw_graph(graph(Architecture(depth=1000, growth_rate=2, fetch=fetch)), tmp_path / "graph.svg")
+    text = (tmp_path / "graph.svg").read_text()
+    assert len(text) < 2**20
+    assert "links of one layer in" in text

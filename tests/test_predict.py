@@ -1,0 +1,109 @@
+"""Predicting: whatever is named gets one answer in its place, the right one or one line of error."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from sparsenet.architecture import Architecture
+from sparsenet.data.images import Preprocessing, read_image
+from sparsenet.model import SparseNet
+from sparsenet.predict import find_images, predict
+from sparsenet.run import Trained
+
+CLASSES = tuple("abcdef")
+
+
+@pytest.fixture(scope="module")
+def trained() -> Trained:
+    torch.manual_seed(0)
+    model = SparseNet(Architecture(depth=7, growth_rate=4, num_classes=len(CLASSES))).eval()
+    preprocessing = Preprocessing(16, 3, (0.5, 0.4, 0.3), (0.2, 0.2, 0.25))
+    return Trained(Path("run"), model, preprocessing, CLASSES, "colours", {})
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    generator = torch.Generator().manual_seed(0)
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    (tmp_path / ".hidden").mkdir()
+    for name in ("b.png", "a.webp", "deep/c.jpg", "deep/er/d.BMP", ".hidden/e.png", ".f.png"):
+        pixels = torch.randint(0, 256, (20, 24, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / "broken.png").write_bytes((tmp_path / "b.png").read_bytes()[:300])
+    return tmp_path
+
+
+def names(paths: list[Path], folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in paths]
+
+
+def test_a_folder_gives_its_images_sorted_without_hidden_ones(folder: Path) -> None:
+    expected = ["a.webp", "b.png", "broken.png", "deep/c.jpg", "deep/er/d.BMP"]
+    assert names(find_images([str(folder)]), folder) == expected
+
+
+def test_globs_and_names_keep_the_order_given(folder: Path) -> None:
+    (folder / "[1].png").write_bytes((folder / "b.png").read_bytes())
+    patterns = [str(folder / p) for p in ("deep/*", "[1].png", "b.*", "**/*.jpg", "nothing*")]
+    found = names(find_images(patterns), folder)
+    assert found == ["deep/c.jpg", "deep/er/d.BMP", "[1].png", "b.png", "deep/c.jpg", "nothing*"]
+
+
+def test_predictions_are_the_models(trained: Trained, folder: Path) -> None:
+    paths = [folder / "b.png", folder / "deep/c.jpg"]
+    pixels = torch.stack([torch.from_numpy(read_image(path, 16, 3)) for path in paths])
+    expected = trained.model(trained.preprocessing.normalise(pixels)).softmax(1)
+    for prediction, row in zip(predict(trained, paths, top=6), expected, strict=True):
+        assert list(prediction.probabilities) == sorted(prediction.probabilities, reverse=True)
+        assert sum(prediction.probabilities) == pytest.approx(1)
+        for name, probability in zip(prediction.classes, prediction.probabilities, strict=True):
+            assert probability == pytest.approx(row[CLASSES.index(name)].item(), rel=1e-5)
+
+
+def test_one_bad_file_spoils_no_other(trained: Trained, folder: Path) -> None:
+    (folder / "empty").mkdir()
+    patterns = ["b.png", "broken.png", "gone.png", "notes.txt", "none/*.png", "empty", "a.webp"]
+    found = list(predict(trained, find_images([str(folder / p) for p in patterns]), top=2, batch_size=3))
+    assert [Path(p.path) for p in found] == [folder / p for p in patterns]
+    assert [p.error is None for p in found] == [True, False, False, False, False, False, True]
+    for prediction in found[1:-1]:
+        assert prediction.error is not None
+        assert prediction.path in prediction.error
+        assert "expected" in prediction.error
+        assert "\n" not in prediction.error
+        assert prediction.to_dict() == {"path": prediction.path, "error": prediction.error}
+    best = json.loads(json.dumps(found[0].to_dict()))
+    assert set(best) == {"path", "classes", "probabilities"}
+    assert len(best["classes"]) == len(best["probabilities"]) == 2
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 100])
+def test_the_batch_size_changes_nothing(trained: Trained, folder: Path, batch_size: int) -> None:
+    paths = find_images([str(folder)])
+    for one, other in zip(predict(trained, paths), predict(trained, paths, batch_size=batch_size), strict=True):
+        assert (one.path, one.classes, one.error) == (other.path, other.classes, other.error)
+        assert one.probabilities == pytest.approx(other.probabilities, rel=1e-5)
+
+
+def test_images_are_read_a_batch_at_a_time(trained: Trained, folder: Path) -> None:
+    taken = []
+
+    def paths():  # type: ignore[no-untyped-def]
+        for number in range(100):
+            taken.append(number)
+            yield folder / "b.png"
+
+    next(predict(trained, paths(), batch_size=4))
+    assert len(taken) == 4
+
+
+@pytest.mark.parametrize("option", ["top", "batch_size"])
+def test_options_below_one_are_refused_by_name(trained: Trained, option: str) -> None:
+    with pytest.raises(ValueError, match=f"--{option}: expected at least 1, found 0"):
+        predict(trained, [], **{option: 0})
