@@ -88,14 +88,19 @@ def _parser() -> _Parser:
     export.add_argument("--out", default="", help="the file; default: model.onnx in the run folder")
     export.add_argument("--opset", type=_at_least_1, default=None, help="ONNX operator set")
 
-    models = commands.add_parser("models", help="the named networks with parameters and MACs")
-    models.add_argument("pattern", nargs="?", default="*", help="such as 'sparsenet*'")
-    _json_flag(models)
-
     report = commands.add_parser("report", help="one HTML page that compares runs")
     report.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
     report.add_argument("--out", default="", help="the page; default: report.html in the first run folder")
     report.add_argument("--markdown", action="store_true", help="print the table as Markdown instead")
+    _add_tools(commands)
+    return parser
+
+
+def _add_tools(commands: Any) -> None:
+    """The commands that need no run."""
+    models = commands.add_parser("models", help="the named networks with parameters and MACs")
+    models.add_argument("pattern", nargs="?", default="*", help="such as 'sparsenet*'")
+    _json_flag(models)
 
     bench = commands.add_parser("bench", help="time and memory of the implementations, side by side")
     bench.add_argument("--model", default="sparsenet_100_24", help="a name of 'sparsenet models'")
@@ -109,7 +114,6 @@ def _parser() -> _Parser:
     check = commands.add_parser("check", help="what this machine offers")
     check.add_argument("--dataset_dir", default="", help="data to look at")
     _json_flag(check)
-    return parser
 
 
 def _run_flags(parser: argparse.ArgumentParser, as_json: bool = True) -> None:
@@ -236,7 +240,7 @@ def _predict(args: argparse.Namespace) -> int:
     device = choose_device(args.device)
     trained = load_trained(Path(args.run), args.checkpoint, device)
     found = []
-    for result in predict(trained, find_images(args.images), args.top, args.batch_size, device):
+    for result in predict(trained, find_images(args.images), args.top, args.batch_size):
         found.append(result)
         if args.json:
             continue

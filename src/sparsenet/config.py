@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from sparsenet.architecture import Architecture
 from sparsenet.data import DataConfig
 from sparsenet.ops import IMPLEMENTATIONS
 from sparsenet.optim import OptimConfig
+from sparsenet.topology import fetch_from_file
 
 
 @dataclass(frozen=True)
@@ -89,10 +91,15 @@ class Setting:
             return truth[text.lower()]
         if self.kind in (int, float):
             try:
-                return self.kind(text)
+                number = self.kind(text)
             except ValueError:
+                number = math.nan
+            if not math.isfinite(number):
                 what = "a whole number" if self.kind is int else "a number"
-                raise ValueError(f"--{self.name}: expected {what}, found {text!r}") from None
+                raise ValueError(f"--{self.name}: expected {what}, found {text!r}")
+            return number
+        if self.name == "fetch" and ".py:" in text:
+            return fetch_from_file(text)
         if self.name in ("growth_rate", "blocks"):
             try:
                 return tuple(int(part) for part in text.split(","))

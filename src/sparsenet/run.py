@@ -271,6 +271,7 @@ def load_trained(
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise RunError(f"{checkpoint.path}: its weights do not fit its architecture ({error})") from None
-    preprocessing = Preprocessing(**about["preprocessing"])
+    stored = about["preprocessing"]
+    preprocessing = Preprocessing(**{**stored, "mean": tuple(stored["mean"]), "std": tuple(stored["std"])})
     info = {**about, "epoch": checkpoint.manifest["epoch"], "step": checkpoint.manifest["step"]}
     return Trained(path, model.eval().to(device), preprocessing, tuple(about["classes"]), about["dataset"], info)

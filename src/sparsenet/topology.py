@@ -10,9 +10,11 @@ et al. (arXiv:1608.06993); harmonic -- Chao et al., "HarDNet" (arXiv:1909.00948)
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 Fetch = Callable[[int], Sequence[int]]
 Sources = tuple[tuple[int, ...], ...]
@@ -64,6 +66,17 @@ def named_fetch(name: str) -> Fetch:
     if kind not in FETCHES or (argument and not (takes_argument and argument.isdecimal())):
         raise ValueError(f"fetch: expected sparse[:BASE], dense, harmonic or windowed[:WIDTH], found {name!r}")
     return FETCHES[kind](int(argument)) if argument else FETCHES[kind]()
+
+
+def fetch_from_file(name: str) -> Fetch:
+    """The function that ``FILE.py:FUNCTION`` names; runs the file. ``ValueError`` where there is none."""
+    path, _, function = name.rpartition(":")
+    if not Path(path).is_file():
+        raise ValueError(f"fetch: expected FILE.py:FUNCTION, found no file {path!r}")
+    found = runpy.run_path(path).get(function)
+    if not callable(found):
+        raise ValueError(f"fetch: expected a function {function!r} in {path}, found none")
+    return found  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)

@@ -185,7 +185,7 @@ def train(
     session = Session(config, run, _on_device(data, device), preprocessing, device, precision, fill)
     state = _new_state(session)
     run.describe(config, preprocessing.size, device)
-    pictures.draw_graph(architecture.graph(config.network, preprocessing.size), run.path / "graph.svg")
+    pictures.draw_graph(architecture.graph(config.network, preprocessing.size), run.path / "graph.svg", run.path.name)
     yield from _introduce(session, state)
     if resume:
         yield from _resume(session, state)
@@ -199,7 +199,8 @@ def train(
             yield event
             limit = config.train.time_limit
             stop = should_stop() or (TIME_LIMIT if limit and time.monotonic() - began > limit else None)
-            if stop or time.monotonic() - saved >= config.train.save_every:
+            within = state.step % steps > 0  # the end of an epoch is saved with its row, or not at all
+            if within and (stop or time.monotonic() - saved >= config.train.save_every):
                 _save_last(session, state)
                 saved = time.monotonic()
             if stop:

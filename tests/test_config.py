@@ -1,0 +1,92 @@
+"""Settings: one place for each, from flags, files and presets, and back."""
+
+import dataclasses
+import json
+
+import pytest
+
+from sparsenet import config as settings
+from sparsenet.config import RunConfig, differences, from_dict, from_flags, replace
+from sparsenet.presets import PRESETS, preset, preset_for
+
+
+def test_every_setting_has_one_flag_and_a_help_text():
+    found = list(settings.settings())
+    names = [s.name for s in found]
+    assert len(names) == len(set(names))
+    assert all(s.help for s in found)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_configuration_survives_json(name):
+    config = preset(name)
+    assert from_dict(json.loads(json.dumps(config.to_dict())), "file", RunConfig()) == config
+
+
+def test_the_paper_preset_is_the_published_recipe():
+    config = from_flags({"depth": "100", "growth_rate": "24"}, preset("paper"))
+    network, optim, data, train = config.network, config.optim, config.data, config.train
+    assert (network.fetch, network.depth, network.growth_rate, network.bottleneck) == ("sparse", 100, (24,), False)
+    assert (optim.lr, optim.momentum, optim.weight_decay, optim.drop_1, optim.drop_2) == (0.1, 0.9, 1e-4, 150, 225)
+    assert (optim.schedule, optim.label_smoothing, optim.ema, optim.grad_clip) == ("step", 0.0, 0.0, 0.0)
+    assert (train.batch_size, train.max_epoch, data.mirror, data.shift) == (64, 300, True, 4)
+
+
+def test_flags_win_over_files_and_files_over_presets(tmp_path):
+    file = tmp_path / "c.json"
+    file.write_text(json.dumps({"optim": {"lr": 0.3, "ema": 0.5}, "network": {"blocks": [2, 2]}}))
+    config = from_flags({"lr": "0.7", "mirror": "false"}, settings.load(file, preset("digits")))
+    assert (config.optim.lr, config.optim.ema, config.optim.schedule) == (0.7, 0.5, "onecycle")
+    assert config.data.mirror is False
+    assert config.network.stage_depths == (2, 2)
+    assert from_flags({"depth": "13"}, config).network.stage_depths == (3, 3, 3)
+
+
+def test_the_preset_follows_the_data():
+    assert preset_for("auto", "") == "digits"
+    assert preset_for("c10", "somewhere") == "paper"
+    assert preset_for("auto", "photos") == "short"
+    with pytest.raises(ValueError, match="expected one of paper, digits, short, found 'fast'"):
+        preset("fast")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"depth": "ten"}, "--depth: expected a whole number, found 'ten'"),
+        ({"lr": "fast"}, "--lr: expected a number, found 'fast'"),
+        ({"growth_rate": "16;32"}, "--growth_rate: expected whole numbers like 16,32,64, found '16;32'"),
+        ({"mirror": "maybe"}, "--mirror: expected true or false, found 'maybe'"),
+        ({"batch_size": "0"}, "batch_size: expected at least 1, found 0"),
+        ({"lr": "nan"}, "--lr: expected a number, found 'nan'"),
+        ({"lr": "inf"}, "--lr: expected a number, found 'inf'"),
+        ({"lr": "-1"}, "lr: expected a positive number, found -1.0"),
+    ],
+)
+def test_wrong_values_are_named(flags, words):
+    with pytest.raises(ValueError) as error:
+        from_flags(flags, RunConfig())
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ([], "expected a JSON object"),
+        ({"net": {}}, "'net'"),
+        ({"optim": {"rate": 1}}, "no setting 'rate'"),
+        ({"optim": 3}, "'optim'"),
+        ({"optim": {"lr": "high"}}, "wrong type"),
+    ],
+)
+def test_a_wrong_file_says_where(value, words):
+    with pytest.raises(ValueError, match="c.json") as error:
+        from_dict(value, "c.json", RunConfig())
+    assert words in str(error.value)
+
+
+def test_differences_name_what_resuming_must_not_change():
+    old = RunConfig()
+    new = replace(old, {"optim": {"lr": 0.2}, "train": {"max_epoch": 400, "time_limit": 60.0}})
+    assert differences(old, new) == ["lr 0.1 -> 0.2"]
+    assert differences(old, dataclasses.replace(old)) == []

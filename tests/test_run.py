@@ -1,0 +1,113 @@
+"""The run folder: written whole or not at all, refused when damaged."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from sparsenet.config import RunConfig
+from sparsenet.run import COLUMNS, Run, RunError, environment, installed, write_atomic, write_json
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    file = tmp_path / "f"
+    write_atomic(file, "old")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            write_atomic(file, "new")
+    assert [f.name for f in tmp_path.iterdir()] == ["f"]
+    assert file.read_text() == "old"
+
+
+def saved(tmp_path, steps=(1, 2, 3)):
+    run = Run.create(tmp_path / "run")
+    for step in steps:
+        run.save("last", step, {"x": torch.full((3,), float(step))}, {"epoch": step})
+    return run
+
+
+def test_the_newest_checkpoint_comes_back_and_two_are_kept(tmp_path):
+    run = saved(tmp_path)
+    checkpoint, warnings = run.restore("last")
+    assert (checkpoint.manifest["step"], warnings) == (3, [])
+    assert torch.equal(checkpoint.tensors["x"], torch.full((3,), 3.0))
+    assert sorted(f.name for f in run.checkpoints.iterdir()) == [
+        "last-00000002.json", "last-00000002.safetensors", "last-00000003.json", "last-00000003.safetensors"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest", "empty manifest"])
+def test_damage_falls_back_to_the_one_before_with_a_warning(tmp_path, damage):
+    run = saved(tmp_path)
+    weights, manifest = (run.checkpoints / f"last-00000003.{kind}" for kind in ("safetensors", "json"))
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    {
+        "flip": lambda: weights.write_bytes(data),
+        "truncate": lambda: weights.write_bytes(data[:20]),
+        "remove": weights.unlink,
+        "manifest": lambda: manifest.write_text("{"),
+        "empty manifest": lambda: manifest.write_text("{}"),
+    }[damage]()
+    checkpoint, warnings = run.restore("last")
+    assert checkpoint.manifest["step"] == 2
+    assert len(warnings) == 1
+    assert "last-00000003: damaged" in warnings[0]
+
+
+def test_nothing_intact_is_one_clear_line(tmp_path):
+    run = saved(tmp_path, steps=(1,))
+    with pytest.raises(RunError, match="expected an intact 'best' checkpoint, found none"):
+        run.restore("best")
+    next(run.checkpoints.glob("*.safetensors")).write_bytes(b"")
+    with pytest.raises(RunError, match="found 1 damaged"):
+        run.restore("last")
+
+
+def test_metrics_come_back_exactly(tmp_path):
+    run = Run.create(tmp_path / "run")
+    rows = [{column: 0.1 * i + 1 / 3 for i, column in enumerate(COLUMNS)} | {"val_loss": None}]
+    run.write_metrics(rows)
+    assert run.metrics() == rows
+
+
+def test_a_folder_is_held_by_one_process_and_freed_by_a_kill(tmp_path):
+    run = Run.create(tmp_path / "run")
+    holder = "import sys,time; from pathlib import Path; from sparsenet.run import Run\n"
+    holder += f"with Run(Path({str(run.path)!r})).locked(): print('held', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(RunError, match="another process"), run.locked():
+            pass
+        process.kill()
+    with run.locked():
+        pass
+
+
+def test_what_a_run_says_of_itself(tmp_path):
+    run = Run.create(tmp_path / "run")
+    run.describe(RunConfig(), 32, torch.device("cpu"))
+    found = json.loads((run.path / "environment.json").read_text())
+    assert found["torch"] == torch.__version__
+    assert found == environment(torch.device("cpu"))
+    assert f"torch=={torch.__version__}" in installed()
+    assert json.loads((run.path / "graph.json").read_text())["parameters"] == 189_514
+    assert run.config() == RunConfig()
+
+
+def test_an_existing_run_is_not_overwritten_and_no_run_is_refused(tmp_path):
+    run = Run.create(tmp_path / "run")
+    write_json(run.path / "config.json", RunConfig().to_dict())
+    with pytest.raises(RunError, match="already holds a run"):
+        Run.create(run.path)
+    with pytest.raises(RunError, match="found nothing"):
+        Run.open(tmp_path / "none")
+    with pytest.raises(RunError, match="found a folder without one"):
+        Run.open(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="expected a folder that can be written"):
+        Run.create(tmp_path / "file" / "run")

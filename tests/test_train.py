@@ -1,0 +1,235 @@
+"""Training: it learns, it is a function of its settings, and being killed does not change that function."""
+
+import csv
+import random
+import subprocess
+import sys
+import time
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from sparsenet.config import replace
+from sparsenet.presets import preset
+from sparsenet.run import TIMES, Run, load_trained
+from sparsenet.train import TIME_LIMIT, Concluded, DivergedError, EpochDone, Message, Step, Stopped, train
+
+TINY = {
+    "network": {"depth": 7, "growth_rate": 4, "dropout": 0.1},
+    "optim": {"ema": 0.9, "grad_clip": 5.0},
+    "train": {"max_epoch": 3, "batch_size": 256, "device": "cpu"},
+    "data": {"val_fraction": 0.1, "mirror": True},
+}
+
+
+def tiny(**changes):
+    config = replace(preset("digits"), TINY)
+    return replace(config, changes)
+
+
+def outcome(run):
+    """All that a run leaves, times aside: tensors of the newest checkpoints by kind, and the metrics."""
+    tensors = {kind: run.restore(kind)[0].tensors for kind in ("last", "best")}
+    rows = [{k: v for k, v in row.items() if k not in TIMES} for row in run.metrics()]
+    return tensors, rows
+
+
+def assert_same(a, b):
+    assert a[1] == b[1]
+    for kind in a[0]:
+        assert set(a[0][kind]) == set(b[0][kind])
+        for name, tensor in a[0][kind].items():
+            assert torch.equal(tensor, b[0][kind][name]), (kind, name)
+
+
+def finished(folder, config):
+    run = Run.create(folder)
+    for _ in train(config, run):
+        pass
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run of the tiny configuration."""
+    return finished(tmp_path_factory.mktemp("runs") / "whole", tiny())
+
+
+def test_the_digits_are_learned(tmp_path):
+    config = replace(preset("digits"), {"train": {"max_epoch": 6, "device": "cpu"}, "network": {"depth": 13}})
+    *_, last = train(config, Run.create(tmp_path / "run"))
+    assert isinstance(last, Concluded)
+    assert last.result["error"] < 15  # of 90 by chance
+
+
+def test_the_same_settings_give_the_same_weights(whole, tmp_path):
+    assert_same(outcome(finished(tmp_path / "again", tiny())), outcome(whole))
+
+
+def test_another_seed_gives_others(whole, tmp_path):
+    other = finished(tmp_path / "other", tiny(train={"seed": 1}))
+    assert other.metrics()[0]["train_loss"] != whole.metrics()[0]["train_loss"]
+
+
+@pytest.mark.parametrize("stops", [[1], [5, 6], [4, 9, 14], [3, 8]])
+def test_stopped_and_resumed_is_as_if_never_stopped(whole, tmp_path, stops):
+    run, asked = Run.create(tmp_path / "run"), 0
+
+    def stop_at(step):
+        def should_stop():
+            nonlocal asked
+            asked += 1
+            return "a signal" if asked == step else None
+
+        return should_stop
+
+    events = []
+    for number, step in enumerate([*stops, 0]):
+        events = list(train(tiny(), run, number > 0, stop_at(step)))
+        assert isinstance(events[-1], Stopped if step else Concluded)
+    assert any(isinstance(e, Message) and e.text.startswith("resumed at step") for e in events)
+    assert_same(outcome(run), outcome(whole))
+
+
+def test_a_run_can_be_extended(tmp_path):
+    short = tiny(train={"max_epoch": 2}, optim={"schedule": "step"})
+    long = replace(short, {"train": {"max_epoch": 4}})
+    run = finished(tmp_path / "short", short)
+    for _ in train(long, run, resume=True):
+        pass
+    assert_same(outcome(run), outcome(finished(tmp_path / "long", long)))
+
+
+KILLED = """
+import sys, time, random
+from pathlib import Path
+import sparsenet.run as R, sparsenet.train as T
+from sparsenet.config import from_dict, RunConfig
+import json, os, signal
+config = from_dict(json.loads(sys.argv[1]), "argument", RunConfig())
+folder, resume, kill_at = Path(sys.argv[2]), sys.argv[3] == "1", int(sys.argv[4])
+import torch; torch.set_num_threads(1)
+writes = 0
+def counting(path, content, write=R.write_atomic):
+    global writes
+    writes += 1
+    if writes == kill_at: os.kill(os.getpid(), signal.SIGKILL)
+    write(path, content)
+R.write_atomic = counting
+run = R.Run(folder) if resume else R.Run.create(folder)
+for event in T.train(config, run, resume): pass
+"""
+
+
+def kill_and_resume(config, folder, seed):
+    """Kills the run with SIGKILL before a random write, again and again, until it has come to its end."""
+    import json
+
+    chance, kills = random.Random(seed), 0
+    while True:
+        resume = any((folder / "checkpoints").glob("last-*.json"))
+        if folder.exists() and not resume:  # killed before anything was saved: the user starts again
+            for file in [*folder.rglob("*")][::-1]:
+                file.rmdir() if file.is_dir() else file.unlink()
+        kill_at = chance.randint(4, 24) if kills < 4 else 0
+        arguments = [json.dumps(config.to_dict()), str(folder), str(int(resume)), str(kill_at)]
+        found = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True)
+        if found.returncode == 0:
+            return kills
+        assert found.returncode == -9, found.stderr
+        kills += 1
+
+
+@pytest.fixture(scope="module")
+def parquet_folder(tmp_path_factory):
+    folder, chance = tmp_path_factory.mktemp("parquet"), random.Random(0)
+    import io
+
+    for split, count in (("train", 48), ("test", 12)):
+        rows = []
+        for i in range(count):
+            file = io.BytesIO()
+            colour = (40 + 150 * (i % 2), chance.randint(0, 255), chance.randint(0, 255))
+            Image.new("RGB", (8, 8), colour).save(file, "PNG")
+            rows.append({"image": {"bytes": file.getvalue(), "path": None}, "label": i % 2})
+        pq.write_table(pa.Table.from_pylist(rows), folder / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["digits", "parquet"])
+def test_killed_at_random_and_resumed_is_bit_identical(kind, parquet_folder, tmp_path):
+    torch.set_num_threads(1)
+    config = tiny(train={"save_every": 0.0})  # a checkpoint after every step
+    if kind == "parquet":
+        config = tiny(
+            train={"save_every": 0.0, "batch_size": 16}, data={"dataset": "auto", "dataset_dir": str(parquet_folder)}
+        )
+    run = finished(tmp_path / "whole", config)
+    kills = kill_and_resume(config, tmp_path / "killed", seed=kind)
+    assert kills >= 2
+    assert_same(outcome(Run(tmp_path / "killed")), outcome(run))
+
+
+def test_the_time_limit_ends_a_run_with_everything_saved(tmp_path):
+    run = Run.create(tmp_path / "run")
+    events = list(train(tiny(train={"time_limit": 1e-6}), run))
+    stopped = [e for e in events if isinstance(e, Stopped)]
+    assert [e.reason for e in stopped] == [TIME_LIMIT]
+    assert isinstance(events[-1], Concluded)
+    assert run.restore("last")[0].manifest["step"] == 1
+    assert {"curves.png", "confusion.png", "samples.png", "graph.svg", "result.json"} <= {
+        f.name for f in run.path.iterdir()
+    }
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tmp_path):
+    run = Run.create(tmp_path / "run")
+    config = tiny(optim={"lr": 1e30, "schedule": "step", "grad_clip": 0.0}, train={"save_every": 0.0})
+    with pytest.raises(DivergedError, match=r"the loss of step \d+ is not finite"):
+        for _ in train(config, run):
+            pass
+    for checkpoint in run.checkpoints.glob("last-*.safetensors"):
+        from safetensors.torch import load_file
+
+        assert load_file(checkpoint)["epoch.losses"].isfinite().all()
+    assert not list(run.checkpoints.glob("best-*"))
+
+
+def test_the_best_checkpoint_is_chosen_on_the_held_out_part(whole):
+    rows = whole.metrics()
+    best = min(range(len(rows)), key=lambda i: rows[i]["val_error"])
+    assert load_trained(whole.path).info["epoch"] == rows[best]["epoch"]
+
+
+def test_without_one_the_last_epoch_is_reported(tmp_path):
+    run = finished(tmp_path / "run", tiny(data={"val_fraction": 0.0}))
+    assert load_trained(run.path).info["epoch"] == 3
+    assert [row["val_error"] for row in run.metrics()] == [None] * 3
+
+
+def test_events_and_metrics_agree(tmp_path):
+    run = Run.create(tmp_path / "run")
+    events = list(train(tiny(), run))
+    rows = [event.row for event in events if isinstance(event, EpochDone)]
+    assert rows == run.metrics()
+    steps = [event for event in events if isinstance(event, Step)]
+    assert [s.step for s in steps] == [*range(1, steps[0].steps + 1)] * 3
+    ends = [s for s in steps if s.step == s.steps]
+    assert [s.error for s in ends] == [row["train_error"] for row in rows]
+    with (run.path / "metrics.csv").open() as file:
+        assert len(list(csv.reader(file))) == 4
+
+
+def test_a_batch_larger_than_the_data(tmp_path):
+    with pytest.raises(ValueError, match="--batch_size: expected at most the"):
+        list(train(tiny(train={"batch_size": 5000}), Run.create(tmp_path / "run")))
+
+
+def test_a_device_that_is_not_here(tmp_path):
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="--device: expected a device of this machine"):
+        list(train(tiny(train={"device": "npu"}), Run.create(tmp_path / "run")))
+    assert time.monotonic() - start < 60
