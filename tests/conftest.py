@@ -10,12 +10,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
+import torch
 
 TINY = ("--depth", "7", "--growth-rate", "4")  # the smallest network: one layer a stage
 CLASSES = ("ant", "bee")
 IMAGES = 20  # of each CIFAR batch file
+
+hypothesis.settings.register_profile("plain", deadline=None)  # no test depends on how fast the machine is
+hypothesis.settings.load_profile("plain")
+torch.set_num_threads(1)  # workers share the cores; and results do not depend on how many there are
 
 
 @dataclass(frozen=True)
