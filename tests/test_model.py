@@ -33,7 +33,7 @@ def test_any_size_from_8_and_any_channels(size, in_chans):
 
 
 def test_reset_classifier():
-    model = create_model("sparsenet_40_12").double()
+    model = create_model("sparsenet_40_12").double().eval()
     before = {k: v.clone() for k, v in model.state_dict().items() if "classifier" not in k}
     model.reset_classifier(3)
     assert model.num_classes == model.architecture.num_classes == 3
@@ -173,7 +173,7 @@ def test_old_torchvision_names_and_wrong_weights():
     load_torchvision(model, state)
     images = torch.randn(2, 3, 32, 32).double()
     assert (model.eval()(images) - peer(images)).abs().max() < 1e-9
-    with pytest.raises(ValueError, match="expected 'features.conv0.weight'"):
+    with pytest.raises(ValueError, match=r"expected 'features\.conv0\.weight'"):
         load_torchvision(model, {})
     with pytest.raises(ValueError, match="no place for"):
         load_torchvision(model, {**state, "features.conv9.weight": torch.zeros(1)})
@@ -195,7 +195,7 @@ def test_pytorchcvs_sparsenet121_where_it_is_installed():
     peer = peers.sparsenet121(pretrained=False)
     torch.manual_seed(0)
     with torch.no_grad():  # running statistics as training leaves them: the same for every reader of a feature
-        peer.double().train()(torch.randn(2, 3, 64, 64).double())
+        peer.double().train()(torch.randn(2, 3, 224, 224).double())
     model = create_model("sparsenet121").double()
     model.load_state_dict(from_pytorchcv(model, peer.eval()))
     images = torch.randn(2, 3, 224, 224).double()

@@ -170,24 +170,24 @@ def test_what_backward_keeps_grows_with_features_not_with_links():
 
 @pytest.mark.parametrize("bottleneck", [False, True])
 def test_half_precision_errs_no_more_than_the_textbook(bottleneck):
-    """Against an fp64 truth: at most twice the reference's own bf16 error plus rounding."""
-    truth, _ = pair(depth=22, growth_rate=6, bottleneck=bottleneck)
-    images = torch.randn(8, 3, 16, 16).bfloat16().double()
-    d_logits = torch.randn(8, 10).double()
-    expected = forward_backward(truth.train(), images, d_logits)
-    errors = {}
-    for implementation in ("reference", "shared"):
-        model = SparseNet(truth.architecture, implementation)
-        start, _ = pair(depth=22, growth_rate=6, bottleneck=bottleneck)
-        model.load_state_dict(start.state_dict())
-        with torch.autocast("cpu", torch.bfloat16):
-            logits, _, gradients = forward_backward(model.train(), images.float(), d_logits.float())
-        errors[implementation] = [(logits.double() - expected[0]).norm() / expected[0].norm()] + [
-            (gradients[name].double() - g).norm() / g.norm() for name, g in expected[2].items()
-        ]
-    rounding = 2**-8
-    for own, found in zip(errors["reference"], errors["shared"], strict=True):
-        assert found <= 2 * own + rounding
+    """Against an fp64 truth, over four draws: at most twice the reference's own bf16 error plus rounding."""
+    settings = {"depth": 22, "growth_rate": 6, "bottleneck": bottleneck}
+    errors = {"reference": 0, "shared": 0}
+    for seed in range(4):
+        truth, _ = pair(seed=seed, **settings)
+        start = copy.deepcopy(truth.state_dict())
+        images, d_logits = torch.randn(8, 3, 16, 16).bfloat16().double(), torch.randn(8, 10).double()
+        expected = forward_backward(truth.train(), images, d_logits)
+        for implementation in errors:
+            model = SparseNet(truth.architecture, implementation)
+            model.load_state_dict(start)
+            with torch.autocast("cpu", torch.bfloat16):
+                logits, _, gradients = forward_backward(model.train(), images.float(), d_logits.float())
+            pairs = [(logits, expected[0])] + [(gradients[name], g) for name, g in expected[2].items()]
+            errors[implementation] += torch.stack([((f.double() - e).norm() / e.norm()) ** 2 for f, e in pairs])
+    own, found = ((total / 4).sqrt() for total in errors.values())
+    assert (found <= 2 * own + 2**-8).all()
+    assert found.mean() <= 1.1 * own.mean()
 
 
 def test_a_second_backward_over_a_kept_graph_gives_the_same():

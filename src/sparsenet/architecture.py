@@ -99,7 +99,7 @@ class Architecture:
     )
     depth: int = field(
         default=0,
-        metadata={"help": "layers with weights: 4 + 3*n, or 4 + 6*n with --bottleneck (default 40)"},
+        metadata={"help": "layers with weights: 4 + 3*n, or 4 + 6*n with --bottleneck; 0: 40"},
     )
     blocks: tuple[int, ...] = field(
         default=(), metadata={"help": "layers of each stage, instead of --depth (as 6,12,24,16)"}
@@ -259,16 +259,17 @@ def graph(architecture: Architecture, image_size: int = 32) -> list[Node]:
     for number, (stage, size) in enumerate(zip(stages, sizes, strict=True)):
         nodes += _layers(stage, number, size)
         read, width, depth = stage.topology.output, stage.out_width, stage.topology.depth
+        shape: tuple[int, ...]
+        norm = 2 * width  # the stage's output norm is counted with what follows it
         if number + 1 < len(stages):
             out, half = stages[number + 1].in_width, sizes[number + 1]
-            name, shape = f"transitions.{number}", (out, half, half)
-            macs = width * out * size * size
-            nodes.append(Node(name, "transition", number, depth + 1, read, shape, 2 * width + width * out, macs))
+            name, kind, shape = f"transitions.{number}", "transition", (out, half, half)
+            parameters, macs = norm + width * out, width * out * size * size
         else:
             classes = architecture.num_classes
-            cost = 2 * width + (width + 1) * classes
-            shape = (classes,)
-            nodes.append(Node("classifier", "classifier", number, depth + 1, read, shape, cost, width * classes))
+            name, kind, shape = "classifier", "classifier", (classes,)
+            parameters, macs = norm + (width + 1) * classes, width * classes
+        nodes.append(Node(name, kind, number, depth + 1, read, shape, parameters, macs))
     return nodes
 
 

@@ -34,6 +34,7 @@ def bench(
     measured above the base (model, optimizer and data made) in a process of its own for each. Raises
     ``ValueError`` where an implementation's logits differ from the reference's.
     """
+    zoo.architecture(name).sizes(image_size)
     names = list(IMPLEMENTATIONS)
     workloads = {each: Workload(name, each, batch_size, image_size, precision, device) for each in names}
     _compare(workloads, precision)
@@ -82,7 +83,8 @@ class Workload:
     def infer(self) -> Tensor:
         self.model.eval()
         with self.autocast:
-            return self.model(self.images).float().cpu()
+            logits: Tensor = self.model(self.images)
+        return logits.float().cpu()
 
 
 def _compare(workloads: dict[str, Workload], precision: str) -> None:

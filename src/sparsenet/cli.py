@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import json
 import os
 import signal
@@ -19,6 +18,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+import torch
+
 from sparsenet import config as settings
 from sparsenet import presets, zoo
 from sparsenet.architecture import count
@@ -26,7 +27,7 @@ from sparsenet.config import RunConfig
 from sparsenet.device import choose_device, choose_precision, use_large_pages
 from sparsenet.display import display
 from sparsenet.extras import MissingExtra
-from sparsenet.run import Run, load_trained
+from sparsenet.run import Run, Trained, load_trained, version
 
 FAILED, BAD_CALL = 1, 2
 
@@ -35,19 +36,27 @@ class _Parser(argparse.ArgumentParser):
     """Errors are exceptions, so that they can be told in one line; flags are never abbreviated."""
 
     def __init__(self, **kwargs: Any):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        super().__init__(allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
 
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = list(map(str, action.choices))
+            expected = f"expected one of {', '.join(known)}, found {value!r}{settings.nearest(str(value), known)}"
+            raise argparse.ArgumentError(action, expected)
+
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
         """The flags, ``-`` and ``_`` being the same in their names; ``ValueError`` with the nearest valid one."""
-        found, unknown = self.parse_known_args([_underscored(argument) for argument in arguments])
+        end = list(arguments).index("--") if "--" in arguments else len(arguments)
+        flags = [_underscored(argument) for argument in arguments[:end]]
+        found, unknown = self.parse_known_args([*flags, *arguments[end:]])
         if unknown:
-            command = self._subparsers._group_actions[0].choices[found.command]  # type: ignore[union-attr,index,call-overload]
-            near = difflib.get_close_matches(unknown[0].split("=")[0], command._option_string_actions, 1, 0.5)
-            hint = f"; did you mean {near[0]}?" if near else f"; see sparsenet {found.command} --help"
-            raise ValueError(f"sparsenet {found.command}: unknown argument {unknown[0]!r}{hint}")
+            command = self._subparsers._group_actions[0].choices[found.command]  # type: ignore[union-attr,index]
+            near = settings.nearest(unknown[0].split("=")[0], command._option_string_actions, 0.6)
+            hint = near or f"; see sparsenet {found.command} --help"
+            raise ValueError(f"{found.command}: unknown argument {unknown[0]!r}{hint}")
         return found
 
 
@@ -60,13 +69,20 @@ def _underscored(argument: str) -> str:
 
 def _parser() -> _Parser:
     parser = _Parser(prog="sparsenet", description="Train, evaluate and use sparsely aggregated networks.")
+    parser.add_argument("--version", action="version", version=f"sparsenet {version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
 
-    train = commands.add_parser("train", help="train a network and write a run folder")
+    train = commands.add_parser(
+        "train",
+        help="train a network and write a run folder",
+        description="Trains a network and writes a run folder, whose path is the last line. Settings come from a "
+        "preset (digits without data of your own, paper for c10 and c100, short for your images), then --config, "
+        "then flags.",
+    )
     train.add_argument("--out", default="", help="the run folder; default: a new one in runs/")
     train.add_argument("--resume", default="", metavar="RUN", help="go on with a run")
     train.add_argument("--preset", default="", help=f"settings to start from: {', '.join(presets.PRESETS)}")
-    train.add_argument("--config", default="", metavar="FILE", help="settings from a run's config.json")
+    train.add_argument("--config", default="", metavar="RUN", help="settings of another run: its folder or config.json")
     settings.add_flags(train)
 
     evaluate = commands.add_parser("eval", help="error of a run on its test images")
@@ -138,11 +154,13 @@ def _train(args: argparse.Namespace) -> int:
     from sparsenet.train import train
 
     run, config = _resumed(args) if args.resume else _new_run(args)
-    stop = _Signals()
-    with run.locked():
-        reason = display(train(config, run, bool(args.resume), stop), run)
-    if reason and stop.number is None:
-        print(f"stopped by {reason}; go on with: sparsenet train --resume {run.path}")
+    try:
+        with run.locked(), _Signals() as stop:
+            reason = display(train(config, run, bool(args.resume), stop), run)
+    finally:
+        run.discard_if_unused()
+    if reason:
+        print(f"go on with: sparsenet train --resume {run.path}")
     print(run.path)
     return 128 + stop.number if stop.number is not None else 0
 
@@ -152,8 +170,14 @@ class _Signals:
 
     def __init__(self) -> None:
         self.number: int | None = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._received)
+
+    def __enter__(self) -> _Signals:
+        self.before = {n: signal.signal(n, self._received) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def _received(self, number: int, frame: FrameType | None) -> None:
         self.number = number
@@ -165,7 +189,7 @@ class _Signals:
 
 def _new_run(args: argparse.Namespace) -> tuple[Run, RunConfig]:
     flags = vars(args)
-    file = Path(args.config) if args.config else None
+    file = _config_file(args)
     base = presets.preset(args.preset) if args.preset else RunConfig()
     if not args.preset and not file:
         base = presets.preset(presets.preset_for(flags.get("dataset", "auto"), flags.get("dataset_dir", "")))
@@ -173,6 +197,11 @@ def _new_run(args: argparse.Namespace) -> tuple[Run, RunConfig]:
         base = settings.load(file, base)
     config = settings.from_flags(flags, base)
     return Run.create(Path(args.out) if args.out else _default_folder(config)), config
+
+
+def _config_file(args: argparse.Namespace) -> Path | None:
+    file = Path(args.config)
+    return None if not args.config else file / "config.json" if file.is_dir() else file
 
 
 def _default_folder(config: RunConfig) -> Path:
@@ -192,10 +221,18 @@ def _resumed(args: argparse.Namespace) -> tuple[Run, RunConfig]:
     run = Run.open(Path(args.resume))
     old = run.config()
     base = presets.preset(args.preset) if args.preset else old
-    new = settings.from_flags(vars(args), settings.load(Path(args.config), base) if args.config else base)
+    file = _config_file(args)
+    new = settings.from_flags(vars(args), settings.load(file, base) if file else base)
     if changed := settings.differences(old, new):
         raise ValueError(f"--resume {run.path}: settings differ from the run's: {'; '.join(changed)}")
     return run, new
+
+
+def _load(args: argparse.Namespace, device: torch.device) -> Trained:
+    trained = load_trained(Path(args.run), args.checkpoint, device)
+    for warning in trained.warnings:
+        print(f"sparsenet: warning: {warning}", file=sys.stderr)
+    return trained
 
 
 def _eval(args: argparse.Namespace) -> int:
@@ -203,11 +240,11 @@ def _eval(args: argparse.Namespace) -> int:
     from sparsenet.evaluate import evaluate
 
     device = choose_device(args.device)
-    trained = load_trained(Path(args.run), args.checkpoint, device)
+    trained = _load(args, device)
     stored = Run.open(Path(args.run)).config().data
     asked = dataclasses.replace(
         stored,
-        dataset=args.dataset or stored.dataset,
+        dataset=args.dataset or ("auto" if args.dataset_dir and stored.dataset == "digits" else stored.dataset),
         dataset_dir=args.dataset_dir or stored.dataset_dir,
         image_size=trained.preprocessing.size,
         in_chans=trained.preprocessing.channels,
@@ -238,7 +275,7 @@ def _predict(args: argparse.Namespace) -> int:
     from sparsenet.predict import find_images, predict
 
     device = choose_device(args.device)
-    trained = load_trained(Path(args.run), args.checkpoint, device)
+    trained = _load(args, device)
     found = []
     for result in predict(trained, find_images(args.images), args.top, args.batch_size):
         found.append(result)
@@ -259,7 +296,7 @@ def _export(args: argparse.Namespace) -> int:
     from sparsenet.export import export_onnx
 
     path = Path(args.run)
-    trained = load_trained(path, args.checkpoint)
+    trained = _load(args, choose_device("cpu"))
     try:
         real = load_dataset(Run.open(path).config().data).test.pixels[:64]
     except ValueError as error:
@@ -334,7 +371,7 @@ def run(arguments: Sequence[str]) -> int:
     except (ValueError, MissingExtra) as error:
         code = BAD_CALL
         message = error
-    except (DivergedError, OSError) as error:
+    except (DivergedError, OSError, torch.OutOfMemoryError) as error:
         if isinstance(error, BrokenPipeError):
             raise
         code = FAILED

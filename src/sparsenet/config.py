@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import json
 import math
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ class TrainConfig:
             ("save_every", 0),
             ("seed", 0),
         ):
-            if getattr(self, name) < least:
+            if not least <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected at least {least}, found {getattr(self, name)}")
 
 
@@ -107,6 +108,24 @@ class Setting:
                 raise ValueError(f"--{self.name}: expected whole numbers like 16,32,64, found {text!r}") from None
         return text
 
+    def check(self, value: Any, source: str) -> None:
+        """``ValueError`` where *value*, from the JSON file *source*, has another type than the setting."""
+        kinds: dict[Any, tuple[str, tuple[type, ...]]] = {
+            bool: ("true or false", (bool,)), int: ("a whole number", (int,)), float: ("a number", (int, float)),
+            str: ("a text", (str,)),
+        }  # fmt: skip
+        expected, types = kinds.get(self.kind, ("a text, number or list", (str, int, list, tuple)))
+        if self.name == "fetch":
+            expected, types = "a text or a list of lists of whole numbers", (str, list, tuple)
+        if not isinstance(value, types) or (isinstance(value, bool) and self.kind is not bool):
+            raise ValueError(f"{source}: {self.name}: expected {expected}, found {value!r}")
+
+
+def nearest(name: str, known: Iterable[str], likeness: float = 0.5) -> str:
+    """``; did you mean ...?`` where a known name is near."""
+    near = difflib.get_close_matches(name, list(known), 1, likeness)
+    return f"; did you mean {near[0]}?" if near else ""
+
 
 def settings() -> Iterator[Setting]:
     """Every setting of a run that a flag can change."""
@@ -119,17 +138,20 @@ def settings() -> Iterator[Setting]:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """One flag for each setting; flags not given leave no trace in the namespace."""
+    """One flag for each setting, grouped by component; flags not given leave no trace in the namespace."""
+    groups = {name: parser.add_argument_group(f"{name} (defaults without a preset)") for name in COMPONENTS}
     for s in settings():
-        shown = f"{s.help} (default {s.default})" if s.default not in ("", (), None) else s.help
-        optional: dict[str, Any] = {"nargs": "?", "const": "true"} if s.kind is bool else {}
-        parser.add_argument(
+        default = ",".join(map(str, s.default)) if isinstance(s.default, tuple) else str(s.default).lower()
+        shown = s.help if default in ("", "0", "0.0", "false") else f"{s.help} (default {default})"
+        if s.choices:
+            shown = f"{shown}; one of {', '.join(map(str, s.choices))}"
+        groups[s.component].add_argument(
             f"--{s.name}",
             default=argparse.SUPPRESS,
-            choices=s.choices,
+            choices=None if s.choices is None else tuple(map(str, s.choices)),
             help=shown,
-            metavar=s.name.upper(),
-            **optional,
+            metavar="VALUE",
+            **({"nargs": "?", "const": "true"} if s.kind is bool else {}),  # type: ignore[arg-type]
         )
 
 
@@ -162,11 +184,11 @@ def from_dict(value: Any, source: str, base: RunConfig) -> RunConfig:
             raise ValueError(f"{source}: expected objects named {', '.join(COMPONENTS)}, found {component!r}")
         known = {f.name for f in dataclasses.fields(COMPONENTS[component])}
         if unknown := sorted(set(fields) - known):
-            raise ValueError(f"{source}: {component} has no setting {unknown[0]!r}")
-    try:
-        return replace(base, value)
-    except TypeError as error:
-        raise ValueError(f"{source}: a setting has the wrong type ({error})") from None
+            raise ValueError(f"{source}: {component} has no setting {unknown[0]!r}{nearest(unknown[0], known)}")
+        for s in settings():
+            if s.component == component and s.name in fields:
+                s.check(fields[s.name], source)
+    return replace(base, value)
 
 
 def load(path: Path, base: RunConfig) -> RunConfig:

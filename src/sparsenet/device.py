@@ -18,7 +18,7 @@ def choose_device(name: str) -> torch.device:
         return accelerator or torch.device("cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device).add_(1)
+        torch.empty(1, device=device).add_(1).item()  # a value: the meta device has none
     except (RuntimeError, AssertionError, NotImplementedError):
         found = f"cpu and {accelerator}" if accelerator else "only cpu"
         raise ValueError(f"--device: expected a device of this machine ({found}), found {name!r}") from None

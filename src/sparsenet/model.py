@@ -117,9 +117,9 @@ class SparseNet(nn.Module):
 
     def reset_classifier(self, num_classes: int) -> None:
         """Replaces the classifier by a new one; 0 classes: none, the model gives pooled features."""
-        device = next(self.parameters()).device
+        like = next(self.stem.parameters())
         self.architecture = dataclasses.replace(self.architecture, num_classes=num_classes)
-        self.classifier = _classifier(self.num_features, num_classes).to(device)
+        self.classifier = _classifier(self.num_features, num_classes).to(like.device, like.dtype)
         self.classifier.apply(_initialise)
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ class SparseNet(nn.Module):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Features ``(N, num_features, h, w)`` to logits, or to pooled features with *pre_logits*."""
         pooled = x.mean((2, 3))
-        return pooled if pre_logits else self.classifier(pooled)  # type: ignore[no-any-return]
+        return pooled if pre_logits else self.classifier(pooled)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))

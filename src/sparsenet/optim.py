@@ -23,7 +23,7 @@ class OptimConfig:
     )
     drop_1: int = field(default=150, metadata={"help": "epochs before the first division of the rate by 10"})
     drop_2: int = field(default=225, metadata={"help": "epochs before the second one"})
-    warmup: float = field(default=0.0, metadata={"help": "epochs of linear warm-up (onecycle: 0 means 30 %%)"})
+    warmup: float = field(default=0.0, metadata={"help": "epochs of linear warm-up; 0 with onecycle: 30 %% of the run"})
     momentum: float = field(default=0.9, metadata={"help": "Nesterov momentum"})
     weight_decay: float = field(default=1e-4, metadata={"help": "on convolution and linear weights only"})
     label_smoothing: float = field(default=0.0, metadata={"help": "share of the target spread over all classes"})
@@ -32,7 +32,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         expectations = [
-            ("lr", self.lr > 0, "a positive number"),
+            ("lr", 0 < self.lr < math.inf, "a positive number"),
             ("schedule", self.schedule in ("step", "cosine", "onecycle"), "step, cosine or onecycle"),
             ("drop_1", self.drop_1 >= 0, "a number of epochs"),
             ("drop_2", self.drop_2 >= self.drop_1, f"at least drop_1 ({self.drop_1})"),
@@ -57,7 +57,7 @@ def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, max_epoc
     rise = config.warmup or (0.3 * total if config.schedule == "onecycle" else 0.0)
     if epoch < rise:
         start = 0.04 if config.schedule == "onecycle" else 0.0
-        return config.lr * (start + (1 - start) * (epoch + 1 / steps_per_epoch) / rise)
+        return config.lr * (start + (1 - start) * min(1.0, (epoch + 1 / steps_per_epoch) / rise))
     done = (epoch - rise) / max(total - rise, 1e-9)
     return config.lr * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sparsenet.config import RunConfig, replace
+from sparsenet.config import RunConfig, nearest, replace
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # arXiv:1801.05895, section 4: 300 epochs, batch 64, 0.1 -> 0.01 -> 0.001. It is the settings' own default.
@@ -34,7 +34,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 def preset(name: str) -> RunConfig:
     """The settings of a preset; ``ValueError`` with the known names."""
     if name not in PRESETS:
-        raise ValueError(f"--preset: expected one of {', '.join(PRESETS)}, found {name!r}")
+        raise ValueError(f"--preset: expected one of {', '.join(PRESETS)}, found {name!r}{nearest(name, PRESETS)}")
     return replace(RunConfig(), PRESETS[name])
 
 

@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -94,12 +95,21 @@ class Run:
         if (path / "config.json").exists():
             raise RunError(f"--out: {path} already holds a run; choose another folder or --resume {path}")
         run = cls(path)
+        if path.is_dir() and any(path.iterdir()):
+            raise RunError(f"--out: expected a new or an empty folder, found files in {path}")
         try:
             run.checkpoints.mkdir(parents=True, exist_ok=True)
             write_atomic(path / "train.log", "")
         except OSError as error:
             raise RunError(f"--out: expected a folder that can be written, {path}: {error.strerror}") from None
         return run
+
+    def discard_if_unused(self) -> None:
+        """Removes a folder that :meth:`create` made and no run was written into."""
+        if (self.path / "config.json").exists() or not self.checkpoints.is_dir():
+            return
+        if {path.name for path in self.path.iterdir()} <= {"checkpoints", "train.log", ".lock"}:
+            shutil.rmtree(self.path)
 
     @classmethod
     def open(cls, path: Path) -> Run:
@@ -154,8 +164,11 @@ class Run:
         file = self.path / "metrics.csv"
         if not file.exists():
             return []
-        with file.open(newline="") as lines:
-            return [{k: float(v) if v else None for k, v in row.items()} for row in csv.DictReader(lines)]
+        try:
+            with file.open(newline="") as lines:
+                return [{k: float(v) if v else None for k, v in row.items()} for row in csv.DictReader(lines)]
+        except (OSError, ValueError) as error:
+            raise RunError(f"{file}: expected numbers as a run writes them, found: {error}") from None
 
     def write_metrics(self, rows: Sequence[Mapping[str, float | None]]) -> None:
         lines = [",".join(COLUMNS)]
@@ -182,10 +195,11 @@ class Run:
         for manifest_path in self._saved(kind):
             try:
                 return _read_checkpoint(manifest_path), warnings
-            except (OSError, ValueError, KeyError, SafetensorError) as error:
-                warnings.append(f"{manifest_path.stem}: damaged ({error}); going back to the one before")
-        found = f"{len(warnings)} damaged" if warnings else "none"
-        raise RunError(f"{self.path}: expected an intact '{kind}' checkpoint, found {found}")
+            except (OSError, ValueError, SafetensorError) as error:
+                warnings.append(f"{manifest_path.stem}: damaged ({error}), passed over")
+        found = f"{len(warnings)} damaged: {warnings[0]}" if warnings else "none"
+        other = " (--checkpoint last may have one)" if kind == "best" else ""
+        raise RunError(f"{self.path}: expected an intact '{kind}' checkpoint, found {found}{other}")
 
     def _saved(self, kind: str) -> list[Path]:
         return sorted(self.checkpoints.glob(f"{kind}-*.json"), reverse=True)
@@ -194,8 +208,12 @@ class Run:
 def _read_checkpoint(manifest_path: Path) -> Checkpoint:
     manifest = json.loads(manifest_path.read_text())
     data = manifest_path.with_suffix(".safetensors").read_bytes()
-    if hashlib.sha256(data).hexdigest() != manifest["sha256"]:
+    if not isinstance(manifest, dict) or hashlib.sha256(data).hexdigest() != manifest.get("sha256"):
         raise ValueError("its hash is not the one in its manifest")
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    written = json.loads(header["__metadata__"]["sparsenet"])
+    if {**manifest, **written} != manifest:
+        raise ValueError("its manifest is not the one it was written with")
     return Checkpoint(manifest_path, parse_tensors(data), manifest)
 
 
@@ -256,22 +274,32 @@ class Trained:
     preprocessing: Preprocessing
     classes: tuple[str, ...]
     dataset: str
-    info: dict[str, Any]  # epoch, validation error, version: what the weights say of themselves
+    info: dict[str, Any]  # epoch, recipe, version: what the weights say of themselves
+    warnings: tuple[str, ...] = ()  # damaged checkpoints that were passed over
 
 
 def load_trained(
     path: Path, kind: str = "best", device: torch.device | str = "cpu", implementation: str = "auto"
 ) -> Trained:
     """The network of a run folder from its ``best`` or ``last`` checkpoint; :class:`RunError` in one line."""
-    checkpoint, _ = Run.open(path).restore(kind)
+    checkpoint, warnings = Run.open(path).restore(kind)
     about = checkpoint.manifest["about"]
-    model = SparseNet(Architecture(**about["architecture"]), implementation)
+    try:
+        model = SparseNet(Architecture(**about["architecture"]), implementation)
+    except TypeError as error:
+        raise RunError(f"{checkpoint.path}: expected an architecture that this version knows, found: {error}") from None
     weights = {k.removeprefix("model."): v for k, v in checkpoint.tensors.items() if k.startswith("model.")}
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise RunError(f"{checkpoint.path}: its weights do not fit its architecture ({error})") from None
-    stored = about["preprocessing"]
-    preprocessing = Preprocessing(**{**stored, "mean": tuple(stored["mean"]), "std": tuple(stored["std"])})
     info = {**about, "epoch": checkpoint.manifest["epoch"], "step": checkpoint.manifest["step"]}
-    return Trained(path, model.eval().to(device), preprocessing, tuple(about["classes"]), about["dataset"], info)
+    return Trained(
+        path,
+        model.eval().to(device),
+        Preprocessing(**about["preprocessing"]),
+        tuple(about["classes"]),
+        about["dataset"],
+        info,
+        tuple(warnings),
+    )

@@ -10,11 +10,11 @@ et al. (arXiv:1608.06993); harmonic -- Chao et al., "HarDNet" (arXiv:1909.00948)
 
 from __future__ import annotations
 
+import difflib
 import runpy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 Fetch = Callable[[int], Sequence[int]]
 Sources = tuple[tuple[int, ...], ...]
@@ -64,19 +64,30 @@ def named_fetch(name: str) -> Fetch:
     kind, _, argument = name.partition(":")
     takes_argument = kind in ("sparse", "windowed")
     if kind not in FETCHES or (argument and not (takes_argument and argument.isdecimal())):
-        raise ValueError(f"fetch: expected sparse[:BASE], dense, harmonic or windowed[:WIDTH], found {name!r}")
+        near = difflib.get_close_matches(kind, FETCHES, 1, 0.5)
+        hint = f"; did you mean {near[0]}?" if near and kind not in FETCHES else ""
+        expected = "sparse[:BASE], dense, harmonic, windowed[:WIDTH] or FILE.py:FUNCTION"
+        raise ValueError(f"fetch: expected {expected}, found {name!r}{hint}")
     return FETCHES[kind](int(argument)) if argument else FETCHES[kind]()
 
 
 def fetch_from_file(name: str) -> Fetch:
-    """The function that ``FILE.py:FUNCTION`` names; runs the file. ``ValueError`` where there is none."""
+    """The function that ``FILE.py:FUNCTION`` names; runs the file. ``ValueError`` for whatever goes wrong in it."""
     path, _, function = name.rpartition(":")
-    if not Path(path).is_file():
-        raise ValueError(f"fetch: expected FILE.py:FUNCTION, found no file {path!r}")
-    found = runpy.run_path(path).get(function)
+    try:
+        found = runpy.run_path(path).get(function)
+    except Exception as error:  # noqa: BLE001  somebody else's code can raise anything
+        raise ValueError(f"fetch: expected a Python file that runs, found {path}: {error!r}") from None
     if not callable(found):
         raise ValueError(f"fetch: expected a function {function!r} in {path}, found none")
-    return found  # type: ignore[no-any-return]
+
+    def sources(i: int) -> Sequence[int]:
+        try:
+            return tuple(found(i))
+        except Exception as error:  # noqa: BLE001
+            raise ValueError(f"fetch: expected {name} to give the sources of layer {i}, found {error!r}") from None
+
+    return sources
 
 
 @dataclass(frozen=True)

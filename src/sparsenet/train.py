@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from sparsenet.evaluate import Evaluation, evaluate
 from sparsenet.model import SparseNet
 from sparsenet.run import Checkpoint, Run, RunError, load_trained, version, write_json
 
+ADVICE = "what was saved is from before it: lower --lr, set --grad_clip or use --precision fp32"
 CHECK_EVERY = 50  # steps between looks at the loss where a look makes the device wait
 
 
@@ -110,7 +112,10 @@ class State:
 
     def load(self, checkpoint: Checkpoint, rows: list[dict[str, float | None]]) -> None:
         tensors, manifest = checkpoint.tensors, checkpoint.manifest
-        part = lambda prefix: {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}  # noqa: E731
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
         self.model.load_state_dict(part("model."))
         momenta = {int(i): {"momentum_buffer": buffer} for i, buffer in part("optimizer.").items()}
         groups = self.optimizer.state_dict()["param_groups"]
@@ -161,6 +166,8 @@ def prepare(config: RunConfig) -> tuple[RunConfig, Dataset, Preprocessing, torch
         )
     network = dataclasses.replace(config.network, in_chans=channels, num_classes=len(data.classes))
     network.sizes(size)
+    if config.data.shift >= size:
+        raise ValueError(f"--shift: expected less than the {size} pixels of an image, found {config.data.shift}")
     mean, std = channel_statistics(data.train)
     return (
         dataclasses.replace(config, network=network),
@@ -184,13 +191,12 @@ def train(
     fill = (torch.tensor(preprocessing.mean) * 255).round().to(torch.uint8)
     session = Session(config, run, _on_device(data, device), preprocessing, device, precision, fill)
     state = _new_state(session)
+    resumed = list(_resume(session, state)) if resume else []  # refused before anything is written
     run.describe(config, preprocessing.size, device)
     pictures.draw_graph(architecture.graph(config.network, preprocessing.size), run.path / "graph.svg", run.path.name)
     yield from _introduce(session, state)
-    if resume:
-        yield from _resume(session, state)
-    else:
-        run.write_metrics([])
+    yield from resumed
+    run.write_metrics(state.rows)
     steps = len(state.losses)
     saved = time.monotonic()
     stop: str | None = None
@@ -259,10 +265,7 @@ def _progress(state: State, number: int, batch_size: int, images: int) -> tuple[
     finite = losses.isfinite()
     if not finite.all():
         step = state.step - number + int(finite.int().argmin()) + 1
-        raise DivergedError(
-            f"the loss of step {step} is not finite; the last checkpoint is from before it: "
-            "lower --lr, set --grad_clip or use --precision fp32"
-        )
+        raise DivergedError(f"the loss of step {step} is not finite; {ADVICE}")
     seen = min(number * batch_size, images)
     return losses.mean().item(), 100 * state.wrongs[:number].sum().item() / seen
 
@@ -272,6 +275,8 @@ def _finish_epoch(session: Session, state: State) -> EpochDone:
     loss, error = _progress(state, steps, config.train.batch_size, len(data.train))
     tested = _evaluate(session, state, data.test)
     validated = None if data.val is None else _evaluate(session, state, data.val)
+    if not all(math.isfinite(each.loss) for each in (tested, validated) if each):
+        raise DivergedError(f"the weights of step {state.step} give a loss that is not finite; {ADVICE}")
     rate = optim.learning_rate(config.optim, state.step - 1, steps, config.train.max_epoch)
     row: dict[str, float | None] = {
         "epoch": state.step // steps, "step": state.step, "lr": rate, "train_loss": loss, "train_error": error,
@@ -350,6 +355,10 @@ def _new_state(session: Session) -> State:
 
 
 def _resume(session: Session, state: State) -> Iterator[Message]:
+    rows = session.run.metrics()
+    if not rows and not any(session.run.checkpoints.glob("*")):
+        yield Message("stopped before the first checkpoint: starting from the beginning")
+        return
     checkpoint, warnings = session.run.restore("last")
     yield from (Message(f"warning: {warning}") for warning in warnings)
     known = checkpoint.manifest["about"]["classes"]
@@ -358,8 +367,13 @@ def _resume(session: Session, state: State) -> Iterator[Message]:
             f"{checkpoint.path}: expected the {len(known)} classes it was trained on, "
             f"found {len(session.data.classes)} classes in the data"
         )
+    steps = len(checkpoint.tensors["epoch.losses"])
+    if steps != len(state.losses):
+        raise RunError(
+            f"{checkpoint.path}: expected the images it was trained on, {steps} steps an epoch, "
+            f"found {len(session.data.train)} images, {len(state.losses)} steps an epoch"
+        )
     state.load(checkpoint, session.run.metrics())
-    session.run.write_metrics(state.rows)
     yield Message(f"resumed at step {state.step} (epoch {1 + state.step // len(state.losses)})")
 
 
@@ -382,10 +396,5 @@ def _introduce(session: Session, state: State) -> Iterator[Message]:
 
 def _on_device(data: Dataset, device: torch.device) -> Dataset:
     """The dataset with its pixels on the device when they fill at most half of what is free there."""
-    splits = data.train, data.val, data.test
-    size = sum(images.pixels.nbytes for images in splits if images)
-    if device.type == "cpu" or (free := free_memory(device)) is None or size > free // 2:
-        return data
-    train, val, test = (images and Images(images.pixels.to(device), images.labels.to(device)) for images in splits)
-    assert train is not None and test is not None
-    return dataclasses.replace(data, train=train, val=val, test=test)
+    free = None if device.type == "cpu" else free_memory(device)
+    return data.to(device) if free is not None and data.nbytes <= free // 2 else data

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -81,6 +81,10 @@ class Images:
         for i, (image, label) in enumerate(zip(self.pixels.numpy(), self.labels.tolist(), strict=True)):
             yield Example(f"image {i}", image, label)
 
+    def to(self, device: torch.device) -> Images:
+        """The same images on *device*."""
+        return Images(self.pixels.to(device), self.labels.to(device))
+
     def __getitem__(self, index: Tensor | slice) -> Images:
         return Images(self.pixels[index], self.labels[index])
 
@@ -95,6 +99,16 @@ class Dataset:
     val: Images | None
     test: Images
     skipped: tuple[str, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pixels."""
+        return sum(images.pixels.nbytes for images in (self.train, self.val, self.test) if images)
+
+    def to(self, device: torch.device) -> Dataset:
+        """The same images on *device*."""
+        val = self.val and self.val.to(device)
+        return replace(self, train=self.train.to(device), val=val, test=self.test.to(device))
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,10 @@ class Preprocessing:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
+    def __post_init__(self) -> None:
+        for name in ("mean", "std"):  # a JSON file has lists
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
     def normalise(self, batch: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """uint8 ``(N, C, H, W)`` to ``(pixels / 255 - mean) / std`` in *dtype*, on the batch's device."""
         exact = torch.promote_types(dtype, torch.float32)

@@ -74,7 +74,7 @@ class _Aggregate(torch.autograd.Function):
         return activated
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_activated: Tensor) -> tuple[Tensor | None, ...]:
         plan: Plan = ctx.plan
         n, saved = len(plan.reads), ctx.saved_tensors
