@@ -76,6 +76,11 @@ def test_wrong_values_are_named(flags, words):
         ({"net": {}}, "'net'"),
         ({"optim": {"rate": 1}}, "no setting 'rate'"),
         ({"optim": 3}, "'optim'"),
+        ({"network": {"growth_rate": "12"}}, "growth_rate: expected whole numbers, found '12'"),
+        ({"network": {"growth_rate": [12.5]}}, "growth_rate: expected whole numbers, found [12.5]"),
+        ({"network": {"blocks": ["a"]}}, "blocks: expected whole numbers"),
+        ({"network": {"fetch": [0, 1]}}, "fetch: expected a name or a list of lists"),
+        ({"train": {"batch_size": True}}, "batch_size: expected a whole number"),
         ({"optim": {"lr": "high"}}, "lr: expected a number, found 'high'"),
     ],
 )

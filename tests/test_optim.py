@@ -1,5 +1,7 @@
 """The learning rate is a function of the step; decay reaches weights only; averages forget their start."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sparsenet import create_model
-from sparsenet.optim import OptimConfig, averaged, learning_rate, sgd
+from sparsenet.optim import OptimConfig, learning_rate, sgd, update_average
 
 
 def test_the_papers_schedule():
@@ -48,17 +50,22 @@ def test_decay_on_convolution_and_linear_weights_only():
 
 def test_the_average_is_the_exponential_one_and_includes_running_statistics():
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    average, decay = averaged(model, 0.9), 0.9
-    expected = None
+    average, decay = copy.deepcopy(model), 0.9
+    expected = 0.0
+    with torch.no_grad():
+        for tensor in (*average.parameters(), average[1].running_mean):
+            tensor.zero_()
     for step in range(30):
         with torch.no_grad():
             for tensor in (*model.parameters(), model[1].running_mean):
                 tensor.fill_(step)
-        average.update_parameters(model)
+        model[1].num_batches_tracked.fill_(step)
+        update_average(average, model, decay, step)
         now = min(decay, (1 + step) / (10 + step))
-        expected = step if expected is None else now * expected + (1 - now) * step
-    assert average.module[0].weight[0, 0].item() == pytest.approx(expected, rel=1e-5)
-    assert average.module[1].running_mean[0].item() == pytest.approx(expected, rel=1e-5)
+        expected = now * expected + (1 - now) * step
+    assert average[0].weight[0, 0].item() == pytest.approx(expected, rel=1e-5)
+    assert average[1].running_mean[0].item() == pytest.approx(expected, rel=1e-5)
+    assert average[1].num_batches_tracked.item() == 29
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,9 @@ def test_the_last_reader_reads_and_nobody_reads_later(name):
     for j, last in enumerate(topology.last_reader):
         assert j in topology.sources[last - 1]
         assert not any(j in read for read in topology.sources[last:])
+    for j, first in enumerate(topology.first_reader):
+        assert j in topology.sources[first - 1]
+        assert not any(j in read for read in topology.sources[: first - 1])
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 
 from sparsenet.config import replace
+from sparsenet.events import Concluded, EpochDone, Message, Step, Stopped
 from sparsenet.presets import preset
 from sparsenet.run import TIMES, Run, load_trained
-from sparsenet.train import TIME_LIMIT, Concluded, DivergedError, EpochDone, Message, Step, Stopped, train
+from sparsenet.train import TIME_LIMIT, DivergedError, train
 
 TINY = {
     "network": {"depth": 7, "growth_rate": 4, "dropout": 0.1},
@@ -103,6 +104,19 @@ def test_a_run_can_be_extended(tmp_path):
     assert_same(outcome(run), outcome(finished(tmp_path / "long", long)))
 
 
+def test_killed_before_the_first_checkpoint_starts_from_the_beginning(whole, tmp_path):
+    run = Run.create(tmp_path / "run")
+    for event in train(tiny(), run):
+        if isinstance(event, Step):
+            break
+    run.write_metrics(whole.metrics()[:1])  # as a kill between the first row and its checkpoint leaves it
+    (run.checkpoints / ".last-00000005.safetensors.x").write_bytes(b"half")
+    for _ in train(tiny(), run, resume=True):
+        pass
+    assert_same(outcome(run), outcome(whole))
+    assert len(list(run.checkpoints.iterdir())) == 6  # two of last and one of best, with their manifests
+
+
 KILLED = """
 import sys, time, random
 from pathlib import Path
@@ -130,11 +144,8 @@ def kill_and_resume(config, folder, seed):
 
     chance, kills = random.Random(seed), 0
     while True:
-        resume = any((folder / "checkpoints").glob("last-*.json"))
-        if folder.exists() and not resume:  # killed before anything was saved: the user starts again
-            for file in [*folder.rglob("*")][::-1]:
-                file.rmdir() if file.is_dir() else file.unlink()
-        kill_at = chance.randint(4, 24) if kills < 4 else 0
+        resume = (folder / "config.json").exists()
+        kill_at = chance.randint(8, 24) if kills < 4 else 0
         arguments = [json.dumps(config.to_dict()), str(folder), str(int(resume)), str(kill_at)]
         found = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True)
         if found.returncode == 0:

@@ -198,8 +198,7 @@ class Architecture:
         """The topology of a stage of *depth* layers."""
         if isinstance(self.fetch, str):
             return Topology.of(named_fetch(self.fetch), depth)
-        if callable(self.fetch):
-            return Topology.of(self.fetch, depth)
+        assert not callable(self.fetch)  # a function has become a table
         if len(self.fetch) <= depth:
             raise ValueError(f"fetch: expected sources for {depth} layers and the output, found {len(self.fetch)}")
         return Topology(self.fetch[: depth + 1])

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsenet import zoo
-from sparsenet.device import peak_memory_mb, use_large_pages
+from sparsenet.device import memory_mb, peak_memory_mb, use_large_pages
 from sparsenet.model import SparseNet
 from sparsenet.ops import IMPLEMENTATIONS
 from sparsenet.run import environment
 
 WARM_UP = 2
-TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}  # relative, of logits and of the loss: a wrong kernel is off by more
+TOLERANCE = {"fp32": 2e-2, "bf16": 0.3}  # relative; rounding grows with depth, a wrong gradient is off by 1
 
 
 def bench(
@@ -70,13 +69,21 @@ class Workload:
         self.labels = torch.randint(self.model.num_classes, (batch_size,), device=device)
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
-    def train_step(self) -> float:
+    def logits_and_gradients(self) -> tuple[Tensor, Tensor]:
+        """Of one training step without its update: ``(N, classes)`` and all parameters' in one vector."""
+        self.train_step(update=False)
+        gradients = [p.grad.flatten() for p in self.model.parameters() if p.grad is not None]
+        with self.autocast:
+            return self.model(self.images).detach().float().cpu(), torch.cat(gradients).float().cpu()
+
+    def train_step(self, update: bool = True) -> float:
         self.model.train()
         with self.autocast:
             loss = F.cross_entropy(self.model(self.images).float(), self.labels)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        self.optimizer.step()
+        if update:
+            self.optimizer.step()
         return loss.item()
 
     @torch.inference_mode()
@@ -88,14 +95,14 @@ class Workload:
 
 
 def _compare(workloads: dict[str, Workload], precision: str) -> None:
-    truth, *others = (
-        (name, work.infer().flatten(), torch.tensor([work.train_step()])) for name, work in workloads.items()
-    )
-    for name, *found in others:
-        for value, expected in zip(found, truth[1:], strict=True):
+    truth, *others = ((name, work.logits_and_gradients()) for name, work in workloads.items())
+    for name, found in others:
+        for what, value, expected in zip(("logits", "gradients"), found, truth[1], strict=True):
             difference = ((value - expected).norm() / expected.norm()).item()
             if not difference <= TOLERANCE[precision]:
-                raise ValueError(f"bench: {name} differs from {truth[0]} by {difference:.1e}; nothing was timed")
+                raise ValueError(
+                    f"bench: {name}'s {what} differ from {truth[0]}'s by {difference:.1e}; nothing was timed"
+                )
 
 
 def _timed(act: Callable[[], object], device: torch.device) -> float:
@@ -116,24 +123,18 @@ def _memory(*arguments: Any) -> float:
     command = [sys.executable, "-m", "sparsenet.bench", json.dumps([str(argument) for argument in arguments])]
     found = subprocess.run(command, capture_output=True, text=True)
     if found.returncode:
-        raise ValueError(f"bench: measuring memory failed: {found.stderr.strip().splitlines()[-1]}")
+        said = found.stderr.strip().splitlines() or [f"exit code {found.returncode}"]
+        raise ValueError(f"bench: measuring memory failed: {said[-1]}")
     return float(found.stdout)
 
 
 def _measure_memory(name: str, implementation: str, batch: str, size: str, precision: str, device_name: str) -> float:
     device = torch.device(device_name)
     work = Workload(name, implementation, int(batch), int(size), precision, device)
-    base = _resident_mb() if device.type == "cpu" else torch.get_device_module(device).memory_allocated() / 1e6
+    base = memory_mb(device) or float("nan")
     for _ in range(2):
         work.train_step()
     return round((peak_memory_mb(device) or float("nan")) - base, 1)
-
-
-def _resident_mb() -> float:
-    statm = Path("/proc/self/statm")
-    if not statm.exists():  # not Linux: the peak so far stands in for what is resident now
-        return peak_memory_mb(torch.device("cpu")) or 0.0
-    return int(statm.read_text().split()[1]) * 4096 / 1e6
 
 
 def table(found: dict[str, Any]) -> list[str]:

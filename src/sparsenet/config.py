@@ -110,15 +110,29 @@ class Setting:
 
     def check(self, value: Any, source: str) -> None:
         """``ValueError`` where *value*, from the JSON file *source*, has another type than the setting."""
-        kinds: dict[Any, tuple[str, tuple[type, ...]]] = {
-            bool: ("true or false", (bool,)), int: ("a whole number", (int,)), float: ("a number", (int, float)),
-            str: ("a text", (str,)),
-        }  # fmt: skip
-        expected, types = kinds.get(self.kind, ("a text, number or list", (str, int, list, tuple)))
-        if self.name == "fetch":
-            expected, types = "a text or a list of lists of whole numbers", (str, list, tuple)
-        if not isinstance(value, types) or (isinstance(value, bool) and self.kind is not bool):
+        if self.kind is bool:
+            fits, expected = isinstance(value, bool), "true or false"
+        elif self.kind is int:
+            fits, expected = _is_whole(value), "a whole number"
+        elif self.kind is float:
+            fits, expected = _is_whole(value) or isinstance(value, float), "a number"
+        elif self.kind is str:
+            fits, expected = isinstance(value, str), "a text"
+        elif self.name == "fetch":
+            fits = isinstance(value, str) or (isinstance(value, list) and all(map(_are_whole, value)))
+            expected = "a name or a list of lists of whole numbers"
+        else:
+            fits, expected = _is_whole(value) or _are_whole(value), "whole numbers"
+        if not fits:
             raise ValueError(f"{source}: {self.name}: expected {expected}, found {value!r}")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _are_whole(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(map(_is_whole, value))
 
 
 def nearest(name: str, known: Iterable[str], likeness: float = 0.5) -> str:
@@ -169,7 +183,7 @@ def replace(base: RunConfig, changes: Mapping[str, Mapping[str, Any]]) -> RunCon
     network = dict(changes.get("network", {}))
     if "depth" in network:  # a depth replaces the base's stages, and the other way round
         network.setdefault("blocks", ())
-    elif network.get("blocks"):
+    elif network.get("blocks", base.network.blocks):
         network["depth"] = 0
     merged = {**changes, "network": network}
     return RunConfig(**{name: dataclasses.replace(getattr(base, name), **merged.get(name, {})) for name in COMPONENTS})

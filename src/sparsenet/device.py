@@ -26,10 +26,14 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """``auto``: bf16 on an accelerator, fp32 on the CPU and on MPS."""
+    """``auto``: bf16 on an accelerator that computes in it, fp32 on the CPU, on MPS and elsewhere."""
     if name != "auto":
         return name
-    return "fp32" if device.type in ("cpu", "mps") else "bf16"
+    if device.type in ("cpu", "mps"):
+        return "fp32"
+    able = getattr(torch.get_device_module(device), "is_bf16_supported", lambda **_: True)
+    native = able(including_emulation=False) if device.type == "cuda" else able()
+    return "bf16" if native else "fp32"
 
 
 def device_name(device: torch.device) -> str:
@@ -54,11 +58,28 @@ def free_memory(device: torch.device) -> int | None:
 def peak_memory_mb(device: torch.device) -> float | None:
     """Peak memory in MB: an accelerator's allocations, or the process's resident memory on the CPU."""
     if device.type == "cpu":
-        unit = 1e6 if sys.platform == "darwin" else 1e3
-        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
+        return round(_resident("VmHWM") / 1e6, 1)
+    return _allocated(device, "max_memory_allocated")
+
+
+def memory_mb(device: torch.device) -> float | None:
+    """Memory in use now, in MB, counted as :func:`peak_memory_mb` counts it."""
+    return round(_resident("VmRSS") / 1e6, 1) if device.type == "cpu" else _allocated(device, "memory_allocated")
+
+
+def _resident(field: str) -> float:
+    """Bytes. Not ``ru_maxrss`` on Linux: that begins with the peak of the process that started this one."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        lines = status.read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024)
+
+
+def _allocated(device: torch.device, name: str) -> float | None:
     module = torch.get_device_module(device)
-    found = module.max_memory_allocated(device) if hasattr(module, "max_memory_allocated") else None
-    return None if found is None else round(found / 1e6, 1)
+    return round(getattr(module, name)(device) / 1e6, 1) if hasattr(module, name) else None
 
 
 def use_large_pages() -> None:

@@ -6,9 +6,9 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
+from sparsenet.events import Concluded, EpochDone, Event, Message, Step, Stopped
 from sparsenet.extras import require
 from sparsenet.run import Run
-from sparsenet.train import Concluded, EpochDone, Event, Message, Step, Stopped
 
 
 def display(events: Iterable[Event], run: Run) -> str | None:
@@ -30,7 +30,7 @@ def _line(event: Event) -> str | None:
     match event:
         case Message(text):
             return text
-        case EpochDone(row, epochs, _):
+        case EpochDone(row, epochs):
             return _epoch_line(row, epochs)
         case Stopped(reason):
             return f"saved and stopped: {reason}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -41,10 +40,6 @@ class Evaluation:
         """Images whose class is not among the five most probable, in percent."""
         return 100 * (~self.in_top5).double().mean().item()
 
-    @cached_property
-    def classes(self) -> int:
-        return 1 + int(torch.cat([self.labels, self.predicted]).max())
-
     def confusion(self, classes: int) -> Tensor:
         """Counts ``(classes, classes)``: row the true class, column the predicted one."""
         pairs = self.labels * classes + self.predicted
@@ -78,8 +73,8 @@ def evaluate(
         logits = logits.float()
         confidence, predicted = logits.softmax(1).max(1)
         top5 = logits.topk(min(5, logits.shape[1]), 1).indices
-        losses = F.cross_entropy(logits, labels, reduction="none").double()
+        losses = F.cross_entropy(logits, labels, reduction="none")
         results.append((losses, labels, predicted, confidence, (top5 == labels[:, None]).any(1)))
     model.train(was_training)
     columns = [torch.cat(column).cpu() for column in zip(*results, strict=True)]
-    return Evaluation(columns[0].mean().item(), time.perf_counter() - start, *columns[1:])
+    return Evaluation(columns[0].double().mean().item(), time.perf_counter() - start, *columns[1:])

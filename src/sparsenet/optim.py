@@ -6,8 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch import nn
 
 DROP = 0.1  # factor of the step schedule at each drop
 
@@ -72,16 +71,16 @@ def sgd(model: nn.Module, config: OptimConfig) -> torch.optim.SGD:
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=True)
 
 
-def averaged(model: nn.Module, decay: float) -> AveragedModel:
-    """An exponential average of weights and running statistics; the decay rises to *decay* as steps accumulate,
-    so that the initial weights are forgotten quickly."""
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """Moves *average* towards *model* after step *step* (from 0), running statistics included.
 
-    def update(average: list[Tensor], current: list[Tensor], taken: Tensor | int) -> None:
-        now = min(decay, (1 + int(taken)) / (10 + int(taken)))
-        for target, value in zip(average, current, strict=True):
-            if target.is_floating_point():
-                target.lerp_(value, 1 - now)
-            else:
-                target.copy_(value)
-
-    return AveragedModel(model, multi_avg_fn=update, use_buffers=True)  # type: ignore[arg-type]
+    The decay rises to *decay* as steps accumulate, so that the initial weights are soon forgotten.
+    """
+    pairs = list(zip(average.state_dict().values(), model.state_dict().values(), strict=True))
+    floating = [pair for pair in pairs if pair[0].is_floating_point()]
+    targets, values = ([pair[side] for pair in floating] for side in (0, 1))
+    torch._foreach_lerp_(targets, values, 1 - min(decay, (1 + step) / (10 + step)))
+    for target, value in pairs:
+        if not target.is_floating_point():
+            target.copy_(value)

@@ -166,7 +166,7 @@ class Run:
             return []
         try:
             with file.open(newline="") as lines:
-                return [{k: float(v) if v else None for k, v in row.items()} for row in csv.DictReader(lines)]
+                return [{k: json.loads(v) if v else None for k, v in row.items()} for row in csv.DictReader(lines)]
         except (OSError, ValueError) as error:
             raise RunError(f"{file}: expected numbers as a run writes them, found: {error}") from None
 
@@ -185,9 +185,11 @@ class Run:
         write_atomic(stem.with_suffix(".safetensors"), data)
         digest = hashlib.sha256(data).hexdigest()
         write_json(stem.with_suffix(".json"), {**manifest, "kind": kind, "step": step, "sha256": digest})
-        for old in self._saved(kind)[KEPT[kind] :]:
-            old.unlink()
-            old.with_suffix(".safetensors").unlink(missing_ok=True)
+        newest = [path for path in self._saved(kind) if path.stem <= stem.name][: KEPT[kind]]
+        kept = {path.stem for path in newest}  # later steps are of a run that was taken back
+        for old in sorted(self.checkpoints.glob(f"*{kind}-*")):  # manifests before tensors, and what a kill left
+            if old.stem not in kept:
+                old.unlink()
 
     def restore(self, kind: str) -> tuple[Checkpoint, list[str]]:
         """The newest intact checkpoint of *kind*, and a warning for each damaged one before it."""

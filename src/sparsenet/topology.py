@@ -139,6 +139,15 @@ class Topology:
         return tuple(last)
 
     @cached_property
+    def first_reader(self) -> tuple[int, ...]:
+        """For each feature, the first layer that reads it (0: nobody)."""
+        first = [0] * (self.depth + 1)
+        for i, read in reversed([*enumerate(self.sources, start=1)]):
+            for j in read:
+                first[j] = i
+        return tuple(first)
+
+    @cached_property
     def shortest_path(self) -> int:
         """Fewest links from the stage input to the stage output."""
         return self._path(min)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import time
@@ -20,11 +21,12 @@ from sparsenet.data.images import Preprocessing
 from sparsenet.data.sampling import Batches, plan_epoch, stream
 from sparsenet.device import choose_device, choose_precision, free_memory, peak_memory_mb
 from sparsenet.evaluate import Evaluation, evaluate
+from sparsenet.events import Concluded, EpochDone, Event, Message, Step, Stopped
 from sparsenet.model import SparseNet
 from sparsenet.run import Checkpoint, Run, RunError, load_trained, version, write_json
 
-ADVICE = "what was saved is from before it: lower --lr, set --grad_clip or use --precision fp32"
-CHECK_EVERY = 50  # steps between looks at the loss where a look makes the device wait
+ADVICE = "start again with a lower --lr, with --grad_clip or with --precision fp32"
+LOOK_EVERY = 1.0  # seconds between looks at the loss where a look makes the device wait
 
 
 TIME_LIMIT = "the time limit"
@@ -32,52 +34,6 @@ TIME_LIMIT = "the time limit"
 
 class DivergedError(RuntimeError):
     """The loss is no longer a number."""
-
-
-@dataclass(frozen=True)
-class Message:
-    """A line for the user."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Step:
-    """A training step was made; ``loss`` and ``error`` are means over the epoch so far."""
-
-    epoch: int  # from 1
-    step: int  # within the epoch, from 1
-    steps: int
-    epochs: int
-    loss: float
-    error: float  # percent
-    images_per_second: float
-
-
-@dataclass(frozen=True)
-class EpochDone:
-    """An epoch was finished; ``row`` is its line in metrics.csv."""
-
-    row: dict[str, float | None]
-    epochs: int
-    best: bool
-
-
-@dataclass(frozen=True)
-class Stopped:
-    """The run ended before its last epoch; everything is saved."""
-
-    reason: str
-
-
-@dataclass(frozen=True)
-class Concluded:
-    """The final evaluation; ``result`` is what result.json holds."""
-
-    result: dict[str, Any]
-
-
-Event = Message | Step | EpochDone | Stopped | Concluded
 
 
 @dataclass
@@ -180,9 +136,10 @@ def prepare(config: RunConfig) -> tuple[RunConfig, Dataset, Preprocessing, torch
 def train(
     config: RunConfig, run: Run, resume: bool = False, should_stop: Callable[[], str | None] = lambda: None
 ) -> Iterator[Event]:
-    """Trains into *run*, yielding what happens; ``should_stop`` is asked after every step.
+    """Trains into *run*, yielding what happens; ``should_stop`` is asked after every :class:`Step`.
 
-    With *resume*, continues from the last intact checkpoint to exactly the weights of an uninterrupted run.
+    With *resume*, continues from the last intact checkpoint to the weights of an uninterrupted run: bit for bit on
+    the CPU with the same threads and versions, and elsewhere as far as the device's kernels repeat themselves.
     Raises ``ValueError`` for data or settings that do not fit, :class:`DivergedError` for a non-finite loss.
     """
     began = time.monotonic()
@@ -214,7 +171,7 @@ def train(
         if state.step % steps == 0:
             yield _finish_epoch(session, state)
             saved = time.monotonic()
-    if stop and state.step < config.train.max_epoch * steps:
+    if stop and (stop != TIME_LIMIT or state.step < config.train.max_epoch * steps):
         yield Stopped(stop)
     if stop in (None, TIME_LIMIT):  # a signal wants out at once; everything is saved already
         yield from _conclude(session, state)
@@ -229,12 +186,14 @@ def _train_epoch(session: Session, state: State) -> Iterator[Step]:
     batches = Batches(images, batch_size, plan, data.shift, session.fill, start, session.device)
     state.model.train()
     clock, before = time.perf_counter(), state.seconds
+    looked = clock
     for number, (pixels, labels) in enumerate(batches, start + 1):
         state.losses[number - 1], state.wrongs[number - 1] = _step(session, state, pixels, labels)
         state.step += 1
-        state.seconds = before + time.perf_counter() - clock
-        if session.device.type == "cpu" or number % CHECK_EVERY == 0 or number == steps:
+        if session.device.type == "cpu" or number == steps or time.perf_counter() - looked > LOOK_EVERY:
             loss, error = _progress(state, number, batch_size, len(images))
+            looked = time.perf_counter()
+            state.seconds = before + looked - clock
             rate = (number - start) * batch_size / (state.seconds - before)
             yield Step(epoch + 1, number, steps, config.train.max_epoch, loss, error, rate)
 
@@ -255,13 +214,13 @@ def _step(session: Session, state: State, pixels: Tensor, labels: Tensor) -> tup
         nn.utils.clip_grad_norm_(state.model.parameters(), settings.grad_clip)
     state.optimizer.step()
     if state.average is not None:
-        state.average.update_parameters(state.model)  # type: ignore[operator]
+        optim.update_average(state.average, state.model, settings.ema, state.step)
     return loss.detach(), (logits.detach().argmax(1) != labels).sum()
 
 
 def _progress(state: State, number: int, batch_size: int, images: int) -> tuple[float, float]:
     """Mean loss and error in percent of the epoch's first *number* steps; raises where a loss is not finite."""
-    losses = state.losses[:number].double()
+    losses = state.losses[:number].cpu().double()
     finite = losses.isfinite()
     if not finite.all():
         step = state.step - number + int(finite.int().argmin()) + 1
@@ -273,8 +232,8 @@ def _progress(state: State, number: int, batch_size: int, images: int) -> tuple[
 def _finish_epoch(session: Session, state: State) -> EpochDone:
     config, data, steps = session.config, session.data, len(state.losses)
     loss, error = _progress(state, steps, config.train.batch_size, len(data.train))
-    tested = _evaluate(session, state, data.test)
-    validated = None if data.val is None else _evaluate(session, state, data.val)
+    tested = _evaluate(session, state.evaluated, data.test)
+    validated = None if data.val is None else _evaluate(session, state.evaluated, data.val)
     if not all(math.isfinite(each.loss) for each in (tested, validated) if each):
         raise DivergedError(f"the weights of step {state.step} give a loss that is not finite; {ADVICE}")
     rate = optim.learning_rate(config.optim, state.step - 1, steps, config.train.max_epoch)
@@ -295,11 +254,11 @@ def _finish_epoch(session: Session, state: State) -> EpochDone:
     if best:  # before "last", so that a kill between the two leaves nothing that resuming would not write again
         _save_best(session, state)
     _save_last(session, state)
-    return EpochDone(row, config.train.max_epoch, best)
+    return EpochDone(row, config.train.max_epoch)
 
 
-def _evaluate(session: Session, state: State, images: Images) -> Evaluation:
-    return evaluate(state.evaluated, images, session.preprocessing, session.device, precision=session.precision)
+def _evaluate(session: Session, model: nn.Module, images: Images) -> Evaluation:
+    return evaluate(model, images, session.preprocessing, session.device, precision=session.precision)
 
 
 def _save_last(session: Session, state: State) -> None:
@@ -309,8 +268,7 @@ def _save_last(session: Session, state: State) -> None:
 
 def _save_best(session: Session, state: State) -> None:
     """The evaluated weights alone, with all that is needed to use them."""
-    weights = {name.removeprefix("module."): value for name, value in state.evaluated.state_dict().items()}
-    tensors = {f"model.{name}": value for name, value in weights.items() if name != "n_averaged"}
+    tensors = {f"model.{name}": value for name, value in state.evaluated.state_dict().items()}
     manifest = {"epoch": state.step // len(state.losses), "about": session.about}
     session.run.save("best", state.step, tensors, manifest)
 
@@ -321,7 +279,7 @@ def _conclude(session: Session, state: State) -> Iterator[Event]:
     if not state.rows:  # stopped within the first epoch
         _save_best(session, state)
     trained = load_trained(run.path, "best", session.device, session.config.train.implementation)
-    found = evaluate(trained.model, data.test, session.preprocessing, session.device, precision=session.precision)
+    found = _evaluate(session, trained.model, data.test)
     result = {
         "dataset": data.name, "error": found.error, "top5_error": found.top5_error, "loss": found.loss,
         "images": found.images, "seconds": found.seconds, "epochs": trained.info["epoch"],
@@ -347,7 +305,7 @@ def _new_state(session: Session) -> State:
     config, device = session.config, session.device
     torch.manual_seed(stream(config.train.seed, "weights").initial_seed())
     model = SparseNet(config.network, config.train.implementation).to(device)
-    average = optim.averaged(model, config.optim.ema) if config.optim.ema else None
+    average = copy.deepcopy(model) if config.optim.ema else None
     steps = -(-len(session.data.train) // config.train.batch_size)
     losses = torch.zeros(steps, device=device)
     wrongs = torch.zeros(steps, dtype=torch.int64, device=device)
@@ -355,8 +313,7 @@ def _new_state(session: Session) -> State:
 
 
 def _resume(session: Session, state: State) -> Iterator[Message]:
-    rows = session.run.metrics()
-    if not rows and not any(session.run.checkpoints.glob("*")):
+    if not any(session.run.checkpoints.glob("last-*.json")):
         yield Message("stopped before the first checkpoint: starting from the beginning")
         return
     checkpoint, warnings = session.run.restore("last")
@@ -367,6 +324,8 @@ def _resume(session: Session, state: State) -> Iterator[Message]:
             f"{checkpoint.path}: expected the {len(known)} classes it was trained on, "
             f"found {len(session.data.classes)} classes in the data"
         )
+    if Preprocessing(**checkpoint.manifest["about"]["preprocessing"]) != session.preprocessing:
+        raise RunError(f"{checkpoint.path}: expected the images it was trained on, found others (mean or size differ)")
     steps = len(checkpoint.tensors["epoch.losses"])
     if steps != len(state.losses):
         raise RunError(

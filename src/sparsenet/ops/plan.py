@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 from torch import Tensor
+
+from sparsenet.topology import Topology
 
 MOMENTUM = 0.1  # weight of the new batch in the running statistics
 EPS = 1e-5  # added to the variance
@@ -41,21 +42,6 @@ class Plan:
     dropout: float = 0.0
 
     @cached_property
-    def last_reader(self) -> tuple[int, ...]:
-        """For each feature the last reader of it, -1 where nobody reads it."""
-        return _readers_of(self.reads)
-
-    @cached_property
-    def first_reader(self) -> tuple[int, ...]:
-        """For each feature the first reader of it, -1 where nobody reads it."""
-        last = len(self.reads) - 1
-        mirrored = _readers_of(self.reads[::-1])
-        return tuple(last - reader if reader >= 0 else -1 for reader in mirrored)
-
-
-def _readers_of(reads: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    found = [-1] * len(reads)
-    for reader, read in enumerate(reads):
-        for feature in read:
-            found[feature] = reader
-    return tuple(found)
+    def topology(self) -> Topology:
+        """The same with readers numbered from 1, as layers are."""
+        return Topology(self.reads)

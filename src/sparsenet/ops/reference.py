@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ def aggregate(
     features: list[Tensor | None] = [x]
     for r, (read, reader) in enumerate(zip(plan.reads, readers, strict=True)):
         gathered = [feature for j in read if (feature := features[j]) is not None]
-        joined = torch.cat(gathered, 1) if plan.aggregation == "concat" else torch.stack(gathered).sum(0)
+        joined = torch.cat(gathered, 1) if plan.aggregation == "concat" else reduce(torch.add, gathered)
         normed = _batch_norm(plan, r, joined, reader, statistics, training)
         activated = F.relu(normed, inplace=True)
         if reader.weight is None:
@@ -28,7 +29,7 @@ def aggregate(
             made = torch.native_dropout(made, plan.dropout, True)[0]
         features.append(made)
         for j in read:
-            if plan.last_reader[j] == r:
+            if plan.topology.last_reader[j] == r + 1:
                 features[j] = None  # nobody reads it any more: inference needs no more than the live features
     raise ValueError("plan: expected a last reader without a convolution")
 
@@ -43,7 +44,7 @@ def _batch_norm(
     if training:  # every reader of a feature sees the same batch: the first one keeps the statistics
         widths = [len(statistics[j].mean) for j in owners]
         for j, new_mean, new_var in zip(owners, mean.split(widths), var.split(widths), strict=True):
-            if plan.aggregation == "sum" or plan.first_reader[j] == r:
+            if plan.aggregation == "sum" or plan.topology.first_reader[j] == r + 1:
                 statistics[j].mean.copy_(new_mean)
                 statistics[j].var.copy_(new_var)
     return normed

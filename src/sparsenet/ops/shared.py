@@ -34,7 +34,7 @@ def aggregate(
         return reference.aggregate(plan, x, readers, statistics, False)
     weights = [reader.weight for reader in readers[:-1]]
     scales, shifts = [reader.scale for reader in readers], [reader.shift for reader in readers]
-    return _Aggregate.apply(plan, statistics, training, x, *scales, *shifts, *weights)  # type: ignore[no-any-return]
+    return _Aggregate.apply(plan, statistics, training, x, *scales, *shifts, *weights)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _Aggregate(torch.autograd.Function):
@@ -57,7 +57,7 @@ class _Aggregate(torch.autograd.Function):
             x = x.contiguous(memory_format=_layout(x))
             inputs, outputs = _Buffer(x, scales), _Buffer(x, scales)
             for r, read in enumerate(plan.reads):
-                unread = plan.last_reader[r] < 0
+                unread = plan.topology.last_reader[r] == 0
                 rstds.append(x.new_empty(0) if unread else _normalise(x, statistics[r], training, normed[r]))
                 gathered = inputs.gathered([normed[j] for j in read])
                 made = r < len(weights)
@@ -148,7 +148,7 @@ class _Buffer:
 
 def _normalise(x: Tensor, statistics: Statistics, training: bool, out: Tensor) -> Tensor:
     mean, var = statistics
-    saved = torch.empty_like(mean), torch.empty_like(var)
+    saved = [mean.new_empty(len(mean) if training else 0) for _ in range(2)]
     torch.native_batch_norm(x, None, None, mean, var, training, MOMENTUM, EPS, out=(out, *saved))
     return saved[1] if training else (var + EPS).rsqrt()
 

@@ -1,0 +1,51 @@
+"""What training tells whoever iterates over it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Message:
+    """A line for the user."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """A training step was made; ``loss`` and ``error`` are means over the epoch so far."""
+
+    epoch: int  # from 1
+    step: int  # within the epoch, from 1
+    steps: int
+    epochs: int
+    loss: float
+    error: float  # percent
+    images_per_second: float
+
+
+@dataclass(frozen=True)
+class EpochDone:
+    """An epoch was finished; ``row`` is its line in metrics.csv."""
+
+    row: dict[str, float | None]
+    epochs: int
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """The run ended before its last epoch; everything is saved."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Concluded:
+    """The final evaluation; ``result`` is what result.json holds."""
+
+    result: dict[str, Any]
+
+
+Event = Message | Step | EpochDone | Stopped | Concluded
