@@ -145,7 +145,7 @@ def kill_and_resume(config, folder, seed):
     chance, kills = random.Random(seed), 0
     while True:
         resume = (folder / "config.json").exists()
-        kill_at = chance.randint(8, 24) if kills < 4 else 0
+        kill_at = chance.randint(8, 14) if kills < 4 else 0
         arguments = [json.dumps(config.to_dict()), str(folder), str(int(resume)), str(kill_at)]
         found = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True)
         if found.returncode == 0:
