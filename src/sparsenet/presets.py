@@ -13,8 +13,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "digits": {
         "network": {"depth": 22, "growth_rate": 12},
         "data": {"dataset": "digits", "mirror": False, "shift": 1},
-        "optim": {"schedule": "onecycle", "lr": 0.2, "weight_decay": 5e-4, "label_smoothing": 0.05},
-        "train": {"max_epoch": 24, "batch_size": 64},
+        "optim": {"schedule": "onecycle", "lr": 0.2, "weight_decay": 5e-4, "label_smoothing": 0.05, "ema": 0.97},
+        "train": {"max_epoch": 30, "batch_size": 64},
     },
     # A short budget on images of one's own.
     "short": {
