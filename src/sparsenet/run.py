@@ -290,7 +290,9 @@ def load_trained(
         model = SparseNet(Architecture(**about["architecture"]), implementation)
     except TypeError as error:
         raise RunError(f"{checkpoint.path}: expected an architecture that this version knows, found: {error}") from None
-    weights = {k.removeprefix("model."): v for k, v in checkpoint.tensors.items() if k.startswith("model.")}
+    averaged = any(name.startswith("average.") for name in checkpoint.tensors)
+    prefix = "average." if averaged else "model."  # the weights that are evaluated
+    weights = {k.removeprefix(prefix): v for k, v in checkpoint.tensors.items() if k.startswith(prefix)}
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
