@@ -153,9 +153,14 @@ def _normalise(x: Tensor, statistics: Statistics, training: bool, out: Tensor) -
     return saved[1] if training else (var + EPS).rsqrt()
 
 
+def _standard(like: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance (or reciprocal deviation) of data that is already normalised."""
+    return torch.zeros_like(like), torch.ones_like(like)
+
+
 def _normalise_backward(h: Tensor, normed: Tensor, rstd: Tensor, training: bool) -> Tensor:
     # The gradient of a batch norm whose input already has mean 0 and deviation 1, scaled by rstd.
-    zero, one = torch.zeros_like(rstd), torch.ones_like(rstd)
+    zero, one = _standard(rstd)
     grads = torch.ops.aten.native_batch_norm_backward(
         h, normed, rstd, zero, one, zero, one, training, 0.0, [True, False, False]
     )
@@ -164,7 +169,7 @@ def _normalise_backward(h: Tensor, normed: Tensor, rstd: Tensor, training: bool)
 
 def _activate(gathered: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> Tensor:
     # A batch norm with mean 0 and variance 1 is the affine map, in one pass and at the parameters' precision.
-    zero, one = torch.zeros_like(scale), torch.ones_like(scale)
+    zero, one = _standard(scale)
     saved = scale.new_empty(0), scale.new_empty(0)
     torch.native_batch_norm(gathered, scale, shift, zero, one, False, 0.0, 0.0, out=(out, *saved))
     return out.relu_()
@@ -175,7 +180,7 @@ def _activate_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     target = d_activated if in_place else torch.empty_like(activated)
     d_affine = torch.ops.aten.threshold_backward.grad_input(d_activated, activated, 0, grad_input=target)
-    zero, one = torch.zeros_like(scale), torch.ones_like(scale)
+    zero, one = _standard(scale)
     _, d_scale, d_shift = torch.ops.aten.native_batch_norm_backward(
         d_affine, gathered, scale, zero, one, zero, one, False, 0.0, [False, True, True]
     )
