@@ -20,7 +20,7 @@ FLOORS = [
     ["run"],
     ["evaluate", "pictures"],
     ["predict", "export", "train", "report", "bench", "check"],
-    ["display"],
+    ["display", "flags"],
     ["cli"],
 ]
 ORDER = {room: (floor, place) for floor, rooms in enumerate(FLOORS) for place, room in enumerate(rooms)}
