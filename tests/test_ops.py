@@ -1,9 +1,13 @@
 """The implementations compute one function: outputs, gradients, running statistics, training steps."""
 
 import copy
+import dataclasses
+import itertools
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
@@ -76,6 +80,47 @@ def test_dropout_drops_the_same():
     images = torch.randn(4, 3, 8, 8, dtype=torch.float64)
     assert_equal_networks(reference.train(), shared.train(), images)
     close(shared.eval()(images), reference.eval()(images))
+
+
+def remembering(model, memory):
+    """The network with another choice of what is kept for backward."""
+    for stage in model.stages:
+        stage.plan = dataclasses.replace(stage.plan, memory=memory)
+    return model
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(("fetch", "bottleneck"), [("sparse", True), ("dense", True), ("windowed:1", False)])
+def test_lean_memory_changes_nothing(fetch, bottleneck, dropout):
+    reference, shared = pair(fetch=fetch, depth=22, growth_rate=3, bottleneck=bottleneck, dropout=dropout)
+    lean = remembering(shared, "lean")
+    assert any(stage.plan.recomputed for stage in lean.stages)
+    images = torch.randn(3, 3, 8, 8, dtype=torch.float64)
+    assert_equal_networks(reference.train(), lean.train(), images)
+    assert_equal_networks(reference.eval(), lean.eval(), images)
+
+
+@given(
+    reads=st.integers(1, 9).flatmap(
+        lambda n: st.tuples(*(st.sets(st.integers(0, i), min_size=1).map(tuple) for i in range(n)))
+    ),
+    memory=st.sampled_from(["normal", "lean", "live"]),
+    data=st.data(),
+)
+def test_no_feature_lies_where_another_is_still_needed(reads, memory, data):
+    """What a reader reads, makes, or others read later has columns of its own in the block."""
+    plan = Plan(reads, memory=memory)
+    widths = data.draw(st.tuples(*(st.integers(1, 3) for _ in reads)))
+    columns = plan.columns(widths)
+    spans = [set(range(first, first + width)) for first, width in zip(columns.first, widths, strict=True)]
+    assert max(max(span) for span in spans) < columns.total <= sum(widths)
+    for r, read in enumerate(reads):
+        last = plan.topology.last_reader
+        later = {j for j in range(r + 1) if last[j] > r + 1 or memory == "normal"}
+        later -= plan.recomputed
+        alive = sorted(later | set(read) | ({r + 1} if r + 1 < len(reads) else set()))
+        for a, b in itertools.combinations(alive, 2):
+            assert not spans[a] & spans[b], (r, a, b)
 
 
 def test_features_nobody_reads():

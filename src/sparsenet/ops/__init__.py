@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -11,7 +11,10 @@ from sparsenet.ops.plan import Plan, Reader, Statistics
 
 __all__ = ["IMPLEMENTATIONS", "Plan", "Reader", "Statistics", "aggregate", "choose"]
 
-IMPLEMENTATIONS = {"reference": reference.aggregate, "shared": shared.aggregate}
+IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
+    "reference": reference.aggregate,
+    "shared": shared.aggregate,
+}
 
 
 def choose(implementation: str, aggregation: str) -> str:

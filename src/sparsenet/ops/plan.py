@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -29,6 +30,13 @@ class Statistics(NamedTuple):
     var: Tensor  # (C,)
 
 
+class Columns(NamedTuple):
+    """Where the features of a stage lie in a block: feature *j* fills *width* columns from ``first[j]``."""
+
+    first: tuple[int, ...]
+    total: int
+
+
 @dataclass(frozen=True)
 class Plan:
     """Features of a stage: 0 is the input, ``r + 1`` what reader ``r`` makes; the last reader is the output.
@@ -40,8 +48,36 @@ class Plan:
     reads: tuple[tuple[int, ...], ...]
     aggregation: str = "concat"
     dropout: float = 0.0
+    memory: str = "normal"  # what is kept: "normal" all features, "lean" not the recomputed, "live" none that is read
 
     @cached_property
     def topology(self) -> Topology:
         """The same with readers numbered from 1, as layers are."""
         return Topology(self.reads)
+
+    @cached_property
+    def recomputed(self) -> frozenset[int]:
+        """With lean memory: features that only the next reader reads, made from kept ones; bottlenecks, that is."""
+        found: set[int] = set()
+        for j in range(1, len(self.reads) - 1):
+            alone = self.topology.first_reader[j] == self.topology.last_reader[j] == j + 1
+            if self.memory == "lean" and alone and not found.intersection(self.reads[j - 1]):
+                found.add(j)
+        return frozenset(found)
+
+    def columns(self, widths: Sequence[int]) -> Columns:
+        """Where features of these widths lie; one that is no longer needed makes room for one as wide."""
+        first: list[int] = []
+        total = 0
+        free: dict[int, list[int]] = {}
+        for j, width in enumerate(widths):
+            if free.get(width):
+                first.append(free[width].pop())
+            else:
+                first.append(total)
+                total += width
+            for i in range(j + 1):  # reader j, counted from 1, has made feature j: what it read last is free again
+                freed = self.memory == "live" or i in self.recomputed
+                if freed and max(self.topology.last_reader[i], i) == j:
+                    free.setdefault(widths[i], []).append(first[i])
+        return Columns(tuple(first), total)

@@ -1,0 +1,237 @@
+"""A stage as one autograd node, whichever implementation does the passes between its convolutions.
+
+Batch statistics are the same for every reader of a feature, so they are taken once, and a reader's input is
+
+    relu(scale * (x - mean) * rstd + shift)
+
+of what it gathers, which backward computes again instead of storing. With ``g`` the gradient before the ReLU of a
+reader, its ``scale * g`` are summed over the readers of a feature into ``h``, and one correction per feature gives
+
+    dx = rstd * (h - mean(h) - z * mean(h * z)),    z = (x - mean) * rstd,
+
+where the textbook corrects once per link. Means run over batch and pixels. Exact, not an approximation.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsenet.ops.plan import Columns, Plan, Reader, Statistics
+
+
+class Engine(ABC):
+    """The passes of a stage and the memory they work on; ``features[j]`` and ``sums[j]`` are feature *j* and its ``h``.
+
+    All features lie in one block and all sums in another: a few large allocations leave no holes behind. *scales*,
+    *shifts* and *weights* are the readers'. The convolutions are PyTorch's unless an engine has its own.
+    """
+
+    def __init__(self, plan: Plan, x: Tensor, parameters: Sequence[Tensor]):
+        self.plan, self.shape, self.dtype, self.device = plan, x.shape, x.dtype, x.device
+        self.layout = self.choose_layout(x)
+        self.pixels = x.numel() // x.shape[1]  # N * H * W
+        self.take(parameters)
+        self.widths = (x.shape[1], *(len(weight) for weight in self.weights))
+
+    def take(self, parameters: Sequence[Tensor]) -> None:
+        n = len(self.plan.reads)
+        self.scales, self.shifts, self.weights = parameters[:n], parameters[n : 2 * n], parameters[2 * n :]
+
+    def empty(self, width: int) -> Tensor:
+        """Uninitialised memory for *width* channels, flat."""
+        return torch.empty(self.pixels * width, dtype=self.dtype, device=self.device)
+
+    @staticmethod
+    def choose_layout(x: Tensor) -> torch.memory_format:
+        """How features are laid out; by default as the stage input is: which is faster depends on the device."""
+        last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        return torch.channels_last if last else torch.contiguous_format
+
+    @cached_property
+    def columns(self) -> Columns:
+        return self.plan.columns(self.widths)
+
+    @cached_property
+    def kept(self) -> tuple[Tensor, ...]:
+        """What backward needs besides the parameters: the features' block, and ``mean, rstd`` of all channels."""
+        return self.empty(self.columns.total), self.scales[0].new_empty(2, sum(self.widths))
+
+    @cached_property
+    def features(self) -> list[Tensor]:
+        return self._views(self.kept[0])
+
+    @cached_property
+    def sums(self) -> list[Tensor]:
+        return self._views(self.empty(self.columns.total))
+
+    @cached_property
+    def begun(self) -> set[int]:
+        """Features whose sum holds a reader's gradient; the others' is uninitialised."""
+        return set()
+
+    def mean_and_rstd(self, j: int) -> tuple[Tensor, Tensor]:
+        """Of feature *j*, ``(C,)`` each."""
+        start = sum(self.widths[:j])
+        mean, rstd = self.kept[1][:, start : start + self.widths[j]]
+        return mean, rstd
+
+    def _views(self, block: Tensor) -> list[Tensor]:
+        starts = [self.pixels * first for first in self.columns.first]
+        pairs = zip(starts, self.widths, strict=True)
+        return [self.view(block[start : start + self.pixels * width], width) for start, width in pairs]
+
+    def view(self, flat: Tensor, width: int) -> Tensor:
+        """``(N, width, H, W)`` in the engine's layout."""
+        n, _, height, columns = self.shape
+        if self.layout == torch.channels_last:
+            return flat.view(n, height, columns, width).permute(0, 3, 1, 2)
+        return flat.view(n, width, height, columns)
+
+    def buffer(self, name: str, width: int) -> Tensor:
+        """``(N, width, H, W)`` in memory that all readers use in turn: fresh pages cost more than the arithmetic."""
+        if name not in self.__dict__:
+            self.__dict__[name] = self.empty(max(len(scale) for scale in self.scales))
+        return self.view(self.__dict__[name][: self.pixels * width], width)
+
+    @abstractmethod
+    def put(self, j: int, made: Tensor, statistics: Statistics | None, training: bool) -> None:
+        """Stores *made* as feature *j* and takes its statistics: of the batch (*training*) or the running ones.
+
+        With *statistics* ``None`` those of an earlier call are used again.
+        """
+
+    @abstractmethod
+    def activate(self, r: int, out: Tensor) -> None:
+        """Writes what reader *r* gathers, normalised, scaled, shifted and rectified, to *out*."""
+
+    @abstractmethod
+    def collect(self, r: int, d_activated: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds the gradient with respect to what :meth:`activate` wrote to the sums; gradients of scale and shift.
+
+        *d_activated* may be overwritten; it is that of the last :meth:`activate`.
+        """
+
+    @abstractmethod
+    def corrected(self, j: int, training: bool) -> Tensor:
+        """The gradient with respect to what :meth:`put` was given as feature *j*, from its finished sum."""
+
+    def activated(self, r: int) -> Tensor:
+        out = self.buffer("activations", len(self.scales[r]))
+        self.activate(r, out)
+        return out
+
+    def make(self, r: int) -> Tensor:
+        """The convolution of reader *r*."""
+        weight = self.weights[r].to(self.dtype)
+        return torch.conv2d(self.activated(r), weight, padding=weight.shape[-1] // 2)
+
+    def back(self, r: int, d_made: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Sends the gradient with respect to ``make(r)`` on to the sums; gradients of scale, shift and weight."""
+        weight = self.weights[r]
+        padding = weight.shape[-1] // 2
+        d_activated, d_weight, _ = torch.ops.aten.convolution_backward(
+            d_made, self.activated(r), weight.to(self.dtype), None,
+            [1, 1], [padding, padding], [1, 1], False, [0, 0], 1, [True, True, False],
+        )  # fmt: skip
+        return *self.collect(r, d_activated), d_weight.to(weight.dtype)
+
+    def output(self) -> Tensor:
+        """What the last reader, the stage output, gives."""
+        width = len(self.scales[-1])
+        out = self.view(self.empty(width), width)
+        self.activate(len(self.scales) - 1, out)
+        return out
+
+
+def aggregate(
+    engine: type[Engine],
+    plan: Plan,
+    x: Tensor,
+    readers: Sequence[Reader],
+    statistics: Sequence[Statistics],
+    training: bool,
+) -> Tensor:
+    """The activated stage output ``(N, C_out, H, W)``, equal to the reference's in exact arithmetic.
+
+    Raises ``ValueError`` for one value per channel in training, which has no variance.
+    """
+    if training and x.numel() == x.shape[1]:
+        raise ValueError(f"batch norm: expected more than 1 value per channel in training, found {list(x.shape)}")
+    weights = [reader.weight for reader in readers if reader.weight is not None]
+    parameters = [*(reader.scale for reader in readers), *(reader.shift for reader in readers), *weights]
+    if torch.is_grad_enabled():
+        return _Aggregate.apply(engine, plan, statistics, training, x, *parameters)  # type: ignore[no-any-return,no-untyped-call]
+    work = engine(dataclasses.replace(plan, memory="live"), x, parameters)
+    return _forward(work, x, statistics, training)[0]
+
+
+class _Aggregate(torch.autograd.Function):
+    """Inputs: the stage input ``(N, C, H, W)``, then all scales, all shifts, all convolution weights."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        engine: type[Engine],
+        plan: Plan,
+        statistics: Sequence[Statistics],
+        training: bool,
+        x: Tensor,
+        *parameters: Tensor,
+    ) -> Tensor:
+        ctx.bare = engine(plan, x, parameters)
+        work = copy.copy(ctx.bare)
+        activated, masks = _forward(work, x, statistics, training)
+        ctx.bare.take(())  # saved the way autograd watches over
+        ctx.save_for_backward(*parameters, *work.kept, *masks)
+        ctx.training, ctx.counts = training, (len(parameters), len(work.kept))
+        return activated
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_activated: Tensor) -> tuple[Tensor | None, ...]:
+        work, saved, (parameters, kept) = copy.copy(ctx.bare), ctx.saved_tensors, ctx.counts
+        work.take(saved[:parameters])
+        work.kept = saved[parameters : parameters + kept]
+        with torch.autocast(work.device.type, enabled=False):
+            return None, None, None, None, *_backward(work, d_activated, saved[parameters + kept :], ctx.training)
+
+
+def _forward(work: Engine, x: Tensor, statistics: Sequence[Statistics], training: bool) -> tuple[Tensor, list[Tensor]]:
+    """The stage output and the masks of dropout."""
+    masks = []
+    with torch.autocast(work.device.type, enabled=False):
+        work.put(0, x, statistics[0], training)
+        for r in range(len(work.weights)):
+            made = work.make(r)
+            if training and work.plan.dropout:
+                made, mask = torch.native_dropout(made, work.plan.dropout, True)
+                masks.append(mask)
+            if work.plan.topology.last_reader[r + 1]:
+                work.put(r + 1, made, statistics[r + 1], training)
+        return work.output(), masks
+
+
+def _backward(work: Engine, d_activated: Tensor, masks: Sequence[Tensor], training: bool) -> list[Tensor | None]:
+    """Gradients of the stage input and all parameters; ``None`` where nobody reads what they make."""
+    n, share = len(work.scales), 1 / (1 - work.plan.dropout)
+    d_scales, d_shifts, d_weights = [None] * n, [None] * n, [None] * (n - 1)  # type: list[Any], list[Any], list[Any]
+    d_scales[-1], d_shifts[-1] = work.collect(n - 1, d_activated)
+    for r in reversed(range(n - 1)):
+        if r + 1 not in work.begun:
+            continue
+        d_made = work.corrected(r + 1, training)
+        if masks:
+            d_made = torch.ops.aten.native_dropout_backward(d_made, masks[r], share)
+        for j in work.plan.recomputed.intersection(work.plan.reads[r]):
+            made = work.make(j - 1)
+            work.put(j, made * masks[j - 1] * share if masks else made, None, training)
+        d_scales[r], d_shifts[r], d_weights[r] = work.back(r, d_made)
+    return [work.corrected(0, training) if 0 in work.begun else None, *d_scales, *d_shifts, *d_weights]
