@@ -11,22 +11,32 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+from sparsenet import ops
 from sparsenet.architecture import Architecture
 from sparsenet.model import SparseNet
-from sparsenet.ops import Plan, Reader, Statistics, aggregate, choose
+from sparsenet.ops import Plan, Reader, Statistics, aggregate, choose, unavailable
+from sparsenet.ops.engine import Engine
 
 EXACT = 1e-10  # relative, in fp64
 FETCHES = ["sparse", "sparse:3", "dense", "harmonic", "windowed:2"]
 
 
-def pair(dtype=torch.float64, seed=0, **settings):
-    """The same random network as ``reference`` and as ``shared``, affines and statistics away from 1 and 0."""
+@pytest.fixture(params=["shared", "native"])
+def engine(request):
+    """The implementations that are held to the reference here; ``triton`` has a file of its own."""
+    if reason := unavailable(request.param, torch.device("cpu")):
+        pytest.skip(f"{request.param}: {reason}")
+    return request.param
+
+
+def pair(engine, dtype=torch.float64, seed=0, **settings):
+    """The same random network as ``reference`` and as *engine*, affines and statistics away from 1 and 0."""
     torch.manual_seed(seed)
     reference = SparseNet(Architecture(**settings), "reference").to(dtype)
     for name, tensor in [*reference.named_parameters(), *reference.named_buffers()]:
         if "norm" in name or "running" in name:
             nn.init.uniform_(tensor.data, 0.5, 1.5)
-    shared = SparseNet(reference.architecture, "shared").to(dtype)
+    shared = SparseNet(reference.architecture, engine).to(dtype)
     shared.load_state_dict(reference.state_dict())
     return reference, shared
 
@@ -61,22 +71,22 @@ def assert_equal_networks(reference, shared, images):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("bottleneck", [False, True])
 @pytest.mark.parametrize("fetch", FETCHES)
-def test_shared_equals_reference(fetch, bottleneck, training):
-    reference, shared = pair(fetch=fetch, depth=28, growth_rate=3, bottleneck=bottleneck, num_classes=4)
+def test_engines_equal_the_reference(engine, fetch, bottleneck, training):
+    reference, shared = pair(engine, fetch=fetch, depth=28, growth_rate=3, bottleneck=bottleneck, num_classes=4)
     images = torch.randn(3, 3, 9, 11, dtype=torch.float64)
     assert_equal_networks(reference.train(training), shared.train(training), images)
 
 
 @pytest.mark.parametrize(("growth", "batch", "size"), [(1, 1, 8), (2, 8, 9), (7, 2, 13), (48, 1, 8), (24, 5, 11)])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_shapes_and_layouts(growth, batch, size, layout):
-    reference, shared = pair(depth=16, growth_rate=growth)
+def test_shapes_and_layouts(engine, growth, batch, size, layout):
+    reference, shared = pair(engine, depth=16, growth_rate=growth)
     images = torch.randn(batch, 3, size, size, dtype=torch.float64).contiguous(memory_format=layout)
     assert_equal_networks(reference.train(), shared.train(), images)
 
 
-def test_dropout_drops_the_same():
-    reference, shared = pair(depth=22, growth_rate=4, dropout=0.3, bottleneck=True)
+def test_dropout_drops_the_same(engine):
+    reference, shared = pair(engine, depth=22, growth_rate=4, dropout=0.3, bottleneck=True)
     images = torch.randn(4, 3, 8, 8, dtype=torch.float64)
     assert_equal_networks(reference.train(), shared.train(), images)
     close(shared.eval()(images), reference.eval()(images))
@@ -91,8 +101,8 @@ def remembering(model, memory):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize(("fetch", "bottleneck"), [("sparse", True), ("dense", True), ("windowed:1", False)])
-def test_lean_memory_changes_nothing(fetch, bottleneck, dropout):
-    reference, shared = pair(fetch=fetch, depth=22, growth_rate=3, bottleneck=bottleneck, dropout=dropout)
+def test_lean_memory_changes_nothing(engine, fetch, bottleneck, dropout):
+    reference, shared = pair(engine, fetch=fetch, depth=22, growth_rate=3, bottleneck=bottleneck, dropout=dropout)
     lean = remembering(shared, "lean")
     assert any(stage.plan.recomputed for stage in lean.stages)
     images = torch.randn(3, 3, 8, 8, dtype=torch.float64)
@@ -100,10 +110,24 @@ def test_lean_memory_changes_nothing(fetch, bottleneck, dropout):
     assert_equal_networks(reference.eval(), lean.eval(), images)
 
 
+READS = st.integers(1, 9).flatmap(
+    lambda n: st.tuples(*(st.sets(st.integers(0, i), min_size=1).map(tuple) for i in range(n)))
+)
+
+
+@given(reads=READS)
+def test_the_gradient_of_a_feature_begins_with_its_last_reader_that_has_one(reads):
+    plan = Plan(reads)
+    needed = {len(reads) - 1}  # readers that the output depends on
+    for r in reversed(range(len(reads) - 1)):
+        if any(r + 1 in reads[later] for later in needed):
+            needed.add(r)
+    for j, first in enumerate(plan.sent_first):
+        assert first == max((r for r in needed if j in reads[r]), default=None)
+
+
 @given(
-    reads=st.integers(1, 9).flatmap(
-        lambda n: st.tuples(*(st.sets(st.integers(0, i), min_size=1).map(tuple) for i in range(n)))
-    ),
+    reads=READS,
     memory=st.sampled_from(["normal", "lean", "live"]),
     data=st.data(),
 )
@@ -123,9 +147,9 @@ def test_no_feature_lies_where_another_is_still_needed(reads, memory, data):
             assert not spans[a] & spans[b], (r, a, b)
 
 
-def test_features_nobody_reads():
+def test_features_nobody_reads(engine):
     skipping = lambda i: [max(i - 2, 0)]  # noqa: E731
-    reference, shared = pair(fetch=skipping, depth=19, growth_rate=3)
+    reference, shared = pair(engine, fetch=skipping, depth=19, growth_rate=3)
     images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     results = [forward_backward(m.train(), images, torch.ones(2, 10).double()) for m in (reference, shared)]
     close(results[1][0], results[0][0])
@@ -136,9 +160,17 @@ def test_features_nobody_reads():
             close(found, gradient, torch.tensor(1.0))
 
 
+def test_memory_that_is_read_was_written(engine, monkeypatch):
+    """Uninitialised memory full of NaN changes nothing."""
+    reference, poisoned = pair(engine, fetch="sparse", depth=19, growth_rate=5)
+    empty = Engine.empty
+    monkeypatch.setattr(Engine, "empty", lambda self, width: empty(self, width).fill_(float("nan")))
+    assert_equal_networks(reference.train(), poisoned.train(), torch.randn(2, 3, 7, 8, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("bottleneck", [False, True])
-def test_twenty_training_steps(bottleneck):
-    models = pair(fetch="sparse", depth=16, growth_rate=4, bottleneck=bottleneck)
+def test_twenty_training_steps(engine, bottleneck):
+    models = pair(engine, fetch="sparse", depth=16, growth_rate=4, bottleneck=bottleneck)
     batches = [(torch.randn(4, 3, 8, 8).double(), torch.randint(10, (4,))) for _ in range(20)]
     for model in models:
         model.train()
@@ -166,8 +198,8 @@ def stage(reads=((0,), (1, 0), (2, 0, 1)), growth=2, width=3, kernel=3):
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("kernel", [1, 3])
-def test_gradcheck(training, kernel):
+@pytest.mark.parametrize("kernel", [1, 3, 5])
+def test_gradcheck(engine, training, kernel):
     torch.manual_seed(0)
     plan, readers, statistics = stage(kernel=kernel)
     x = torch.randn(2, 3, 4, 3, dtype=torch.float64, requires_grad=True)
@@ -176,14 +208,14 @@ def test_gradcheck(training, kernel):
     def run(x, *tensors):
         given = iter(tensors)
         again = [Reader(*(None if t is None else next(given) for t in reader)) for reader in readers]
-        return aggregate("shared", plan, x, again, statistics, training)
+        return aggregate(engine, plan, x, again, statistics, training)
 
     assert torch.autograd.gradcheck(run, (x, *tensors))
 
 
-@pytest.mark.parametrize("implementation", ["reference", "shared"])
-def test_running_statistics_move_once_a_step_and_belong_to_the_feature(implementation):
-    model = pair(depth=13, growth_rate=2)[implementation == "shared"].train()
+@pytest.mark.parametrize("which", [0, 1])
+def test_running_statistics_move_once_a_step_and_belong_to_the_feature(engine, which):
+    model = pair(engine, depth=13, growth_rate=2)[which].train()
     stage = model.stages[0]
     before = [copy.deepcopy(s.state_dict()) for s in stage.statistics]
     x = torch.randn(4, stage.statistics[0].running_mean.numel(), 8, 8, dtype=torch.float64)
@@ -193,10 +225,10 @@ def test_running_statistics_move_once_a_step_and_belong_to_the_feature(implement
     close(stage.statistics[0].running_var, 0.9 * before[0]["running_var"] + 0.1 * var)
 
 
-def test_what_backward_keeps_grows_with_features_not_with_links():
+def test_what_backward_keeps_grows_with_features_not_with_links(engine):
     """Bytes saved for backward: the features once, where the textbook saves every concatenation."""
     saved = {}
-    for implementation in ("reference", "shared"):
+    for implementation in ("reference", engine):
         model = SparseNet(Architecture(fetch="dense", depth=40, growth_rate=4), implementation).train()
         kept = {}
 
@@ -209,17 +241,17 @@ def test_what_backward_keeps_grows_with_features_not_with_links():
         saved[implementation] = sum(kept.values())
     features = 2 * 16 * 16 * 4 * (8 + 12 * 4)
     parameters = sum(4 * p.numel() for p in model.stages[0].parameters())
-    assert saved["shared"] <= 1.05 * (features + parameters)
-    assert saved["shared"] < 0.35 * saved["reference"]
+    assert saved[engine] <= 1.05 * (features + parameters)
+    assert saved[engine] < 0.35 * saved["reference"]
 
 
 @pytest.mark.parametrize("bottleneck", [False, True])
-def test_half_precision_errs_no_more_than_the_textbook(bottleneck):
+def test_half_precision_errs_no_more_than_the_textbook(engine, bottleneck):
     """Against an fp64 truth, over four draws: at most twice the reference's own bf16 error plus rounding."""
     settings = {"depth": 22, "growth_rate": 6, "bottleneck": bottleneck}
-    errors = {"reference": 0, "shared": 0}
+    errors = {"reference": 0, engine: 0}
     for seed in range(4):
-        truth, _ = pair(seed=seed, **settings)
+        truth, _ = pair(engine, seed=seed, **settings)
         start = copy.deepcopy(truth.state_dict())
         images, d_logits = torch.randn(8, 3, 16, 16).bfloat16().double(), torch.randn(8, 10).double()
         expected = forward_backward(truth.train(), images, d_logits)
@@ -234,32 +266,40 @@ def test_half_precision_errs_no_more_than_the_textbook(bottleneck):
     assert (found <= 2 * own + 2**-8).all()
 
 
-def test_a_second_backward_over_a_kept_graph_gives_the_same():
-    _, shared = pair(depth=13, growth_rate=2)
+def test_a_second_backward_over_a_kept_graph_gives_the_same(engine):
+    _, shared = pair(engine, depth=13, growth_rate=2)
     logits = shared.train()(torch.randn(2, 3, 8, 8).double())
     weight = shared.stages[0].layers[0][0].conv.weight
     first, second = (torch.autograd.grad(logits.sum(), weight, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second)
 
 
-def test_the_stage_input_is_left_as_it_was():
-    _, shared = pair(depth=13, growth_rate=2)
+def test_the_stage_input_is_left_as_it_was(engine):
+    _, shared = pair(engine, depth=13, growth_rate=2)
     x = torch.randn(2, 4, 8, 8).double()
     before = x.clone()
     shared.train().stages[0](x)
     assert torch.equal(x, before)
 
 
+def test_auto_picks_by_device_what_can_run_there(monkeypatch):
+    assert choose("auto", "sum") == choose("auto", "sum", torch.device("cuda")) == "reference"
+    assert choose("auto", "concat") == "auto"  # until the device is known
+    assert choose("auto", "concat", torch.device("meta")) == "shared"
+    monkeypatch.setattr(ops, "unavailable", lambda implementation, device: None)
+    assert choose("auto", "concat", torch.device("cuda")) == "triton"
+    monkeypatch.setattr(ops, "unavailable", lambda implementation, device: "no reason")
+    assert choose("auto", "concat", torch.device("cuda")) == "shared"
+
+
 def test_asking_for_what_cannot_run_says_why():
-    assert choose("auto", "concat") == "shared"
-    assert choose("auto", "sum") == "reference"
     with pytest.raises(ValueError, match="sum"):
         choose("shared", "sum")
-    with pytest.raises(ValueError, match="expected one of auto, reference, shared, found 'fast'"):
+    with pytest.raises(ValueError, match=r"expected one of auto, reference, shared, .*found 'fast'"):
         choose("fast", "concat")
 
 
-@pytest.mark.parametrize("implementation", ["reference", "shared"])
+@pytest.mark.parametrize("implementation", ["reference", "shared", "native"])
 def test_one_value_a_channel_has_no_variance(implementation):
     model = SparseNet(Architecture(depth=7, growth_rate=2), implementation).train()
     with pytest.raises(ValueError, match="more than 1 value per channel"):

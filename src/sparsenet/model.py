@@ -73,7 +73,10 @@ class Transition(nn.Module):
         self.dropout = dropout
 
     def forward(self, x: Tensor) -> Tensor:  # (N, width, H, W) -> (N, out, H // 2, W // 2)
-        return F.avg_pool2d(F.dropout(self.conv(x), self.dropout, self.training), 2)
+        x = self.conv(x)
+        if self.dropout and self.training:
+            x = F.dropout(x.contiguous(), self.dropout)  # in one order whatever the layout: a seed drops the same
+        return F.avg_pool2d(x, 2)
 
 
 def _stem(kind: str, in_chans: int, width: int) -> nn.Sequential:
@@ -90,21 +93,26 @@ def _stem(kind: str, in_chans: int, width: int) -> nn.Sequential:
 class SparseNet(nn.Module):
     """An aggregated network: images ``(N, in_chans, H, W)``, normalised, to logits ``(N, num_classes)``.
 
-    *implementation* is ``auto``, ``reference`` or ``shared`` (see :mod:`sparsenet.ops`); parameters and state
-    dict are the same for all. Raises ``ValueError`` for an implementation that cannot run the architecture.
+    *implementation* is ``auto`` or one of :data:`sparsenet.ops.IMPLEMENTATIONS`; parameters and state dict are the
+    same for all. Raises ``ValueError`` for an implementation that cannot run the architecture or is not installed.
     """
 
     def __init__(self, architecture: Architecture, implementation: str = "auto"):
         super().__init__()
         self.architecture = architecture
-        self.implementation = ops.choose(implementation, architecture.aggregation)
+        self.asked = ops.choose(implementation, architecture.aggregation)
         stages, dropout = architecture.stages, architecture.dropout
         self.stem = _stem(architecture.stem, architecture.in_chans, stages[0].in_width)
-        self.stages = nn.ModuleList(Stage(stage, dropout, self.implementation) for stage in stages)
+        self.stages = nn.ModuleList(Stage(stage, dropout, self.asked) for stage in stages)
         pairs = itertools.pairwise(stages)
         self.transitions = nn.ModuleList(Transition(a.out_width, b.in_width, dropout) for a, b in pairs)
         self.classifier = _classifier(self.num_features, architecture.num_classes)
         self.apply(_initialise)
+
+    @property
+    def implementation(self) -> str:
+        """What runs where the parameters are now. Raises ``ValueError`` for one that cannot run there."""
+        return ops.choose(self.asked, self.architecture.aggregation, next(self.stem.parameters()).device)
 
     @property
     def num_features(self) -> int:

@@ -2,25 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Protocol, cast
 
+import torch
 from torch import Tensor
 
-from sparsenet.ops import reference, shared
+from sparsenet.extras import MissingExtra
+from sparsenet.ops import reference, shared  # noqa: F401 - always loaded
 from sparsenet.ops.plan import Plan, Reader, Statistics
 
-__all__ = ["IMPLEMENTATIONS", "Plan", "Reader", "Statistics", "aggregate", "choose"]
+__all__ = ["IMPLEMENTATIONS", "Plan", "Reader", "Statistics", "aggregate", "choose", "unavailable"]
 
-IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
-    "reference": reference.aggregate,
-    "shared": shared.aggregate,
+IMPLEMENTATIONS = {  # modules, loaded when first asked for: see Implementation
+    "reference": "sparsenet.ops.reference",
+    "shared": "sparsenet.ops.shared",
+    "native": "sparsenet.ops.native",
+    "triton": "sparsenet.ops.triton",
 }
+PREFERRED = {
+    "cuda": ("triton",),
+    "cpu": ("native",),
+}  # by ``auto``, by kind of device: the first that can run there, else ``shared``
 
 
-def choose(implementation: str, aggregation: str) -> str:
-    """The implementation's name, ``auto`` resolved; ``ValueError`` where the one asked for cannot run."""
+class Implementation(Protocol):
+    """What a module offers; importing it may raise :class:`sparsenet.extras.MissingExtra`."""
+
+    def aggregate(
+        self, plan: Plan, x: Tensor, readers: Sequence[Reader], statistics: Sequence[Statistics], training: bool
+    ) -> Tensor: ...
+
+    def unavailable(self, device: torch.device) -> str | None:
+        """Why it cannot run there, in half a line: what is expected and what is found."""
+
+
+def choose(implementation: str, aggregation: str, device: torch.device | None = None) -> str:
+    """The implementation's name, ``auto`` resolved; ``ValueError`` where the one asked for cannot run.
+
+    As long as the *device* is unknown, ``auto`` stays ``auto`` where the choice depends on it.
+    """
     if implementation == "auto":
-        return "shared" if aggregation == "concat" else "reference"
+        return _prefer(device) if aggregation == "concat" else "reference"
     if implementation not in IMPLEMENTATIONS:
         known = ", ".join(["auto", *IMPLEMENTATIONS])
         raise ValueError(f"implementation: expected one of {known}, found {implementation!r}")
@@ -29,7 +54,18 @@ def choose(implementation: str, aggregation: str) -> str:
             f"implementation: {implementation!r} shares statistics between readers of one feature, but a sum "
             "is a new tensor for each reader; expected 'reference' or 'auto' with aggregation 'sum'"
         )
+    if reason := unavailable(implementation, device):
+        raise ValueError(f"implementation: {implementation!r} cannot run here: {reason}")
     return implementation
+
+
+def unavailable(implementation: str, device: torch.device | None = None) -> str | None:
+    """Why a known implementation cannot run on the *device*, or not on any; ``None`` where it can."""
+    try:
+        module = _load(implementation)
+    except MissingExtra as error:
+        return str(error)
+    return None if device is None else module.unavailable(device)
 
 
 def aggregate(
@@ -41,4 +77,17 @@ def aggregate(
     training: bool,
 ) -> Tensor:
     """Runs a stage: ``(N, C_0, H, W)`` to the activated stage output ``(N, C_out, H, W)``."""
-    return IMPLEMENTATIONS[implementation](plan, x, readers, statistics, training)
+    module = _load(choose(implementation, plan.aggregation, x.device))
+    return module.aggregate(plan, x, readers, statistics, training)
+
+
+def _prefer(device: torch.device | None) -> str:
+    if device is None:
+        return "auto"
+    able = (name for name in PREFERRED.get(device.type, ()) if not unavailable(name, device))
+    return next(able, "shared")
+
+
+def _load(implementation: str) -> Implementation:
+    name = IMPLEMENTATIONS[implementation]
+    return cast(Implementation, sys.modules.get(name) or import_module(name))  # torch.compile knows the first only

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsenet.ops.plan import Columns, Plan, Reader, Statistics
+from sparsenet.ops.plan import EPS, Columns, Plan, Reader, Statistics
 
 
 class Engine(ABC):
@@ -60,17 +60,39 @@ class Engine(ABC):
         return self.plan.columns(self.widths)
 
     @cached_property
+    def wide(self) -> torch.dtype:
+        """The precision of sums over pixels."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    @cached_property
     def kept(self) -> tuple[Tensor, ...]:
-        """What backward needs besides the parameters: the features' block, and ``mean, rstd`` of all channels."""
-        return self.empty(self.columns.total), self.scales[0].new_empty(2, sum(self.widths))
+        """What backward needs besides the parameters: the features' block, ``mean, rstd`` of all channels, casts."""
+        return self.empty(self.columns.total), self.scales[0].new_empty(2, sum(self.widths)), *self.cast_weights()
+
+    def cast_weights(self) -> list[Tensor]:
+        """The weights in the features' precision and layout, once a step; none where they are so already."""
+        if all(w.dtype == self.dtype and w.is_contiguous(memory_format=self.layout) for w in self.weights):
+            return []
+        casts = [torch.empty_like(w, dtype=self.dtype, memory_format=self.layout) for w in self.weights]
+        torch._foreach_copy_(casts, list(self.weights))
+        return casts
 
     @cached_property
     def features(self) -> list[Tensor]:
         return self._views(self.kept[0])
 
     @cached_property
+    def block_of_sums(self) -> Tensor:
+        return self.empty(self.columns.total)
+
+    @cached_property
     def sums(self) -> list[Tensor]:
-        return self._views(self.empty(self.columns.total))
+        return self._views(self.block_of_sums)
+
+    @cached_property
+    def totals(self) -> Tensor:
+        """Of every channel, sums over readers of scale times the gradients of shift and of scale, ``(2, C)``."""
+        return torch.zeros(2, sum(self.widths), dtype=self.wide, device=self.device)
 
     @cached_property
     def begun(self) -> set[int]:
@@ -101,11 +123,18 @@ class Engine(ABC):
             self.__dict__[name] = self.empty(max(len(scale) for scale in self.scales))
         return self.view(self.__dict__[name][: self.pixels * width], width)
 
+    def recall(self, statistics: Sequence[Statistics]) -> None:
+        """Takes the running statistics of all features, for evaluation."""
+        mean, rstd = self.kept[1]
+        torch.cat([each.mean for each in statistics], out=mean)
+        torch.cat([each.var for each in statistics], out=rstd)
+        rstd.add_(EPS).rsqrt_()
+
     @abstractmethod
     def put(self, j: int, made: Tensor, statistics: Statistics | None, training: bool) -> None:
-        """Stores *made* as feature *j* and takes its statistics: of the batch (*training*) or the running ones.
+        """Stores *made* as feature *j*; in *training*, takes the statistics of the batch and moves the running ones.
 
-        With *statistics* ``None`` those of an earlier call are used again.
+        In evaluation :meth:`recall` has taken them; with *statistics* ``None`` those of an earlier call stay.
         """
 
     @abstractmethod
@@ -128,20 +157,28 @@ class Engine(ABC):
         self.activate(r, out)
         return out
 
+    def weight(self, r: int) -> Tensor:
+        """What reader *r* convolves with, in the features' precision."""
+        casts = self.kept[2:]
+        return casts[r] if casts else self.weights[r]
+
     def make(self, r: int) -> Tensor:
         """The convolution of reader *r*."""
-        weight = self.weights[r].to(self.dtype)
+        weight = self.weight(r)
         return torch.conv2d(self.activated(r), weight, padding=weight.shape[-1] // 2)
 
     def back(self, r: int, d_made: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Sends the gradient with respect to ``make(r)`` on to the sums; gradients of scale, shift and weight."""
-        weight = self.weights[r]
+        """Sends the gradient with respect to ``make(r)`` on to the sums; gradients of scale, shift and weight.
+
+        The weight's may be in another precision and layout than the weight: all are cast together.
+        """
+        weight = self.weight(r)
         padding = weight.shape[-1] // 2
         d_activated, d_weight, _ = torch.ops.aten.convolution_backward(
-            d_made, self.activated(r), weight.to(self.dtype), None,
+            d_made, self.activated(r), weight, None,
             [1, 1], [padding, padding], [1, 1], False, [0, 0], 1, [True, True, False],
         )  # fmt: skip
-        return *self.collect(r, d_activated), d_weight.to(weight.dtype)
+        return *self.collect(r, d_activated), d_weight
 
     def output(self) -> Tensor:
         """What the last reader, the stage output, gives."""
@@ -208,11 +245,14 @@ def _forward(work: Engine, x: Tensor, statistics: Sequence[Statistics], training
     """The stage output and the masks of dropout."""
     masks = []
     with torch.autocast(work.device.type, enabled=False):
+        if not training:
+            work.recall(statistics)
         work.put(0, x, statistics[0], training)
         for r in range(len(work.weights)):
             made = work.make(r)
             if training and work.plan.dropout:
-                made, mask = torch.native_dropout(made, work.plan.dropout, True)
+                # in one order whatever the layout, so that a seed drops the same everywhere
+                made, mask = torch.native_dropout(made.contiguous(), work.plan.dropout, True)
                 masks.append(mask)
             if work.plan.topology.last_reader[r + 1]:
                 work.put(r + 1, made, statistics[r + 1], training)
@@ -234,4 +274,16 @@ def _backward(work: Engine, d_activated: Tensor, masks: Sequence[Tensor], traini
             made = work.make(j - 1)
             work.put(j, made * masks[j - 1] * share if masks else made, None, training)
         d_scales[r], d_shifts[r], d_weights[r] = work.back(r, d_made)
+    _match(d_weights, work.weights)
     return [work.corrected(0, training) if 0 in work.begun else None, *d_scales, *d_shifts, *d_weights]
+
+
+def _match(gradients: list[Any], like: Sequence[Tensor]) -> None:
+    """Casts, in place and in one call, the gradients whose precision or strides are not those of the weights."""
+    pairs = enumerate(zip(gradients, like, strict=True))
+    other = [i for i, (d, w) in pairs if d is not None and (d.dtype, d.stride()) != (w.dtype, w.stride())]
+    if other:
+        casts = [torch.empty_like(like[i]) for i in other]
+        torch._foreach_copy_(casts, [gradients[i] for i in other])
+        for i, cast in zip(other, casts, strict=True):
+            gradients[i] = cast

@@ -56,6 +56,16 @@ class Plan:
         return Topology(self.reads)
 
     @cached_property
+    def sent_first(self) -> tuple[int | None, ...]:
+        """For each feature, the reader whose gradient backward meets first; ``None``: none depends on it."""
+        found: list[int | None] = [None] * len(self.reads)
+        for r in reversed(range(len(self.reads))):
+            if r + 1 == len(self.reads) or found[r + 1] is not None:
+                for j in self.reads[r]:
+                    found[j] = r if found[j] is None else found[j]
+        return tuple(found)
+
+    @cached_property
     def recomputed(self) -> frozenset[int]:
         """With lean memory: features that only the next reader reads, made from kept ones; bottlenecks, that is."""
         found: set[int] = set()

@@ -1,0 +1,99 @@
+"""The C kernels beyond the laws that every implementation keeps (test_ops.py): other machines, threads, no compiler."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsenet.architecture import Architecture
+from sparsenet.model import SparseNet
+from sparsenet.ops import native
+
+if reason := native.unavailable(torch.device("cpu")):
+    pytest.skip(f"native: {reason}", allow_module_level=True)
+
+
+def run(code, **environment):
+    found = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stderr
+    return found.stdout
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="the flag is x86's")
+def test_a_processor_without_wide_vectors_or_bf16(tmp_path):
+    """The laws hold for what the kernels compile to on older machines."""
+    tests = "native and (half or shapes or equal or gradcheck)"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", tests]
+    environment = {**os.environ, "CFLAGS": "-march=x86-64", "XDG_CACHE_HOME": str(tmp_path)}
+    found = subprocess.run(
+        [*command, str(Path(__file__).with_name("test_ops.py"))], env=environment, capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stdout
+    assert len(list(tmp_path.glob("sparsenet/native-*.so"))) == 1
+
+
+def gradients(threads, size, dtype=torch.float64):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        torch.manual_seed(0)
+        model = SparseNet(Architecture(depth=10, growth_rate=12), "native").to(dtype).train()
+        model(torch.randn(3, 3, size, size, dtype=dtype)).sum().backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("size", [4, 40])
+def test_threads_change_the_order_of_sums_only(size):
+    one, two = gradients(1, size), gradients(2, size)
+    assert (one - two).norm() <= 1e-12 * one.norm()
+
+
+def test_the_same_threads_give_the_same_bits():
+    assert torch.equal(gradients(2, 16, torch.float32), gradients(2, 16, torch.float32))
+
+
+def test_bands_of_rows_join_without_a_seam():
+    """Wide enough that a band holds a few rows only; one feature a channel wide, one image."""
+    torch.manual_seed(0)
+    architecture = Architecture(fetch="dense", depth=10, growth_rate=1)
+    reference = SparseNet(architecture, "reference").double().train()
+    model = SparseNet(architecture, "native").double().train()
+    model.load_state_dict(reference.state_dict())
+    images = torch.randn(1, 3, 24, 3000).double()
+    for each in (reference, model):
+        each(images).square().sum().backward()
+    for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+        assert (ours.grad - theirs.grad).norm() <= 1e-10 * theirs.grad.norm().clamp(min=1e-6)
+
+
+CHOOSE = """
+from sparsenet.ops import choose
+import torch
+try:
+    print(choose({!r}, "concat", torch.device("cpu")))
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_without_a_compiler(tmp_path):
+    """Auto takes ``shared``; asking for ``native`` says what is missing."""
+    nowhere = {"PATH": str(tmp_path), "CC": "", "XDG_CACHE_HOME": str(tmp_path)}
+    assert run(CHOOSE.format("auto"), **nowhere) == "shared\n"
+    assert "needs a C compiler" in run(CHOOSE.format("native"), **nowhere)
+
+
+def test_a_compiler_that_fails_is_told_in_one_line(tmp_path):
+    found = run(CHOOSE.format("native"), CFLAGS="-march=none", XDG_CACHE_HOME=str(tmp_path))
+    assert "could not be compiled" in found and found.count("\n") == 1
+
+
+def test_the_accelerator_is_refused():
+    assert "it is for CPUs" in native.unavailable(torch.device("meta"))
