@@ -1,5 +1,7 @@
 """The network as its users see it, and as other libraries compute it."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -179,6 +181,11 @@ def test_old_torchvision_names_and_wrong_weights():
         load_torchvision(model, {**state, "features.conv9.weight": torch.zeros(1)})
     with pytest.raises(ValueError, match="torchvision weights"):
         load_torchvision(SparseNet(Architecture(blocks=(2, 2), growth_rate=4, bottleneck=True)), state)
+    with pytest.raises(ValueError, match=r"of shape \[7, 16\], found \[3, 16\]"):
+        load_torchvision(SparseNet(dataclasses.replace(arch, num_classes=7)), state)
+    wrong_order = dataclasses.replace(arch, fetch=lambda i: range(i - 1, -1, -1))
+    with pytest.raises(ValueError, match="densely concatenating"):
+        load_torchvision(SparseNet(wrong_order), state)
 
 
 def test_torchvision_itself_where_it_is_installed():

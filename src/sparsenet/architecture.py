@@ -110,6 +110,9 @@ class Architecture:
     bottleneck: bool = field(
         default=False, metadata={"help": "1x1 convolution before the 3x3 one (BC; halves the transitions)"}
     )
+    bottleneck_factor: int = field(
+        default=4, metadata={"help": "width of a bottleneck's 1x1 convolution, in growth rates"}
+    )
     reduction: float = field(
         default=0.0, metadata={"help": "transition width factor; 0: 0.5 with --bottleneck, else 1"}
     )
@@ -142,6 +145,7 @@ class Architecture:
             ("growth_rate", len(self._rates) in (1, stages), f"1 or {stages} numbers"),
             ("growth_rate", min(self._rates, default=0) >= 1, "positive numbers"),
             ("blocks", min(self.blocks, default=1) >= 1, "at least one layer a stage"),
+            ("bottleneck_factor", self.bottleneck_factor >= 1, "at least 1"),
             ("reduction", 0 <= self.reduction <= 1, "a factor from 0 to 1"),
             ("dropout", 0 <= self.dropout < 1, "a probability below 1"),
             ("stem_width", self.stem_width >= 0, "a number of channels"),
@@ -172,11 +176,13 @@ class Architecture:
         return sum(blocks) * len(self._branch(1)) + len(blocks) + 1
 
     def _branch(self, growth: int) -> Branch:
+        factor = self.bottleneck_factor
         if self.aggregation == "sum":
             if self.bottleneck:
-                return ((1, max(growth // 4, 1)), (3, max(growth // 4, 1)), (1, growth))
+                narrow = max(growth // factor, 1)
+                return ((1, narrow), (3, narrow), (1, growth))
             return ((3, growth), (3, growth))
-        return ((1, 4 * growth), (3, growth)) if self.bottleneck else ((3, growth),)
+        return ((1, factor * growth), (3, growth)) if self.bottleneck else ((3, growth),)
 
     @property
     def stage_depths(self) -> tuple[int, ...]:

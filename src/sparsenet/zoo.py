@@ -1,19 +1,13 @@
-"""Names to networks, and other libraries' weights into them."""
+"""Names to networks."""
 
 from __future__ import annotations
 
 import difflib
 import fnmatch
-import re
-from collections.abc import Mapping
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from sparsenet.architecture import Architecture
 from sparsenet.model import SparseNet
-from sparsenet.ops.plan import EPS
 
 IMAGENET_BLOCKS = {
     "121": (6, 12, 24, 16), "161": (6, 12, 36, 24), "169": (6, 12, 32, 32),
@@ -85,79 +79,3 @@ def create_model(
     if num_classes is not None:
         changes["num_classes"] = num_classes
     return SparseNet(architecture(name, in_chans=in_chans, **changes), implementation)
-
-
-def load_torchvision(model: SparseNet, state_dict: Mapping[str, Tensor]) -> None:
-    """Loads the state dict of torchvision's DenseNet of the same shape; evaluation gives the same logits.
-
-    torchvision keeps running statistics per reader. Here they belong to the feature: the first reader's are
-    kept, and where another reader's differ its scale and shift absorb the difference, exactly. Raises
-    ``ValueError`` naming a weight that is missing, left over, or of another shape.
-    """
-    theirs = {re.sub(r"(norm|conv)\.(\d)\.", r"\1\2.", name): value for name, value in state_dict.items()}
-    theirs = {name: value for name, value in theirs.items() if not name.endswith("num_batches_tracked")}
-    take = _Taker(theirs)
-    ours: dict[str, Tensor] = {"stem.0.weight": take("features.conv0.weight")}
-    for part in ("weight", "bias", "running_mean", "running_var"):
-        ours[f"stem.1.{part}"] = take(f"features.norm0.{part}")
-    ours["stem.1.num_batches_tracked"] = torch.tensor(0)
-    stages = model.architecture.stages
-    for s, stage in enumerate(stages):
-        names = [f"features.denseblock{s + 1}.denselayer{i}." for i in range(1, stage.topology.depth + 1)]
-        norms = [f"{name}norm{unit}" for name in names for unit in (1, 2)]
-        last = s + 1 == len(stages)
-        norms.append("features.norm5" if last else f"features.transition{s + 1}.norm")
-        ours |= _stage_statistics(take, f"stages.{s}.", stage.reads, stage.unit_widths, norms)
-        for i, name in enumerate(names):
-            for unit in (0, 1):
-                ours[f"stages.{s}.layers.{i}.{unit}.conv.weight"] = take(f"{name}conv{unit + 1}.weight")
-        if not last:
-            ours[f"transitions.{s}.conv.weight"] = take(f"features.transition{s + 1}.conv.weight")
-    ours |= {f"classifier.{part}": take(f"classifier.{part}") for part in ("weight", "bias")}
-    if take.left:
-        raise ValueError(f"torchvision weights: this network has no place for {sorted(take.left)[0]!r}")
-    try:
-        model.load_state_dict(ours)
-    except RuntimeError as error:
-        raise ValueError(f"torchvision weights: {' '.join(str(error).split())}") from None
-
-
-class _Taker:
-    """Hands out tensors by name and remembers which are left."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]):
-        self.tensors, self.left = tensors, set(tensors)
-
-    def __call__(self, name: str) -> Tensor:
-        if name not in self.tensors:
-            raise ValueError(f"torchvision weights: expected {name!r}, found no such tensor")
-        self.left.discard(name)
-        return self.tensors[name]
-
-
-def _stage_statistics(
-    take: _Taker,
-    prefix: str,
-    reads: tuple[tuple[int, ...], ...],
-    widths: tuple[int, ...],
-    norms: list[str],
-) -> dict[str, Tensor]:
-    """Statistics per feature and affines per reader from batch norms per reader; readers in order."""
-    ours: dict[str, Tensor] = {}
-    known: dict[int, tuple[Tensor, Tensor]] = {}
-    for r, (read, norm) in enumerate(zip(reads, norms, strict=True)):
-        scale, shift, mean, var = (take(f"{norm}.{part}") for part in ("weight", "bias", "running_mean", "running_var"))
-        split = [widths[j] for j in read]
-        if len(mean) != sum(split):
-            raise ValueError(f"torchvision weights: expected {sum(split)} channels in {norm!r}, found {len(mean)}")
-        for j, own_mean, own_var in zip(read, mean.split(split), var.split(split), strict=True):
-            known.setdefault(j, (own_mean, own_var))
-        shared_mean = torch.cat([known[j][0] for j in read])
-        shared_var = torch.cat([known[j][1] for j in read])
-        unit = 2 if r < len(reads) - 1 else 0
-        place = f"{prefix}layers.{r // unit}.{r % unit}.norm" if unit else f"{prefix}norm"
-        ours[f"{place}.weight"] = scale * ((shared_var + EPS) / (var + EPS)).sqrt()
-        ours[f"{place}.bias"] = shift + scale * (shared_mean - mean) * (var + EPS).rsqrt()
-    for j, (mean, var) in known.items():
-        ours[f"{prefix}statistics.{j}.running_mean"], ours[f"{prefix}statistics.{j}.running_var"] = mean, var
-    return ours

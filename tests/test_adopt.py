@@ -1,0 +1,357 @@
+"""Other libraries' DenseNets on this engine: the same network, or one line that says why not."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from sparsenet import SparseNet, adopt, create_model
+from sparsenet.architecture import count
+
+EXACT = 1e-10
+STYLES = ("torchvision", "checkpointed", "timm", "monai")
+
+
+class NormAct(nn.BatchNorm2d):
+    """A batch norm that holds its activation, as timm's does."""
+
+    def __init__(self, width):
+        super().__init__(width)
+        self.drop, self.act = nn.Identity(), nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        return self.act(self.drop(super().forward(x)))
+
+
+def normed(style, width):
+    return [NormAct(width)] if style == "timm" else [nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+
+
+class Layer(nn.Module):
+    """BN-ReLU-Conv1x1-BN-ReLU-Conv3x3, its output joined to its input."""
+
+    def __init__(self, style, width, growth, factor):
+        super().__init__()
+        self.narrow = nn.Sequential(*normed(style, width), nn.Conv2d(width, factor * growth, 1, bias=False))
+        self.wide = nn.Sequential(
+            *normed(style, factor * growth), nn.Conv2d(factor * growth, growth, 3, 1, 1, bias=False)
+        )
+        self.saves_memory = style == "checkpointed"
+
+    def forward(self, x):
+        narrow = checkpoint(self.narrow, x, use_reentrant=False) if self.saves_memory else self.narrow(x)
+        return torch.cat([x, self.wide(narrow)], 1)
+
+
+class Peer(nn.Module):
+    """DenseNet-BC by its definition (arXiv:1608.06993), with the parts of each library as modules."""
+
+    def __init__(self, style="torchvision", blocks=(2, 3, 1), growth=4, stem=6, factor=4, classes=3, chans=3):
+        super().__init__()
+        rates = growth if isinstance(growth, tuple) else (growth,) * len(blocks)
+        parts = [nn.Conv2d(chans, stem, 7, 2, 3, bias=False), *normed(style, stem), nn.MaxPool2d(3, 2, 1)]
+        width = stem
+        for number, (depth, rate) in enumerate(zip(blocks, rates, strict=True)):
+            if number:
+                half = nn.Conv2d(width, width // 2, 1, bias=False)
+                parts.append(nn.Sequential(*normed(style, width), half, nn.AvgPool2d(2, 2)))
+                width //= 2
+            parts.append(nn.Sequential(*(Layer(style, width + i * rate, rate, factor) for i in range(depth))))
+            width += depth * rate
+        last = normed(style, width)
+        self.features = nn.Sequential(*parts, last[0])
+        self.pool = {
+            "timm": nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(1), nn.Dropout(0.0)),
+            "monai": nn.Sequential(*last[1:], nn.AdaptiveAvgPool2d(1), nn.Flatten(1)),
+        }.get(style)
+        self.classifier = nn.Linear(width, classes) if classes else nn.Identity()
+
+    def forward(self, x):
+        x = self.features(x)
+        return self.classifier(F.relu(x).mean((2, 3)) if self.pool is None else self.pool(x))
+
+
+def peer(*args, seed=0, **settings):
+    """A peer in fp64 with random affines; running statistics agree between readers, as training leaves them."""
+    torch.manual_seed(seed)
+    model = Peer(*args, **settings).double()
+    for norm in norms_of(model):
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.uniform_(norm.bias, -0.5, 0.5)
+    with torch.no_grad():
+        model(images(model))
+    return model
+
+
+def norms_of(model):
+    return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+
+
+def images(model, size=(40, 33)):
+    like = next(model.parameters())
+    return torch.randn(4, like.shape[1], *size, dtype=like.dtype)
+
+
+def close(found, expected, tolerance=EXACT):
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("style", STYLES)
+def test_the_adopted_network_is_the_same(style, training):
+    theirs = peer(style).train(training)
+    ours = adopt(theirs)
+    batch = images(theirs)
+    responses = []
+    for model in (theirs, ours):
+        x = batch.clone().requires_grad_()
+        out = model(x)
+        responses.append((out, *torch.autograd.grad(out.square().sum(), x)))
+    for found, expected in zip(responses[1], responses[0], strict=True):
+        close(found, expected)
+    assert isinstance(ours, SparseNet) and ours.training == training
+
+
+@pytest.mark.parametrize("style", ["torchvision", "timm", "monai"])
+def test_a_training_step_is_the_same(style):
+    """The step shows the parameters' gradients in what follows it, and each reader's running statistics."""
+    theirs = peer(style).train()
+    ours, batch = adopt(theirs), images(theirs)
+    for model in (theirs, ours):
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, weight_decay=0.01)
+        F.cross_entropy(model(batch), torch.arange(4) % 3).backward()
+        optimizer.step()
+    norms = iter(norms_of(theirs)[1:])
+    for stage, made in zip(ours.architecture.stages, ours.stages, strict=True):
+        for read in stage.reads:
+            norm = next(norms)
+            close(torch.cat([made.statistics[j].running_mean for j in read]), norm.running_mean)
+            close(torch.cat([made.statistics[j].running_var for j in read]), norm.running_var)
+    close(ours.eval()(batch), theirs.eval()(batch), 1e-8)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"blocks": (1,)},
+        {"blocks": (1, 2, 1, 1), "growth": 3, "stem": 16},
+        {"growth": (2, 3, 5), "factor": 2},
+        {"classes": 0, "chans": 1},
+        {"classes": 1, "chans": 5, "factor": 1},
+    ],
+)
+def test_any_width_depth_and_number_of_classes(settings):
+    theirs = peer("monai", **settings).eval()
+    ours = adopt(theirs)
+    batch = images(theirs)
+    close(ours(batch), theirs(batch))
+    assert count(ours.architecture, 64)[0] == sum(p.numel() for p in theirs.parameters())
+    assert ours.num_classes == settings.get("classes", 3)
+
+
+def test_statistics_that_differ_between_readers_are_absorbed_and_told():
+    theirs = peer().eval()
+    for norm in norms_of(theirs):
+        nn.init.uniform_(norm.running_mean, -0.5, 0.5)
+        nn.init.uniform_(norm.running_var, 0.5, 1.5)
+    with pytest.warns(UserWarning, match="differ between its readers") as told:
+        ours = adopt(theirs)
+    assert told[0].filename == __file__
+    batch = images(theirs)
+    close(ours(batch), theirs(batch))
+
+
+def test_what_is_kept():
+    theirs = peer("timm").float().eval()
+    theirs.features[0].requires_grad_(False)
+    theirs.classifier.bias.requires_grad_(False)
+    before = copy.deepcopy(theirs.state_dict())
+    drawn = torch.get_rng_state()
+    with torch.inference_mode():
+        ours = adopt(theirs, implementation="reference")
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert all(torch.equal(value, before[name]) for name, value in theirs.state_dict().items())
+    assert ours.implementation == "reference" and not ours.training
+    assert {p.dtype for p in ours.parameters()} == {torch.float32}
+    assert {name for name, p in ours.named_parameters() if not p.requires_grad} == {"stem.0.weight", "classifier.bias"}
+    with torch.no_grad():
+        ours.stem[0].weight.zero_()
+    assert theirs.features[0].weight.any()
+    theirs.train()
+    assert adopt(theirs).training
+
+
+def replaced(path, new):
+    def edit(model):
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, new)
+
+    return edit
+
+
+def setting(path, **settings):
+    return lambda model: vars(model.get_submodule(path)).update(settings)
+
+
+def hooked(model):
+    model.features.register_forward_hook(lambda *_: None)
+
+
+def shared(model):
+    model.features[4][0].wide[2].weight = model.features[4][1].wide[2].weight
+
+
+def doubled(model):
+    model.classifier.register_buffer("mean", torch.zeros(3))
+
+
+NARROW, WIDE, NORM = "features.4.1.narrow.2", "features.4.1.wide.2", "features.4.1.narrow.0"
+
+
+@pytest.mark.parametrize(
+    ("edit", "expected"),
+    [
+        (setting(NORM, eps=1e-3), f"{NORM}: expected BatchNorm2d with eps=1e-05, found 0.001"),
+        (setting(NORM, momentum=0.01), f"{NORM}: expected BatchNorm2d with momentum=0.1, found 0.01"),
+        (setting(NORM, momentum=None), "momentum=0.1, found None"),
+        (replaced(NORM, nn.BatchNorm2d(10, affine=False)), "affine=True, found False"),
+        (replaced(NORM, nn.BatchNorm2d(10, track_running_stats=False)), "track_running_stats=True, found False"),
+        (replaced(NORM, nn.GroupNorm(2, 10)), f"{NORM}: expected BatchNorm2d, found GroupNorm"),
+        (replaced("features.4.1.narrow.1", nn.SiLU()), "narrow.1: expected ReLU, found SiLU"),
+        (replaced("features.2", nn.ReLU6()), "features.2: expected ReLU, found ReLU6"),
+        (replaced(NARROW, nn.Conv3d(10, 16, 1)), f"{NARROW}: expected Conv2d, found Conv3d"),
+        (setting(WIDE, groups=2), "groups=1, found 2"),
+        (setting(WIDE, stride=(2, 2)), "stride=1, found 2"),
+        (setting(WIDE, dilation=(2, 2), padding=(2, 2)), "padding=1, found 2"),
+        (setting(WIDE, padding_mode="reflect"), "padding_mode=zeros, found reflect"),
+        (replaced(WIDE, nn.Conv2d(16, 4, 3, padding=1)), "bias=False, found True"),
+        (replaced(WIDE, nn.Conv2d(16, 4, (3, 5), padding=(1, 2), bias=False)), r"kernel_size=3, found \(3, 5\)"),
+        (replaced(WIDE, nn.Conv2d(16, 3, 3, padding=1, bias=False)), r"shape \[4, 16, 3, 3\].* found \[3, 16, 3, 3\]"),
+        (replaced(WIDE, nn.Sequential(nn.Conv2d(16, 4, 3, padding=1, bias=False), nn.Dropout2d(0.2))), "Dropout2d"),
+        (setting("features.4.1", drop_rate=0.2), "features.4.1: expected drop_rate=0 .*, found 0.2"),
+        (replaced("features.0", nn.Conv2d(3, 6, 3, 1, 1, bias=False)), "expected .* kernel_size=7, found 3"),
+        (replaced("features.0", nn.Conv3d(3, 6, 7, 2, 3, bias=False)), "features.0: expected Conv2d, found Conv3d"),
+        (replaced("features.3", nn.Identity()), "expected MaxPool2d, found BatchNorm2d"),
+        (setting("features.3", ceil_mode=True), "ceil_mode=False, found True"),
+        (replaced("features.5.3", nn.MaxPool2d(2)), "features.5.3: expected AvgPool2d, found MaxPool2d"),
+        (setting("features.5.3", stride=1), "features.5.3: expected AvgPool2d with stride=2, found 1"),
+        (replaced("features.6", nn.Identity()), "expected layers before and after each transition"),
+        (replaced("classifier", nn.Sequential(nn.Dropout(0.5), nn.Linear(13, 3))), "classifier.0: .*p=0 would do"),
+        (replaced("classifier", nn.Linear(13, 3, bias=False)), "classifier: expected Linear with bias=True"),
+        (replaced("classifier", nn.Conv2d(13, 3, 1)), "expected ReLU"),
+        (replaced("pool", nn.AdaptiveMaxPool2d(1)), "pool: expected average pooling .* found AdaptiveMaxPool2d"),
+        (lambda model: model.features[1].eval(), "features.1: expected one mode"),
+        (lambda model: model.features[1].half(), "one type on one device, found torch.float16 on cpu and"),
+        (lambda model: model.to("meta"), "on meta"),
+        (hooked, "features: expected no hooks"),
+        (shared, "found shared ones"),
+        (doubled, "no place for 'classifier.mean'"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_represented_is_refused_in_one_line(edit, expected):
+    theirs = Peer()
+    edit(theirs)
+    with pytest.raises(ValueError, match=f"^adopt: .*{expected}") as refused:
+        adopt(theirs)
+    assert "\n" not in str(refused.value)
+
+
+class Scaled(Peer):
+    def forward(self, x):
+        return super().forward(x) * (1 + 1e-6)
+
+
+class Dropping(Peer):
+    def forward(self, x):
+        return super().forward(F.dropout(x, 0.1, self.training))
+
+
+class Detached(Peer):
+    def forward(self, x):
+        return super().forward(x / 2 + x.detach() / 2)
+
+
+class Unpooled(Peer):
+    def forward(self, x):
+        return self.features(x)
+
+
+class Paired(Peer):
+    def forward(self, x):
+        return super().forward(x), x
+
+
+class OneSize(Peer):
+    def forward(self, x):
+        return self.classifier(F.avg_pool2d(F.relu(self.features(x)), 7).flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        (Scaled, "outputs in evaluation"),
+        (Unpooled, "outputs in evaluation"),
+        (Dropping, "outputs in training"),
+        (Detached, "input gradients in evaluation"),
+        (Paired, "one differentiable tensor"),
+        (OneSize, "one differentiable tensor"),
+    ],
+)
+def test_a_forward_that_does_something_else_is_refused(kind, expected):
+    """The name of the class and its submodules may promise a DenseNet; the numbers decide."""
+    model = kind()
+    nn.init.zeros_(model.classifier.weight)  # a new classifier must not hide the difference
+    with pytest.raises(ValueError, match=f"adopt: expected {kind.__name__} to .*{expected}"):
+        adopt(model)
+
+
+@pytest.mark.parametrize("thing", [{}, None, nn.Sequential(), nn.ReLU(), SparseNet, create_model("densenet_40_12")])
+def test_other_things_are_refused(thing):
+    with pytest.raises(ValueError, match=r"^adopt: "):
+        adopt(thing)
+
+
+def same_as_the_peer(theirs, chans):
+    theirs = theirs.double()
+    ours = adopt(theirs)
+    batch = torch.randn(2, chans, 64, 64, dtype=torch.float64)
+    for training in (True, False):
+        close(ours.train(training)(batch), theirs.train(training)(batch))
+
+
+def small(**names):
+    return {"growth_rate": 4, "block_config": (2, 3), "bn_size": 2, **names}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torchvisions_own():
+    densenet = pytest.importorskip("torchvision.models.densenet", exc_type=ImportError)
+    same_as_the_peer(densenet.densenet121(), 3)
+    same_as_the_peer(densenet.DenseNet(**small(num_init_features=6, num_classes=3, memory_efficient=True)), 3)
+    with pytest.raises(ValueError, match="drop_rate=0"):
+        adopt(densenet.DenseNet(**small(drop_rate=0.1)))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_timms_own():
+    timm = pytest.importorskip("timm", exc_type=ImportError)
+    same_as_the_peer(timm.create_model("densenet121", in_chans=1, num_classes=0), 1)
+    densenet = pytest.importorskip("timm.models.densenet").DenseNet
+    same_as_the_peer(densenet(**small(num_classes=3)), 3)
+    for settings in ({"stem_type": "deep"}, {"proj_drop_rate": 0.1}, {"act_layer": "silu"}, {"global_pool": "max"}):
+        with pytest.raises(ValueError, match=r"^adopt: "):
+            adopt(densenet(**small(**settings)))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_monais_own():
+    densenet = pytest.importorskip("monai.networks.nets.densenet", exc_type=ImportError)
+    same_as_the_peer(densenet.DenseNet121(2, 1, 5), 1)
+    same_as_the_peer(densenet.DenseNet(2, 2, 3, **small(init_features=6)), 2)
+    for dims, settings in ((3, {}), (2, {"dropout_prob": 0.1}), (2, {"act": "prelu"}), (2, {"norm": "instance"})):
+        with pytest.raises(ValueError, match=r"^adopt: "):
+            adopt(densenet.DenseNet(dims, 1, 2, **small(**settings)))
