@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sparsenet import create_model
-from sparsenet.optim import OptimConfig, learning_rate, sgd, update_average
+from sparsenet.optim import OptimConfig, average_share, learning_rate, schedule, sgd, update_average
 
 
 def test_the_papers_schedule():
@@ -29,14 +29,36 @@ def test_rates_stay_between_0_and_the_peak(schedule, steps, epochs, warmup):
 
 @given(st.integers(2, 30), st.integers(4, 40))
 def test_smooth_schedules_rise_then_fall_to_nothing(steps, epochs):
-    for schedule in ("cosine", "onecycle"):
-        config = OptimConfig(schedule=schedule, warmup=1.0)
+    for name in ("cosine", "onecycle"):
+        config = OptimConfig(schedule=name, warmup=1.0)
         rates = [learning_rate(config, step, steps, epochs) for step in range(steps * epochs)]
         peak = rates.index(max(rates))
         assert rates[: peak + 1] == sorted(rates[: peak + 1])
         assert rates[peak:] == sorted(rates[peak:], reverse=True)
         assert max(rates) == pytest.approx(config.lr, rel=0.05)
         assert rates[-1] < 0.1 * max(rates)
+
+
+def test_an_epochs_schedule_is_that_of_its_steps():
+    config = OptimConfig(schedule="onecycle", ema=0.9)
+    rates, shares = schedule(config, 2, 7, 5, torch.device("cpu"))
+    assert rates.tolist() == pytest.approx([learning_rate(config, step, 7, 5) for step in range(14, 21)])
+    assert shares.tolist() == pytest.approx([average_share(0.9, step) for step in range(14, 21)])
+
+
+def test_an_update_is_nesterovs_at_the_rate_in_the_tensor():
+    config, model = OptimConfig(momentum=0.8, weight_decay=0.1), nn.Linear(3, 2).double()
+    optimizer, velocity, expected = sgd(model, config), None, model.weight.detach().clone()
+    for step in range(4):
+        gradient, rate = torch.randn(2, 3, dtype=torch.float64), torch.tensor(0.5 / (1 + step))
+        model.weight.grad, model.bias.grad = gradient.clone(), torch.zeros(2, dtype=torch.float64)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        decayed = gradient + 0.1 * expected
+        velocity = decayed if velocity is None else 0.8 * velocity + decayed
+        expected = expected - rate.double() * (decayed + 0.8 * velocity)
+        assert torch.allclose(model.weight, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_decay_on_convolution_and_linear_weights_only():
@@ -60,7 +82,7 @@ def test_the_average_is_the_exponential_one_and_includes_running_statistics():
             for tensor in (*model.parameters(), model[1].running_mean):
                 tensor.fill_(step)
         model[1].num_batches_tracked.fill_(step)
-        update_average(average, model, decay, step)
+        update_average(average, model, torch.tensor(average_share(decay, step)))
         now = min(decay, (1 + step) / (10 + step))
         expected = now * expected + (1 - now) * step
     assert average[0].weight[0, 0].item() == pytest.approx(expected, rel=1e-5)

@@ -1,6 +1,7 @@
 """Training: it learns, it is a function of its settings, and being killed does not change that function."""
 
 import csv
+import math
 import random
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from sparsenet.config import replace
 from sparsenet.events import Concluded, EpochDone, Message, Step, Stopped
 from sparsenet.presets import preset
 from sparsenet.run import TIMES, Run, load_trained
-from sparsenet.train import TIME_LIMIT, DivergedError, train
+from sparsenet.train import TIME_LIMIT, DivergedError, _finite, train
 
 TINY = {
     "network": {"depth": 7, "growth_rate": 4, "dropout": 0.1},
@@ -207,6 +208,22 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tmp_path):
 
         assert load_file(checkpoint)["epoch.losses"].isfinite().all()
     assert not list(run.checkpoints.glob("best-*"))
+
+
+def test_only_finite_weights_are_saved():
+    largest = torch.finfo(torch.float32).max
+    for bad in (math.nan, math.inf, -math.inf, largest):
+        tensors = {
+            "a": torch.ones(3),
+            "b": torch.tensor([[0.0, bad], [-1.0, 2.0]]),
+            "c": torch.ones(2, dtype=torch.bfloat16),
+            "d": torch.ones(2, dtype=torch.int64),
+        }
+        if bad == largest:
+            assert _finite(tensors, 7) is tensors
+        else:
+            with pytest.raises(DivergedError, match=r"the weights of step 7 are not finite; .*--lr"):
+                _finite(tensors, 7)
 
 
 def test_the_best_checkpoint_is_chosen_on_the_held_out_part(whole):

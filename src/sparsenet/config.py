@@ -15,7 +15,7 @@ from typing import Any
 
 from sparsenet.architecture import Architecture
 from sparsenet.data import DataConfig
-from sparsenet.ops import IMPLEMENTATIONS
+from sparsenet.ops import IMPLEMENTATIONS, MEMORY
 from sparsenet.optim import OptimConfig
 from sparsenet.topology import fetch_from_file
 
@@ -33,6 +33,10 @@ class TrainConfig:
         metadata={"help": "auto: bf16 on accelerators, fp32 elsewhere", "choices": ("auto", "fp32", "bf16")},
     )
     implementation: str = field(default="auto", metadata={"help": "engine", "choices": ("auto", *IMPLEMENTATIONS)})
+    memory: str = field(
+        default="normal", metadata={"help": "lean: bottlenecks are computed again in backward", "choices": MEMORY}
+    )
+    capture: bool = field(default=True, metadata={"help": "replay the step as a CUDA graph where the device can"})
     time_limit: float = field(default=0.0, metadata={"help": "seconds after which the run ends and saves; 0: none"})
     save_every: float = field(default=120.0, metadata={"help": "seconds between checkpoints within an epoch"})
 
@@ -69,7 +73,9 @@ COMPONENTS: dict[str, type] = {
     "train": TrainConfig,
 }
 FOUND_IN_DATA = ("in_chans", "num_classes")  # fields of the network that the dataset decides
-MAY_CHANGE = ("max_epoch", "time_limit", "save_every", "device", "dataset_dir", "download")  # when resuming
+MAY_CHANGE = (  # when resuming
+    "max_epoch", "time_limit", "save_every", "device", "memory", "capture", "dataset_dir", "download",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -43,11 +43,12 @@ def _line(event: Event) -> str | None:
 
 
 def _epoch_line(row: dict[str, Any], epochs: int) -> str:
+    peak = "" if row["peak_memory_mb"] is None else f"  peak {row['peak_memory_mb']:.0f} MB"
     held = "" if row["val_error"] is None else f"  validation {row['val_error']:.2f} %"
     return (
         f"epoch {row['epoch']}/{epochs}  lr {row['lr']:.4g}  loss {row['train_loss']:.4f}  "
         f"error {row['train_error']:.2f} %{held}  test {row['test_error']:.2f} %  "
-        f"{row['seconds']:.1f} s + {row['eval_seconds']:.1f} s  {row['images_per_second']:.0f} images/s"
+        f"{row['seconds']:.1f} s + {row['eval_seconds']:.1f} s  {row['images_per_second']:.0f} images/s{peak}"
     )
 
 

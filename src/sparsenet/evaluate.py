@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 from sparsenet.data import Images
 from sparsenet.data.images import Preprocessing
 from sparsenet.data.sampling import Batches
+from sparsenet.step import Captured
+
+Scorer = Callable[[Tensor, Tensor], tuple[Tensor, ...]]  # pixels and labels to losses, classes, confidences, top-5 hits
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,23 @@ class Evaluation:
         return {name: None if totals[i] == 0 else round(wrong[i].item(), 4) for i, name in enumerate(names)}
 
 
+def scorer(model: nn.Module, preprocessing: Preprocessing, precision: str) -> Scorer:
+    """The work that :func:`evaluate` has with a batch: for whoever wants it captured once for many passes."""
+    return partial(_score, model, preprocessing, precision)
+
+
+def _score(
+    model: nn.Module, preprocessing: Preprocessing, precision: str, pixels: Tensor, labels: Tensor
+) -> tuple[Tensor, ...]:
+    with torch.autocast(pixels.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        logits = model(preprocessing.normalise(pixels))
+    logits = logits.float()
+    confidence, predicted = logits.softmax(1).max(1)
+    top5 = logits.topk(min(5, logits.shape[1]), 1).indices
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    return losses, predicted, confidence, (top5 == labels[:, None]).any(1)
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
@@ -61,20 +82,17 @@ def evaluate(
     device: torch.device,
     batch_size: int = 256,
     precision: str = "fp32",
+    score: Scorer | None = None,
 ) -> Evaluation:
-    """Runs *model* in evaluation mode over *images*, in order; the model's mode is put back afterwards."""
+    """Runs *model* in evaluation mode over *images*, in order; the model's mode is put back afterwards.
+
+    *score* is the model's :func:`scorer`, captured or not; by default one that this pass captures where it can.
+    """
+    score = score or Captured(scorer(model, preprocessing, precision))
     was_training = model.training
     model.eval()
     start = time.perf_counter()
-    results = []
-    for pixels, labels in Batches(images, batch_size, device=device):
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            logits = model(preprocessing.normalise(pixels))
-        logits = logits.float()
-        confidence, predicted = logits.softmax(1).max(1)
-        top5 = logits.topk(min(5, logits.shape[1]), 1).indices
-        losses = F.cross_entropy(logits, labels, reduction="none")
-        results.append((losses, labels, predicted, confidence, (top5 == labels[:, None]).any(1)))
+    results = [(labels, *score(pixels, labels)) for pixels, labels in Batches(images, batch_size, device=device)]
     model.train(was_training)
-    columns = [torch.cat(column).cpu() for column in zip(*results, strict=True)]
-    return Evaluation(columns[0].double().mean().item(), time.perf_counter() - start, *columns[1:])
+    labels, losses, *others = (torch.cat(column).cpu() for column in zip(*results, strict=True))
+    return Evaluation(losses.double().mean().item(), time.perf_counter() - start, labels, *others)

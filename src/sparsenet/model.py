@@ -47,9 +47,9 @@ class Unit(nn.Module):
 class Stage(nn.Module):
     """A stage's layers and its output norm; ``forward`` gives the activated stage output."""
 
-    def __init__(self, stage: arch.Stage, dropout: float, implementation: str):
+    def __init__(self, stage: arch.Stage, dropout: float, implementation: str, memory: str):
         super().__init__()
-        self.plan = ops.Plan(stage.reads, stage.aggregation, dropout)
+        self.plan = ops.Plan(stage.reads, stage.aggregation, dropout, memory)
         self.implementation = implementation
         numbers = range(1, stage.topology.depth + 1)
         self.layers = nn.ModuleList(nn.Sequential(*(Unit(*unit) for unit in stage.units(i))) for i in numbers)
@@ -94,16 +94,22 @@ class SparseNet(nn.Module):
     """An aggregated network: images ``(N, in_chans, H, W)``, normalised, to logits ``(N, num_classes)``.
 
     *implementation* is ``auto`` or one of :data:`sparsenet.ops.IMPLEMENTATIONS`; parameters and state dict are the
-    same for all. Raises ``ValueError`` for an implementation that cannot run the architecture or is not installed.
+    same for all. *memory* ``lean`` computes bottlenecks again in backward instead of keeping them. Raises
+    ``ValueError`` for an implementation that cannot run the architecture or is not installed.
     """
 
-    def __init__(self, architecture: Architecture, implementation: str = "auto"):
+    def __init__(self, architecture: Architecture, implementation: str = "auto", memory: str = "normal"):
         super().__init__()
         self.architecture = architecture
         self.asked = ops.choose(implementation, architecture.aggregation)
+        if memory not in ops.MEMORY or (memory != "normal" and self.asked == "reference"):
+            raise ValueError(
+                f"memory: expected one of {', '.join(ops.MEMORY)} ('normal' with the reference, which keeps "
+                f"everything), found {memory!r}"
+            )
         stages, dropout = architecture.stages, architecture.dropout
         self.stem = _stem(architecture.stem, architecture.in_chans, stages[0].in_width)
-        self.stages = nn.ModuleList(Stage(stage, dropout, self.asked) for stage in stages)
+        self.stages = nn.ModuleList(Stage(stage, dropout, self.asked, memory) for stage in stages)
         pairs = itertools.pairwise(stages)
         self.transitions = nn.ModuleList(Transition(a.out_width, b.in_width, dropout) for a, b in pairs)
         self.classifier = _classifier(self.num_features, architecture.num_classes)

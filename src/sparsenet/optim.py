@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+FUSED = ("cpu", "cuda")  # types of devices on which SGD's update is one kernel that reads its rate from a tensor
 DROP = 0.1  # factor of the step schedule at each drop
 
 
@@ -61,26 +62,51 @@ def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, max_epoc
     return config.lr * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
+def average_share(decay: float, step: int) -> float:
+    """How far averaged weights move towards the current ones after step *step* (from 0), as a part of the way.
+
+    The decay rises to *decay* as steps accumulate, so that the initial weights are soon forgotten.
+    """
+    return 1 - min(decay, (1 + step) / (10 + step))
+
+
+def schedule(
+    config: OptimConfig, epoch: int, steps_per_epoch: int, max_epoch: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Learning rate and average's share of an epoch's steps (from 0), float32 ``(steps_per_epoch,)`` each.
+
+    They lie where a step on *device* reads them without waiting for it.
+    """
+    steps = range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch)
+    rates = [learning_rate(config, step, steps_per_epoch, max_epoch) for step in steps]
+    shares = [average_share(config.ema, step) for step in steps]
+    home = device if device.type in FUSED else torch.device("cpu")
+    return torch.tensor(rates, device=home), torch.tensor(shares, device=home)
+
+
 def sgd(model: nn.Module, config: OptimConfig) -> torch.optim.SGD:
-    """SGD whose weight decay reaches convolution and linear weights only, not scales, shifts and biases."""
+    """SGD whose weight decay reaches convolution and linear weights only, not scales, shifts and biases.
+
+    To be made when the model lies on its device.
+    """
     parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=True)
+    fused = parameters[0].device.type in FUSED
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=True, fused=fused)
 
 
 @torch.no_grad()
-def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """Moves *average* towards *model* after step *step* (from 0), running statistics included.
-
-    The decay rises to *decay* as steps accumulate, so that the initial weights are soon forgotten.
-    """
+def update_average(average: nn.Module, model: nn.Module, share: Tensor) -> None:
+    """Moves *average* the part *share*, float32 ``()``, of the way towards *model*, running statistics included."""
     pairs = list(zip(average.state_dict().values(), model.state_dict().values(), strict=True))
     floating = [pair for pair in pairs if pair[0].is_floating_point()]
     targets, values = ([pair[side] for pair in floating] for side in (0, 1))
-    torch._foreach_lerp_(targets, values, 1 - min(decay, (1 + step) / (10 + step)))
+    differences = torch._foreach_sub(values, targets)
+    torch._foreach_mul_(differences, share)  # a tensor: in a captured step a number would be that of the capture
+    torch._foreach_add_(targets, differences)
     for target, value in pairs:
         if not target.is_floating_point():
             target.copy_(value)

@@ -24,8 +24,7 @@ from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as serialise_tensors
 from torch import Tensor
 
-from sparsenet import architecture
-from sparsenet.architecture import Architecture
+from sparsenet.architecture import Architecture, Node
 from sparsenet.config import RunConfig, load
 from sparsenet.data.images import Preprocessing
 from sparsenet.device import device_name
@@ -138,22 +137,21 @@ class Run:
     def config(self) -> RunConfig:
         return load(self.path / "config.json", RunConfig())
 
-    def describe(self, config: RunConfig, image_size: int, device: torch.device) -> None:
-        """Writes config.json, requirements.txt, environment.json and graph.json."""
-        nodes = architecture.graph(config.network, image_size)
-        parameters, macs = architecture.count(config.network, image_size)
+    def describe(self, config: RunConfig, image_size: int, nodes: Sequence[Node], device: torch.device) -> None:
+        """Writes config.json, requirements.txt, environment.json and, from *nodes*, graph.json."""
         write_json(
             self.path / "graph.json",
             {
                 "image_size": image_size,
-                "parameters": parameters,
-                "macs": macs,
+                "parameters": sum(node.parameters for node in nodes),
+                "macs": sum(node.macs for node in nodes),
                 "nodes": [dataclasses.asdict(node) for node in nodes],
             },
         )
         write_json(self.path / "environment.json", environment(device))
         write_atomic(self.path / "requirements.txt", "\n".join(installed()) + "\n")
-        write_json(self.path / "config.json", config.to_dict())
+        located = dataclasses.replace(config, data=config.data.located())
+        write_json(self.path / "config.json", located.to_dict())
 
     def log(self, line: str) -> None:
         with (self.path / "train.log").open("a", encoding="utf-8") as file:

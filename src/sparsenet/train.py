@@ -11,19 +11,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsenet import architecture, optim, pictures
+from sparsenet import architecture, ops, optim, pictures
 from sparsenet.config import RunConfig
 from sparsenet.data import Dataset, Images, channel_statistics, load_dataset
 from sparsenet.data.images import Preprocessing
 from sparsenet.data.sampling import Batches, plan_epoch, stream
 from sparsenet.device import choose_device, choose_precision, free_memory, peak_memory_mb
-from sparsenet.evaluate import Evaluation, evaluate
+from sparsenet.evaluate import Evaluation, Scorer, evaluate, scorer
 from sparsenet.events import Concluded, EpochDone, Event, Message, Step, Stopped
 from sparsenet.model import SparseNet
 from sparsenet.run import Checkpoint, Run, RunError, load_trained, version, write_json
+from sparsenet.step import Captures, TrainingStep
 
 ADVICE = "start again with a lower --lr, with --grad_clip or with --precision fp32"
 LOOK_EVERY = 1.0  # seconds between looks at the loss where a look makes the device wait
@@ -95,7 +95,10 @@ class Session:
     preprocessing: Preprocessing
     device: torch.device
     precision: str
-    fill: Tensor  # (C,) uint8: what shifted images are padded with
+    captures: Captures
+
+    def scorer(self, model: nn.Module) -> Scorer:
+        return self.captures(scorer(model, self.preprocessing, self.precision), "the evaluation")
 
     @property
     def about(self) -> dict[str, Any]:
@@ -114,6 +117,7 @@ class Session:
 def prepare(config: RunConfig) -> tuple[RunConfig, Dataset, Preprocessing, torch.device]:
     """Loads the data and settles what only the data can say. Raises ``ValueError`` in one line."""
     device = choose_device(config.train.device)
+    ops.choose(config.train.implementation, config.network.aggregation, device)
     data = load_dataset(config.data)
     channels, size = data.train.pixels.shape[1], data.train.pixels.shape[-1]
     if config.train.batch_size > len(data.train):
@@ -145,21 +149,25 @@ def train(
     began = time.monotonic()
     config, data, preprocessing, device = prepare(config)
     precision = choose_precision(config.train.precision, device)
-    fill = (torch.tensor(preprocessing.mean) * 255).round().to(torch.uint8)
-    session = Session(config, run, _on_device(data, device), preprocessing, device, precision, fill)
+    captures = Captures(device, config.train.capture)
+    session = Session(config, run, _on_device(data, device), preprocessing, device, precision, captures)
     state = _new_state(session)
     resumed = list(_resume(session, state)) if resume else []  # refused before anything is written
-    run.describe(config, preprocessing.size, device)
-    pictures.draw_graph(architecture.graph(config.network, preprocessing.size), run.path / "graph.svg", run.path.name)
-    yield from _introduce(session, state)
+    nodes = architecture.graph(config.network, preprocessing.size)
+    run.describe(config, preprocessing.size, nodes, device)
+    pictures.draw_graph(nodes, run.path / "graph.svg", run.path.name)
+    yield from _introduce(session, state, nodes)
     yield from resumed
     run.write_metrics(state.rows)
     steps = len(state.losses)
+    step = TrainingStep(state.model, state.optimizer, state.average, config, preprocessing, precision)
+    act, score = captures(step, "the training step"), session.scorer(state.evaluated)
     saved = time.monotonic()
     stop: str | None = None
     while state.step < config.train.max_epoch * steps and not stop:
-        for event in _train_epoch(session, state):
+        for event in _train_epoch(session, state, act):
             yield event
+            yield from map(Message, captures.tell())
             limit = config.train.time_limit
             stop = should_stop() or (TIME_LIMIT if limit and time.monotonic() - began > limit else None)
             within = state.step % steps > 0  # the end of an epoch is saved with its row, or not at all
@@ -169,7 +177,8 @@ def train(
             if stop:
                 break
         if state.step % steps == 0:
-            yield _finish_epoch(session, state)
+            yield _finish_epoch(session, state, score)
+            yield from map(Message, captures.tell())
             saved = time.monotonic()
     if stop and (stop != TIME_LIMIT or state.step < config.train.max_epoch * steps):
         yield Stopped(stop)
@@ -177,45 +186,28 @@ def train(
         yield from _conclude(session, state)
 
 
-def _train_epoch(session: Session, state: State) -> Iterator[Step]:
-    config, steps = session.config, len(state.losses)
-    epoch, start = divmod(state.step, steps)
-    images, data = session.data.train, config.data
-    plan = plan_epoch(config.train.seed, epoch, len(images), data.shift, data.mirror)
+def _train_epoch(session: Session, state: State, act: Callable[..., tuple[Tensor, ...]]) -> Iterator[Step]:
+    config, images, steps = session.config, session.data.train, len(state.losses)
+    (epoch, start), seed = divmod(state.step, steps), config.train.seed
+    plan = plan_epoch(seed, epoch, len(images), config.data.shift, config.data.mirror)
     batch_size = config.train.batch_size
-    batches = Batches(images, batch_size, plan, data.shift, session.fill, start, session.device)
+    batches = Batches(images, batch_size, plan, start=start, device=session.device)
+    rates, shares = optim.schedule(config.optim, epoch, steps, config.train.max_epoch, session.device)
     state.model.train()
     clock, before = time.perf_counter(), state.seconds
     looked = clock
-    for number, (pixels, labels) in enumerate(batches, start + 1):
-        state.losses[number - 1], state.wrongs[number - 1] = _step(session, state, pixels, labels)
+    for number, batch in enumerate(batches.parts(), start + 1):
+        if config.network.dropout:
+            torch.manual_seed(stream(seed, "dropout", state.step).initial_seed())
+        loss, wrong = act(*batch, rates[number - 1], shares[number - 1])
+        state.losses[number - 1], state.wrongs[number - 1] = loss, wrong
         state.step += 1
         if session.device.type == "cpu" or number == steps or time.perf_counter() - looked > LOOK_EVERY:
-            loss, error = _progress(state, number, batch_size, len(images))
+            mean, error = _progress(state, number, batch_size, len(images))
             looked = time.perf_counter()
             state.seconds = before + looked - clock
             rate = (number - start) * batch_size / (state.seconds - before)
-            yield Step(epoch + 1, number, steps, config.train.max_epoch, loss, error, rate)
-
-
-def _step(session: Session, state: State, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    settings, train = session.config.optim, session.config.train
-    rate = optim.learning_rate(settings, state.step, len(state.losses), train.max_epoch)
-    for group in state.optimizer.param_groups:
-        group["lr"] = rate
-    if session.config.network.dropout:
-        torch.manual_seed(stream(train.seed, "dropout", state.step).initial_seed())
-    with torch.autocast(session.device.type, torch.bfloat16, enabled=session.precision == "bf16"):
-        logits = state.model(session.preprocessing.normalise(pixels)).float()
-        loss = F.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing)
-    state.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    if settings.grad_clip:
-        nn.utils.clip_grad_norm_(state.model.parameters(), settings.grad_clip)
-    state.optimizer.step()
-    if state.average is not None:
-        optim.update_average(state.average, state.model, settings.ema, state.step)
-    return loss.detach(), (logits.detach().argmax(1) != labels).sum()
+            yield Step(epoch + 1, number, steps, config.train.max_epoch, mean, error, rate)
 
 
 def _progress(state: State, number: int, batch_size: int, images: int) -> tuple[float, float]:
@@ -229,11 +221,11 @@ def _progress(state: State, number: int, batch_size: int, images: int) -> tuple[
     return losses.mean().item(), 100 * state.wrongs[:number].sum().item() / seen
 
 
-def _finish_epoch(session: Session, state: State) -> EpochDone:
+def _finish_epoch(session: Session, state: State, score: Scorer) -> EpochDone:
     config, data, steps = session.config, session.data, len(state.losses)
     loss, error = _progress(state, steps, config.train.batch_size, len(data.train))
-    tested = _evaluate(session, state.evaluated, data.test)
-    validated = None if data.val is None else _evaluate(session, state.evaluated, data.val)
+    tested = _evaluate(session, state.evaluated, data.test, score)
+    validated = None if data.val is None else _evaluate(session, state.evaluated, data.val, score)
     if not all(math.isfinite(each.loss) for each in (tested, validated) if each):
         raise DivergedError(f"the weights of step {state.step} give a loss that is not finite; {ADVICE}")
     rate = optim.learning_rate(config.optim, state.step - 1, steps, config.train.max_epoch)
@@ -257,20 +249,28 @@ def _finish_epoch(session: Session, state: State) -> EpochDone:
     return EpochDone(row, config.train.max_epoch)
 
 
-def _evaluate(session: Session, model: nn.Module, images: Images) -> Evaluation:
-    return evaluate(model, images, session.preprocessing, session.device, precision=session.precision)
+def _evaluate(session: Session, model: nn.Module, images: Images, score: Scorer) -> Evaluation:
+    return evaluate(model, images, session.preprocessing, session.device, precision=session.precision, score=score)
 
 
 def _save_last(session: Session, state: State) -> None:
     manifest = {"epoch": state.step // len(state.losses), "about": session.about, **state.manifest()}
-    session.run.save("last", state.step, state.tensors(), manifest)
+    session.run.save("last", state.step, _finite(state.tensors(), state.step), manifest)
 
 
 def _save_best(session: Session, state: State) -> None:
     """The evaluated weights alone, with all that is needed to use them."""
     tensors = {f"model.{name}": value for name, value in state.evaluated.state_dict().items()}
     manifest = {"epoch": state.step // len(state.losses), "about": session.about}
-    session.run.save("best", state.step, tensors, manifest)
+    session.run.save("best", state.step, _finite(tensors, state.step), manifest)
+
+
+def _finite(tensors: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+    """The same *tensors*: a finite loss may have had gradients that were not, and nothing would undo a save."""
+    largest = nn.utils.get_total_norm([t for t in tensors.values() if t.is_floating_point()], math.inf)
+    if not largest.isfinite():
+        raise DivergedError(f"the weights of step {step} are not finite; {ADVICE}")
+    return tensors
 
 
 def _conclude(session: Session, state: State) -> Iterator[Event]:
@@ -279,7 +279,7 @@ def _conclude(session: Session, state: State) -> Iterator[Event]:
     if not state.rows:  # stopped within the first epoch
         _save_best(session, state)
     trained = load_trained(run.path, "best", session.device, session.config.train.implementation)
-    found = _evaluate(session, trained.model, data.test)
+    found = _evaluate(session, trained.model, data.test, session.scorer(trained.model))
     result = {
         "dataset": data.name, "error": found.error, "top5_error": found.top5_error, "loss": found.loss,
         "images": found.images, "seconds": found.seconds, "epochs": trained.info["epoch"],
@@ -304,7 +304,7 @@ def _conclude(session: Session, state: State) -> Iterator[Event]:
 def _new_state(session: Session) -> State:
     config, device = session.config, session.device
     torch.manual_seed(stream(config.train.seed, "weights").initial_seed())
-    model = SparseNet(config.network, config.train.implementation).to(device)
+    model = SparseNet(config.network, config.train.implementation, config.train.memory).to(device)
     average = copy.deepcopy(model) if config.optim.ema else None
     steps = -(-len(session.data.train) // config.train.batch_size)
     losses = torch.zeros(steps, device=device)
@@ -336,8 +336,8 @@ def _resume(session: Session, state: State) -> Iterator[Message]:
     yield Message(f"resumed at step {state.step} (epoch {1 + state.step // len(state.losses)})")
 
 
-def _introduce(session: Session, state: State) -> Iterator[Message]:
-    data, parameters = session.data, architecture.count(session.config.network, session.preprocessing.size)
+def _introduce(session: Session, state: State, nodes: list[architecture.Node]) -> Iterator[Message]:
+    data, parameters, macs = session.data, sum(n.parameters for n in nodes), sum(n.macs for n in nodes)
     held = f", {len(data.val)} validation" if data.val else ""
     yield Message(
         f"{data.name}: {len(data.train)} training{held} and {len(data.test)} test images, "
@@ -348,7 +348,7 @@ def _introduce(session: Session, state: State) -> Iterator[Message]:
     net = session.config.network
     yield Message(
         f"{net.fetch if isinstance(net.fetch, str) else 'custom'} network, {net.stage_depths} layers, growth "
-        f"{net.growth_rates}: {parameters[0]:,} parameters, {parameters[1]:,} MACs"
+        f"{net.growth_rates}: {parameters:,} parameters, {macs:,} MACs"
     )
     yield Message(f"{session.device}, {session.precision}, implementation {state.model.implementation}")
 

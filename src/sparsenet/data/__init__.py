@@ -46,7 +46,8 @@ def _find(config: DataConfig) -> Source:
         layout = layouts(dataset)[0]
         download(CIFAR_URL + layout.archive, root / layout.archive, layout.md5)
     if not config.dataset_dir or not root.exists():
-        raise DataError(f"--dataset_dir: expected a folder with data, found {config.dataset_dir or 'none given'}")
+        found = f"nothing at {root.absolute()}" if config.dataset_dir else "none given"
+        raise DataError(f"--dataset_dir: expected a folder with data, found {found}")
     if archive := find_archive(root, dataset):
         return open_archive(*archive)
     if dataset in ("c10", "c100"):

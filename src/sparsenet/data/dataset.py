@@ -48,8 +48,18 @@ class DataConfig:
         for flag, (holds, expected) in rules.items():
             if not holds:
                 raise DataError(f"--{flag}: expected {expected}, found {getattr(self, flag)!r}")
+        if self.dataset == "digits" and self.dataset_dir:
+            raise DataError(
+                f"--dataset_dir: expected none with --dataset digits, which need no folder, found "
+                f"{self.dataset_dir!r}; --dataset auto takes what lies there"
+            )
         if self.download and self.dataset not in ("c10", "c100"):
             raise DataError(f"--download: expected --dataset c10 or c100, found {self.dataset}")
+
+    def located(self) -> DataConfig:
+        """The same with the folder's whole path, by which a run finds its data from any folder."""
+        folder = self.dataset_dir and str(Path(self.dataset_dir).expanduser().absolute())
+        return replace(self, dataset_dir=folder)
 
 
 class Example(NamedTuple):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from io import BytesIO
 from itertools import chain, islice
 from pathlib import Path
@@ -45,7 +45,7 @@ class Preprocessing:
         return torch.addcmul(offset, batch.to(exact), scale).to(dtype)
 
 
-@lru_cache(maxsize=8)  # copied to an accelerator in every step, it would make every step wait
+@cache  # copied to an accelerator in every step, it would make every step wait; and captured steps keep its address
 def _affine(
     mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:

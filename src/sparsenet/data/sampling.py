@@ -90,15 +90,27 @@ class Batches:
         return -(-len(self.images) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        parts = [slice(i * self.batch_size, (i + 1) * self.batch_size) for i in range(self.start, len(self))]
-        if self.plan is None:
-            for part in parts:
-                yield self.images.pixels[part].to(self.device), self.images.labels[part].to(self.device)
-            return
-        order = self.plan.order.to(self.images.pixels.device)
-        offsets, flips = self.plan.offsets.to(self.device), self.plan.flips.to(self.device)
         fill = None if self.fill is None else self.fill.to(self.device)
-        for part in parts:
-            batch = self.images[order[part]]
-            pixels = augment(batch.pixels.to(self.device), offsets[part], flips[part], self.shift, fill)
-            yield pixels, batch.labels.to(self.device)
+        for pixels, labels, *moves in self.parts():
+            if moves:
+                offsets, flips = moves
+                pixels = augment(pixels, offsets, flips, self.shift, fill)
+            yield pixels, labels
+
+    def parts(self) -> Iterator[tuple[Tensor, ...]]:
+        """Pixels and labels as they are in the data and, with a plan, what :func:`augment` is to do with them."""
+        plan, images, device = self.plan, self.images, torch.device(self.device)
+        if plan:
+            order = plan.order.to(images.pixels.device)
+            offsets, flips = plan.offsets.to(device), plan.flips.to(device)
+        for first in range(self.start * self.batch_size, len(images), self.batch_size):
+            part = slice(first, first + self.batch_size)
+            batch = images[order[part]] if plan else images[part]
+            pixels, labels = _move(batch.pixels, device), _move(batch.labels, device)
+            yield (pixels, labels, offsets[part], flips[part]) if plan else (pixels, labels)
+
+
+def _move(tensor: Tensor, device: torch.device) -> Tensor:
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)  # from other memory a copy waits for the device
+    return tensor.to(device)

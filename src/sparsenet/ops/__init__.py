@@ -12,9 +12,9 @@ from torch import Tensor
 
 from sparsenet.extras import MissingExtra
 from sparsenet.ops import reference, shared  # noqa: F401 - always loaded
-from sparsenet.ops.plan import Plan, Reader, Statistics
+from sparsenet.ops.plan import MEMORY, Plan, Reader, Statistics
 
-__all__ = ["IMPLEMENTATIONS", "Plan", "Reader", "Statistics", "aggregate", "choose", "unavailable"]
+__all__ = ["IMPLEMENTATIONS", "MEMORY", "Plan", "Reader", "Statistics", "aggregate", "choose", "unavailable"]
 
 IMPLEMENTATIONS = {  # modules, loaded when first asked for: see Implementation
     "reference": "sparsenet.ops.reference",

@@ -13,6 +13,7 @@ from sparsenet.topology import Topology
 
 MOMENTUM = 0.1  # weight of the new batch in the running statistics
 EPS = 1e-5  # added to the variance
+MEMORY = ("normal", "lean")  # what a user can ask to be kept for backward
 
 
 class Reader(NamedTuple):
