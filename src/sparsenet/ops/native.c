@@ -143,24 +143,36 @@ typedef ACC NAME(Unaligned) __attribute__((vector_size(BYTES), aligned(sizeof(AC
 #define LANES ((int64_t)(BYTES / sizeof(ACC)))
 #define MOST 3 /* vectors of columns in one product */
 
-/* `lanes`, a constant where these are inlined, values of memory as a vector, zeros after them; and back. */
-INLINE SUM NAME(read)(const STORE *from, const int lanes) {
+/* What is not multiplied goes block by block of columns: `lanes` values of memory are a vector, zeros after them. With
+ * masks a block is up to 16 of them, else LANES, 4, 2 or 1, a constant where these functions are inlined. */
+#if PAIR == 2
+typedef ACC NAME(Block) __attribute__((vector_size(64)));
+#define BLOCK NAME(Block)
+#define MASK ((__mmask16)((1u << lanes) - 1))
+INLINE BLOCK NAME(read)(const STORE *from, int64_t lanes) {
+  return (BLOCK)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(MASK, from)), 16);
+}
+INLINE void NAME(write)(STORE *to, BLOCK values, int64_t lanes) {
+  _mm256_mask_storeu_epi16(to, MASK, (__m256i)_mm512_cvtneps_pbh((__m512)values));
+}
+INLINE BLOCK NAME(read_sum)(const ACC *from, int64_t lanes) { return (BLOCK)_mm512_maskz_loadu_ps(MASK, from); }
+#define BLOCKS(width, f, ...) \
+  for (int64_t block_ = 0; block_ < (width); block_ += 16) f(least(16, (width)-block_), block_, __VA_ARGS__);
+#else
+#define BLOCK SUM
+INLINE BLOCK NAME(read)(const STORE *from, int64_t lanes) {
 #ifdef HALF
   Halves halves = {0};
   memcpy(&halves, from, lanes * sizeof(STORE));
-  return (SUM)(__builtin_convertvector(halves, Words) << 16);
+  return (BLOCK)(__builtin_convertvector(halves, Words) << 16);
 #else
-  SUM values = {0};
+  BLOCK values = {0};
   memcpy(&values, from, lanes * sizeof(STORE));
   return values;
 #endif
 }
-
-INLINE void NAME(write)(STORE *to, SUM values, const int lanes) {
-#if PAIR == 2
-  __m128bh halves = _mm256_cvtneps_pbh((__m256)values);
-  memcpy(to, &halves, lanes * sizeof(STORE));
-#elif defined(HALF)
+INLINE void NAME(write)(STORE *to, BLOCK values, int64_t lanes) {
+#ifdef HALF
   Words bits = (Words)values, nan = (Words)(values != values);
   Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   Halves halves = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), Halves);
@@ -169,8 +181,22 @@ INLINE void NAME(write)(STORE *to, SUM values, const int lanes) {
   memcpy(to, &values, lanes * sizeof(STORE));
 #endif
 }
+INLINE BLOCK NAME(read_sum)(const ACC *from, int64_t lanes) {
+  BLOCK values = {0};
+  memcpy(&values, from, lanes * sizeof(ACC));
+  return values;
+}
+#define BLOCKS(width, f, ...)                                           \
+  for (int64_t block_ = 0; block_ < (width);) {                         \
+    int64_t rest_ = (width)-block_;                                     \
+    if (rest_ >= LANES) f(LANES, block_, __VA_ARGS__), block_ += LANES; \
+    else if (rest_ >= 4) f(4, block_, __VA_ARGS__), block_ += 4;        \
+    else if (rest_ >= 2) f(2, block_, __VA_ARGS__), block_ += 2;        \
+    else f(1, block_, __VA_ARGS__), block_ += 1;                        \
+  }
+#endif
 
-INLINE void NAME(write_value)(VALUE *to, SUM values, const int lanes) {
+INLINE void NAME(write_value)(VALUE *to, BLOCK values, int64_t lanes) {
 #if PAIR == 2
   NAME(write)(to, values, lanes);
 #else
@@ -179,30 +205,25 @@ INLINE void NAME(write_value)(VALUE *to, SUM values, const int lanes) {
 }
 
 /* Those of `values` where `by` is above zero (or no number), else zero. */
-INLINE SUM NAME(where_positive)(SUM values, SUM by) {
+INLINE BLOCK NAME(where_positive)(BLOCK values, BLOCK by) {
   __typeof__(by <= 0) none = by <= 0;
-  return (SUM)((__typeof__(none))values & ~none);
+  return (BLOCK)((__typeof__(none))values & ~none);
 }
 
-/* Calls f(lanes, column, ...) for blocks of a feature's columns: whole vectors, then halves, quarters, single ones. */
-#define BLOCKS(width, f, ...)                                                   \
-  for (int64_t block_ = 0; block_ < (width);) {                                 \
-    int64_t rest_ = (width)-block_;                                             \
-    if (rest_ >= LANES) f(LANES, block_, __VA_ARGS__), block_ += LANES;         \
-    else if (rest_ >= 4) f(4, block_, __VA_ARGS__), block_ += 4;                \
-    else if (rest_ >= 2) f(2, block_, __VA_ARGS__), block_ += 2;                \
-    else f(1, block_, __VA_ARGS__), block_ += 1;                                \
-  }
+/* A block of columns of sums for `count` pixels as features. */
+INLINE void NAME(save)(int64_t lanes, int64_t c, const ACC *sums, int64_t stride, int64_t count, STORE *to,
+                       int64_t width) {
+  for (int64_t p = 0; p < count; p++)
+    NAME(write)(to + p * width + c, NAME(read_sum)(sums + p * stride + c, lanes), lanes);
+}
 
 /* relu(s * x + t) of a block of columns, for `count` pixels at strides of x_stride and stride; to features' values, or
  * with `stored` 0 to those that are multiplied. */
-INLINE void NAME(rectify)(const int lanes, int64_t c, const int stored, const STORE *x, int64_t x_stride, const ACC *s,
+INLINE void NAME(rectify)(int64_t lanes, int64_t c, const int stored, const STORE *x, int64_t x_stride, const ACC *s,
                           const ACC *t, int64_t count, void *to, int64_t stride) {
-  SUM slope = {0}, offset = {0};
-  memcpy(&slope, s + c, lanes * sizeof(ACC));
-  memcpy(&offset, t + c, lanes * sizeof(ACC));
+  const BLOCK slope = NAME(read_sum)(s + c, lanes), offset = NAME(read_sum)(t + c, lanes);
   for (int64_t p = 0; p < count; p++) {
-    SUM value = slope * NAME(read)(x + p * x_stride + c, lanes) + offset;
+    BLOCK value = slope * NAME(read)(x + p * x_stride + c, lanes) + offset;
     value = NAME(where_positive)(value, value);
     if (stored) NAME(write)((STORE *)to + p * stride + c, value, lanes);
     else NAME(write_value)((VALUE *)to + p * stride + c, value, lanes);
@@ -292,6 +313,13 @@ static void NAME(gather)(const Reader *reader, const STORE *block, const ACC *s,
   }
 }
 
+/* A block of columns of features for `count` pixels as values that are multiplied. */
+INLINE void NAME(load)(int64_t lanes, int64_t c, const STORE *from, int64_t width, int64_t count, VALUE *to,
+                       int64_t stride) {
+  for (int64_t p = 0; p < count; p++)
+    NAME(write_value)(to + p * stride + c, NAME(read)(from + p * width + c, lanes), lanes);
+}
+
 /* Weights (out, in, kernel, kernel) as the vectors of a product: chunks of up to MOST vectors of columns; in each, taps
  * and then words of the reduction. Backwards, columns and reduction change places and the taps are turned round. */
 static VECTOR *NAME(pack)(const Reader *reader, const ACC *weight, int backwards) {
@@ -300,20 +328,19 @@ static VECTOR *NAME(pack)(const Reader *reader, const ACC *weight, int backwards
   int64_t words = (reduced + PAIR - 1) / PAIR, vectors = (columns + LANES - 1) / LANES;
   VECTOR *packed = aligned_alloc(64, padded(vectors * taps * words * BYTES, 64));
   if (!packed) abort();
-#pragma omp parallel for schedule(static)
-  for (int64_t chunk = 0; chunk < (vectors + MOST - 1) / MOST; chunk++) {
-    int64_t inside = least(MOST, vectors - chunk * MOST);
-    VALUE *to = (VALUE *)(packed + chunk * MOST * taps * words);
-    for (int64_t tap = 0; tap < taps; tap++)
+#pragma omp parallel for schedule(static) collapse(2)
+  for (int64_t chunk = 0; chunk < (vectors + MOST - 1) / MOST; chunk++)
+    for (int64_t tap = 0; tap < taps; tap++) {
+      int64_t first = chunk * MOST * LANES, inside = least(MOST, vectors - chunk * MOST) * LANES;
+      int64_t from = backwards ? taps - 1 - tap : tap;
+      VALUE *to = (VALUE *)(packed + chunk * MOST * taps * words) + tap * words * inside * PAIR;
       for (int64_t word = 0; word < words; word++)
-        for (int64_t lane = 0; lane < inside * LANES; lane++)
-          for (int64_t half = 0; half < PAIR; half++) {
-            int64_t column = chunk * MOST * LANES + lane, r = word * PAIR + half;
-            int64_t o = backwards ? r : column, i = backwards ? column : r, from = backwards ? taps - 1 - tap : tap;
-            int real = column < columns && r < reduced;
-            *to++ = real ? TO_VALUE(weight[(o * reader->in + i) * taps + from]) : 0;
+        for (int64_t column = first; column < first + inside; column++)
+          for (int64_t r = word * PAIR; r < (word + 1) * PAIR; r++) {
+            int64_t o = backwards ? r : column, i = backwards ? column : r;
+            *to++ = column < columns && r < reduced ? TO_VALUE(weight[(o * reader->in + i) * taps + from]) : 0;
           }
-  }
+    }
   return packed;
 }
 
@@ -354,8 +381,7 @@ void NAME(make)(const Reader *reader, const STORE *block, const ACC *scale, cons
     for (int64_t row = 0; row < count; row++) {
       NAME(convolve_row)(reader, input + row * line, line, words, packed, vectors, sums);
       STORE *to = made + ((image * reader->height + top + row) * reader->width) * reader->out;
-      for (int64_t p = 0; p < reader->width; p++)
-        for (int64_t c = 0; c < reader->out; c++) to[p * reader->out + c] = SAVE(sums[p * vectors * LANES + c]);
+      BLOCKS(reader->out, NAME(save), sums, vectors * LANES, reader->width, to, reader->out)
     }
   }
   free(s);
@@ -386,26 +412,23 @@ typedef struct {
 #define COLUMNS NAME(Columns)
 
 /* A row of gradients d with respect to a block of a feature's activations goes to its sum. */
-INLINE void NAME(share)(const int lanes, int64_t c, const STORE *x, STORE *sum, int64_t width, const ACC *d,
+INLINE void NAME(share)(int64_t lanes, int64_t c, const STORE *x, STORE *sum, int64_t width, const ACC *d,
                         int64_t d_stride, int64_t count, int add, int64_t column, const COLUMNS *columns) {
-  SUM s = {0}, t = {0}, scale = {0}, mean = {0}, d_shift = {0}, d_scaled = {0};
-  const size_t bytes = lanes * sizeof(ACC);
-  memcpy(&s, columns->s + column + c, bytes);
-  memcpy(&t, columns->t + column + c, bytes);
-  memcpy(&scale, columns->scale + column + c, bytes);
-  memcpy(&mean, columns->mean + column + c, bytes);
+  const int64_t place = column + c;
+  const BLOCK s = NAME(read_sum)(columns->s + place, lanes), t = NAME(read_sum)(columns->t + place, lanes);
+  const BLOCK scale = NAME(read_sum)(columns->scale + place, lanes), mean = NAME(read_sum)(columns->mean + place, lanes);
+  BLOCK d_shift = {0}, d_scaled = {0};
   for (int64_t p = 0; p < count; p++) {
-    SUM value = NAME(read)(x + p * width + c, lanes), g = {0};
-    memcpy(&g, d + p * d_stride + c, bytes);
-    g = NAME(where_positive)(g, s * value + t);
+    BLOCK value = NAME(read)(x + p * width + c, lanes);
+    BLOCK g = NAME(where_positive)(NAME(read_sum)(d + p * d_stride + c, lanes), s * value + t);
     d_shift += g;
     d_scaled += g * (value - mean);
-    SUM before = add ? NAME(read)(sum + p * width + c, lanes) : (SUM){0};
+    BLOCK before = add ? NAME(read)(sum + p * width + c, lanes) : (BLOCK){0};
     NAME(write)(sum + p * width + c, before + scale * g, lanes);
   }
   for (int lane = 0; lane < lanes; lane++) {
-    columns->d_shift[column + c + lane] += d_shift[lane];
-    columns->d_scaled[column + c + lane] += d_scaled[lane];
+    columns->d_shift[place + lane] += d_shift[lane];
+    columns->d_scaled[place + lane] += d_scaled[lane];
   }
 }
 
@@ -567,9 +590,7 @@ void NAME(back)(const Reader *reader, const STORE *block, const ACC *scale, cons
         memset(to, 0, d_line * sizeof(VALUE));
         if (y < 0 || y >= reader->height) continue;
         const STORE *from = d_made + (image * reader->height + y) * width * reader->out;
-        for (int64_t p = 0; p < width; p++)
-          for (int64_t c = 0; c < reader->out; c++)
-            to[(halo + p) * d_stride + c] = TO_VALUE(LOAD(from[p * reader->out + c]));
+        BLOCKS(reader->out, NAME(load), from, reader->out, width, to + halo * d_stride, d_stride)
       }
       NAME(weigh)(reader, input, line, stride, d, d_line, d_stride, count, even, odd, vector, partial + me * weights);
       for (int64_t row = 0; row < count; row++) {
@@ -579,6 +600,7 @@ void NAME(back)(const Reader *reader, const STORE *block, const ACC *scale, cons
       }
     }
   }
+#pragma omp parallel for schedule(static)
   for (int64_t o = 0; o < reader->out; o++)
     for (int64_t i = 0; i < reader->in; i++)
       for (int64_t tap = 0; tap < taps; tap++) {
@@ -659,4 +681,7 @@ void NAME(correct)(const STORE *h, const STORE *x, int64_t pixels, int64_t width
 #undef LANES
 #undef MOST
 #undef COLUMNS
+#undef BLOCK
+#undef BLOCKS
+#undef MASK
 #endif
