@@ -106,25 +106,8 @@ class Native(engine.Engine):
         return torch.channels_last
 
     @cached_property
-    def wide(self) -> torch.dtype:
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
-
-    @cached_property
     def kept(self) -> tuple[Tensor, ...]:
         return self.empty(self.columns.total), torch.empty(2, sum(self.widths), dtype=self.wide)
-
-    @cached_property
-    def totals(self) -> Tensor:
-        """Of every channel, sums over readers of scale times the gradients of shift and of scale, ``(2, C)``."""
-        return torch.zeros(2, sum(self.widths), dtype=self.wide)
-
-    @cached_property
-    def block_of_sums(self) -> Tensor:
-        return self.empty(self.columns.total)
-
-    @cached_property
-    def sums(self) -> list[Tensor]:
-        return self._views(self.block_of_sums)
 
     def call(self, function: str, *arguments: Tensor | int | ctypes.Structure) -> None:
         """Runs a function of native.c on tensors, whose memory it is given, and numbers."""

@@ -12,13 +12,17 @@ from torch import Tensor
 from sparsenet.ops.plan import EPS, MOMENTUM, Plan, Reader, Statistics
 
 
+def unavailable(device: torch.device) -> str | None:
+    return None
+
+
 def aggregate(
     plan: Plan, x: Tensor, readers: Sequence[Reader], statistics: Sequence[Statistics], training: bool
 ) -> Tensor:
     """The activated stage output ``(N, C_out, H, W)`` for a stage input ``(N, C_0, H, W)``."""
-    features: list[Tensor | None] = [x]
+    features = {0: x}
     for r, (read, reader) in enumerate(zip(plan.reads, readers, strict=True)):
-        gathered = [feature for j in read if (feature := features[j]) is not None]
+        gathered = [features[j] for j in read]
         joined = torch.cat(gathered, 1) if plan.aggregation == "concat" else reduce(torch.add, gathered)
         normed = _batch_norm(plan, r, joined, reader, statistics, training)
         activated = F.relu(normed, inplace=True)
@@ -27,10 +31,10 @@ def aggregate(
         made = F.conv2d(activated, reader.weight, padding=reader.weight.shape[-1] // 2)
         if training and plan.dropout:
             made = torch.native_dropout(made, plan.dropout, True)[0]
-        features.append(made)
+        features[r + 1] = made
         for j in read:
             if plan.topology.last_reader[j] == r + 1:
-                features[j] = None  # nobody reads it any more: inference needs no more than the live features
+                del features[j]  # nobody reads it any more: inference needs no more than the live features
     raise ValueError("plan: expected a last reader without a convolution")
 
 

@@ -15,6 +15,10 @@ from sparsenet.ops import engine, reference
 from sparsenet.ops.plan import EPS, MOMENTUM, Plan, Reader, Statistics
 
 
+def unavailable(device: torch.device) -> str | None:
+    return None
+
+
 def aggregate(
     plan: Plan, x: Tensor, readers: Sequence[Reader], statistics: Sequence[Statistics], training: bool
 ) -> Tensor:
@@ -38,8 +42,6 @@ class Shared(engine.Engine):
             )
         else:
             self._normalise(made, *statistics, EPS, self.features[j])
-            mean.copy_(statistics.mean)
-            rstd.copy_((statistics.var + EPS).rsqrt())
 
     @staticmethod
     def _normalise(made: Tensor, mean: Tensor, var: Tensor, eps: float, out: Tensor) -> None:
