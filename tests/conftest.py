@@ -8,6 +8,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import hypothesis
@@ -21,6 +22,10 @@ IMAGES = 20  # of each CIFAR batch file
 
 hypothesis.settings.register_profile("plain", deadline=None)  # no test depends on how fast the machine is
 hypothesis.settings.load_profile("plain")
+if not torch.cuda.is_available():
+    with pytest.MonkeyPatch.context() as environment, contextlib.suppress(ImportError):
+        environment.setenv("TRITON_INTERPRET", "1")  # read when Triton is first imported: kernels become Python
+        import_module("sparsenet.ops.triton")
 torch.set_num_threads(1)  # workers share the cores; and results do not depend on how many there are
 
 

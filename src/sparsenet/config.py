@@ -30,7 +30,7 @@ class TrainConfig:
     device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, npu, mps, xpu or any device PyTorch knows"})
     precision: str = field(
         default="auto",
-        metadata={"help": "auto: bf16 on accelerators, fp32 elsewhere", "choices": ("auto", "fp32", "bf16")},
+        metadata={"help": "auto: bf16 where the device computes in it, or fp32", "choices": ("auto", "fp32", "bf16")},
     )
     implementation: str = field(default="auto", metadata={"help": "engine", "choices": ("auto", *IMPLEMENTATIONS)})
     memory: str = field(

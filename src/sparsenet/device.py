@@ -6,6 +6,7 @@ import os
 import platform
 import resource
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -26,13 +27,16 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """``auto``: bf16 on an accelerator that computes in it, fp32 on the CPU, on MPS and elsewhere."""
+    """``auto``: bf16 on an accelerator or a CPU that multiplies in it, fp32 on MPS and elsewhere."""
     if name != "auto":
         return name
-    if device.type in ("cpu", "mps"):
+    if device.type == "cpu":
+        able: Mapping[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+        return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") else "fp32"
+    if device.type == "mps":
         return "fp32"
-    able = getattr(torch.get_device_module(device), "is_bf16_supported", lambda **_: True)
-    native = able(including_emulation=False) if device.type == "cuda" else able()
+    supported = getattr(torch.get_device_module(device), "is_bf16_supported", lambda **_: True)
+    native = supported(including_emulation=False) if device.type == "cuda" else supported()
     return "bf16" if native else "fp32"
 
 
