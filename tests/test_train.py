@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from sparsenet import device
 from sparsenet.config import replace
 from sparsenet.events import Concluded, EpochDone, Message, Step, Stopped
 from sparsenet.presets import preset
@@ -94,6 +95,18 @@ def test_stopped_and_resumed_is_as_if_never_stopped(whole, tmp_path, stops):
         assert isinstance(events[-1], Stopped if step else Concluded)
     assert any(isinstance(e, Message) and e.text.startswith("resumed at step") for e in events)
     assert_same(outcome(run), outcome(whole))
+
+
+def test_weights_may_lie_otherwise(tmp_path, monkeypatch):
+    """As on CUDA; momenta that a checkpoint gives back lie as their weights do, which the fused update asks for."""
+    monkeypatch.setitem(device.WEIGHTS, "cpu", torch.channels_last)
+    long = tiny(train={"max_epoch": 2})
+    whole = outcome(finished(tmp_path / "whole", long))
+    run = finished(tmp_path / "short", tiny(train={"max_epoch": 1}))
+    assert not load_trained(run.path).model.stages[0].layers[0][0].conv.weight.is_contiguous()
+    for _ in train(long, run, resume=True):
+        pass
+    assert_same(outcome(run), whole)
 
 
 def test_a_run_can_be_extended(tmp_path):

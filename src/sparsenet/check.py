@@ -14,6 +14,8 @@ from sparsenet.run import environment
 EXTRAS = {
     "train": ("filelock", "matplotlib", "PIL", "pyarrow", "rich", "sklearn"),
     "export": ("onnx", "onnxruntime", "onnxscript"),
+    "openvino": ("openvino",),
+    "triton": ("triton",),
 }
 
 

@@ -8,8 +8,13 @@ import resource
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from torch import nn
+
+Model = TypeVar("Model", bound=nn.Module)
+WEIGHTS = {"cuda": torch.channels_last}  # how weights lie in memory, by type of device
 
 
 def choose_device(name: str) -> torch.device:
@@ -38,6 +43,12 @@ def choose_precision(name: str, device: torch.device) -> str:
     supported = getattr(torch.get_device_module(device), "is_bf16_supported", lambda **_: True)
     native = supported(including_emulation=False) if device.type == "cuda" else supported()
     return "bf16" if native else "fp32"
+
+
+def place(model: Model, device: torch.device | str) -> Model:
+    """Moves *model* to *device*; on CUDA its weights lie as convolutions of channels-last features read them."""
+    layout = WEIGHTS.get(torch.device(device).type, torch.contiguous_format)
+    return model.to(device, memory_format=layout)  # type: ignore[call-overload,no-any-return]
 
 
 def device_name(device: torch.device) -> str:

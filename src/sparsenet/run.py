@@ -27,7 +27,7 @@ from torch import Tensor
 from sparsenet.architecture import Architecture, Node
 from sparsenet.config import RunConfig, load
 from sparsenet.data.images import Preprocessing
-from sparsenet.device import device_name
+from sparsenet.device import device_name, place
 from sparsenet.extras import require
 from sparsenet.model import SparseNet
 
@@ -298,7 +298,7 @@ def load_trained(
     info = {**about, "epoch": checkpoint.manifest["epoch"], "step": checkpoint.manifest["step"]}
     return Trained(
         path,
-        model.eval().to(device),
+        place(model.eval(), device),
         Preprocessing(**about["preprocessing"]),
         tuple(about["classes"]),
         about["dataset"],

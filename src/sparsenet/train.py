@@ -18,7 +18,7 @@ from sparsenet.config import RunConfig
 from sparsenet.data import Dataset, Images, channel_statistics, load_dataset
 from sparsenet.data.images import Preprocessing
 from sparsenet.data.sampling import Batches, plan_epoch, stream
-from sparsenet.device import choose_device, choose_precision, free_memory, peak_memory_mb
+from sparsenet.device import choose_device, choose_precision, free_memory, peak_memory_mb, place
 from sparsenet.evaluate import Evaluation, Scorer, evaluate, scorer
 from sparsenet.events import Concluded, EpochDone, Event, Message, Step, Stopped
 from sparsenet.model import SparseNet
@@ -73,8 +73,12 @@ class State:
             return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
         self.model.load_state_dict(part("model."))
-        momenta = {int(i): {"momentum_buffer": buffer} for i, buffer in part("optimizer.").items()}
         groups = self.optimizer.state_dict()["param_groups"]
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        momenta = {  # laid out as the parameters, which a fused update asks for
+            int(i): {"momentum_buffer": torch.empty_like(parameters[int(i)]).copy_(buffer)}
+            for i, buffer in part("optimizer.").items()
+        }
         self.optimizer.load_state_dict({"state": momenta, "param_groups": groups})
         if self.average is not None:
             self.average.load_state_dict(part("average."))
@@ -304,7 +308,7 @@ def _conclude(session: Session, state: State) -> Iterator[Event]:
 def _new_state(session: Session) -> State:
     config, device = session.config, session.device
     torch.manual_seed(stream(config.train.seed, "weights").initial_seed())
-    model = SparseNet(config.network, config.train.implementation, config.train.memory).to(device)
+    model = place(SparseNet(config.network, config.train.implementation, config.train.memory), device)
     average = copy.deepcopy(model) if config.optim.ema else None
     steps = -(-len(session.data.train) // config.train.batch_size)
     losses = torch.zeros(steps, device=device)
