@@ -34,7 +34,7 @@ Row = Mapping[str, float | None]
 
 
 @contextmanager
-def _picture(target: Path, width: float, height: float, title: str = "") -> Iterator[Any]:
+def picture(target: Path, width: float, height: float, title: str = "") -> Iterator[Any]:
     """A figure of *width* by *height* inches to draw on, written to *target* at the end: no window opens."""
     figures = require("matplotlib.figure", "train")
     with require("matplotlib", "train").rc_context(LOOK), warnings.catch_warnings():
@@ -54,7 +54,7 @@ def draw_curves(rows: Sequence[Row], target: Path, title: str = "") -> None:
 
     The rate is drawn as a line at each drop, or as a curve where it changes all the time.
     """
-    with _picture(target, 11, 4.4, title) as figure:
+    with picture(target, 11, 4.4, title) as figure:
         axes = figure.subplots(1, 2)
         _draw_curves(axes[0], rows, "loss", "nats")
         _draw_curves(axes[1], rows, "error", "%")
@@ -117,7 +117,7 @@ def draw_confusion(counts: Tensor, classes: Sequence[str], target: Path) -> None
     error = 100 * (images - int(counts.diagonal().sum())) / max(images, 1)
     shares = 100 * counts.double() / counts.sum(1, keepdim=True)  # NaN, drawn blank, for a class without images
     side = min(max(6.0, 1.5 + 0.62 * many), 14.0)
-    with _picture(target, side + 1, side, f"Confusion: {error:.2f} % of {images:,} images wrong") as figure:
+    with picture(target, side + 1, side, f"Confusion: {error:.2f} % of {images:,} images wrong") as figure:
         axis = figure.subplots()
         # Over the square root of the share a confusion of 1 % can be told from none.
         norm = require("matplotlib.colors", "train").PowerNorm(0.5, 0, 100)
@@ -160,14 +160,14 @@ def draw_samples(
     wrong = (predicted != labels).nonzero()[:, 0]
     worst = wrong[confidence[wrong].argsort(descending=True, stable=True)][: SHEET[0] * SHEET[1]].tolist()
     if not worst:
-        with _picture(target, 8, 2.4) as figure:
+        with picture(target, 8, 2.4) as figure:
             text = f"No mistakes: all {len(labels):,} images are classified correctly."
             figure.text(0.5, 0.5, text, ha="center", va="center", fontsize=14)
         return
     columns = min(len(worst), SHEET[1])
     rows = -(-len(worst) // columns)
     title = f"{len(wrong):,} of {len(labels):,} images wrong; the most confident first"
-    with _picture(target, max(1.5 * columns, 6), 1.85 * rows + 0.6, title) as figure:
+    with picture(target, max(1.5 * columns, 6), 1.85 * rows + 0.6, title) as figure:
         axes = figure.subplots(rows, columns, squeeze=False).flatten()
         for axis in axes:
             axis.axis("off")

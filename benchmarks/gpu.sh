@@ -1,0 +1,147 @@
+#!/usr/bin/env bash
+# What needs a GPU, in parts that each end within 9 minutes and can be continued by another call.
+#
+#   benchmarks/gpu.sh OUT correctness|bench|evidence|all [BEFORE]
+#
+# Leaves in OUT at most 8 files of at most 15 MiB: correctness.log; bench.log and bench.tar.gz (a folder for each
+# record); evidence.log and the run folder as run.tar.gz.aa, .ab, ... BEFORE, by default OUT itself, is a folder that an
+# earlier call left: records that it holds are not made again, and its run is resumed.
+#
+#   DATA=folder     CIFAR-10 for the evidence (any --dataset_dir of sparsenet train); DATA_NAME: its name in reports
+#   LIMIT=520       seconds for each part
+#   QUICK=1         tiny networks, any device: proves that this script works
+#   PYTHON=python3  with torch; the package is taken from src/, it need not be installed
+set -euo pipefail
+
+usage() {
+    echo "usage: $0 OUT correctness|bench|evidence|all [BEFORE]" >&2
+    exit 2
+}
+
+[ $# -ge 2 ] && [ $# -le 3 ] || usage
+mkdir -p "$1"
+out=$(cd "$1" && pwd)
+part=$2
+before=$(cd "${3:-$1}" && pwd)
+script=$(cd "$(dirname "$0")" && pwd)/$(basename "$0")
+cd "$(dirname "$script")/.."
+export PYTHONPATH=src${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+python=${PYTHON:-python3}
+limit=${LIMIT:-520}
+quick=${QUICK:-}
+
+begin() { # NAME: a log of its own for what this part prints
+    exec > >(tee "$out/$1.log") 2>&1
+    end=$((SECONDS + limit))
+    echo "$1: $(date -u +%FT%TZ), $(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>/dev/null || echo no GPU)"
+}
+
+left() { echo $((end > SECONDS ? end - SECONDS : 0)); }
+
+correctness() {
+    begin correctness
+    local tests=(tests/test_triton.py tests/test_ops.py)
+    [ -z "$quick" ] || tests=(tests/test_topology.py)
+    timeout -k 10 "$(left)" "$python" -m pytest -q -p no:cacheprovider "${tests[@]}"
+}
+
+record() { # NAME FLAGS...: made unless it is there already, as long as there is time
+    local name=$1 began=$SECONDS
+    shift
+    if [ -e "$out/bench/$name/bench.json" ]; then
+        echo "== $name: made before"
+    elif [ "$(left)" -lt 20 ]; then
+        missing+=("$name")
+    else
+        echo "== $name: sparsenet bench $*"
+        if timeout -k 10 "$(left)" "$python" -m sparsenet.cli bench "$@" --out "$out/bench/$name"; then
+            echo "== $name: $((SECONDS - began)) s"
+        else
+            missing+=("$name")
+            echo "== $name: no result after $((SECONDS - began)) s"
+        fi
+    fi
+}
+
+networks() {
+    local engines=shared-bf16-captured,triton-bf16-captured
+    record step-100-24 --measures step,infer,memory --memory
+    record epoch-100-24 --variants $engines --measures epoch --best_batch
+    record first-100-24 --variants $engines,triton-bf16 --measures first
+    record densenet121 --model densenet121 --batch_size 128 --measures step,infer,memory --memory \
+        --variants torchvision-bf16,torchvision-bf16-nhwc,torchvision_efficient-bf16,reference-bf16,$engines \
+        --variants triton-bf16,triton-bf16-lean-captured
+    record others --model sparsenet_40_12,sparsenet_bc_100_24,densenet_bc_100_12 --precision bf16
+    record depth --measures none --depths 40,100,250,500,1000 --steps 3 --variants reference-bf16,$engines
+    record best-100-24 --measures none --best_batch --variants reference-bf16,reference-bf16-nhwc
+    # last: compiling takes minutes, and where it does not end in time, this alone is missing
+    record compiled-100-24 --measures step,infer,memory \
+        --variants reference-fp32,reference-bf16,reference-bf16-nhwc-compiled,$engines
+}
+
+bench() {
+    begin bench
+    missing=()
+    if [ -e "$before/bench.tar.gz" ]; then tar xzf "$before/bench.tar.gz" -C "$out"; fi
+    mkdir -p "$out/bench"
+    if [ -n "$quick" ]; then
+        local tiny=(--batch_size 2 --image_size 8 --steps 1 --device cpu)
+        record step --model sparsenet_40_12 "${tiny[@]}" --measures step --variants reference-fp32,shared-fp32
+        record depth --measures none --depths 7,10 "${tiny[@]}" --variants shared-fp32
+    else
+        networks
+    fi
+    tar czf "$out/bench.tar.gz" -C "$out" bench
+    rm -r "$out/bench"
+    [ ${#missing[@]} -eq 0 ] || { echo "missing: ${missing[*]}; call again with $out as BEFORE"; return 1; }
+}
+
+evidence() {
+    begin evidence
+    local run=$out/run flags
+    flags=(
+        --fetch sparse --depth 100 --growth_rate 24 --batch_size 64 --drop_1 150 --drop_2 225 --max_epoch 300
+        --dataset_dir "${DATA:-}" ${DATA_NAME:+--dataset_name "$DATA_NAME"}
+    )
+    [ -z "$quick" ] || flags=(--dataset digits --depth 7 --growth_rate 4 --max_epoch 3 --device cpu)
+    if [ -z "$quick" ] && [ ! -d "${DATA:-}" ]; then
+        echo "DATA: expected a folder with CIFAR-10 as sparsenet train takes it, found '${DATA:-}'"
+        return 1
+    fi
+    if [ -e "$before/run.tar.gz.aa" ]; then
+        cat "$before"/run.tar.gz.?? | tar xz -C "$out"
+        if [ -n "$quick" ]; then flags=(); else flags=(--dataset_dir "$DATA"); fi
+        flags+=(--resume "$run")
+    else
+        flags+=(--out "$run")
+    fi
+    flags+=(--time_limit $((limit > 120 ? limit - 60 : limit))) # and the rest for what comes before and after
+    local code=0
+    timeout -k 20 "$(left)" "$python" -m sparsenet.cli train "${flags[@]}" || code=$?
+    pack_run "$run"
+    return $code
+}
+
+pack_run() { # RUN: the newest checkpoints only, in files that can be carried
+    local kind
+    for kind in last best; do
+        find "$1/checkpoints" -name "$kind-*.json" | sort -r | tail -n +2 | while read -r old; do
+            rm -f "$old" "${old%.json}.safetensors"
+        done
+    done
+    rm -f "$out"/run.tar.gz.??
+    tar cz -C "$(dirname "$1")" "$(basename "$1")" | split -b 15M - "$out/run.tar.gz."
+    rm -r "$1"
+}
+
+case $part in
+    correctness | bench | evidence) "$part" ;;
+    all)
+        failed=0
+        for each in correctness bench evidence; do
+            "$script" "$out" "$each" "$before" || failed=1
+        done
+        exit $failed
+        ;;
+    *) usage ;;
+esac
