@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import math
 import pickle
 import re
 import shutil
@@ -175,6 +176,16 @@ def test_a_batch_larger_than_the_dataset(refused: Callable[..., str], folder_dat
     assert "10" in line and "11" in line
 
 
+@pytest.mark.parametrize("flags", [("--dataset", "digits"), ("--preset", "digits")])
+def test_a_folder_that_would_be_ignored(
+    refused: Callable[..., str], trained: Path, folder_data: Path, flags: tuple[str, str]
+) -> None:
+    line = refused("train", *flags, "--dataset_dir", folder_data, *SHORT)
+    assert str(folder_data) in line and "--dataset digits" in line and "--dataset auto" in line
+    line = refused("eval", trained, "--dataset", "digits", "--dataset_dir", folder_data)
+    assert str(folder_data) in line and "--dataset digits" in line
+
+
 # --- networks ------------------------------------------------------------------------------------------------
 
 
@@ -243,6 +254,29 @@ def test_a_device_that_is_not_there(refused: Callable[..., str], trained: Path, 
     arguments = {"train": TINY, "eval": (trained,), "predict": (trained, "x.png"), "bench": ()}[command]
     line = refused(command, *arguments, "--device", device)
     assert "--device" in line and f"'{device}'" in line and "cpu" in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (("onnxruntime", "--precision", "bf16"), ("--precision", "expected fp32 for onnxruntime", "found bf16")),
+        (("onnxruntime", "--device", "cuda"), ("--device", "cpu with --engine onnxruntime", "found 'cuda'")),
+        (("openvino", "--device", "cuda"), ("--device", "cpu with --engine openvino", "found 'cuda'")),
+    ],
+)
+def test_an_engine_asked_for_what_it_cannot(
+    refused: Callable[..., str], trained: Path, flags: tuple[str, ...], expected: tuple[str, ...]
+) -> None:
+    line = refused("eval", trained, "--engine", *flags)
+    assert all(part in line for part in expected), line
+
+
+def test_an_engine_that_is_not_installed(
+    refused: Callable[..., str], trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    line = refused("eval", trained, "--engine", "openvino")
+    assert "expected the package openvino" in line and "pip install 'sparsenet[openvino]'" in line
 
 
 # --- configurations ------------------------------------------------------------------------------------------
@@ -545,6 +579,24 @@ def test_a_loss_that_is_lost_later_keeps_what_was_before(
     assert "step 32 " in outcome.error and "not finite" in outcome.error
     assert load_trained(Path("run"), "best").info["step"] == 23
     assert call("eval", "run").code == 0
+    assert call("train", "--resume", "run").code == 0
+    name = f"checkpoints/{LAST}.safetensors"
+    ours, theirs = load_file(Path("run") / name), load_file(trained / name)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_weights_that_a_step_of_finite_loss_has_lost_are_not_saved(
+    call: Call, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rate = optim.learning_rate
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            optim, "learning_rate", lambda config, step, *rest: math.inf if step >= 30 else rate(config, step, *rest)
+        )
+        outcome = call("train", *TINY, "--max_epoch", 2, "--save_every", 0, "--out", "run")
+    assert outcome.code == 1
+    assert "weights of step 31 are not finite" in outcome.error and "--lr" in outcome.error
+    assert load_trained(Path("run"), "last").info["step"] == 30
     assert call("train", "--resume", "run").code == 0
     name = f"checkpoints/{LAST}.safetensors"
     ours, theirs = load_file(Path("run") / name), load_file(trained / name)

@@ -10,16 +10,18 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, Call, write_cifar10, write_image
+from conftest import TINY, Call, snapshot, write_cifar10, write_classes, write_image
 from safetensors.torch import load_file
 
 from sparsenet import cli, zoo
 from sparsenet.config import RunConfig, settings
+from sparsenet.export import RUNTIMES
 from sparsenet.optim import learning_rate
 from sparsenet.run import Run
 
@@ -91,6 +93,7 @@ def test_a_value_keeps_its_dashes(call: Call, trained: Path) -> None:
         (("train", "--fetch", "harmnic"), "harmonic"),
         (("eval", "RUN", "--checkpoint", "lst"), "last"),
         (("export", "RUN", "--format", "onxx"), "onnx"),
+        (("eval", "RUN", "--engine", "openvin"), "openvino"),
     ],
 )
 def test_an_unknown_name_is_told_with_the_nearest_one(call: Call, arguments: tuple[str, ...], nearest: str) -> None:
@@ -396,6 +399,46 @@ def test_eval_json(call: Call, trained: Path) -> None:
     plain = call("eval", trained)
     assert plain.code == 0 and f"{found['error']:.2f} %" in plain.out
     assert json_of(call("eval", trained, "--json", "--checkpoint", "last").out)["error"] == found["error"]
+
+
+@pytest.mark.parametrize("engine", RUNTIMES)
+def test_eval_by_another_engine_finds_the_same(call: Call, trained: Path, engine: str) -> None:
+    if find_spec(engine) is None:
+        pytest.skip(f"no {engine}")
+    before = snapshot(trained)
+    exact = ("eval", trained, "--json", "--precision", "fp32")
+    outcome = call(*exact, "--engine", engine, "--batch_size", 50)
+    assert (outcome.code, outcome.err) == (0, "")
+    found, ours = json_of(outcome.out), json_of(call(*exact, "--device", "cpu").out)
+    assert (found["engine"], found["precision"], ours["engine"]) == (engine, "fp32", "torch")
+    for name in ("error", "top5_error", "images", "class_errors"):
+        assert found[name] == ours[name], name
+    assert found["loss"] == pytest.approx(ours["loss"], rel=1e-4)
+    assert engine in call("eval", trained, "--engine", engine).lines[0]
+    assert snapshot(trained) == before  # nothing is left behind
+
+
+def test_a_run_finds_its_data_from_any_folder(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = write_classes(tmp_path / "here" / "insects")
+    (tmp_path / "there").mkdir()
+    found = []
+    for folder, command in (
+        ("here", ("train", *TINY, "--max_epoch", 1, "--batch_size", 4, "--dataset_dir", "insects", "--out", "run")),
+        ("here", ("eval", "run", "--json")),
+        ("there", ("eval", "../here/run", "--json")),
+        ("there", ("train", "--config", "../here/run", "--out", "again")),
+        ("here", ("eval", "../there/again", "--json")),
+    ):
+        monkeypatch.chdir(tmp_path / folder)
+        outcome = call(*command)
+        assert (outcome.code, outcome.err) == (0, ""), command
+        if command[0] == "eval":
+            found.append(json_of(outcome.out)["loss"])
+    assert found == [found[0]] * 3
+    data.rename(tmp_path / "moved")
+    outcome = call("eval", "run")
+    assert outcome.code == 2 and "--dataset_dir" in outcome.error and f"nothing at {data}" in outcome.error
+    assert call("eval", "run", "--dataset_dir", "../moved").code == 0
 
 
 def test_predict_json_goes_on_after_a_bad_file(call: Call, trained: Path) -> None:

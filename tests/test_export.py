@@ -1,9 +1,12 @@
-"""The exported file: enough on its own to do what the model does, or it is not written."""
+"""The exported file: enough on its own to do what the model does, or it is neither written nor run."""
 
 from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,8 @@ from torch import Tensor
 from sparsenet import export
 from sparsenet.architecture import Architecture
 from sparsenet.data.images import Preprocessing
-from sparsenet.export import ExportReport, export_onnx
+from sparsenet.export import RUNTIMES, ExportReport, Runtime, export_onnx
+from sparsenet.extras import MissingExtra
 from sparsenet.model import SparseNet
 from sparsenet.run import Trained
 
@@ -80,15 +84,21 @@ def test_another_topology_and_opset_in_silence(tmp_path: Path, capfd: pytest.Cap
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_file_that_computes_something_else_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exporter whose file computes something else."""
     right = export._program
 
-    def wrong(model: SparseNet, images: Tensor, opset: int | None) -> Any:
+    def off(model: SparseNet, images: Tensor, opset: int | None) -> Any:
         changed = copy.deepcopy(model)
         changed.state_dict()["classifier.bias"].add_(0.01)
         return right(changed, images, opset)
 
-    monkeypatch.setattr(export, "_program", wrong)
+    monkeypatch.setattr(export, "_program", off)
+
+
+@pytest.mark.usefixtures("wrong")
+def test_a_file_that_computes_something_else_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"within 1\.\de-04 of the model's, found a difference of 1\.0e-02"):
         export_onnx(make(blocks=(1, 1)), tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
@@ -104,3 +114,75 @@ def test_an_opset_that_cannot_be_written_is_refused(tmp_path: Path, opset: int) 
 def test_a_target_that_cannot_be_written_is_refused_at_once(tmp_path: Path, target: str) -> None:
     with pytest.raises(ValueError, match="expected the name of a file in a folder that exists"):
         export_onnx(make(blocks=(1, 1)), tmp_path / target)
+
+
+# --- engines -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=RUNTIMES)
+def engine(request: pytest.FixtureRequest) -> str:
+    """The name of each engine that is installed."""
+    if find_spec(request.param) is None:  # not importorskip, whose import of OpenVINO would be reported
+        pytest.skip(f"no {request.param}")
+    return str(request.param)
+
+
+def test_an_engine_computes_what_the_model_does(engine: str) -> None:
+    trained = make(blocks=(2, 1, 1))
+    module = Runtime(engine).load(trained, pixels(12))
+    for count in (1, 5, 12):
+        images = trained.preprocessing.normalise(pixels(count))
+        expected = trained.model(images)
+        for layout in (torch.contiguous_format, torch.channels_last):
+            found = module(images.contiguous(memory_format=layout))
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(module(images), module(images + 1))  # and an output is not overwritten by the next
+
+
+@pytest.mark.usefixtures("wrong")
+def test_an_engine_that_computes_something_else_is_not_used(engine: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"{engine}'s logits within .* of the model's, found a difference of 1\.0e-02"
+    ):
+        Runtime(engine).load(make(blocks=(1, 1)), pixels(3))
+
+
+def test_an_engine_computes_in_the_precisions_it_has_or_says_so(engine: str) -> None:
+    able = export._precisions(engine)
+    assert able[0] == "fp32" and Runtime(engine, "auto").precision == able[-1]
+    if "bf16" not in able:
+        with pytest.raises(ValueError, match=f"--precision: expected fp32 for {engine} on this CPU, found bf16"):
+            Runtime(engine, "bf16")
+        return
+    trained = make(blocks=(2, 1, 1))
+    images = trained.preprocessing.normalise(pixels(12))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        own = trained.model(images).float()
+    exact = trained.model(images)
+    found = Runtime(engine, "bf16").load(trained, pixels(12))(images)
+    error = (found - exact).abs().max()
+    assert 1e-4 < error <= 2 * (own - exact).abs().max() + 1e-4 * exact.abs().max()  # it is bf16, and no worse
+
+
+def test_an_engine_without_its_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, extra in (("onnxruntime", "export"), ("openvino", "openvino")):
+        monkeypatch.setitem(sys.modules, name, None)
+        with pytest.raises(MissingExtra, match=rf"expected the package {name}, found none: .*sparsenet\[{extra}\]"):
+            Runtime(name)
+
+
+def test_no_engine_loads_what_would_report_its_use(engine: str) -> None:
+    code = f"import sys; from sparsenet.export import Runtime; Runtime({engine!r})\n"
+    code += "print([name for name, module in sys.modules.items() if 'openvino_telemetry' in name and module])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_a_file_that_an_engine_cannot_run_is_one_line(engine: str) -> None:
+    trained = make(blocks=(1, 1))
+    file, _ = export._file(export._specification(trained), trained, None)
+    model = onnx.load_from_string(file)
+    model.graph.node[0].op_type = "NoSuchOperator"
+    with pytest.raises(ValueError, match=rf"^onnx: {engine} \S+ cannot run the file: .*NoSuchOperator") as found:
+        RUNTIMES[engine](model.SerializeToString(), "fp32")
+    assert "\n" not in str(found.value)

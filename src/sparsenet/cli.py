@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
@@ -28,6 +28,10 @@ from sparsenet.device import choose_device, choose_precision, use_large_pages
 from sparsenet.display import display
 from sparsenet.extras import MissingExtra
 from sparsenet.run import Run, Trained, load_trained
+
+if TYPE_CHECKING:
+    from sparsenet.data import Dataset
+    from sparsenet.export import Runtime
 
 FAILED, BAD_CALL = 1, 2
 
@@ -118,16 +122,50 @@ def _load(args: argparse.Namespace, device: torch.device) -> Trained:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from sparsenet.data import load_dataset
     from sparsenet.evaluate import evaluate
 
-    device = choose_device(args.device)
+    runtime = _runtime(args)
+    device = choose_device("cpu" if runtime else args.device)
+    precision = runtime.precision if runtime else choose_precision(args.precision, device)
     trained = _load(args, device)
+    data = _data_now(args, trained)
+    model = runtime.load(trained, data.test.pixels[: args.batch_size]) if runtime else trained.model
+    own = "fp32" if runtime else precision  # what PyTorch is left to do
+    found = evaluate(model, data.test, trained.preprocessing, device, args.batch_size, own)
+    value = {
+        "run": str(trained.path), "dataset": data.name, "checkpoint": args.checkpoint, "engine": args.engine,
+        "precision": precision, "error": found.error, "top5_error": found.top5_error, "loss": found.loss,
+        "images": found.images, "seconds": found.seconds, "class_errors": found.class_errors(data.classes),
+    }  # fmt: skip
+    lines = [
+        f"{data.name}: {found.images} images in {found.seconds:.2f} s{f' by {args.engine}' if runtime else ''}",
+        f"error {found.error:.2f} %, top-5 error {found.top5_error:.2f} %, loss {found.loss:.4f}",
+        *(f"  {name}: {'no image' if e is None else f'{e:.2f} %'}" for name, e in value["class_errors"].items()),
+    ]
+    return _print(value, lines, args.json)
+
+
+def _runtime(args: argparse.Namespace) -> Runtime | None:
+    """The engine that was asked for in PyTorch's place."""
+    from sparsenet.export import Runtime
+
+    if args.engine == "torch":
+        return None
+    if args.device not in ("auto", "cpu"):
+        raise ValueError(f"--device: expected auto or cpu with --engine {args.engine}, found {args.device!r}")
+    return Runtime(args.engine, args.precision)
+
+
+def _data_now(args: argparse.Namespace, trained: Trained) -> Dataset:
+    """The run's images, or those that the flags name; ``ValueError`` where they have other classes."""
+    from sparsenet.data import load_dataset
+
     stored = Run.open(Path(args.run)).config().data
+    dataset = args.dataset or ("auto" if args.dataset_dir and stored.dataset == "digits" else stored.dataset)
     asked = dataclasses.replace(
         stored,
-        dataset=args.dataset or ("auto" if args.dataset_dir and stored.dataset == "digits" else stored.dataset),
-        dataset_dir=args.dataset_dir or stored.dataset_dir,
+        dataset=dataset,
+        dataset_dir=args.dataset_dir or ("" if dataset == "digits" else stored.dataset_dir),
         image_size=trained.preprocessing.size,
         in_chans=trained.preprocessing.channels,
         download=False,
@@ -138,19 +176,7 @@ def _eval(args: argparse.Namespace) -> int:
             f"--dataset_dir: expected the run's {len(trained.classes)} classes {list(trained.classes)[:5]}, "
             f"found {len(data.classes)} classes {list(data.classes)[:5]}"
         )
-    precision = choose_precision(args.precision, device)
-    found = evaluate(trained.model, data.test, trained.preprocessing, device, args.batch_size, precision)
-    value = {
-        "run": str(trained.path), "dataset": data.name, "checkpoint": args.checkpoint, "error": found.error,
-        "top5_error": found.top5_error, "loss": found.loss, "images": found.images, "seconds": found.seconds,
-        "class_errors": found.class_errors(data.classes),
-    }  # fmt: skip
-    lines = [
-        f"{data.name}: {found.images} images in {found.seconds:.2f} s",
-        f"error {found.error:.2f} %, top-5 error {found.top5_error:.2f} %, loss {found.loss:.4f}",
-        *(f"  {name}: {'no image' if e is None else f'{e:.2f} %'}" for name, e in value["class_errors"].items()),
-    ]
-    return _print(value, lines, args.json)
+    return data
 
 
 def _predict(args: argparse.Namespace) -> int:
@@ -217,12 +243,17 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from sparsenet.bench import bench, table
+    from sparsenet.bench import BenchConfig, bench
+    from sparsenet.bench.plots import write
+    from sparsenet.bench.tables import report
 
-    device = choose_device(args.device)
-    size = args.image_size or zoo.image_size(zoo.known(args.model))
-    found = bench(args.model, args.batch_size, size, args.steps, args.precision, device)
-    return _print(found, table(found), args.json)
+    names = [f.name for f in dataclasses.fields(BenchConfig) if f.name in args]
+    given: dict[str, Any] = {name: vars(args)[name] for name in names}
+    given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
+    found = bench(BenchConfig(**given))
+    if args.out:
+        write(found, Path(args.out))
+    return _print(found, report(found), args.json)
 
 
 def _check(args: argparse.Namespace) -> int:

@@ -1,18 +1,19 @@
-"""A trained network as one ONNX file, kept only if onnxruntime computes with it what PyTorch does."""
+"""A trained network as one ONNX file, kept or run by another engine only if that computes what PyTorch does."""
 
 from __future__ import annotations
 
 import json
 import logging
+import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsenet.extras import require
 from sparsenet.model import SparseNet
@@ -26,6 +27,8 @@ BATCHES = (1, 2, 7)  # batch sizes at which the file is checked
 # Two orders of summing in fp32 differ by some 1e-6 of the largest logit even 200 layers deep, and a wrong
 # weight or constant by far more than this.
 TOLERANCE = 1e-4
+
+Pass = Callable[[Tensor], Tensor]  # normalised float32 images (N, C, H, W) to logits (N, classes)
 
 
 @dataclass(frozen=True)
@@ -58,30 +61,60 @@ def export_onnx(
     written it is checked, at several batch sizes, on random images and on *real_images*, uint8 ``(N, C, H, W)``.
     Raises ``ValueError`` where onnxruntime's logits differ, and for an *opset* or *target* that cannot be written.
     """
-    onnx = require("onnx", "export")
-    require("onnxscript", "export")
-    newest = onnx.defs.onnx_opset_version()
-    if opset is not None and not OLDEST_OPSET <= opset <= newest:
-        raise ValueError(f"--opset: expected a number from {OLDEST_OPSET} to {newest}, found {opset}")
     if target.is_dir() or not target.parent.is_dir():
         raise ValueError(f"{target}: expected the name of a file in a folder that exists")
-    model = SparseNet(trained.model.architecture, "reference").eval()
-    model.load_state_dict({name: value.cpu() for name, value in trained.model.state_dict().items()})
-    random = _random_images(trained)
+    model, random = _specification(trained), _random_images(trained)
     real = random[:0] if real_images is None else real_images.cpu()
+    file, opset = _file(model, trained, opset)
     images = [trained.preprocessing.normalise(pixels) for pixels in (random, real)]
-    with _quiet():
-        program = _program(model, images[0], opset)
-        program.model.metadata_props.update(metadata(trained))
-        file = program.model_proto.SerializeToString()
-        onnx.checker.check_model(file, full_check=True)
-    difference, largest = _compare(model, file, images)
+    difference, largest = _compare(model, images, "onnxruntime", _onnxruntime(file))
     try:
         write_atomic(target, file)
     except OSError as error:
         raise ValueError(f"{target}: expected a file that can be written, found: {error.strerror}") from None
-    opset = program.model.opset_imports[""]
     return ExportReport(target, opset, len(file), difference, largest, len(random), len(real))
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """An engine other than PyTorch, one of :data:`RUNTIMES`, on the CPU with as many threads as PyTorch has.
+
+    *precision* is ``fp32``, ``bf16`` or ``auto``: bf16 where the engine computes in it on this machine, else fp32.
+    Raises ``ValueError`` for one that it does not.
+    """
+
+    name: str
+    precision: str = "fp32"
+
+    def __post_init__(self) -> None:
+        if self.name not in RUNTIMES:
+            raise ValueError(f"--engine: expected one of {', '.join(RUNTIMES)}, found {self.name!r}")
+        able = _precisions(self.name)
+        if self.precision == "auto":
+            object.__setattr__(self, "precision", able[-1])
+        if self.precision not in able:
+            expected = " or ".join(able)
+            raise ValueError(f"--precision: expected {expected} for {self.name} on this CPU, found {self.precision}")
+
+    def load(self, trained: Trained, pixels: Tensor) -> nn.Module:
+        """The network exported and run by this engine: a module from normalised images to logits.
+
+        Raises ``ValueError`` where its logits for *pixels*, uint8 ``(N, C, H, W)``, are not the model's.
+        """
+        model = _specification(trained)
+        file, _ = _file(model, trained, None)
+        run = RUNTIMES[self.name](file, self.precision)
+        _compare(model, [trained.preprocessing.normalise(pixels.cpu())], self.name, run, self.precision)
+        return _Exported(run)
+
+
+class _Exported(nn.Module):
+    def __init__(self, run: Pass):
+        super().__init__()
+        self.run = run
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.run(images.contiguous())  # an array knows no other layout
 
 
 def metadata(trained: Trained) -> dict[str, str]:
@@ -121,6 +154,28 @@ def _quiet() -> Iterator[None]:
         logging.disable(level)
 
 
+def _specification(trained: Trained) -> SparseNet:
+    """The network as the reference computes it, on the CPU."""
+    model = SparseNet(trained.model.architecture, "reference").eval()
+    model.load_state_dict({name: value.cpu() for name, value in trained.model.state_dict().items()})
+    return model
+
+
+def _file(model: SparseNet, trained: Trained, opset: int | None) -> tuple[bytes, int]:
+    """The content of the ONNX file and its opset."""
+    onnx = require("onnx", "export")
+    require("onnxscript", "export")
+    newest = onnx.defs.onnx_opset_version()
+    if opset is not None and not OLDEST_OPSET <= opset <= newest:
+        raise ValueError(f"--opset: expected a number from {OLDEST_OPSET} to {newest}, found {opset}")
+    with _quiet():
+        program = _program(model, trained.preprocessing.normalise(_random_images(trained)), opset)
+        program.model.metadata_props.update(metadata(trained))
+        file = program.model_proto.SerializeToString()
+        onnx.checker.check_model(file, full_check=True)
+    return file, program.model.opset_imports[""]
+
+
 def _program(model: SparseNet, images: Tensor, opset: int | None) -> Any:
     program = torch.onnx.export(
         model,
@@ -139,30 +194,72 @@ def _program(model: SparseNet, images: Tensor, opset: int | None) -> Any:
     return program
 
 
-def _compare(model: SparseNet, file: bytes, images: list[Tensor]) -> tuple[float, float]:
+def _compare(
+    model: SparseNet, images: list[Tensor], name: str, run: Pass, precision: str = "fp32"
+) -> tuple[float, float]:
     """Largest difference and largest logit over *images* in batches of every size; ``ValueError`` if far."""
-    session = _session(file)
     batches = [kind[:size] for kind in images if len(kind) for size in (*BATCHES, len(kind))]
     with torch.no_grad():
         expected = torch.cat([model(batch) for batch in batches])
-    found = torch.cat([torch.from_numpy(session.run(None, {"images": batch.numpy()})[0]) for batch in batches])
-    difference, largest = (found - expected).abs().max().item(), expected.abs().max().item()
-    allowed = TOLERANCE * max(1.0, largest)
+        allowed = TOLERANCE * max(1.0, expected.abs().max().item())
+        if precision == "bf16":  # twice the error that PyTorch itself makes in it
+            with torch.autocast("cpu", torch.bfloat16):
+                rounded = torch.cat([model(batch) for batch in batches]).float()
+            allowed += 2 * (rounded - expected).abs().max().item()
+    found = torch.cat([run(batch) for batch in batches])
+    difference = (found - expected).abs().max().item()
     if not difference <= allowed:  # neither is NaN
         raise ValueError(
-            f"onnx: expected onnxruntime's logits within {allowed:.1e} of the model's, "
-            f"found a difference of {difference:.1e}; no file written"
+            f"onnx: expected {name}'s logits within {allowed:.1e} of the model's, "
+            f"found a difference of {difference:.1e}; the exported network is not used"
         )
-    return difference, largest
+    return difference, expected.abs().max().item()
 
 
-def _session(file: bytes) -> Any:
+def _onnxruntime(file: bytes, precision: str = "fp32") -> Pass:
     runtime = require("onnxruntime", "export")
     failures = require("onnxruntime.capi.onnxruntime_pybind11_state", "export")
     options = runtime.SessionOptions()
     options.log_severity_level = 3  # errors; its warnings go to stderr past Python
+    options.intra_op_num_threads = torch.get_num_threads()
     try:
-        return runtime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        session = runtime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     except (failures.Fail, failures.InvalidGraph, failures.NotImplemented) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"onnx: onnxruntime {runtime.__version__} cannot run the file: {reason}") from None
+        raise _cannot_run("onnxruntime", runtime, error) from None
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+def _openvino(file: bytes, precision: str) -> Pass:
+    core = _openvino_core()
+    hints = {
+        "PERFORMANCE_HINT": "LATENCY",  # one batch at a time, on all threads
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision],  # its own choice is bf16
+    }
+    try:
+        compiled = core.compile_model(core.read_model(file), "CPU", hints)
+    except RuntimeError as error:
+        raise _cannot_run("openvino", sys.modules["openvino"], error) from None
+    return lambda images: torch.from_numpy(compiled(images.numpy())[0])
+
+
+def _openvino_core() -> Any:
+    # Where this companion is installed, importing OpenVINO reports the import to its makers; it does without.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    return require("openvino", "openvino").Core()
+
+
+def _cannot_run(name: str, package: Any, error: Exception) -> ValueError:
+    return ValueError(f"onnx: {name} {package.__version__} cannot run the file: {' '.join(str(error).split())}")
+
+
+def _precisions(name: str) -> tuple[str, ...]:
+    """Those that an engine computes in on this machine, the fastest last."""
+    if name == "onnxruntime":
+        require("onnxruntime", "export")
+        return ("fp32",)  # the file's own
+    able = _openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return ("fp32", "bf16") if "BF16" in able else ("fp32",)
+
+
+RUNTIMES: dict[str, Callable[[bytes, str], Pass]] = {"onnxruntime": _onnxruntime, "openvino": _openvino}

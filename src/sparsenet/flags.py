@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from sparsenet import config as settings
 from sparsenet import presets
+from sparsenet.bench import BenchConfig
+from sparsenet.export import RUNTIMES
 from sparsenet.run import version
 
 
@@ -69,6 +72,7 @@ def parser() -> Parser:
     _run_flags(evaluate)
     evaluate.add_argument("--batch_size", type=_at_least_1, default=256, help="images at a time")
     evaluate.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="arithmetic")
+    evaluate.add_argument("--engine", default="torch", choices=("torch", *RUNTIMES), help="what runs the network")
     evaluate.add_argument("--dataset", default="", help="other data than the run's: as for train")
     evaluate.add_argument("--dataset_dir", default="", help="where the data lies now")
 
@@ -99,17 +103,29 @@ def _add_tools(commands: Any) -> None:
     _json_flag(models)
 
     bench = commands.add_parser("bench", help="time and memory of the implementations, side by side")
-    bench.add_argument("--model", default="sparsenet_100_24", help="a name of 'sparsenet models'")
-    bench.add_argument("--batch_size", type=_at_least_1, default=64, help="images a step")
-    bench.add_argument("--image_size", type=int, default=0, help="pixels; 0: what the network is made for")
-    bench.add_argument("--steps", type=_at_least_1, default=5, help="counted steps of each implementation")
-    bench.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="arithmetic")
-    bench.add_argument("--device", default="auto", help="auto, cpu, cuda, …")
+    _bench_flags(bench)
+    bench.add_argument("--out", default="", metavar="DIR", help="also write bench.json, bench.md and pictures there")
     _json_flag(bench)
 
     check = commands.add_parser("check", help="what this machine offers")
     check.add_argument("--dataset_dir", default="", help="data to look at")
     _json_flag(check)
+
+
+def _bench_flags(parser: argparse.ArgumentParser) -> None:
+    """One flag for each setting; flags not given leave no trace in the namespace."""
+    for f in dataclasses.fields(BenchConfig):
+        how: dict[str, Any] = {"action": "store_true"}
+        shown = f.metadata["help"]
+        if isinstance(f.default, tuple):
+            how = {"type": _whole_numbers if f.name == "depths" else _names, "action": "extend", "metavar": "LIST"}
+            shown = f"{shown} (default {','.join(f.default)})" if f.default else shown
+        elif not isinstance(f.default, bool):
+            how = {"type": type(f.default) if isinstance(f.default, str) else _whole_number, "metavar": "VALUE"}
+            shown = shown if f.default in (0, -1) else f"{shown} (default {f.default})"
+        if f.name == "epoch":
+            how |= {"nargs": "?", "const": 0}
+        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=shown, **how)
 
 
 def _run_flags(parser: argparse.ArgumentParser, as_json: bool = True) -> None:
@@ -122,6 +138,20 @@ def _run_flags(parser: argparse.ArgumentParser, as_json: bool = True) -> None:
 
 def _json_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON value on stdout and nothing else")
+
+
+def _whole_number(text: str) -> int:
+    if not text.removeprefix("-").isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number, found {text!r}")
+    return int(text)
+
+
+def _whole_numbers(text: str) -> list[int]:
+    return [_whole_number(part) for part in _names(text)]
+
+
+def _names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _at_least_1(text: str) -> int:
