@@ -40,7 +40,7 @@ left() { echo $((end > SECONDS ? end - SECONDS : 0)); }
 
 correctness() {
     begin correctness
-    local tests=(tests/test_triton.py tests/test_ops.py)
+    local tests=(tests/test_triton.py tests/test_step.py tests/test_ops.py)
     [ -z "$quick" ] || tests=(tests/test_topology.py)
     timeout -k 10 "$(left)" "$python" -m pytest -q -p no:cacheprovider "${tests[@]}"
 }

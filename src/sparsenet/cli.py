@@ -24,7 +24,7 @@ from sparsenet import config as settings
 from sparsenet import flags, presets, zoo
 from sparsenet.architecture import count
 from sparsenet.config import RunConfig
-from sparsenet.device import choose_device, choose_precision, use_large_pages
+from sparsenet.device import choose_device, choose_precision, tune_process
 from sparsenet.display import display
 from sparsenet.extras import MissingExtra
 from sparsenet.run import Run, Trained, load_trained
@@ -295,7 +295,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def main() -> NoReturn:
     """The program ``sparsenet``."""
-    use_large_pages()
+    tune_process()
     try:
         code = run(sys.argv[1:])
         sys.stdout.flush()

@@ -6,9 +6,9 @@ import sys
 import torch
 
 from sparsenet.bench.measure import TASKS
-from sparsenet.device import use_large_pages
+from sparsenet.device import tune_process
 
-use_large_pages()
+tune_process()
 task, threads, arguments = json.loads(sys.argv[1])
 torch.set_num_threads(threads)
 print(json.dumps(TASKS[task](**arguments)))
