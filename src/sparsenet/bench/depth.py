@@ -14,7 +14,7 @@ from sparsenet.bench.variants import Variant
 
 FETCHES = ("sparse", "dense")
 GROWTH = 12
-LONGEST = 600.0  # seconds that one network is worth
+LONGEST = 120.0  # seconds that one network is worth
 FROM = 100  # layers: where the comparison with the logarithm begins
 
 

@@ -19,6 +19,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -54,6 +55,11 @@ class Engine(ABC):
         """How features are laid out; by default as the stage input is: which is faster depends on the device."""
         last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
         return torch.channels_last if last else torch.contiguous_format
+
+    @cached_property
+    def channels(self) -> tuple[int, ...]:
+        """Where each feature's begin among all channels of the stage."""
+        return tuple(accumulate(self.widths, initial=0))
 
     @cached_property
     def columns(self) -> Columns:
@@ -101,7 +107,7 @@ class Engine(ABC):
 
     def mean_and_rstd(self, j: int) -> tuple[Tensor, Tensor]:
         """Of feature *j*, ``(C,)`` each."""
-        start = sum(self.widths[:j])
+        start = self.channels[j]
         mean, rstd = self.kept[1][:, start : start + self.widths[j]]
         return mean, rstd
 

@@ -26,6 +26,7 @@
 #else
 #define TILE 4
 #endif
+#define FEWEST 8
 #define CACHE (384 * 1024) /* scratch memory of a band of rows, in bytes: part of a core's second-level cache */
 
 /* One reader of a stage. Lists have an entry for each feature that it reads: its first column in the block, its width
@@ -56,11 +57,12 @@ INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 INLINE int64_t padded(int64_t count, int64_t multiple) { return (count + multiple - 1) / multiple * multiple; }
 
-/* Rows of a band: as many as keep `bytes` a row, and the rows around it, in the cache; enough bands for all threads. */
+/* Rows of a band: as many as keep `bytes` a row, and the rows around it, in the cache, but at least FEWEST, because the
+ * rows around a band are gathered twice; enough bands for all threads. */
 static int64_t band_rows(const Reader *reader, int64_t bytes) {
   int64_t rows = CACHE / bytes - (reader->kernel - 1);
   int64_t threads = omp_get_max_threads(), bands = (threads + reader->images - 1) / reader->images;
-  rows = most(1, least(rows, (reader->height + bands - 1) / bands));
+  rows = least(most(FEWEST, rows), (reader->height + bands - 1) / bands);
   int64_t count = (reader->height + rows - 1) / rows;
   return (reader->height + count - 1) / count;
 }

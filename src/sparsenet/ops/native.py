@@ -119,7 +119,7 @@ class Native(engine.Engine):
         lists = [
             [self.columns.first[j] for j in read],
             [self.widths[j] for j in read],
-            [sum(self.widths[:j]) for j in read],
+            [self.channels[j] for j in read],
         ]
         arrays = [(ctypes.c_int64 * len(read))(*values) for values in lists]
         weight = self.weights[r] if r < len(self.weights) else None
@@ -187,7 +187,7 @@ class Native(engine.Engine):
         return [g.to(self.scales[r].dtype) for g in gradients[:2]] + gradients[2:]
 
     def corrected(self, j: int, training: bool) -> Tensor:
-        start = sum(self.widths[:j])
+        start = self.channels[j]
         d_made = self.view(self.empty(self.widths[j]), self.widths[j])
         total_h, total_hz = (total[start : start + self.widths[j]] * training for total in self.totals)
         mean, rstd = self.mean_and_rstd(j)
