@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,42 @@ def gradients(threads, size, dtype=torch.float64):
 def test_threads_change_the_order_of_sums_only(size):
     one, two = gradients(1, size), gradients(2, size)
     assert (one - two).norm() <= 1e-12 * one.norm()
+
+
+def test_fewer_threads_than_asked_for(tmp_path):
+    """OpenMP may give a team that is smaller than what it says is the most."""
+    code = """
+import torch
+from sparsenet import Architecture, SparseNet
+torch.set_num_threads(4)
+torch.manual_seed(0)
+model = SparseNet(Architecture(depth=10, growth_rate=12), "native").double().train()
+model(torch.randn(3, 3, 8, 8).double()).sum().backward()
+print(repr(sum(p.grad.abs().sum().item() for p in model.parameters())))
+"""
+    few, many = float(run(code, OMP_THREAD_LIMIT="2")), float(run(code))
+    assert abs(few - many) <= 1e-10 * many
+
+
+@pytest.mark.parametrize("way", ["compile", "export", "trace"])
+def test_tracers_are_shown_the_reference(way):
+    model, images = SparseNet(Architecture(depth=7, growth_rate=3), "native").eval(), torch.randn(2, 3, 8, 8)
+    ways = {
+        "compile": lambda: torch.compile(model, backend="eager"),
+        "export": lambda: torch.export.export(model, (images,)).module(),
+        "trace": lambda: torch.jit.trace(model, (images,)),
+    }
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = model(images)
+        assert torch.allclose(ways[way]()(images), expected, atol=1e-5)
+
+
+def test_what_it_does_not_take():
+    model = SparseNet(Architecture(depth=7, growth_rate=3), "native").eval()
+    assert model(torch.randn(0, 3, 8, 8)).shape == (0, 10)
+    with pytest.raises(ValueError, match=r"expected fp64, fp32 or bf16, found torch\.float16"):
+        model.half()(torch.randn(1, 3, 8, 8).half())
 
 
 def test_the_same_threads_give_the_same_bits():

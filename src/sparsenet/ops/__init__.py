@@ -22,6 +22,7 @@ IMPLEMENTATIONS = {  # modules, loaded when first asked for: see Implementation
     "native": "sparsenet.ops.native",
     "triton": "sparsenet.ops.triton",
 }
+OPAQUE = ("native", "triton")  # kernels of their own
 PREFERRED = {
     "cuda": ("triton",),
     "cpu": ("native",),
@@ -76,7 +77,14 @@ def aggregate(
     statistics: Sequence[Statistics],
     training: bool,
 ) -> Tensor:
-    """Runs a stage: ``(N, C_0, H, W)`` to the activated stage output ``(N, C_out, H, W)``."""
+    """Runs a stage: ``(N, C_0, H, W)`` to the activated stage output ``(N, C_out, H, W)``.
+
+    Tracers (``torch.compile``, ``torch.export``, ``torch.jit.trace``, ONNX) are shown the reference where the
+    implementation is ``auto`` or one whose kernels they cannot look into; so are batches without an image.
+    """
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+    if (traced and implementation in ("auto", *OPAQUE)) or not x.numel():
+        return reference.aggregate(plan, x, readers, statistics, training)
     module = _load(choose(implementation, plan.aggregation, x.device))
     return module.aggregate(plan, x, readers, statistics, training)
 

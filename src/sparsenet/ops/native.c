@@ -569,14 +569,13 @@ void NAME(back)(const Reader *reader, const STORE *block, const ACC *scale, cons
   for (int i = 0; i < 6; i++) offsets[i + 1] = offsets[i] + padded(sizes[i], 64);
   int threads = omp_get_max_threads();
   int64_t weights = taps * reader->in * wide;
-  ACC *partial = aligned_alloc(64, padded(threads * weights * sizeof(ACC), 64));
+  ACC *partial = calloc(threads * weights, sizeof(ACC));
   if (!partial) abort();
   VECTOR *packed = NAME(pack)(reader, weight, 1);
   COLUMNS *columns = NAME(open)(reader, scale, shift, mean, rstd, threads);
 #pragma omp parallel num_threads(threads)
   {
     int me = omp_get_thread_num();
-    memset(partial + me * weights, 0, weights * sizeof(ACC));
     char *memory = scratch(offsets[6]);
     VALUE *input = (VALUE *)memory, *d = (VALUE *)(memory + offsets[1]);
     WORD *even = (WORD *)(memory + offsets[2]), *odd = (WORD *)(memory + offsets[3]);
@@ -619,12 +618,13 @@ void NAME(back)(const Reader *reader, const STORE *block, const ACC *scale, cons
 /* Mean and variance (biased) of x (pixels, width), in two passes. */
 void NAME(measure)(const STORE *x, int64_t pixels, int64_t width, double *mean, double *var) {
   int threads = omp_get_max_threads();
-  double *partial = malloc(threads * width * sizeof(double));
+  double *partial = calloc(threads * width, sizeof(double)); /* there may be fewer threads than asked for */
   if (!partial) abort();
   for (int pass = 0; pass < 2; pass++) {
 #pragma omp parallel num_threads(threads)
     {
-      int64_t me = omp_get_thread_num(), from = pixels * me / threads, to = pixels * (me + 1) / threads;
+      int64_t me = omp_get_thread_num(), team = omp_get_num_threads();
+      int64_t from = pixels * me / team, to = pixels * (me + 1) / team;
       double *sum = partial + me * width;
       ACC *part = scratch(2 * width * sizeof(ACC)), *centre = part + width;
       for (int64_t c = 0; c < width; c++) sum[c] = 0, centre[c] = pass ? mean[c] : 0;

@@ -13,7 +13,8 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from functools import cache, cached_property, partial
+from collections.abc import Sequence
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from sparsenet.ops import engine
-from sparsenet.ops.plan import EPS, MOMENTUM, Statistics
+from sparsenet.ops.plan import EPS, MOMENTUM, Plan, Reader, Statistics
 
 SOURCE = Path(__file__).with_name("native.c")
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
@@ -206,4 +207,12 @@ class Native(engine.Engine):
         return d_made
 
 
-aggregate = partial(engine.aggregate, Native)
+def aggregate(
+    plan: Plan, x: Tensor, readers: Sequence[Reader], statistics: Sequence[Statistics], training: bool
+) -> Tensor:
+    """The stage output; ``ValueError`` for features in another precision than fp64, fp32 or bf16."""
+    if x.dtype not in SUFFIXES:
+        raise ValueError(
+            f"implementation 'native': expected fp64, fp32 or bf16, found {x.dtype}; 'shared' and 'reference' take it"
+        )
+    return engine.aggregate(Native, plan, x, readers, statistics, training)
