@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# What needs a GPU, in parts that each end within 9 minutes and can be continued by another call.
+# What needs a GPU, in parts that each end within LIMIT and can be continued by another call.
 #
 #   benchmarks/gpu.sh OUT correctness|bench|evidence|all [BEFORE]
 #
-# Leaves in OUT at most 8 files of at most 15 MiB: correctness.log; bench.log and bench.tar.gz (a folder for each
+# Leaves in OUT a few files of at most 15 MiB: correctness.log; bench.log and bench.tar.gz (a folder for each
 # record); evidence.log and the run folder as run.tar.gz.aa, .ab, ... BEFORE, by default OUT itself, is a folder that an
 # earlier call left: records that it holds are not made again, and its run is resumed.
 #

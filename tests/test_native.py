@@ -88,6 +88,8 @@ def test_tracers_are_shown_the_reference(way):
 def test_what_it_does_not_take():
     model = SparseNet(Architecture(depth=7, growth_rate=3), "native").eval()
     assert model(torch.randn(0, 3, 8, 8)).shape == (0, 10)
+    half = SparseNet(model.architecture).eval().half()
+    assert half(torch.randn(1, 3, 8, 8).half()).dtype == torch.float16  # auto takes another
     with pytest.raises(ValueError, match=r"expected fp64, fp32 or bf16, found torch\.float16"):
         model.half()(torch.randn(1, 3, 8, 8).half())
 
@@ -125,6 +127,17 @@ def test_without_a_compiler(tmp_path):
     nowhere = {"PATH": str(tmp_path), "CC": "", "XDG_CACHE_HOME": str(tmp_path)}
     assert run(CHOOSE.format("auto"), **nowhere) == "shared\n"
     assert "needs a C compiler" in run(CHOOSE.format("native"), **nowhere)
+
+
+def test_a_compiler_is_not_asked_again(tmp_path):
+    """One that fails is remembered, and one with arguments is understood."""
+    count, compiler = tmp_path / "count", tmp_path / "cc"
+    compiler.write_text(f"#!/bin/sh\necho $@ >> {count}\nexit 1\n")
+    compiler.chmod(0o755)
+    twice = CHOOSE.format("auto") * 2
+    assert run(twice, CC=f"{compiler} -pipe", XDG_CACHE_HOME=str(tmp_path)) == "shared\nshared\n"
+    asked = count.read_text().splitlines()
+    assert len(asked) == 1 and asked[0].startswith("-pipe")
 
 
 def test_a_compiler_that_fails_is_told_in_one_line(tmp_path):

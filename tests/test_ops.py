@@ -274,6 +274,14 @@ def test_a_second_backward_over_a_kept_graph_gives_the_same(engine):
     assert torch.equal(first, second)
 
 
+def test_lean_memory_allows_a_second_backward(engine):
+    _, model = pair(engine, depth=16, growth_rate=2, bottleneck=True, dropout=0.2)
+    logits = remembering(model, "lean").train()(torch.randn(2, 3, 8, 8).double())
+    weight = model.stages[0].layers[0][0].conv.weight
+    first, second = (torch.autograd.grad(logits.sum(), weight, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
 def test_the_stage_input_is_left_as_it_was(engine):
     _, shared = pair(engine, depth=13, growth_rate=2)
     x = torch.randn(2, 4, 8, 8).double()

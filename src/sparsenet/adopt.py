@@ -41,7 +41,7 @@ WIDTHS = ", for layers of a stage add as much as its first, bottlenecks have one
 Names = list[tuple[str, str]]
 
 
-def adopt(model: nn.Module, implementation: str = "auto") -> SparseNet:
+def adopt(model: nn.Module, implementation: str = "auto", memory: str = "normal") -> SparseNet:
     """The same network on this engine: a torchvision, timm or MONAI (2-D) DenseNet, weights included.
 
     Takes images ``(N, in_chans, H, W)`` to the same logits (pooled features without a classifier), in evaluation
@@ -62,7 +62,7 @@ def adopt(model: nn.Module, implementation: str = "auto") -> SparseNet:
     # Neither the caller's random state changes, nor do the caller's device and gradient mode matter.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.inference_mode(False):
         _check_behaviour(model, architecture, names)
-        adopted = SparseNet(architecture, implementation).to("cpu", torch.float64)
+        adopted = SparseNet(architecture, implementation, memory).to("cpu", torch.float64)
         theirs = {name: value.detach().to("cpu", torch.float64) for name, value in model.state_dict().items()}
         _load(adopted, names, theirs, "adopt", WIDTHS)
         _warn_of_absorbed(adopted, names, theirs)

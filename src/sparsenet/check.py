@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from sparsenet import ops
 from sparsenet.data import DataConfig, load_dataset
 from sparsenet.device import choose_device
 from sparsenet.run import environment
@@ -28,6 +29,9 @@ def check(dataset_dir: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {
         "environment": environment(choose_device("auto")),
         "devices": {str(device): _precisions(device) for device in devices},
+        "implementations": {
+            str(device): {name: ops.unavailable(name, device) for name in ops.IMPLEMENTATIONS} for device in devices
+        },
         "extras": {extra: {"installed": not names, "missing": names} for extra, names in missing.items()},
     }
     if dataset_dir:
@@ -60,6 +64,8 @@ def lines(found: dict[str, Any]) -> list[str]:
         *(f"device {name}: {', '.join(precisions)}" for name, precisions in found["devices"].items()),
         f"{env['device_name']}, {env['threads']} threads",
     ]
+    for device, reasons in found["implementations"].items():
+        shown += [f"{device}: {name} {f'cannot run: {why}' if why else 'runs'}" for name, why in reasons.items()]
     for extra, state in found["extras"].items():
         lacks = f"missing {', '.join(state['missing'])}: pip install 'sparsenet[{extra}]'"
         shown.append(f"extra '{extra}': {'installed' if state['installed'] else lacks}")

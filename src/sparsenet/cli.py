@@ -249,6 +249,8 @@ def _bench(args: argparse.Namespace) -> int:
 
     names = [f.name for f in dataclasses.fields(BenchConfig) if f.name in args]
     given: dict[str, Any] = {name: vars(args)[name] for name in names}
+    if given.get("variants") == []:
+        raise ValueError("--variants: expected names such as reference-fp32,native-bf16, found none")
     given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
     found = bench(BenchConfig(**given))
     if args.out:

@@ -355,6 +355,9 @@ def _introduce(session: Session, state: State, nodes: list[architecture.Node]) -
         f"{net.growth_rates}: {parameters:,} parameters, {macs:,} MACs"
     )
     yield Message(f"{session.device}, {session.precision}, implementation {state.model.implementation}")
+    if session.config.train.implementation == "auto" and net.aggregation == "concat":
+        for name, reason in ops.passed_over(session.device).items():
+            yield Message(f"implementation {name} cannot run here: {reason}")
 
 
 def _on_device(data: Dataset, device: torch.device) -> Dataset:

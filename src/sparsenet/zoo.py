@@ -70,6 +70,7 @@ def create_model(
     num_classes: int | None = None,
     in_chans: int = 3,
     implementation: str = "auto",
+    memory: str = "normal",
     **changes: Any,
 ) -> SparseNet:
     """A new network by name, with any field of :class:`Architecture` changed by keyword.
@@ -78,4 +79,4 @@ def create_model(
     """
     if num_classes is not None:
         changes["num_classes"] = num_classes
-    return SparseNet(architecture(name, in_chans=in_chans, **changes), implementation)
+    return SparseNet(architecture(name, in_chans=in_chans, **changes), implementation, memory)

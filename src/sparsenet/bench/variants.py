@@ -61,6 +61,8 @@ class Variant:
             return f"only {', '.join(step.RECORDERS)} records its work, found {device.type}"
         if "lean" in self.options and self.implementation in ("reference", *THEIRS):
             return "lean is for this library's engines, the others keep everything"
+        if "compiled" in self.options and self.implementation in ops.OPAQUE:
+            return "a compiler cannot look into kernels of their own and is shown the reference"
         if self.implementation in THEIRS:
             return _not_importable("torchvision")
         return ops.unavailable(self.implementation, device)

@@ -14,7 +14,18 @@ from sparsenet.extras import MissingExtra
 from sparsenet.ops import reference, shared  # noqa: F401 - always loaded
 from sparsenet.ops.plan import MEMORY, Plan, Reader, Statistics
 
-__all__ = ["IMPLEMENTATIONS", "MEMORY", "Plan", "Reader", "Statistics", "aggregate", "choose", "unavailable"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "MEMORY",
+    "OPAQUE",
+    "Plan",
+    "Reader",
+    "Statistics",
+    "aggregate",
+    "choose",
+    "passed_over",
+    "unavailable",
+]
 
 IMPLEMENTATIONS = {  # modules, loaded when first asked for: see Implementation
     "reference": "sparsenet.ops.reference",
@@ -85,8 +96,16 @@ def aggregate(
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
     if (traced and implementation in ("auto", *OPAQUE)) or not x.numel():
         return reference.aggregate(plan, x, readers, statistics, training)
-    module = _load(choose(implementation, plan.aggregation, x.device))
-    return module.aggregate(plan, x, readers, statistics, training)
+    name = choose(implementation, plan.aggregation, x.device)
+    if implementation == "auto" and name == "native" and x.dtype == torch.float16:
+        name = "shared"
+    return _load(name).aggregate(plan, x, readers, statistics, training)
+
+
+def passed_over(device: torch.device) -> dict[str, str]:
+    """Implementations that ``auto`` would prefer on the *device*, with the reason why they cannot run there."""
+    reasons = {name: unavailable(name, device) for name in PREFERRED.get(device.type, ())}
+    return {name: reason for name, reason in reasons.items() if reason}
 
 
 def _prefer(device: torch.device | None) -> str:

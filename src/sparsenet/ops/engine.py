@@ -15,7 +15,6 @@ where the textbook corrects once per link. Means run over batch and pixels. Exac
 from __future__ import annotations
 
 import copy
-import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
@@ -212,7 +211,7 @@ def aggregate(
     parameters = [*(reader.scale for reader in readers), *(reader.shift for reader in readers), *weights]
     if torch.is_grad_enabled():
         return _Aggregate.apply(engine, plan, statistics, training, x, *parameters)  # type: ignore[no-any-return,no-untyped-call]
-    work = engine(dataclasses.replace(plan, memory="live"), x, parameters)
+    work = engine(plan.without_gradient, x, parameters)
     return _forward(work, x, statistics, training)[0]
 
 
@@ -242,7 +241,8 @@ class _Aggregate(torch.autograd.Function):
     def backward(ctx: Any, d_activated: Tensor) -> tuple[Tensor | None, ...]:
         work, saved, (parameters, kept) = copy.copy(ctx.bare), ctx.saved_tensors, ctx.counts
         work.take(saved[:parameters])
-        work.kept = saved[parameters : parameters + kept]
+        # The same memory under another version: lean backward writes to it, and a second one may follow.
+        work.kept = tuple(tensor.data for tensor in saved[parameters : parameters + kept])
         with torch.autocast(work.device.type, enabled=False):
             return None, None, None, None, *_backward(work, d_activated, saved[parameters + kept :], ctx.training)
 

@@ -1,4 +1,4 @@
-/* The engine's passes and convolutions for CPUs, without any concatenation in memory.
+/* The engine's passes and convolutions for CPUs, without any layer's input concatenated in memory.
  *
  * A feature is rows of pixels: element (pixel, channel) of feature j lies at pixel * width_j + channel of its part of
  * the block. A reader's input is gathered, normalised and rectified for a band of image rows at a time, into scratch
@@ -12,6 +12,7 @@
 #ifndef STORE
 
 #include <omp.h>
+#include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -41,6 +42,9 @@ typedef struct {
   size_t size;
 } Arena;
 static _Thread_local Arena arena;
+static pthread_key_t owner; /* frees a thread's arena when the thread ends */
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+static void make_owner(void) { pthread_key_create(&owner, free); }
 
 /* Scratch memory of this thread, kept from call to call; uninitialised. */
 static void *scratch(size_t size) {
@@ -49,6 +53,8 @@ static void *scratch(size_t size) {
     arena.memory = aligned_alloc(4096, (size + 4095) / 4096 * 4096);
     if (!arena.memory) abort();
     arena.size = size;
+    pthread_once(&once, make_owner);
+    pthread_setspecific(owner, arena.memory);
   }
   return arena.memory;
 }
@@ -618,9 +624,10 @@ void NAME(back)(const Reader *reader, const STORE *block, const ACC *scale, cons
 /* Mean and variance (biased) of x (pixels, width), in two passes. */
 void NAME(measure)(const STORE *x, int64_t pixels, int64_t width, double *mean, double *var) {
   int threads = omp_get_max_threads();
-  double *partial = calloc(threads * width, sizeof(double)); /* there may be fewer threads than asked for */
+  double *partial = malloc(threads * width * sizeof(double)); /* there may be fewer threads than asked for */
   if (!partial) abort();
   for (int pass = 0; pass < 2; pass++) {
+    memset(partial, 0, threads * width * sizeof(double));
 #pragma omp parallel num_threads(threads)
     {
       int64_t me = omp_get_thread_num(), team = omp_get_num_threads();

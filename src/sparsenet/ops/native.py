@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -40,26 +41,31 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
-@cache
 def library() -> ctypes.CDLL:
     """The compiled kernels, from the user's cache; ``RuntimeError`` where there is no compiler or it fails."""
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
+    found = _library()
+    if isinstance(found, str):
+        raise RuntimeError(found)
+    return found
+
+
+@cache  # a failure too: every forward asks
+def _library() -> ctypes.CDLL | str:
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc")
     if not compiler:
-        raise RuntimeError("it needs a C compiler (gcc, clang or $CC), found none")
+        return "it needs a C compiler (GCC, or $CC that makes what GCC does), found none"
     flags = [*FLAGS, *os.environ.get("CFLAGS", "").split()]
     key = hashlib.sha256(repr((SOURCE.read_bytes(), flags, compiler, _processor())).encode()).hexdigest()[:16]
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsenet"
     target = root / f"native-{key}.so"
-    if not target.exists():
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            _compile(compiler, flags, target)
-        except OSError as error:
-            raise RuntimeError(f"its kernels could not be compiled: {error}") from None
     try:
+        if not target.exists():
+            root.mkdir(parents=True, exist_ok=True)
+            if trouble := _compile(shlex.split(compiler), flags, target):
+                return trouble
         return ctypes.CDLL(str(target))
     except OSError as error:
-        raise RuntimeError(f"its compiled kernels could not be loaded: {error}") from None
+        return f"its kernels could not be compiled and loaded: {error}"
 
 
 def _processor() -> tuple[str, ...]:
@@ -71,21 +77,26 @@ def _processor() -> tuple[str, ...]:
     return tuple(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
 
 
-def _compile(compiler: str, flags: list[str], target: Path) -> None:
-    """Compiles to a file of its own and renames it, so that no process ever loads half a library."""
+def _compile(compiler: list[str], flags: list[str], target: Path) -> str | None:
+    """Compiles to a file of its own and renames it, so that no process ever loads half a library; what went wrong."""
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         built, code = Path(folder) / "native.so", Path(folder) / "native.o"
         # Linked without OpenMP's library: PyTorch's is loaded already, and two thread pools would fight for the cores.
         for arguments in ([*flags, "-c", str(SOURCE), "-o", str(code)], ["-shared", str(code), "-o", str(built)]):
-            found = subprocess.run([compiler, *arguments], capture_output=True, text=True)
+            found = subprocess.run([*compiler, *arguments], capture_output=True, text=True)
             if found.returncode:
                 said = [line for line in found.stderr.splitlines() if "error" in line] or [f"exit {found.returncode}"]
-                raise RuntimeError(f"its kernels could not be compiled by {compiler}: {said[0]}")
+                return f"its kernels could not be compiled by {compiler[0]}: {said[0]}"
         built.replace(target)
+    return None
 
 
 def _argument(value: Tensor | int | ctypes.Structure) -> Any:
     if isinstance(value, Tensor):
+        if value.numel() and not value.data_ptr():
+            raise ValueError(
+                "implementation 'native': expected tensors with data, found one without; ask for 'reference'"
+            )
         return ctypes.c_void_p(value.data_ptr())
     return ctypes.c_int64(value) if isinstance(value, int) else ctypes.byref(value)
 
@@ -112,6 +123,7 @@ class Native(engine.Engine):
 
     def call(self, function: str, *arguments: Tensor | int | ctypes.Structure) -> None:
         """Runs a function of native.c on tensors, whose memory it is given, and numbers."""
+        torch.get_num_threads()  # settles the number for this thread, if that has not been done
         getattr(library(), f"{function}_{SUFFIXES[self.dtype]}")(*map(_argument, arguments))
 
     def reader(self, r: int) -> _Reader:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -78,6 +78,24 @@ class Plan:
 
     def columns(self, widths: Sequence[int]) -> Columns:
         """Where features of these widths lie; one that is no longer needed makes room for one as wide."""
+        if tuple(widths) not in self._columns:
+            self._columns[tuple(widths)] = self._lay_out(widths)
+        return self._columns[tuple(widths)]
+
+    @cached_property
+    def _columns(self) -> dict[tuple[int, ...], Columns]:
+        return {}
+
+    @cached_property
+    def without_gradient(self) -> Plan:
+        """The same for a pass that no backward follows."""
+        return replace(self, memory="live")
+
+    def _lay_out(self, widths: Sequence[int]) -> Columns:
+        freed: dict[int, list[int]] = {}  # reader, counted from 1, to the features that it reads last
+        for i in range(len(widths)):
+            if self.memory == "live" or i in self.recomputed:
+                freed.setdefault(max(self.topology.last_reader[i], i), []).append(i)
         first: list[int] = []
         total = 0
         free: dict[int, list[int]] = {}
@@ -87,8 +105,6 @@ class Plan:
             else:
                 first.append(total)
                 total += width
-            for i in range(j + 1):  # reader j, counted from 1, has made feature j: what it read last is free again
-                freed = self.memory == "live" or i in self.recomputed
-                if freed and max(self.topology.last_reader[i], i) == j:
-                    free.setdefault(widths[i], []).append(first[i])
+            for i in freed.get(j, ()):  # reader j has made feature j
+                free.setdefault(widths[i], []).append(first[i])
         return Columns(tuple(first), total)
