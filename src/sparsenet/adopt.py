@@ -80,8 +80,7 @@ def load_torchvision(model: SparseNet, state_dict: Mapping[str, Tensor]) -> None
     ``ValueError`` naming a weight that is missing, left over, or of another shape.
     """
     found = model.architecture
-    reads = [(i, read) for stage in found.stages for i, read in enumerate(stage.topology.sources, start=1)]
-    dense = all(read == tuple(range(i)) for i, read in reads)
+    dense = all(stage.topology.is_dense for stage in found.stages)
     if not dense or found.aggregation != "concat" or found.stem != "imagenet":
         raise ValueError(
             "torchvision weights: expected a densely concatenating network with stem 'imagenet', found fetch "

@@ -120,6 +120,11 @@ class Topology:
         return len(self.sources) - 1
 
     @property
+    def is_dense(self) -> bool:
+        """Whether every layer reads every earlier feature, oldest first, as in DenseNet."""
+        return all(read == tuple(range(i)) for i, read in enumerate(self.sources, start=1))
+
+    @property
     def output(self) -> tuple[int, ...]:
         """What the stage output reads."""
         return self.sources[-1]

@@ -213,7 +213,7 @@ def _compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:
 
 def torchvision_densenet(architecture: Architecture, efficient: bool) -> nn.Module:
     """torchvision's network of the same architecture; ``ValueError`` where it has none."""
-    dense = all(read == tuple(range(i)) for read, i in _reads(architecture))
+    dense = all(stage.topology.is_dense for stage in architecture.stages)
     if not (dense and architecture.stem == "imagenet" and architecture.bottleneck):
         raise ValueError("--variants: torchvision has the networks densenet121, 161, 169, 201 and the like only")
     settings: dict[str, Any] = {
@@ -225,8 +225,3 @@ def torchvision_densenet(architecture: Architecture, efficient: bool) -> nn.Modu
     }
     made: nn.Module = require("torchvision.models", "").DenseNet(**settings)
     return made
-
-
-def _reads(architecture: Architecture) -> Iterator[tuple[tuple[int, ...], int]]:
-    for stage in architecture.stages:
-        yield from zip(stage.topology.sources, range(1, stage.topology.depth + 2), strict=True)

@@ -99,11 +99,6 @@ class Engine(ABC):
         """Of every channel, sums over readers of scale times the gradients of shift and of scale, ``(2, C)``."""
         return torch.zeros(2, sum(self.widths), dtype=self.wide, device=self.device)
 
-    @cached_property
-    def begun(self) -> set[int]:
-        """Features whose sum holds a reader's gradient; the others' is uninitialised."""
-        return set()
-
     def mean_and_rstd(self, j: int) -> tuple[Tensor, Tensor]:
         """Of feature *j*, ``(C,)`` each."""
         start = self.channels[j]
@@ -271,7 +266,7 @@ def _backward(work: Engine, d_activated: Tensor, masks: Sequence[Tensor], traini
     d_scales, d_shifts, d_weights = [None] * n, [None] * n, [None] * (n - 1)  # type: list[Any], list[Any], list[Any]
     d_scales[-1], d_shifts[-1] = work.collect(n - 1, d_activated)
     for r in reversed(range(n - 1)):
-        if r + 1 not in work.begun:
+        if work.plan.sent_first[r + 1] is None:
             continue
         d_made = work.corrected(r + 1, training)
         if masks:
@@ -281,7 +276,7 @@ def _backward(work: Engine, d_activated: Tensor, masks: Sequence[Tensor], traini
             work.put(j, made * masks[j - 1] * share if masks else made, None, training)
         d_scales[r], d_shifts[r], d_weights[r] = work.back(r, d_made)
     _match(d_weights, work.weights)
-    return [work.corrected(0, training) if 0 in work.begun else None, *d_scales, *d_shifts, *d_weights]
+    return [None if work.plan.sent_first[0] is None else work.corrected(0, training), *d_scales, *d_shifts, *d_weights]
 
 
 def _match(gradients: list[Any], like: Sequence[Tensor]) -> None:

@@ -188,7 +188,7 @@ class Native(engine.Engine):
     def _share_out(self, r: int, function: str, d: Tensor, *weight: Tensor) -> list[Tensor]:
         """Adds to the sums; gradients of scale and shift, and of the weight where one is given."""
         read = self.plan.reads[r]
-        begun = torch.tensor([j in self.begun for j in read], dtype=torch.uint8)
+        begun = torch.tensor([self.plan.sent_first[j] != r for j in read], dtype=torch.uint8)
         *affine, mean, rstd = self.affine(r)
         gradients = [torch.empty_like(t) for t in (affine[1], affine[2], *weight)]
         d = d.to(self.dtype).contiguous(memory_format=self.layout)
@@ -196,7 +196,6 @@ class Native(engine.Engine):
             function, self.reader(r), *affine, mean, rstd, *weight, d, self.block_of_sums, begun, *gradients,
             self.totals, self.totals.shape[1],
         )  # fmt: skip
-        self.begun.update(read)
         return [g.to(self.scales[r].dtype) for g in gradients[:2]] + gradients[2:]
 
     def corrected(self, j: int, training: bool) -> Tensor:

@@ -77,11 +77,10 @@ class Shared(engine.Engine):
         d_affine.mul_(scale.to(d_affine.dtype).view(-1, 1, 1))
         read = self.plan.reads[r]
         for j, part in zip(read, d_affine.split([self.widths[j] for j in read], 1), strict=True):
-            if j in self.begun:
-                self.sums[j].add_(part)
-            else:
+            if self.plan.sent_first[j] == r:
                 self.sums[j].copy_(part)
-        self.begun.update(read)
+            else:
+                self.sums[j].add_(part)
         return d_scale, d_shift
 
     def corrected(self, j: int, training: bool) -> Tensor:

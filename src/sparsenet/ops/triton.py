@@ -154,7 +154,6 @@ class Triton(engine.Engine):
         d_scale, d_shift = torch.empty_like(scale), torch.empty_like(shift)
         settled = partials, statistics, scale, d_scale, d_shift, self.totals
         self.settle(kernels.settle_gradients, pieces, spread, *settled)
-        self.begun.update(self.plan.reads[r])
         return d_scale, d_shift
 
     def corrected(self, j: int, training: bool) -> Tensor:
