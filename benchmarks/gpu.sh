@@ -4,8 +4,8 @@
 #   benchmarks/gpu.sh OUT correctness|bench|evidence|all [BEFORE]
 #
 # Leaves in OUT a few files of at most 15 MiB: correctness.log; bench.log and bench.tar.gz (a folder for each
-# record); evidence.log and the run folder as run.tar.gz.aa, .ab, ... BEFORE, by default OUT itself, is a folder that an
-# earlier call left: records that it holds are not made again, and its run is resumed.
+# record); evidence.log and the run folders as runs.tar.gz.aa, .ab, ... BEFORE, by default OUT itself, is a folder that an
+# earlier call left: records that it holds are not made again, and its runs go on.
 #
 #   DATA=folder     CIFAR-10 for the evidence (any --dataset_dir of sparsenet train); DATA_NAME: its name in reports
 #   LIMIT=520       seconds for each part
@@ -98,40 +98,73 @@ bench() {
 
 evidence() {
     begin evidence
-    local run=$out/run flags
-    flags=(
-        --fetch sparse --depth 100 --growth_rate 24 --batch_size 64 --drop_1 150 --drop_2 225 --max_epoch 300
-        --dataset_dir "${DATA:-}" ${DATA_NAME:+--dataset_name "$DATA_NAME"}
-    )
-    [ -z "$quick" ] || flags=(--dataset digits --depth 7 --growth_rate 4 --max_epoch 3 --device cpu)
-    if [ -z "$quick" ] && [ ! -d "${DATA:-}" ]; then
+    missing=()
+    if [ -e "$before/runs.tar.gz.aa" ]; then cat "$before"/runs.tar.gz.?? | tar xz -C "$out"; fi
+    mkdir -p "$out/runs"
+    if [ -n "$quick" ]; then
+        train paper 3 --dataset digits --depth 7 --growth_rate 4 --device cpu
+        train strong 2 --dataset digits --depth 7 --growth_rate 4 --device cpu --ema 0.9 --random_augment true
+    elif [ -d "${DATA:-}" ]; then
+        runs
+    else
         echo "DATA: expected a folder with CIFAR-10 as sparsenet train takes it, found '${DATA:-}'"
         return 1
     fi
-    if [ -e "$before/run.tar.gz.aa" ]; then
-        cat "$before"/run.tar.gz.?? | tar xz -C "$out"
-        if [ -n "$quick" ]; then flags=(); else flags=(--dataset_dir "$DATA"); fi
-        flags+=(--resume "$run")
-    else
-        flags+=(--out "$run")
-    fi
-    flags+=(--time_limit $((limit > 120 ? limit - 60 : limit))) # and the rest for what comes before and after
-    local code=0
-    timeout -k 20 "$(left)" "$python" -m sparsenet.cli train "${flags[@]}" || code=$?
-    pack_run "$run"
-    return $code
+    tar cz -C "$out" runs | split -b 15M - "$out/runs.tar.gz."
+    rm -r "$out/runs"
+    [ ${#missing[@]} -eq 0 ] || { echo "not at their end: ${missing[*]}; call again with $out as BEFORE"; return 1; }
 }
 
-pack_run() { # RUN: the newest checkpoints only, in files that can be carried
+runs() {
+    local data=(--preset paper --dataset_dir "$DATA" ${DATA_NAME:+--dataset_name "$DATA_NAME"})
+    local net=(--fetch sparse --depth 100 --growth_rate 24) seed
+    # 94 and 95 %: how soon. Images grow from 16 pixels, so that early epochs are cheap.
+    local fast=(--schedule onecycle --lr 0.4 --batch_size 256 --warmup 3 --weight_decay 5e-4 --ema 0.995 --first_size 16)
+    # As the paper's in network, epochs and batch, stronger in what is seen and in how the rate falls.
+    local strong=(--schedule cosine --warmup 5 --weight_decay 5e-4 --label_smoothing 0.1 --ema 0.9995)
+    strong+=(--random_augment true --cutout 8 --cutmix 1)
+    for seed in 0 1 2; do
+        train "fast-15-seed$seed" 15 "${data[@]}" "${net[@]}" "${fast[@]}" --seed $seed
+        train "fast-30-seed$seed" 30 "${data[@]}" "${net[@]}" "${fast[@]}" --seed $seed
+    done
+    train paper-seed0 300 "${data[@]}" "${net[@]}" --batch_size 64 --drop_1 150 --drop_2 225
+    train densenet-bc-seed0 300 "${data[@]}" --fetch dense --depth 100 --growth_rate 12 --bottleneck true
+    for seed in 0 1 2; do train "strong-seed$seed" 300 "${data[@]}" "${net[@]}" "${strong[@]}" --seed $seed; done
+}
+
+train() { # NAME EPOCHS FLAGS...: begun, resumed, or left alone where it is at its end, as long as there is time
+    local name=$1 epochs=$2 run=$out/runs/$1 began=$SECONDS spare=25
+    shift 2
+    local flags=("$@" --max_epoch "$epochs" --out "$run") where=()
+    if [ "$(done_epochs "$run")" -ge "$epochs" ]; then
+        echo "== $name: made before"
+        return
+    elif [ "$(left)" -lt 60 ]; then
+        missing+=("$name")
+        return
+    elif [ -e "$run/config.json" ]; then
+        if [ -z "$quick" ]; then where=(--dataset_dir "$DATA"); fi
+        flags=(--resume "$run" "${where[@]}")
+    fi
+    echo "== $name: sparsenet train ${flags[*]}"
+    timeout -k 10 "$(left)" "$python" -m sparsenet.cli train "${flags[@]}" --time_limit $(($(left) - spare)) || true
+    thin "$run"
+    echo "== $name: $(done_epochs "$run") of $epochs epochs after $((SECONDS - began)) s more"
+    [ "$(done_epochs "$run")" -ge "$epochs" ] || missing+=("$name")
+}
+
+done_epochs() { # RUN
+    if [ -e "$1/metrics.csv" ]; then echo $(($(wc -l <"$1/metrics.csv") - 1)); else echo 0; fi
+}
+
+thin() { # RUN: what has to be carried: the newest checkpoints only, and of a run at its end the best one only
     local kind
     for kind in last best; do
-        find "$1/checkpoints" -name "$kind-*.json" | sort -r | tail -n +2 | while read -r old; do
+        find "$1/checkpoints" -name "$kind-*.json" 2>/dev/null | sort -r | tail -n +2 | while read -r old; do
             rm -f "$old" "${old%.json}.safetensors"
         done
     done
-    rm -f "$out"/run.tar.gz.??
-    tar cz -C "$(dirname "$1")" "$(basename "$1")" | split -b 15M - "$out/run.tar.gz."
-    rm -r "$1"
+    if [ "$(done_epochs "$1")" -ge "$epochs" ]; then rm -f "$1"/checkpoints/last-*; fi
 }
 
 case $part in

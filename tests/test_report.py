@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
+from base64 import b64encode
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sparsenet.report import COLUMNS, markdown_table, summarise, write_report
+from sparsenet.config import RunConfig
+from sparsenet.records import COLUMNS, markdown_table, read_rows, summarise, update
+from sparsenet.report import write_report
+
+ROOT = Path(__file__).parent.parent
 
 METRICS = """epoch,lr,train_error,val_error,test_error,seconds,eval_seconds,peak_memory_mb
 1,0.1,60.0,,55.5,30.0,2.0,1000.0
@@ -18,13 +24,24 @@ METRICS = """epoch,lr,train_error,val_error,test_error,seconds,eval_seconds,peak
 """
 
 
-def make(path: Path, error: float | None, fetch: str = "sparse") -> Path:
+def make(path: Path, error: float | None, fetch: str = "sparse", depth: int = 40, seed: int = 7) -> Path:
     path.mkdir()
-    network = {"fetch": fetch, "aggregation": "concat", "depth": 40, "growth_rate": [12], "bottleneck": True}
+    network = {"fetch": fetch, "aggregation": "concat", "depth": depth, "growth_rate": [12], "bottleneck": True}
     files: dict[str, Any] = {
-        "config": {"network": network, "data": {"dataset": "auto"}, "train": {"seed": 7, "max_epoch": 9}},
-        "environment": {"device": "cpu", "device_name": "A CPU | fast", "threads": 2},
-        "graph": {"parameters": 123456, "macs": 5, "nodes": []},
+        "config": {
+            "network": network,
+            "data": {"dataset": "auto", "mirror": False},
+            "optim": {"schedule": "onecycle", "lr": 0.2},
+            "train": {"seed": seed, "max_epoch": 9, "batch_size": 32},
+        },
+        "environment": {
+            "device": "cpu",
+            "device_name": "A CPU | fast",
+            "threads": 2,
+            "torch": "9",
+            "precision": "bf16",
+        },
+        "graph": {"parameters": 123456, "macs": 5_000_000, "nodes": []},
     }
     if error is not None:
         files["result"] = {"dataset": "CIFAR-10 (JPEG)", "error": error, "epochs": 3}
@@ -54,40 +71,132 @@ class Page(HTMLParser):
 
 
 def test_a_row_holds_what_the_folder_says(tmp_path: Path) -> None:
-    row = summarise(make(tmp_path / "run", 5.5))
-    assert row == {
-        "platform": "A CPU | fast, 2 threads",
+    run = make(tmp_path / "run", 5.5)
+    assert summarise(run) == {
+        "platform": "A CPU | fast, 2 threads, torch 9, bf16",
         "architecture": "SparseNet-BC",
         "depth": 40,
         "growth": "12",
         "parameters": 123456,
+        "macs": 5_000_000,
         "dataset": "CIFAR-10 (JPEG)",
         "error": 5.5,
         "train_seconds": 25.0,
         "test_seconds": 2.5,
-        "epochs": "3 of 9",
+        "hours": 80 / 3600,
         "peak_memory_mb": 1234.5,
+        "recipe": "3 of 9 epochs, batch size 32, lr 0.2, onecycle, no mirror",
         "seed": 7,
         "final": True,
+        "published": False,
+        "runs": [run],
     }
 
 
 def test_a_run_without_a_result_reports_its_last_test_and_says_so(tmp_path: Path) -> None:
-    row = summarise(make(tmp_path / "run", None))
-    assert (row["error"], row["epochs"], row["final"]) == (44.5, "3 of 9", False)
-    assert "| 44.50* |" in markdown_table([row])
+    rows = read_rows([make(tmp_path / "run", None)])
+    assert (rows[0]["error"], rows[0]["final"]) == (44.5, False)
+    assert "| 44.50* |" in markdown_table(rows)
 
 
-def test_the_table_is_markdown_with_the_best_first(tmp_path: Path) -> None:
+def test_the_default_settings_are_called_the_paper_s(tmp_path: Path) -> None:
+    run = make(tmp_path / "run", 5.5)
+    (run / "config.json").write_text(json.dumps(RunConfig().to_dict()))
+    (run / "metrics.csv").unlink()
+    (run / "result.json").write_text(json.dumps({"error": 4.44, "epochs": 300}))
+    assert summarise(run)["recipe"] == "the paper's, 300 epochs"
+
+
+def test_the_table_is_markdown_with_the_best_first_and_no_empty_column(tmp_path: Path) -> None:
     runs = [make(tmp_path / name, error, name) for name, error in (("dense", 9.25), ("sparse", 5.5))]
-    lines = markdown_table([summarise(run) for run in runs]).splitlines()
+    lines = markdown_table(read_rows(runs)).splitlines()
     assert [line.replace(r"\|", "").count("|") for line in lines] == [len(COLUMNS) + 1] * 4
     assert "SparseNet-BC" in lines[2]
     assert "DenseNet-BC" in lines[3]
+    for run in runs:
+        (run / "environment.json").unlink()
+    assert markdown_table(read_rows(runs)).splitlines()[0].count("|") == len(COLUMNS)
+
+
+def test_runs_that_differ_in_the_seed_only_are_one_row(tmp_path: Path) -> None:
+    errors = {3: 5.0, 1: 6.0, 2: 7.0}
+    runs = [make(tmp_path / f"seed{seed}", error, seed=seed) for seed, error in errors.items()]
+    [row] = read_rows([tmp_path])
+    assert (row["error"], row["seed"], sorted(row["errors"]), sorted(row["runs"])) == (
+        6.0, "1, 2, 3", [5.0, 6.0, 7.0], sorted(runs),
+    )  # fmt: skip
+    assert "| 6.00 ± 1.00 |" in markdown_table([row])
+    for change in ({"fetch": "dense"}, {"depth": 22}):
+        make(tmp_path / "other", 5.0, **change)
+        assert len(read_rows([tmp_path])) == 2
+        shutil.rmtree(tmp_path / "other")
+
+
+def test_published_rows_come_first_and_say_so(tmp_path: Path) -> None:
+    rows = [{"platform": "paper", "error": 4.44, "train_seconds": "61–70"}]
+    (tmp_path / "published.json").write_text(json.dumps({"published": rows}))
+    make(tmp_path / "run", 2.5)
+    lines = markdown_table(read_rows([tmp_path])).splitlines()
+    assert len(lines) == 4
+    assert lines[2].startswith("| *published:* paper |")
+    assert "| 4.44 | 61–70 |" in lines[2]
+    (tmp_path / "published.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"published\.json: expected a JSON object"):
+        read_rows([tmp_path])
+
+
+def test_records_of_the_benchmark_are_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "bench.json").write_text("{}")
+    assert read_rows([tmp_path]) == []
+
+
+def test_the_tables_of_a_page_are_written_from_records(tmp_path: Path) -> None:
+    make(tmp_path / "results", 5.5)
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- report resul* -->\nanything\n<!-- /report -->\nafter <!-- /report -->\n")
+    assert update(page) == 1
+    table = markdown_table(read_rows([tmp_path / "results"]))
+    expected = f"before\n<!-- report resul* -->\n\n{table}\n<!-- /report -->\nafter <!-- /report -->\n"
+    assert page.read_text() == expected
+    assert update(page) == 1
+    assert page.read_text() == expected
+
+
+@pytest.mark.parametrize("text", [None, "no table", "<!-- report nothing -->\n<!-- /report -->"])
+def test_a_page_that_cannot_be_updated_is_named_and_kept(tmp_path: Path, text: str | None) -> None:
+    page = tmp_path / "page.md"
+    if text is not None:
+        page.write_text(text)
+    with pytest.raises(ValueError, match=r"expected a (page|table|run folder)"):
+        update(page)
+    assert text is None or page.read_text() == text
+
+
+def test_the_readme_s_tables_are_those_of_the_records(tmp_path: Path) -> None:
+    (tmp_path / "results").symlink_to(ROOT / "results")
+    page = tmp_path / "README.md"
+    page.write_text((ROOT / "README.md").read_text())
+    assert update(page) > 0
+    assert page.read_text() == (ROOT / "README.md").read_text()  # else: sparsenet report --update README.md
+
+
+def test_the_page_compares_error_with_cost(tmp_path: Path) -> None:
+    for depth, macs in ((22, 10), (40, 30)):
+        for seed in (0, 1):
+            run = make(tmp_path / f"{depth}-{seed}", 9.0 - depth / 10 + seed, depth=depth, seed=seed)
+            (run / "graph.json").write_text(json.dumps({"parameters": 100 * depth, "macs": macs * 1_000_000}))
+    page = Page(write_report([tmp_path], tmp_path / "report.html").read_text())
+    picture = (tmp_path / "report.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert "data:image/png;base64," + b64encode(picture).decode() in page.sources
+    assert "7.50 ± 0.71" not in page.words
+    assert "5.50 ± 0.71" in page.words
+    assert all(f"{depth}-{seed}" in page.words for depth in (22, 40) for seed in (0, 1))
 
 
 def test_the_page_stands_alone_with_the_best_run_first(tmp_path: Path) -> None:
-    runs = [make(tmp_path / name, error) for name, error in (("worse", 9.25), ("<b>best & $1", 5.5), ("going", None))]
+    errors = {"worse": 9.25, "<b>best & $1": 5.5, "going": None}
+    runs = [make(tmp_path / name, error, depth=len(name)) for name, error in errors.items()]
     (runs[1] / "curves.png").write_bytes(b"\x89PNG")
     text = write_report(runs, tmp_path / "report.html").read_text()
     page = Page(text)
@@ -110,11 +219,12 @@ def test_any_one_file_is_enough(tmp_path: Path, kept: str) -> None:
     words = Page(write_report([run], tmp_path / "report.html").read_text()).words
     assert "Not in the folder: " in words
     assert kept not in words.split("Not in the folder: ")[1].split("Command")[0]
-    assert markdown_table([summarise(run)])
+    assert markdown_table(read_rows([run]))
 
 
-@pytest.mark.parametrize("name", ["nothing here", "."])
-def test_a_folder_that_is_no_run_is_named(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["nothing here", "empty"])
+def test_a_folder_without_a_run_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="expected a run folder") as error:
         write_report([make(tmp_path / "run", 5.5), tmp_path / name], tmp_path / "report.html")
     assert str(tmp_path / name) in str(error.value)

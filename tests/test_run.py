@@ -91,7 +91,7 @@ def test_a_folder_is_held_by_one_process_and_freed_by_a_kill(tmp_path):
 
 def test_what_a_run_says_of_itself(tmp_path):
     run = Run.create(tmp_path / "run")
-    run.describe(RunConfig(), 32, graph(RunConfig().network), torch.device("cpu"))
+    run.describe(RunConfig(), 32, graph(RunConfig().network), environment(torch.device("cpu")))
     found = json.loads((run.path / "environment.json").read_text())
     assert found["torch"] == torch.__version__
     assert found == environment(torch.device("cpu"))

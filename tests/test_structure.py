@@ -18,7 +18,7 @@ FLOORS = [
     ["data", "optim"],
     ["config", "presets"],
     ["run"],
-    ["step", "evaluate", "pictures"],
+    ["step", "evaluate", "pictures", "records", "filters"],
     ["predict", "export", "train", "report", "bench", "check"],
     ["display", "flags"],
     ["cli"],

@@ -232,11 +232,17 @@ def _models(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from sparsenet.report import markdown_table, summarise, write_report
+    from sparsenet.records import markdown_table, read_rows, update
+    from sparsenet.report import write_report
 
     runs = [Path(run) for run in args.runs]
-    if args.markdown:
-        print(markdown_table([summarise(run) for run in runs]))
+    if bool(runs) == bool(args.update):
+        raise ValueError("sparsenet report: expected either run folders or --update with a page")
+    if args.update:
+        count = update(Path(args.update))
+        print(f"{args.update}: {count} table{'s' * (count != 1)} written anew")
+    elif args.markdown:
+        print(markdown_table(read_rows(runs)), end="")
     else:
         print(write_report(runs, Path(args.out) if args.out else runs[0] / "report.html"))
     return 0

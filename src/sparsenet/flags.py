@@ -89,9 +89,10 @@ def parser() -> Parser:
     export.add_argument("--opset", type=_at_least_1, default=None, help="ONNX operator set")
 
     report = commands.add_parser("report", help="one HTML page that compares runs")
-    report.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
+    report.add_argument("runs", nargs="*", metavar="RUN", help="run folders, or folders of them")
     report.add_argument("--out", default="", help="the page; default: report.html in the first run folder")
     report.add_argument("--markdown", action="store_true", help="print the table as Markdown instead")
+    report.add_argument("--update", default="", metavar="PAGE", help="write the tables of a Markdown page anew")
     _add_tools(commands)
     return parser
 

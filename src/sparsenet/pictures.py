@@ -28,6 +28,7 @@ LOOK = {
     "axes.titlesize": 11,
     "axes.titlelocation": "left",
 }
+KINDS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", INK, FAINT)
 SHEET = (4, 8)  # rows and columns of the sheet of mistakes
 
 Row = Mapping[str, float | None]
@@ -109,6 +110,57 @@ def _annotate_last(axis: Any, rows: Sequence[Row]) -> None:
         at = (1.015, min(error, axis.get_ylim()[1]))
         style = {"xycoords": ("axes fraction", "data"), "annotation_clip": False, "va": "center", "weight": "bold"}
         axis.annotate(f"{split}\n{error:.2f} %", at, color=COLOURS[split], **style)
+
+
+COSTS = {
+    "parameters": "parameters (thousands)",
+    "macs": "MACs an image (millions)",
+    "train_seconds": "seconds an epoch of training",
+}
+UNITS = {"parameters": 1e3, "macs": 1e6, "train_seconds": 1}
+
+
+def draw_comparison(rows: Sequence[Mapping[str, Any]], target: Path) -> None:
+    """A PNG of error against parameters, MACs and seconds, one colour for each kind of network.
+
+    *rows* are those of :func:`sparsenet.records.read_rows`: every seed is a dot, the mean of a network a ring with
+    its depth and growth rate; networks of one kind are joined.
+    """
+    shown = [key for key in COSTS if all(row[key] for row in rows)]
+    kinds = dict.fromkeys(sorted(row["architecture"] for row in rows))
+    title = f"{rows[0]['dataset']}, {rows[0]['recipe']}"
+    with picture(target, 1 + 3.6 * len(shown), 4.2, title) as figure:
+        axes = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+        for axis, cost in zip(axes, shown, strict=True):
+            for kind, colour in zip(kinds, KINDS, strict=False):
+                own = sorted((row for row in rows if row["architecture"] == kind), key=lambda row: row[cost])
+                _draw_kind(axis, own, cost, kind, colour)
+            axis.set(xlabel=COSTS[cost], xscale="log")
+            axis.margins(y=0.08)
+            _plain_ticks(axis, [row[cost] / UNITS[cost] for row in rows])
+            axis.grid(axis="y")
+        axes[0].set_ylabel("test error (%)")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(kinds))
+
+
+def _draw_kind(axis: Any, rows: Sequence[Mapping[str, Any]], cost: str, kind: str, colour: str) -> None:
+    xs, ys = [row[cost] / UNITS[cost] for row in rows], [row["error"] for row in rows]
+    axis.plot(xs, ys, "-", color=colour, lw=1.2)
+    axis.plot(xs, ys, "o", color=colour, mfc="white", ms=8, mew=1.8, label=kind)
+    for x, row in zip(xs, rows, strict=True):
+        axis.plot([x] * len(row["errors"]), row["errors"], ".", color=colour, ms=4, zorder=3)
+        name = f"{row['depth']}-{row['growth']}"
+        axis.annotate(name, (x, row["error"]), (7, 5), textcoords="offset points", fontsize=8, color=colour)
+
+
+def _plain_ticks(axis: Any, values: Sequence[float]) -> None:
+    """A logarithmic axis marked more closely than at powers of ten, of which a narrow one has none."""
+    ticks = [digit * 10.0**power for power in range(-3, 7) for digit in (1, 1.5, 2, 3, 5, 7)]
+    left, right = 0.8 * min(values), 1.35 * max(values)
+    inside = [tick for tick in ticks if left <= tick <= right]
+    axis.set_xticks(inside, [f"{tick:g}" for tick in inside])
+    axis.set_xticks([], minor=True)
+    axis.set_xlim(left, right)
 
 
 def draw_confusion(counts: Tensor, classes: Sequence[str], target: Path) -> None:

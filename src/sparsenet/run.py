@@ -137,7 +137,9 @@ class Run:
     def config(self) -> RunConfig:
         return load(self.path / "config.json", RunConfig())
 
-    def describe(self, config: RunConfig, image_size: int, nodes: Sequence[Node], device: torch.device) -> None:
+    def describe(
+        self, config: RunConfig, image_size: int, nodes: Sequence[Node], environment: Mapping[str, Any]
+    ) -> None:
         """Writes config.json, requirements.txt, environment.json and, from *nodes*, graph.json."""
         write_json(
             self.path / "graph.json",
@@ -148,7 +150,7 @@ class Run:
                 "nodes": [dataclasses.asdict(node) for node in nodes],
             },
         )
-        write_json(self.path / "environment.json", environment(device))
+        write_json(self.path / "environment.json", environment)
         write_atomic(self.path / "requirements.txt", "\n".join(installed()) + "\n")
         located = dataclasses.replace(config, data=config.data.located())
         write_json(self.path / "config.json", located.to_dict())

@@ -22,7 +22,7 @@ from sparsenet.device import choose_device, choose_precision, free_memory, peak_
 from sparsenet.evaluate import Evaluation, Scorer, evaluate, scorer
 from sparsenet.events import Concluded, EpochDone, Event, Message, Step, Stopped
 from sparsenet.model import SparseNet
-from sparsenet.run import Checkpoint, Run, RunError, load_trained, version, write_json
+from sparsenet.run import Checkpoint, Run, RunError, environment, load_trained, version, write_json
 from sparsenet.step import Captures, TrainingStep
 
 ADVICE = "start again with a lower --lr, with --grad_clip or with --precision fp32"
@@ -158,7 +158,8 @@ def train(
     state = _new_state(session)
     resumed = list(_resume(session, state)) if resume else []  # refused before anything is written
     nodes = architecture.graph(config.network, preprocessing.size)
-    run.describe(config, preprocessing.size, nodes, device)
+    arithmetic = {"precision": precision, "implementation": state.model.implementation}
+    run.describe(config, preprocessing.size, nodes, environment(device) | arithmetic)
     pictures.draw_graph(nodes, run.path / "graph.svg", run.path.name)
     yield from _introduce(session, state, nodes)
     yield from resumed

@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# The comparisons in results/: many small networks, one recipe.
+#
+#   benchmarks/compare.sh topologies|depths OUT DATA [JOBS]
+#
+# topologies: networks of equal multiply-accumulates, 4 epochs, seeds 0 to 2.
+# depths: 40 to 400 layers, concatenated and summed, 2 epochs of images of 16 by 16, seed 0.
+#
+# Leaves a run folder for each network and seed in OUT, JOBS (2) at a time with one thread each. Called again it goes
+# on: what has a result is left alone, what was stopped is resumed. DATA is any --dataset_dir of sparsenet train, and
+# DATA_NAME its name in reports; SEEDS replaces the seeds.
+set -euo pipefail
+[ $# -ge 3 ] || { echo "usage: $0 topologies|depths OUT DATA [JOBS]" >&2; exit 2; }
+what=$1 out=$2 data=$3 jobs=${4:-2}
+mkdir -p "$out"
+
+sum="--aggregation sum" dense="--fetch dense"
+case $what in
+    topologies)
+        seeds="0 1 2" recipe="--max_epoch 4 --lr 0.2 --warmup 1"
+        networks=(
+            "sparsenet-40-12 --depth 40 --growth_rate 12"         #  78.3 million MACs, 189,514 parameters
+            "densenet-22-12 $dense --depth 22 --growth_rate 12"   #  82.3 million MACs, 290,986 parameters
+            "sparsenet-sum-40-23 $sum --depth 40 --growth_rate 23" # 78.1 million MACs, 175,109 parameters
+            "sparsenet-22-12 --depth 22 --growth_rate 12"         #  33.2 million MACs,  79,066 parameters
+            "densenet-22-8 $dense --depth 22 --growth_rate 8"     #  36.7 million MACs, 131,242 parameters
+            "sparsenet-sum-22-21 $sum --depth 22 --growth_rate 21" # 33.2 million MACs,  73,993 parameters
+        )
+        ;;
+    depths)
+        seeds=0 recipe="--max_epoch 2 --lr 0.1 --warmup 0.5 --image_size 16 --shift 2"
+        networks=()
+        for depth in 40 100 202 400; do
+            networks+=("sparsenet-$depth-8 --depth $depth --growth_rate 8")
+            networks+=("sparsenet-sum-$depth-16 $sum --depth $depth --growth_rate 16")
+            networks+=("densenet-sum-$depth-16 $sum $dense --depth $depth --growth_rate 16")
+            [ "$depth" -gt 100 ] || networks+=("densenet-$depth-8 $dense --depth $depth --growth_rate 8")
+        done
+        ;;
+    *) echo "$0: expected topologies or depths, found $what" >&2; exit 2 ;;
+esac
+recipe+=" --preset paper --schedule onecycle --weight_decay 3e-4 --ema 0.995"
+
+for seed in ${SEEDS:-$seeds}; do
+    for network in "${networks[@]}"; do
+        read -r name flags <<<"$network"
+        run=$out/$name-seed$seed
+        if [ -e "$run/result.json" ]; then
+            continue
+        elif [ -e "$run/config.json" ]; then
+            echo "--resume $run"
+        else
+            rm -rf "$run" # a start that did not get as far as a run
+            echo "$flags $recipe --seed $seed --dataset_dir $data --dataset_name \"${DATA_NAME:-CIFAR-10}\" --out $run"
+        fi
+    done
+done | OMP_NUM_THREADS=1 xargs -r -P "$jobs" -L 1 sparsenet train
