@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Call
 
 from sparsenet.config import RunConfig
 from sparsenet.records import COLUMNS, markdown_table, read_rows, summarise, update
@@ -244,3 +245,21 @@ def test_a_damaged_file_is_named_in_one_line(tmp_path: Path, name: str, text: st
 def test_a_page_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected a file that can be written"):
         write_report([make(tmp_path / "run", 5.5)], tmp_path / "missing" / "report.html")
+
+
+def test_filters_are_drawn_into_the_run_and_shown(call: Call, copied: Path) -> None:
+    outcome = call("report", copied, "--filters")
+    assert outcome.lines == [str(copied / "report.html")]
+    picture = b64encode((copied / "filters.png").read_bytes()).decode()
+    assert "data:image/png;base64," + picture in Page((copied / "report.html").read_text()).sources
+
+
+def test_the_program_updates_a_page_or_takes_runs_but_not_both(call: Call, copied: Path) -> None:
+    page = copied.parent / "page.md"
+    page.write_text("<!-- report copied -->\n<!-- /report -->\n")
+    assert call("report", "--update", page).lines == [f"{page}: 1 table written anew"]
+    assert markdown_table(read_rows([copied])) in page.read_text()
+    for arguments in ((), (copied, "--update", page)):
+        outcome = call("report", *arguments)
+        assert outcome.code == 2
+        assert "expected either run folders or --update" in outcome.error

@@ -232,6 +232,7 @@ def _models(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
+    from sparsenet.filters import draw_filters
     from sparsenet.records import markdown_table, read_rows, update
     from sparsenet.report import write_report
 
@@ -244,6 +245,8 @@ def _report(args: argparse.Namespace) -> int:
     elif args.markdown:
         print(markdown_table(read_rows(runs)), end="")
     else:
+        for run in [run for row in read_rows(runs) for run in row["runs"]] if args.filters else ():
+            draw_filters(load_trained(run).model, run / "filters.png", run.name)
         print(write_report(runs, Path(args.out) if args.out else runs[0] / "report.html"))
     return 0
 

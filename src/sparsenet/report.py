@@ -19,7 +19,7 @@ PICTURES = {
     "confusion.png": "Confusion matrix",
     "samples.png": "Most confident mistakes",
     "graph.svg": "Network",
-    "filters.png": "Mean absolute filter weight by source and reader",
+    "filters.png": "How strongly layers weigh their sources",
 }
 WIDE, ON_DEMAND = ("curves.png", "graph.svg", "filters.png"), ("filters.png",)
 LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's
