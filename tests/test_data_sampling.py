@@ -1,14 +1,19 @@
-"""Order, shifts and flips are a function of seed, epoch and position; splits are stratified."""
+"""Order, sizes and draws are a function of seed, epoch and position; splits are stratified."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from sparsenet.data import Images
-from sparsenet.data.sampling import Batches, augment, plan_epoch, stratified_split, stream
+from sparsenet.data import DataConfig, Images
+from sparsenet.data.augment import OPERATIONS, Moves, augment
+from sparsenet.data.sampling import Batches, plan_epoch, resized, stratified_split, stream, training_size
 
 
 def some_images(count: int, side: int = 6) -> Images:
@@ -28,46 +33,89 @@ def test_streams_are_reproducible_and_their_own() -> None:
 
 
 def test_plan_is_a_permutation_within_bounds() -> None:
-    plan = plan_epoch(3, 7, 1000, 4, True)
+    config = DataConfig(shift=4, mirror=True)
+    plan = plan_epoch(3, 7, 1000, config)
     assert torch.equal(plan.order.sort().values, torch.arange(1000))
-    assert plan.offsets.shape == (1000, 2) and plan.offsets.unique().tolist() == list(range(9))
-    assert 400 < int(plan.flips.sum()) < 600
-    assert not plan_epoch(3, 7, 1000, 4, False).flips.any()
-    again, other = plan_epoch(3, 7, 1000, 4, True), plan_epoch(3, 8, 1000, 4, True)
-    assert torch.equal(plan.order, again.order) and torch.equal(plan.offsets, again.offsets)
-    assert not torch.equal(plan.order, other.order) and not torch.equal(plan.offsets, other.offsets)
+    assert plan.moves.offsets.shape == (1000, 2) and plan.moves.offsets.unique().tolist() == list(range(9))
+    assert 400 < int(plan.moves.flips.sum()) < 600
+    assert not plan_epoch(3, 7, 1000, DataConfig(mirror=False)).moves.flips.any()
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    count=st.integers(0, 5),
-    channels=st.sampled_from([1, 3]),
-    height=st.integers(1, 7),
-    width=st.integers(1, 7),
-    shift=st.integers(0, 8),
-    filled=st.booleans(),
-    seed=st.integers(0, 1000),
-)
-def test_augment_equals_pad_crop_mirror_image_by_image(
-    count: int, channels: int, height: int, width: int, shift: int, filled: bool, seed: int
-) -> None:
-    batch = torch.randint(256, (count, channels, height, width), dtype=torch.uint8, generator=stream(seed))
-    plan = plan_epoch(seed, 0, count, shift, True)
-    fill = torch.arange(7, 7 + channels, dtype=torch.uint8) if filled else None
-    found = augment(batch, plan.offsets, plan.flips, shift, fill)
-    for image, (row, column), flip, result in zip(batch, plan.offsets.tolist(), plan.flips, found, strict=True):
-        padded = torch.zeros(channels, height + 2 * shift, width + 2 * shift, dtype=torch.uint8)
-        padded += 0 if fill is None else fill.view(-1, 1, 1)
-        padded[:, shift : shift + height, shift : shift + width] = image
-        crop = padded[:, row : row + height, column : column + width]
-        assert torch.equal(result, crop.flip(-1) if flip else crop)
-    assert found.shape == batch.shape and found.dtype == torch.uint8
+EVERYTHING = DataConfig(shift=1, random_augment=True, cutout=2, mixup=0.4, cutmix=1.0)
 
 
-def test_centre_offset_without_flip_is_the_identity() -> None:
-    pixels = some_images(4).pixels
-    same = augment(pixels, torch.full((4, 2), 3), torch.zeros(4, dtype=torch.bool), 3)
-    assert torch.equal(same, pixels)
+def test_a_plan_is_a_function_of_seed_and_epoch() -> None:
+    plan, again = (plan_epoch(3, 7, 100, EVERYTHING) for _ in range(2))
+    assert torch.equal(plan.order, again.order) and all(map(torch.equal, plan.moves, again.moves))
+    for other in (plan_epoch(3, 8, 100, EVERYTHING), plan_epoch(4, 7, 100, EVERYTHING)):
+        assert not torch.equal(plan.order, other.order) and not any(map(torch.equal, plan.moves, other.moves))
+
+
+@pytest.mark.parametrize("name", ["random_augment", "cutout", "mixup", "cutmix"])
+def test_what_is_not_asked_for_is_not_drawn_and_changes_no_other_draw(name: str) -> None:
+    """So that a run without it goes on as it would have before there was such a thing."""
+    plan, off = (plan_epoch(3, 7, 100, config) for config in (EVERYTHING, replace(EVERYTHING, **{name: 0})))
+    none = plan_epoch(3, 7, 100, DataConfig(shift=1)).moves
+    assert torch.equal(plan.order, off.order)
+    for field, whole in plan.moves._asdict().items():
+        rest = getattr(off.moves, field)
+        assert torch.equal(rest, whole) or not len(rest) or (name.startswith(("mix", "cutmix")) and field != "boxes")
+        assert (len(getattr(none, field)) == 0) == (field not in ("offsets", "flips"))
+    assert torch.equal(none.flips, torch.rand(100, generator=stream(3, "flips", 7)) < 0.5)
+    assert torch.equal(none.offsets, torch.randint(3, (100, 2), generator=stream(3, "offsets", 7)))
+
+
+def test_draws_are_in_their_ranges() -> None:
+    moves = plan_epoch(0, 0, 2000, EVERYTHING).moves
+    assert moves.operations.unique().tolist() == list(range(len(OPERATIONS)))
+    assert moves.strengths.abs().max() <= 1 and abs(moves.strengths.mean()) < 0.1
+    for places in (moves.holes, moves.boxes, moves.shares):
+        assert 0 <= places.min() < 0.1 and 0.9 < places.max() <= 1
+    assert 900 < int(moves.cuts.sum()) < 1100
+    assert moves.shares[moves.cuts].std() < 0.35 < moves.shares[~moves.cuts].std()  # Beta(1, 1) and Beta(0.4, 0.4)
+    assert not plan_epoch(0, 0, 100, DataConfig(mixup=0.2)).moves.cuts.any()
+    assert plan_epoch(0, 0, 100, DataConfig(cutmix=0.2)).moves.cuts.all()
+
+
+@given(st.integers(1, 400), st.integers(1, 30), st.integers(0, 100))
+def test_training_images_grow_to_their_full_size(max_epoch: int, quarter: int, more: int) -> None:
+    first, full = 4 * quarter, 4 * quarter + more
+    sizes = [training_size(epoch, max_epoch, first, full) for epoch in range(max_epoch)]
+    assert sizes == sorted(sizes) and sizes[-1] == full
+    assert all(size % 4 == 0 or size == full for size in sizes)
+    assert max_epoch == 1 or sizes[0] == first
+    assert all(size == full for epoch, size in enumerate(sizes) if 4 * epoch >= 3 * max_epoch)
+    assert {training_size(epoch, max_epoch, 0, full) for epoch in range(max_epoch)} == {full}
+    if max_epoch >= full:
+        assert set(range(first, full, 4)) <= set(sizes)
+
+
+@pytest.mark.parametrize("size", [4, 8, 28])
+def test_smaller_images_are_those_of_pillow(size: int) -> None:
+    images = some_images(3, side=32)
+    found = resized(images, size)
+    assert found.pixels.shape == (3, 3, size, size) and found.pixels.dtype == torch.uint8
+    assert torch.equal(found.labels, images.labels)
+    for image, small in zip(images.pixels, found.pixels, strict=True):
+        theirs = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((size, size), Image.Resampling.BILINEAR)
+        assert (small.int() - torch.from_numpy(np.array(theirs)).permute(2, 0, 1).int()).abs().max() <= 1
+    assert resized(images, 32) is images
+
+
+def test_many_images_are_resized_as_few() -> None:
+    images = some_images(600)
+    whole, last = resized(images, 4), resized(images[500:], 4)
+    assert torch.equal(whole.pixels[500:], last.pixels)
+
+
+def test_shift_and_cutout_keep_their_proportions() -> None:
+    config = DataConfig(shift=4, cutout=12)
+    assert [(c.shift, c.cutout) for c in (config.scaled(size, 32) for size in (16, 20, 32))] == [
+        (2, 6),
+        (2, 8),
+        (4, 12),
+    ]
+    assert config.scaled(32, 32) == config
 
 
 @settings(max_examples=60, deadline=None)
@@ -93,18 +141,18 @@ def test_batches_without_a_plan_are_the_split() -> None:
 
 
 def test_batches_follow_the_plan() -> None:
-    images, plan, fill = some_images(10), plan_epoch(0, 0, 10, 2, True), torch.tensor([1, 2, 3], dtype=torch.uint8)
-    batches = list(Batches(images, 4, plan, 2, fill))
-    assert torch.equal(torch.cat([labels for _, labels in batches]), plan.order)
-    whole = augment(images.pixels[plan.order], plan.offsets, plan.flips, 2, fill)
-    assert torch.equal(torch.cat([pixels for pixels, _ in batches]), whole)
+    images, plan = some_images(10), plan_epoch(0, 0, 10, EVERYTHING)
+    batches = list(Batches(images, 4, plan))
+    pixels, labels, *moves = (torch.cat(column) for column in zip(*batches, strict=True))
+    assert torch.equal(labels, plan.order) and torch.equal(pixels, images.pixels[plan.order])
+    assert all(map(torch.equal, moves, plan.moves))
 
 
 @pytest.mark.parametrize("planned", [True, False])
 @pytest.mark.parametrize("start", range(5))
 def test_batches_resume_in_mid_epoch(start: int, planned: bool) -> None:
-    images, plan = some_images(13), plan_epoch(5, 2, 13, 1, True) if planned else None
-    whole, rest = (Batches(images, 4, plan, 1, start=first) for first in (0, start))
+    images, plan = some_images(13), plan_epoch(5, 2, 13, EVERYTHING) if planned else None
+    whole, rest = (Batches(images, 4, plan, first) for first in (0, start))
     assert len(whole) == len(rest) == 4
     for expected, found in zip(list(whole)[start:], rest, strict=True):
         assert all(map(torch.equal, expected, found))
@@ -115,8 +163,10 @@ def test_batches_resume_in_mid_epoch(start: int, planned: bool) -> None:
 def test_accelerator_gives_the_same_batches(resident: bool) -> None:
     device = torch.accelerator.current_accelerator()
     assert device is not None
-    images, plan, fill = some_images(10), plan_epoch(0, 0, 10, 2, True), torch.tensor([1, 2, 3], dtype=torch.uint8)
+    images, plan = some_images(10), plan_epoch(0, 0, 10, DataConfig(shift=2))
     there = Images(images.pixels.to(device), images.labels.to(device)) if resident else images
-    found = Batches(there, 4, plan, 2, fill, device=device)
-    for (p, k), (q, m) in zip(Batches(images, 4, plan, 2, fill), found, strict=True):
-        assert q.device.type == device.type and torch.equal(p, q.cpu()) and torch.equal(k, m.cpu())
+    fill = torch.tensor([1, 2, 3], dtype=torch.uint8)
+    for here, found in zip(Batches(images, 4, plan), Batches(there, 4, plan, device=device), strict=True):
+        assert all(a.device.type == device.type and torch.equal(a.cpu(), b) for a, b in zip(found, here, strict=True))
+        pixels = augment(found[0], Moves(*found[2:]), DataConfig(shift=2), fill.to(device))
+        assert torch.equal(pixels.cpu(), augment(here[0], Moves(*here[2:]), DataConfig(shift=2), fill))

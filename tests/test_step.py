@@ -16,13 +16,14 @@ from torch.utils._pytree import tree_leaves
 from sparsenet import optim, step
 from sparsenet.config import RunConfig, replace
 from sparsenet.data import Images
+from sparsenet.data.augment import augment, mix
 from sparsenet.data.images import Preprocessing
-from sparsenet.data.sampling import plan_epoch
+from sparsenet.data.sampling import plan_epoch, training_size
 from sparsenet.evaluate import evaluate, scorer
 from sparsenet.events import Message
 from sparsenet.model import SparseNet
 from sparsenet.run import Run
-from sparsenet.step import WARM_UP, Captured, TrainingStep
+from sparsenet.step import WARM_UP, Captured, TrainingStep, judge
 from sparsenet.train import train
 
 HOST_READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
@@ -149,6 +150,7 @@ RECIPES = {
     "everything": {
         "network": {"dropout": 0.2},
         "optim": {"ema": 0.9, "grad_clip": 0.5, "label_smoothing": 0.1, "schedule": "onecycle"},
+        "data": {"random_augment": True, "cutout": 3, "mixup": 0.4, "cutmix": 1.0, "first_size": 4},
     },
     "sum": {"network": {"aggregation": "sum", "growth_rate": 8, "depth": 10}, "optim": {"ema": 0.5}},
 }
@@ -166,9 +168,10 @@ def trained(config, precision, wrap, implementation="shared"):
     for number in range(12):
         torch.manual_seed(number)  # a step's dropout continues from here
         count = 3 if number % 4 == 3 else 8
-        pixels, labels = torch.randint(256, (count, 3, 8, 8), dtype=torch.uint8), torch.randint(10, (count,))
-        plan = plan_epoch(number, 0, count, config.data.shift, True)
-        found += act(pixels, labels, plan.offsets, plan.flips, rates[number], shares[number])
+        side = training_size(number, 12, config.data.first_size, 8)
+        pixels, labels = torch.randint(256, (count, 3, side, side), dtype=torch.uint8), torch.randint(10, (count,))
+        plan = plan_epoch(number, 0, count, config.data.scaled(side, 8))
+        found += act(pixels, labels, rates[number], shares[number], *plan.moves)
     networks = [model] if average is None else [model, average]
     found += [value for network in networks for value in network.state_dict().values()]
     return found + [entry["momentum_buffer"] for entry in optimizer.state.values()]
@@ -190,6 +193,43 @@ def test_replayed_steps_equal_called_ones_to_the_last_bit(recipe, implementation
     found = trained(config, precision, lambda f: Captured(f, "the step", Tape(), news.append), implementation)
     assert_equal(found, expected)
     assert news == ["captured the step"]
+
+
+@given(st.integers(1, 9), st.floats(0, 0.9), st.integers(0, 999))
+def test_a_mixed_label_counts_by_its_share(count, smoothing, seed):
+    random = torch.Generator().manual_seed(seed)
+    logits, shares = torch.randn(count, 5, generator=random), torch.rand(count, generator=random)
+    labels = torch.randint(5, (count,), generator=random)
+    own, other = (nn.functional.one_hot(each, 5) for each in (labels, labels.flip(0)))
+    mixture = shares[:, None] * own + (1 - shares[:, None]) * other
+    loss, wrong = judge(logits, labels, shares, smoothing)
+    torch.testing.assert_close(loss, nn.functional.cross_entropy(logits, mixture, label_smoothing=smoothing))
+    assert wrong == (logits.argmax(1) != mixture.argmax(1)).sum()
+    loss, wrong = judge(logits, labels, None, smoothing)
+    assert torch.equal(loss, nn.functional.cross_entropy(logits, labels, label_smoothing=smoothing))
+    assert wrong == (logits.argmax(1) != labels).sum()
+    same = judge(logits, labels, torch.ones(count), smoothing)
+    torch.testing.assert_close(same, (loss, wrong))
+
+
+AUGMENTED = {"random_augment": True, "cutout": 3, "mixup": 0.4, "cutmix": 1.0}
+
+
+@pytest.mark.parametrize("side", [4, 8])
+@pytest.mark.parametrize("changes", [{}, AUGMENTED, *({name: AUGMENTED[name]} for name in AUGMENTED)], ids=str)
+def test_a_step_learns_from_the_images_as_they_are_augmented_and_mixed(changes, side):
+    config = replace(CONFIG, {"data": changes, "optim": {"label_smoothing": 0.1}})
+    model, seen = SparseNet(config.network, "shared").train(), []
+    model.register_forward_hook(lambda module, inputs, logits: seen.extend((*inputs, logits.detach())))
+    act = TrainingStep(model, optim.sgd(model, config.optim), None, config, PREPROCESSING, "fp32")
+    pixels, labels = torch.randint(256, (8, 3, side, side), dtype=torch.uint8), torch.randint(10, (8,))
+    data = config.data.scaled(side, 8)
+    moves = plan_epoch(0, 0, 8, data).moves
+    loss, wrong = act(pixels, labels, torch.tensor(0.1), torch.tensor(0.0), *moves)
+    images, shares = PREPROCESSING.normalise(augment(pixels, moves, data, act.fill)), None
+    if data.mixup or data.cutmix:
+        images, shares = mix(images, moves)
+    assert_equal([seen[0], loss, wrong], [images, *judge(seen[1], labels, shares, 0.1)])
 
 
 FUSED_SGD, CONVOLUTION = torch.ops.aten._fused_sgd_.tensor_lr, torch.ops.aten.convolution_backward.default

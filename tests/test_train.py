@@ -15,9 +15,11 @@ from PIL import Image
 
 from sparsenet import device
 from sparsenet.config import replace
+from sparsenet.evaluate import evaluate
 from sparsenet.events import Concluded, EpochDone, Message, Step, Stopped
 from sparsenet.presets import preset
 from sparsenet.run import TIMES, Run, load_trained
+from sparsenet.step import TrainingStep
 from sparsenet.train import TIME_LIMIT, DivergedError, _finite, train
 
 TINY = {
@@ -184,13 +186,17 @@ def parquet_folder(tmp_path_factory):
     return folder
 
 
+EVERYTHING = {"random_augment": True, "cutout": 3, "mixup": 0.4, "cutmix": 1.0, "first_size": 4}
+
+
 @pytest.mark.parametrize("kind", ["digits", "parquet"])
 def test_killed_at_random_and_resumed_is_bit_identical(kind, parquet_folder, tmp_path):
     torch.set_num_threads(1)
     config = tiny(train={"save_every": 0.0})  # a checkpoint after every step
     if kind == "parquet":
         config = tiny(
-            train={"save_every": 0.0, "batch_size": 16}, data={"dataset": "auto", "dataset_dir": str(parquet_folder)}
+            train={"save_every": 0.0, "batch_size": 16},
+            data={"dataset": "auto", "dataset_dir": str(parquet_folder), **EVERYTHING},
         )
     run = finished(tmp_path / "whole", config)
     kills = kill_and_resume(config, tmp_path / "killed", seed=kind)
@@ -267,6 +273,43 @@ def test_events_and_metrics_agree(tmp_path):
 def test_a_batch_larger_than_the_data(tmp_path):
     with pytest.raises(ValueError, match="--batch_size: expected at most the"):
         list(train(tiny(train={"batch_size": 5000}), Run.create(tmp_path / "run")))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": {"shift": 8}}, "--shift: expected at most 7 for images of 8 pixels a side, found 8"),
+        ({"data": {"cutout": 9}}, "--cutout: expected at most 8 for images of 8 pixels a side, found 9"),
+        ({"data": {"first_size": 12}}, "--first_size: expected at most 8 for images of 8 pixels a side, found 12"),
+        (
+            {"data": {"first_size": 4, "image_size": 32}, "network": {"stem": "imagenet"}},
+            "--first_size: expected at least 16 for this network, found 4",
+        ),
+    ],
+)
+def test_augmentation_that_does_not_fit_the_images(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        list(train(tiny(**changes), Run.create(tmp_path / "run")))
+
+
+def test_images_grow_in_training_and_are_tested_whole(tmp_path, monkeypatch):
+    trained, tested, act = [], [], TrainingStep.__call__
+
+    def spied(step, pixels, *rest):
+        trained.append(pixels.shape[-1])
+        return act(step, pixels, *rest)
+
+    def spying(model, images, *rest, **options):
+        tested.append(images.pixels.shape[-1])
+        return evaluate(model, images, *rest, **options)
+
+    monkeypatch.setattr(TrainingStep, "__call__", spied)
+    monkeypatch.setattr("sparsenet.train.evaluate", spying)
+    run = finished(tmp_path / "run", tiny(data={"first_size": 4}, train={"max_epoch": 2}))
+    steps = len(trained) // 2
+    assert trained == [4] * steps + [8] * steps
+    assert set(tested) == {8}
+    assert len(run.metrics()) == 2
 
 
 def test_a_device_that_is_not_here(tmp_path):

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsenet.config import RunConfig
+from sparsenet.data.augment import Moves, augment, mix
 from sparsenet.data.images import Preprocessing
-from sparsenet.data.sampling import augment
 from sparsenet.optim import update_average
 
 WARM_UP = 3  # calls before a capture: they compile and tune kernels and make the optimizer's state
@@ -46,23 +46,26 @@ class TrainingStep:
 
     @cached_property
     def fill(self) -> Tensor:
-        """What shifted images are padded with: the mean colour, uint8 ``(C,)``."""
+        """What lies beyond an image and where it is cut out: the mean colour, uint8 ``(C,)``."""
         mean = (torch.tensor(self.preprocessing.mean) * 255).round().to(torch.uint8)
         return mean.to(next(self.model.parameters()).device)
 
     def __call__(
-        self, pixels: Tensor, labels: Tensor, offsets: Tensor, flips: Tensor, rate: Tensor, share: Tensor
+        self, pixels: Tensor, labels: Tensor, rate: Tensor, share: Tensor, *moves: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The batch's mean loss, float32 ``()``, and its wrong images, int64 ``()``, both from before the update.
 
-        Takes pixels uint8 ``(N, C, H, W)`` and labels int64 ``(N,)`` as they are in the data, the offsets and flips of
-        :func:`augment`, and the learning rate and the average's share of :func:`sparsenet.optim.schedule`, ``()``.
+        Takes pixels uint8 ``(N, C, S, S)`` and labels int64 ``(N,)`` as they are in the data, at full size or smaller;
+        the learning rate and the average's share of :func:`sparsenet.optim.schedule`, ``()``; and a :class:`Moves`.
         """
-        settings = self.config.optim
-        images = self.preprocessing.normalise(augment(pixels, offsets, flips, self.config.data.shift, self.fill))
+        settings, data = self.config.optim, self.config.data.scaled(pixels.shape[-1], self.preprocessing.size)
+        changes, shares = Moves(*moves), None
+        images = self.preprocessing.normalise(augment(pixels, changes, data, self.fill))
+        if data.mixup or data.cutmix:
+            images, shares = mix(images, changes)
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             logits = self.model(images).float()
-            loss = F.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing)
+            loss, wrong = judge(logits, labels, shares, settings.label_smoothing)
         self.optimizer.zero_grad(set_to_none=True)  # within: a graph's gradients have addresses of their own
         loss.backward()
         if settings.grad_clip:
@@ -72,7 +75,24 @@ class TrainingStep:
         self.optimizer.step()
         if self.average is not None:
             update_average(self.average, self.model, share)
-        return loss.detach(), (logits.detach().argmax(1) != labels).sum()
+        return loss.detach(), wrong
+
+
+def judge(logits: Tensor, labels: Tensor, shares: Tensor | None, smoothing: float) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy ``()`` of logits ``(N, classes)`` and how many classes are wrong, int64 ``()``.
+
+    Of images that :func:`mix` has mixed, each label counts by its share, float32 ``(N,)`` being the image's own; a
+    class is wrong if it is not that with the larger share.
+    """
+    predicted = logits.detach().argmax(1)
+    if shares is None:
+        return F.cross_entropy(logits, labels, label_smoothing=smoothing), (predicted != labels).sum()
+    others = labels.flip(0)
+    own, other = (
+        F.cross_entropy(logits, each, reduction="none", label_smoothing=smoothing) for each in (labels, others)
+    )
+    larger = torch.where(shares < 0.5, others, labels)
+    return torch.lerp(other, own, shares).mean(), (predicted != larger).sum()
 
 
 class Recorder(Protocol):

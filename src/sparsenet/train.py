@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from sparsenet import architecture, ops, optim, pictures
 from sparsenet.config import RunConfig
 from sparsenet.data import Dataset, Images, channel_statistics, load_dataset
 from sparsenet.data.images import Preprocessing
-from sparsenet.data.sampling import Batches, plan_epoch, stream
+from sparsenet.data.sampling import Batches, plan_epoch, resized, stream, training_size
 from sparsenet.device import choose_device, choose_precision, free_memory, peak_memory_mb, place
 from sparsenet.evaluate import Evaluation, Scorer, evaluate, scorer
 from sparsenet.events import Concluded, EpochDone, Event, Message, Step, Stopped
@@ -104,6 +105,11 @@ class Session:
     def scorer(self, model: nn.Module) -> Scorer:
         return self.captures(scorer(model, self.preprocessing, self.precision), "the evaluation")
 
+    @cached_property
+    def training_images(self) -> Callable[[int], Images]:
+        """The training images by their side; those asked for last are kept."""
+        return lru_cache(maxsize=1)(partial(resized, self.data.train))
+
     @property
     def about(self) -> dict[str, Any]:
         """What weights say of themselves."""
@@ -130,8 +136,14 @@ def prepare(config: RunConfig) -> tuple[RunConfig, Dataset, Preprocessing, torch
         )
     network = dataclasses.replace(config.network, in_chans=channels, num_classes=len(data.classes))
     network.sizes(size)
-    if config.data.shift >= size:
-        raise ValueError(f"--shift: expected less than the {size} pixels of an image, found {config.data.shift}")
+    for flag, most in (("shift", size - 1), ("cutout", size), ("first_size", size)):
+        if (found := getattr(config.data, flag)) > most:
+            raise ValueError(f"--{flag}: expected at most {most} for images of {size} pixels a side, found {found}")
+    if config.data.first_size:
+        try:
+            network.sizes(config.data.first_size)
+        except ValueError as error:
+            raise ValueError(str(error).replace("image_size", "--first_size")) from None
     mean, std = channel_statistics(data.train)
     return (
         dataclasses.replace(config, network=network),
@@ -192,19 +204,20 @@ def train(
 
 
 def _train_epoch(session: Session, state: State, act: Callable[..., tuple[Tensor, ...]]) -> Iterator[Step]:
-    config, images, steps = session.config, session.data.train, len(state.losses)
+    config, full, steps = session.config, session.preprocessing.size, len(state.losses)
     (epoch, start), seed = divmod(state.step, steps), config.train.seed
-    plan = plan_epoch(seed, epoch, len(images), config.data.shift, config.data.mirror)
-    batch_size = config.train.batch_size
-    batches = Batches(images, batch_size, plan, start=start, device=session.device)
+    size = training_size(epoch, config.train.max_epoch, config.data.first_size, full)
+    images, batch_size = session.training_images(size), config.train.batch_size
+    plan = plan_epoch(seed, epoch, len(images), config.data.scaled(size, full))
+    batches = Batches(images, batch_size, plan, start, session.device)
     rates, shares = optim.schedule(config.optim, epoch, steps, config.train.max_epoch, session.device)
     state.model.train()
     clock, before = time.perf_counter(), state.seconds
     looked = clock
-    for number, batch in enumerate(batches.parts(), start + 1):
+    for number, (pixels, labels, *moves) in enumerate(batches, start + 1):
         if config.network.dropout:
             torch.manual_seed(stream(seed, "dropout", state.step).initial_seed())
-        loss, wrong = act(*batch, rates[number - 1], shares[number - 1])
+        loss, wrong = act(pixels, labels, rates[number - 1], shares[number - 1], *moves)
         state.losses[number - 1], state.wrongs[number - 1] = loss, wrong
         state.step += 1
         if session.device.type == "cpu" or number == steps or time.perf_counter() - looked > LOOK_EVERY:

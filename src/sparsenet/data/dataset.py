@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -35,6 +36,15 @@ class DataConfig:
     skip_corrupt: bool = _option(False, "leave out images that cannot be read, and count them")
     mirror: bool = _option(True, "mirror half of the training images")
     shift: int = _option(4, "shift training images by up to so many pixels each way")
+    random_augment: bool = _option(False, "do one drawn operation to each training image, as TrivialAugment does")
+    cutout: int = _option(0, "side of a square of each training image that is greyed out; 0: none")
+    mixup: float = _option(0.0, "blend training images in pairs, shares drawn from Beta(a, a) with this a; 0: not")
+    cutmix: float = _option(
+        0.0, "paste a square of one into another, drawn likewise; with mixup: half of them each; 0: not"
+    )
+    first_size: int = _option(
+        0, "side of the training images in the first epoch, growing over 3/4 of the run; 0: full size always"
+    )
 
     def __post_init__(self) -> None:
         rules = {
@@ -44,6 +54,10 @@ class DataConfig:
             "test_fraction": (0 < self.test_fraction < 1, "a fraction between 0 and 1"),
             "val_fraction": (0 <= self.val_fraction < 1, "a fraction from 0 to below 1"),
             "shift": (self.shift >= 0, "a number of pixels, 0 or more"),
+            "cutout": (self.cutout >= 0, "a number of pixels, 0 or more"),
+            "mixup": (0 <= self.mixup < math.inf, "a number of at least 0"),
+            "cutmix": (0 <= self.cutmix < math.inf, "a number of at least 0"),
+            "first_size": (self.first_size >= 0 and self.first_size % 4 == 0, "a multiple of 4 pixels, or 0"),
         }
         for flag, (holds, expected) in rules.items():
             if not holds:
@@ -60,6 +74,10 @@ class DataConfig:
         """The same with the folder's whole path, by which a run finds its data from any folder."""
         folder = self.dataset_dir and str(Path(self.dataset_dir).expanduser().absolute())
         return replace(self, dataset_dir=folder)
+
+    def scaled(self, size: int, full: int) -> DataConfig:
+        """The same for training images of *size* pixels a side instead of *full*: shifts and squares in proportion."""
+        return replace(self, shift=round(self.shift * size / full), cutout=round(self.cutout * size / full))
 
 
 class Example(NamedTuple):

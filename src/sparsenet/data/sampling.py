@@ -1,4 +1,4 @@
-"""Which images come when, shifted and mirrored how: a function of seed, epoch and position alone."""
+"""Which images come when, how large and augmented how: a function of seed, epoch and position alone."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from sparsenet.data.dataset import Images
+from sparsenet.data.augment import OPERATIONS, Moves
+from sparsenet.data.dataset import DataConfig, Images
 
 
 def stream(seed: int, *key: int | str) -> torch.Generator:
@@ -20,41 +23,54 @@ def stream(seed: int, *key: int | str) -> torch.Generator:
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """An epoch: at position *p* comes image ``order[p]``, by ``offsets[p]`` and ``flips[p]``.
-
-    Shapes ``(N,)`` int64; ``(N, 2)`` int64, row and column, each from 0 to ``2 * shift``; ``(N,)`` bool.
-    """
+    """An epoch: at position *p* comes image ``order[p]``, int64 ``(N,)``, with what entry *p* of *moves* says."""
 
     order: Tensor
-    offsets: Tensor
-    flips: Tensor
+    moves: Moves
 
 
-def plan_epoch(seed: int, epoch: int, count: int, shift: int, mirror: bool) -> EpochPlan:
+def plan_epoch(seed: int, epoch: int, count: int, config: DataConfig) -> EpochPlan:
     """The plan of one epoch over *count* images, on the CPU."""
+
+    def uniform(purpose: str, *shape: int) -> Tensor:
+        return torch.rand(count, *shape, generator=stream(seed, purpose, epoch))
+
     order = torch.randperm(count, generator=stream(seed, "order", epoch))
-    offsets = torch.randint(2 * shift + 1, (count, 2), generator=stream(seed, "offsets", epoch))
-    flips = torch.rand(count, generator=stream(seed, "flips", epoch)) < 0.5
-    return EpochPlan(order, offsets, flips & mirror)
+    offsets = torch.randint(2 * config.shift + 1, (count, 2), generator=stream(seed, "offsets", epoch))
+    moves = Moves(offsets, (uniform("flips") < 0.5) & config.mirror)
+    if config.random_augment:
+        operations = torch.randint(len(OPERATIONS), (count,), generator=stream(seed, "operations", epoch))
+        moves = moves._replace(operations=operations, strengths=2 * uniform("strengths") - 1)
+    if config.cutout:
+        moves = moves._replace(holes=uniform("holes", 2))
+    if config.mixup or config.cutmix:
+        cuts = uniform("cuts") < bool(config.cutmix) / (bool(config.mixup) + bool(config.cutmix))
+        alphas = np.where(cuts, config.cutmix, config.mixup)
+        random = np.random.default_rng(stream(seed, "shares", epoch).initial_seed())  # torch's takes no generator
+        shares = torch.from_numpy(random.beta(alphas, alphas)).float()
+        moves = moves._replace(shares=shares, cuts=cuts, boxes=uniform("boxes", 2))
+    return EpochPlan(order, moves)
 
 
-def augment(batch: Tensor, offsets: Tensor, flips: Tensor, shift: int, fill: Tensor | None = None) -> Tensor:
-    """Pads images uint8 ``(N, C, H, W)`` by *shift*, crops each at its offsets, mirrors it where flipped.
+def training_size(epoch: int, max_epoch: int, first: int, full: int) -> int:
+    """Side of the training images in *epoch* (from 0): from *first* in steps of 4 to *full*; *first* 0: full always.
 
-    The padding is *fill*, uint8 ``(C,)``, or zero. The paper pads normalised images with zeros, which is what
-    the channel means as *fill* come to.
+    They grow over the first 3/4 of the run, and the last epoch sees them whole.
     """
-    n, channels, height, width = batch.shape
-    padded = batch.new_zeros(n, channels, height + 2 * shift, width + 2 * shift)
-    if fill is not None:
-        padded += fill.view(1, -1, 1, 1)
-    padded[:, :, shift : shift + height, shift : shift + width] = batch
-    columns = torch.arange(width, device=batch.device)
-    columns = torch.where(flips[:, None], columns.flip(0), columns) + offsets[:, 1:]  # (N, W)
-    rows = torch.arange(height, device=batch.device) + offsets[:, :1]  # (N, H)
-    source = rows[:, :, None] * padded.shape[3] + columns[:, None, :]  # (N, H, W), into the padded image
-    source = source.view(n, 1, height * width).expand(-1, channels, -1)
-    return padded.flatten(2).gather(2, source).view_as(batch)
+    growing = 3 * max_epoch // 4  # epochs
+    if not first or epoch >= growing:
+        return full
+    return (first + (full - first) * epoch // growing) // 4 * 4
+
+
+def resized(images: Images, size: int) -> Images:
+    """The same images with *size* pixels a side, antialiased, on the device they lie on."""
+    if images.pixels.shape[-1] == size:
+        return images
+    pixels = images.pixels.new_empty(*images.pixels.shape[:2], size, size)
+    for part, small in zip(images.pixels.split(256), pixels.split(256), strict=True):
+        small.copy_(F.interpolate(part.float(), (size, size), mode="bilinear", antialias=True).round())
+    return Images(pixels, images.labels)
 
 
 def stratified_split(labels: Tensor, fraction: float, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -74,40 +90,30 @@ def stratified_split(labels: Tensor, fraction: float, seed: int = 0) -> tuple[Te
 class Batches:
     """A split, batch by batch: pixels uint8 ``(n, C, H, W)`` and labels int64 ``(n,)`` on *device*.
 
-    With a *plan*: in its order and augmented; without: in the split's order, as they are. Begins at batch
-    *start*, so that an interrupted epoch can go on. The last batch may be smaller; ``len`` is of all batches.
+    With a *plan* in its order, and after them what is to be done to the images, a :class:`Moves`; without in the
+    split's order. Begins at batch *start*, so that an interrupted epoch can go on. The last batch may be smaller;
+    ``len`` is of all batches.
     """
 
     images: Images
     batch_size: int
     plan: EpochPlan | None = None
-    shift: int = 0
-    fill: Tensor | None = None
     start: int = 0
     device: torch.device | str = "cpu"
 
     def __len__(self) -> int:
         return -(-len(self.images) // self.batch_size)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        fill = None if self.fill is None else self.fill.to(self.device)
-        for pixels, labels, *moves in self.parts():
-            if moves:
-                offsets, flips = moves
-                pixels = augment(pixels, offsets, flips, self.shift, fill)
-            yield pixels, labels
-
-    def parts(self) -> Iterator[tuple[Tensor, ...]]:
-        """Pixels and labels as they are in the data and, with a plan, what :func:`augment` is to do with them."""
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         plan, images, device = self.plan, self.images, torch.device(self.device)
         if plan:
             order = plan.order.to(images.pixels.device)
-            offsets, flips = plan.offsets.to(device), plan.flips.to(device)
+            moves = [each.to(device) for each in plan.moves]
         for first in range(self.start * self.batch_size, len(images), self.batch_size):
             part = slice(first, first + self.batch_size)
             batch = images[order[part]] if plan else images[part]
             pixels, labels = _move(batch.pixels, device), _move(batch.labels, device)
-            yield (pixels, labels, offsets[part], flips[part]) if plan else (pixels, labels)
+            yield (pixels, labels, *(each[part] for each in moves)) if plan else (pixels, labels)
 
 
 def _move(tensor: Tensor, device: torch.device) -> Tensor:
