@@ -84,7 +84,7 @@ def test_a_row_holds_what_the_folder_says(tmp_path: Path) -> None:
         "error": 5.5,
         "train_seconds": 25.0,
         "test_seconds": 2.5,
-        "hours": 80 / 3600,
+        "duration": 80.0,
         "peak_memory_mb": 1234.5,
         "recipe": "3 of 9 epochs, batch size 32, lr 0.2, onecycle, no mirror",
         "seed": 7,

@@ -25,7 +25,7 @@ COLUMNS = {
     "error": "error %",
     "train_seconds": "training epoch (s)",
     "test_seconds": "test pass (s)",
-    "hours": "whole run (h)",
+    "duration": "whole run",
     "peak_memory_mb": "peak memory (MB)",
     "recipe": "recipe",
     "seed": "seeds",
@@ -53,7 +53,7 @@ def read_rows(paths: Iterable[Path]) -> list[Row]:
     return [_joined(rows) for rows in groups.values()]
 
 
-_MEASURED = ("error", "train_seconds", "test_seconds", "hours", "peak_memory_mb")
+_MEASURED = ("error", "train_seconds", "test_seconds", "duration", "peak_memory_mb")
 _SAME = tuple(key for key in COLUMNS if key not in (*_MEASURED, "seed"))
 
 
@@ -102,7 +102,7 @@ def summarise(run: Path) -> Row:
         "error": result.get("error", tested[-1] if tested else None),
         "train_seconds": _median(rows, "seconds"),
         "test_seconds": _median(rows, "eval_seconds"),
-        "hours": sum(seconds) / 3600 if seconds else None,
+        "duration": sum(seconds) if seconds else None,  # seconds
         "peak_memory_mb": max(_column(rows, "peak_memory_mb"), default=None),
         "recipe": _recipe(config, len(rows) or result.get("epochs")),
         "seed": train.get("seed"),
@@ -192,8 +192,8 @@ def cell(row: Mapping[str, Any], key: str) -> str:
         return f"{value:.2f}{spread}" + "*" * (not row["final"])
     if key == "macs":
         return f"{value / 1e6:,.1f}"
-    if key == "hours":
-        return f"{value:.1f}" if value >= 1 else f"{value:.2f}"
+    if key == "duration":
+        return f"{value:.0f} s" if value < 120 else f"{value / 60:.0f} min" if value < 7200 else f"{value / 3600:.1f} h"
     if key.endswith("seconds"):
         return f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
     return f"{value:,.0f}" if key in ("parameters", "peak_memory_mb") else str(value)
