@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -517,3 +518,16 @@ def test_export_writes_a_checked_file(call: Call, trained: Path) -> None:
     assert (outcome.code, outcome.err) == (0, "")
     assert "model.onnx" in outcome.out
     assert Path("model.onnx").stat().st_size > 0
+
+
+def test_export_writes_weights_into_the_run_folder(call: Call, copied: Path, trained_on_folder: Path) -> None:
+    outcome = call("export", copied, "--format", "safetensors")
+    assert (outcome.code, outcome.err) == (0, "")
+    file = copied / "model.safetensors"
+    assert re.fullmatch(rf"{file}: 0\.\d MiB; error \d+\.\d\d % in fp32.* \(359 images of digits\)", outcome.lines[0])
+    assert len(outcome.lines) == 1 and file.is_file()
+    config = Path(shutil.copytree(trained_on_folder, "run")) / "config.json"
+    config.write_text(config.read_text().replace("insects", "gone"))
+    outcome = call("export", "run", "--format", "safetensors")
+    assert outcome.code == 2 and "--dataset_dir: expected a folder with data, found nothing at" in outcome.error
+    assert not Path("run/model.safetensors").exists()

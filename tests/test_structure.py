@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "sparsenet"
 # From the ground up; a room may import rooms on lower floors, and rooms of its own floor that stand before it.
 FLOORS = [
-    ["topology", "extras", "events"],
+    ["topology", "extras", "events", "files", "weights"],
     ["architecture"],
     ["ops"],
     ["model", "device"],

@@ -17,13 +17,15 @@ from datetime import datetime
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
+from urllib.parse import urlsplit
 
 import torch
 
 from sparsenet import config as settings
-from sparsenet import flags, presets, zoo
+from sparsenet import flags, presets, weights, zoo
 from sparsenet.architecture import count
 from sparsenet.config import RunConfig
+from sparsenet.data import DataConfig
 from sparsenet.device import choose_device, choose_precision, tune_process
 from sparsenet.display import display
 from sparsenet.extras import MissingExtra
@@ -31,7 +33,7 @@ from sparsenet.run import Run, Trained, load_trained
 
 if TYPE_CHECKING:
     from sparsenet.data import Dataset
-    from sparsenet.export import Runtime
+    from sparsenet.export import ExportReport, Runtime, WeightsReport
 
 FAILED, BAD_CALL = 1, 2
 
@@ -115,7 +117,7 @@ def _resumed(args: argparse.Namespace) -> tuple[Run, RunConfig]:
 
 
 def _load(args: argparse.Namespace, device: torch.device) -> Trained:
-    trained = load_trained(Path(args.run), args.checkpoint, device)
+    trained = load_trained(args.run, args.checkpoint, device)
     for warning in trained.warnings:
         print(f"sparsenet: warning: {warning}", file=sys.stderr)
     return trained
@@ -130,18 +132,23 @@ def _eval(args: argparse.Namespace) -> int:
     trained = _load(args, device)
     data = _data_now(args, trained)
     model = runtime.load(trained, data.test.pixels[: args.batch_size]) if runtime else trained.model
+    stated = trained.info.get("measured", {}).get(precision)
     own = "fp32" if runtime else precision  # what PyTorch is left to do
     found = evaluate(model, data.test, trained.preprocessing, device, args.batch_size, own)
     value = {
-        "run": str(trained.path), "dataset": data.name, "checkpoint": args.checkpoint, "engine": args.engine,
+        "run": args.run, "dataset": data.name, "checkpoint": args.checkpoint, "engine": args.engine,
         "precision": precision, "error": found.error, "top5_error": found.top5_error, "loss": found.loss,
         "images": found.images, "seconds": found.seconds, "class_errors": found.class_errors(data.classes),
+        "stated_error": stated and stated["error"],
     }  # fmt: skip
     lines = [
         f"{data.name}: {found.images} images in {found.seconds:.2f} s{f' by {args.engine}' if runtime else ''}",
         f"error {found.error:.2f} %, top-5 error {found.top5_error:.2f} %, loss {found.loss:.4f}",
         *(f"  {name}: {'no image' if e is None else f'{e:.2f} %'}" for name, e in value["class_errors"].items()),
     ]
+    if stated:
+        of = f"{stated['images']} images of {trained.dataset}"
+        lines.append(f"stated: {stated['error']:.2f} % ({precision}), for {of}")
     return _print(value, lines, args.json)
 
 
@@ -160,7 +167,10 @@ def _data_now(args: argparse.Namespace, trained: Trained) -> Dataset:
     """The run's images, or those that the flags name; ``ValueError`` where they have other classes."""
     from sparsenet.data import load_dataset
 
-    stored = Run.open(Path(args.run)).config().data
+    if not (trained.path.is_dir() or args.dataset_dir or args.dataset == "digits"):
+        expected = "the folder of the test images, which a weights file does not know (or --dataset digits)"
+        raise ValueError(f"--dataset_dir: expected {expected}, found none")
+    stored = _stored_data(trained)
     dataset = args.dataset or ("auto" if args.dataset_dir and stored.dataset == "digits" else stored.dataset)
     asked = dataclasses.replace(
         stored,
@@ -173,10 +183,15 @@ def _data_now(args: argparse.Namespace, trained: Trained) -> Dataset:
     data = load_dataset(asked)
     if data.classes != trained.classes:
         raise ValueError(
-            f"--dataset_dir: expected the run's {len(trained.classes)} classes {list(trained.classes)[:5]}, "
+            f"--dataset_dir: expected the {len(trained.classes)} classes of the training {list(trained.classes)[:5]}, "
             f"found {len(data.classes)} classes {list(data.classes)[:5]}"
         )
     return data
+
+
+def _stored_data(trained: Trained) -> DataConfig:
+    """What a run or a weights file says of its data; a weights file not where it lies."""
+    return Run.open(trained.path).config().data if trained.path.is_dir() else DataConfig(**trained.info["data"])
 
 
 def _predict(args: argparse.Namespace) -> int:
@@ -200,35 +215,72 @@ def _predict(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from sparsenet.data import load_dataset
-    from sparsenet.export import export_onnx
-
-    path = Path(args.run)
-    trained = _load(args, choose_device("cpu"))
-    try:
-        real = load_dataset(Run.open(path).config().data).test.pixels[:64]
-    except ValueError as error:
-        print(
-            f"sparsenet export: compared on random inputs only, the run's data is not here ({error})",
-            file=sys.stderr,
-        )
-        real = None
-    target = Path(args.out) if args.out else path / "model.onnx"
-    print(export_onnx(trained, target, real, args.opset).summary())
+    report = EXPORTS[args.format](args)
+    print(report.summary())
     return 0
 
 
+def _export_onnx(args: argparse.Namespace) -> ExportReport:
+    from sparsenet.export import export_onnx
+
+    if args.device not in ("auto", "cpu"):
+        raise ValueError(f"--device: expected auto or cpu with --format onnx, found {args.device!r}")
+    trained = _load(args, choose_device("cpu"))
+    try:
+        real = _data_now(args, trained).test.pixels[:64]
+    except ValueError as error:
+        if args.dataset or args.dataset_dir:
+            raise
+        print(f"sparsenet export: compared on random inputs only, the data is not here ({error})", file=sys.stderr)
+        real = None
+    return export_onnx(trained, _target(args, trained), real, args.opset)
+
+
+def _export_weights(args: argparse.Namespace) -> WeightsReport:
+    from sparsenet.export import export_weights
+
+    if args.opset is not None:
+        raise ValueError(f"--opset: expected none with --format safetensors, found {args.opset}")
+    trained = _load(args, choose_device(args.device))
+    return export_weights(trained, _target(args, trained), _data_now(args, trained).test, _stored_data(trained))
+
+
+EXPORTS: dict[str, Callable[[argparse.Namespace], ExportReport | WeightsReport]] = {
+    "onnx": _export_onnx, "safetensors": _export_weights,
+}  # fmt: skip
+
+
+def _target(args: argparse.Namespace, trained: Trained) -> Path:
+    """The file to write: as asked, or by default in the run folder; for weights in the folder where one is."""
+    if args.out:
+        return Path(args.out)
+    if trained.path.is_dir():
+        return trained.path / f"model.{args.format}"
+    return Path(f"{Path(urlsplit(args.run).path).stem or 'model'}.{args.format}")
+
+
 def _models(args: argparse.Namespace) -> int:
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in zoo.list_models(args.pattern):
         size = zoo.image_size(name)
         parameters, macs = count(zoo.architecture(name), size)
-        rows.append({"name": name, "parameters": parameters, "macs": macs, "image_size": size})
+        row = {"name": name, "parameters": parameters, "macs": macs, "image_size": size}
+        rows.append({**row, "pretrained": _pretrained(name)})
     if not rows:
         raise ValueError(f"sparsenet models: expected a pattern that fits a name, found {args.pattern!r}")
-    lines = [f"{'name':<28}{'parameters':>12}{'MACs':>16}  at"]
-    lines += [f"{r['name']:<28}{r['parameters']:>12,}{r['macs']:>16,}  {r['image_size']}²" for r in rows]
+    lines = [f"{'name':<28}{'parameters':>12}{'MACs':>16}  {'at':<6}pretrained"]
+    for r in rows:
+        known = r["pretrained"]
+        shown = f"{known['measured']['fp32']['error']:.2f} % on {known['dataset']}" if known else ""
+        side = f"{r['image_size']}²"
+        lines.append(f"{r['name']:<28}{r['parameters']:>12,}{r['macs']:>16,}  {side:<6}{shown}".rstrip())
     return _print(rows, lines, args.json)
+
+
+def _pretrained(name: str) -> dict[str, Any] | None:
+    """What the weights that come with the package for a network say of themselves."""
+    about = weights.load_shipped(name).about if name in weights.shipped() else None
+    return about and {key: about[key] for key in ("dataset", "epoch", "measured")}
 
 
 def _report(args: argparse.Namespace) -> int:

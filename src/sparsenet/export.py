@@ -1,7 +1,8 @@
-"""A trained network as one ONNX file, kept or run by another engine only if that computes what PyTorch does."""
+"""A trained network as one file: ONNX, kept or run only if another engine computes what PyTorch does; or weights."""
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import sys
@@ -15,11 +16,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from sparsenet import weights
+from sparsenet.device import choose_precision
+from sparsenet.evaluate import evaluate
 from sparsenet.extras import require
 from sparsenet.model import SparseNet
 from sparsenet.run import version, write_atomic
 
 if TYPE_CHECKING:
+    from sparsenet.data import DataConfig, Images
     from sparsenet.run import Trained
 
 OLDEST_OPSET = 18  # PyTorch's exporter writes this one and newer ones
@@ -27,6 +32,8 @@ BATCHES = (1, 2, 7)  # batch sizes at which the file is checked
 # Two orders of summing in fp32 differ by some 1e-6 of the largest logit even 200 layers deep, and a wrong
 # weight or constant by far more than this.
 TOLERANCE = 1e-4
+
+FORMATS = ("onnx", "safetensors")  # and the ends of their files' names
 
 Pass = Callable[[Tensor], Tensor]  # normalised float32 images (N, C, H, W) to logits (N, classes)
 
@@ -61,18 +68,66 @@ def export_onnx(
     written it is checked, at several batch sizes, on random images and on *real_images*, uint8 ``(N, C, H, W)``.
     Raises ``ValueError`` where onnxruntime's logits differ, and for an *opset* or *target* that cannot be written.
     """
-    if target.is_dir() or not target.parent.is_dir():
-        raise ValueError(f"{target}: expected the name of a file in a folder that exists")
+    _check_target(target)
     model, random = _specification(trained), _random_images(trained)
     real = random[:0] if real_images is None else real_images.cpu()
     file, opset = _file(model, trained, opset)
     images = [trained.preprocessing.normalise(pixels) for pixels in (random, real)]
     difference, largest = _compare(model, images, "onnxruntime", _onnxruntime(file))
+    _write(target, file)
+    return ExportReport(target, opset, len(file), difference, largest, len(random), len(real))
+
+
+@dataclass(frozen=True)
+class WeightsReport:
+    """The weights file that was written and what exactly its numbers measure."""
+
+    path: Path
+    bytes: int
+    dataset: str
+    measured: dict[str, dict[str, Any]]  # by precision: error and top5_error in percent, images
+
+    def summary(self) -> str:
+        """One line to print."""
+        errors = ", ".join(f"{found['error']:.2f} % in {precision}" for precision, found in self.measured.items())
+        images = self.measured["fp32"]["images"]
+        return f"{self.path}: {self.bytes / 2**20:.1f} MiB; error {errors} ({images} images of {self.dataset})"
+
+
+def export_weights(trained: Trained, target: Path, images: Images, data: DataConfig) -> WeightsReport:
+    """The network as a weights file (:mod:`sparsenet.weights`), in which it is rounded and says what it measures then.
+
+    It is measured on *images*, in fp32 and where the model's device computes in it in bf16; *data* is where they come
+    from. Raises ``ValueError`` for a *target* that cannot be written and for weights that fp16 does not have.
+    """
+    _check_target(target)
+    if target.resolve() == trained.path.resolve():
+        raise ValueError(f"--out: expected another file than the weights themselves, found {target}")
+    tensors = weights.rounded(trained.model.state_dict())
+    model = copy.deepcopy(trained.model)
+    model.load_state_dict(tensors)
+    device = next(model.parameters()).device
+    measured = {}
+    for precision in dict.fromkeys(("fp32", choose_precision("auto", device))):
+        found = evaluate(model, images, trained.preprocessing, device, precision=precision)
+        measured[precision] = {"error": found.error, "top5_error": found.top5_error, "images": found.images}
+    split = {"test_fraction": data.test_fraction, "skip_corrupt": data.skip_corrupt}
+    about = {name: value for name, value in trained.info.items() if name != "step"}
+    file = weights.pack(tensors, {**about, "data": split, "measured": measured})
+    _write(target, file)
+    return WeightsReport(target, len(file), trained.dataset, measured)
+
+
+def _check_target(target: Path) -> None:
+    if target.is_dir() or not target.parent.is_dir():
+        raise ValueError(f"{target}: expected the name of a file in a folder that exists")
+
+
+def _write(target: Path, file: bytes) -> None:
     try:
         write_atomic(target, file)
     except OSError as error:
         raise ValueError(f"{target}: expected a file that can be written, found: {error.strerror}") from None
-    return ExportReport(target, opset, len(file), difference, largest, len(random), len(real))
 
 
 @dataclass(frozen=True)

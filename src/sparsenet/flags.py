@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from sparsenet import config as settings
 from sparsenet import presets
 from sparsenet.bench import BenchConfig
-from sparsenet.export import RUNTIMES
+from sparsenet.export import FORMATS, RUNTIMES
 from sparsenet.run import version
 
 
@@ -73,20 +73,14 @@ def parser() -> Parser:
     evaluate.add_argument("--batch_size", type=_at_least_1, default=256, help="images at a time")
     evaluate.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="arithmetic")
     evaluate.add_argument("--engine", default="torch", choices=("torch", *RUNTIMES), help="what runs the network")
-    evaluate.add_argument("--dataset", default="", help="other data than the run's: as for train")
-    evaluate.add_argument("--dataset_dir", default="", help="where the data lies now")
+    _data_flags(evaluate)
 
     predict = commands.add_parser("predict", help="classes of image files")
     _run_flags(predict)
     predict.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders or globs")
     predict.add_argument("--top", type=_at_least_1, default=5, help="classes to show")
     predict.add_argument("--batch_size", type=_at_least_1, default=64, help="images at a time")
-
-    export = commands.add_parser("export", help="write a file that runs elsewhere, checked against the model")
-    _run_flags(export, as_json=False)
-    export.add_argument("--format", default="onnx", choices=("onnx",), help="file format")
-    export.add_argument("--out", default="", help="the file; default: model.onnx in the run folder")
-    export.add_argument("--opset", type=_at_least_1, default=None, help="ONNX operator set")
+    _add_export(commands)
 
     report = commands.add_parser("report", help="one HTML page that compares runs")
     report.add_argument("runs", nargs="*", metavar="RUN", help="run folders, or folders of them")
@@ -96,6 +90,20 @@ def parser() -> Parser:
     report.add_argument("--update", default="", metavar="PAGE", help="write the tables of a Markdown page anew")
     _add_tools(commands)
     return parser
+
+
+def _add_export(commands: Any) -> None:
+    export = commands.add_parser("export", help="write one file that runs elsewhere, or weights to give away")
+    _run_flags(export, as_json=False)
+    export.add_argument(
+        "--format",
+        default="onnx",
+        choices=FORMATS,
+        help="onnx, checked against the model; or safetensors: weights in fp16, with their error on the test images",
+    )
+    export.add_argument("--out", default="", help="the file; default: model.FORMAT in the run folder")
+    export.add_argument("--opset", type=_at_least_1, default=None, help="ONNX operator set")
+    _data_flags(export)
 
 
 def _add_tools(commands: Any) -> None:
@@ -131,11 +139,18 @@ def _bench_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_flags(parser: argparse.ArgumentParser, as_json: bool = True) -> None:
-    parser.add_argument("run", metavar="RUN", help="a run folder")
+    parser.add_argument(
+        "run", metavar="RUN", help="a run folder; or a weights file, its https address, or its name (sparsenet models)"
+    )
     parser.add_argument("--checkpoint", default="best", choices=("best", "last"), help="which weights")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, npu, mps, xpu, …")
     if as_json:
         _json_flag(parser)
+
+
+def _data_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dataset", default="", help="other data than the run's: as for train")
+    parser.add_argument("--dataset_dir", default="", help="where the data lies now")
 
 
 def _json_flag(parser: argparse.ArgumentParser) -> None:

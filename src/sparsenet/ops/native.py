@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsenet.files import cache_folder
 from sparsenet.ops import engine
 from sparsenet.ops.plan import EPS, MOMENTUM, Plan, Reader, Statistics
 
@@ -56,7 +57,7 @@ def _library() -> ctypes.CDLL | str:
         return "it needs a C compiler (GCC, or $CC that makes what GCC does), found none"
     flags = [*FLAGS, *os.environ.get("CFLAGS", "").split()]
     key = hashlib.sha256(repr((SOURCE.read_bytes(), flags, compiler, _processor())).encode()).hexdigest()[:16]
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsenet"
+    root = cache_folder()
     target = root / f"native-{key}.so"
     try:
         if not target.exists():

@@ -1,0 +1,505 @@
+"""Weights files: what a run becomes in one, who may name it how, and that nothing wrong is ever loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.request import Request
+
+import pytest
+import torch
+from conftest import TINY, Call, Outcome, write_image
+from safetensors import safe_open
+from safetensors.torch import load_file, save
+from test_data_archives import Server
+
+import sparsenet
+from sparsenet import Architecture, SparseNet, files, weights, zoo
+from sparsenet.data import load_dataset
+from sparsenet.export import ExportReport, export_weights
+from sparsenet.run import Run, load_trained
+
+NAME = "sparsenet_7_4"
+ROOT = Path(__file__).parent.parent
+FLAGS = {"in_chans": 1}  # the digits are grey
+
+
+def passed(outcome: Outcome) -> Outcome:
+    assert (outcome.code, outcome.err) == (0, "")
+    return outcome
+
+
+@pytest.fixture(scope="module")
+def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The digits run as a weights file. Read only."""
+    path, data = tmp_path_factory.mktemp("exported") / "mine.safetensors", Run.open(trained).config().data
+    export_weights(load_trained(trained), path, load_dataset(data).test, data)
+    return path
+
+
+@pytest.fixture
+def file(call: Call, exported: Path) -> Path:
+    """The same as ``mine.safetensors`` in the folder where the program runs."""
+    return Path(shutil.copy(exported, Path.cwd()))
+
+
+@pytest.fixture
+def shipped(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same as if it came with the package, as the weights of :data:`NAME`."""
+    path = tmp_path / "package" / f"{NAME}.safetensors"
+    path.parent.mkdir()
+    path.write_bytes(file.read_bytes())
+    index = {NAME: hashlib.sha256(path.read_bytes()).hexdigest()}
+    (path.parent / "index.json").write_text(json.dumps(index))
+    monkeypatch.setattr(weights, "SHIPPED", path.parent)
+    monkeypatch.setitem(zoo.NETWORKS, NAME, {"fetch": "sparse", "depth": 7, "growth_rate": (4,)})
+    return path
+
+
+@pytest.fixture
+def changed(file: Path) -> Callable[..., Path]:
+    """The weights file with something else in what it says of itself, or with other tensors."""
+
+    def change(tensors: dict[str, torch.Tensor | None] | None = None, **about: Any) -> Path:
+        with safe_open(file, "pt") as opened:
+            said = json.loads(opened.metadata()["sparsenet"])
+        for name, value in about.items():
+            said[name] = said[name] | value if isinstance(value, dict) else value
+        all_tensors = {name: value for name, value in (load_file(file) | (tensors or {})).items() if value is not None}
+        path = Path("changed.safetensors").absolute()
+        path.write_bytes(save(all_tensors, {"sparsenet": json.dumps(said)}))
+        return path
+
+    return change
+
+
+def said(file: Path) -> Any:
+    with safe_open(file, "pt") as opened:
+        return json.loads(opened.metadata()["sparsenet"])
+
+
+# --- what is in a file ---------------------------------------------------------------------------------------
+
+
+def test_a_file_holds_the_runs_numbers_rounded(file: Path, trained: Path) -> None:
+    ours, theirs = load_file(file), load_trained(trained).model.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert ours[name].dtype == (torch.float16 if value.ndim >= 2 else torch.float32)
+        torch.testing.assert_close(ours[name].float(), value, rtol=2**-11, atol=2**-25)
+    about, manifest = said(file), Run.open(trained).restore("best")[0].manifest
+    assert about | manifest["about"] == about and about["epoch"] == manifest["epoch"] == 2
+    assert str(trained) not in file.read_bytes().decode("latin-1")
+
+
+def test_what_is_given_back_is_what_is_in_the_file(file: Path) -> None:
+    stored, found = load_file(file), weights.load(file).tensors
+    assert {value.dtype for value in found.values()} == {torch.float32}
+    assert all(torch.equal(found[name], stored[name].float()) for name in stored)
+    assert all(torch.equal(value, stored[name]) for name, value in weights.rounded(found).items())  # once is enough
+
+
+def test_counters_stay_as_they_are() -> None:
+    state = SparseNet(Architecture(stem="imagenet", blocks=(1, 1))).state_dict()
+    found = weights.rounded(state)
+    counters = {name for name, value in state.items() if value.dtype == torch.int64}
+    assert counters == {name for name, value in found.items() if value.dtype == torch.int64} and counters
+
+
+def test_the_stated_error_is_that_of_the_file(call: Call, file: Path) -> None:
+    stated = said(file)["measured"]
+    assert "fp32" in stated
+    for precision, result in stated.items():
+        arguments = ("eval", file, "--dataset", "digits", "--precision", precision)
+        found = json.loads(passed(call(*arguments, "--json")).out)
+        assert found["stated_error"] == result["error"]
+        assert {name: found[name] for name in result} == result
+        line = f"stated: {result['error']:.2f} % ({precision}), for {result['images']} images of digits"
+        assert passed(call(*arguments)).lines[-1] == line
+
+
+def test_what_is_measured_is_what_is_written(call: Call, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = weights.rounded
+    with monkeypatch.context() as patch:  # a rounding that nobody would overlook
+        patch.setattr(weights, "rounded", lambda tensors: {n: t.sign().half() for n, t in whole(tensors).items()})
+        passed(call("export", trained, "--format", "safetensors", "--out", "coarse.safetensors"))
+    found = json.loads(passed(call("eval", "coarse.safetensors", "--dataset", "digits", "--json")).out)
+    assert found["error"] == found["stated_error"] > json.loads((trained / "result.json").read_text())["error"]
+
+
+def test_the_stated_error_is_on_the_images_that_the_run_was_tested_on(
+    call: Call, folder_data: Path, tmp_path: Path
+) -> None:
+    data = ("--dataset_dir", folder_data)
+    half = (*data, "--test_fraction", 0.5, "--batch_size", 4)
+    passed(call("train", *TINY, "--max_epoch", 1, *half, "--out", "run"))
+    passed(call("export", "run", "--format", "safetensors"))
+    found = json.loads(passed(call("eval", "run/model.safetensors", *data, "--json", "--precision", "fp32")).out)
+    assert found["images"] == json.loads((tmp_path / "run" / "result.json").read_text())["images"] == 6
+    assert found["error"] == found["stated_error"]
+
+
+def test_a_run_states_no_error(call: Call, trained: Path) -> None:
+    assert json.loads(passed(call("eval", trained, "--json")).out)["stated_error"] is None
+    assert "stated" not in call("eval", trained).out
+
+
+def test_predictions_are_those_of_the_rounded_weights(call: Call, trained: Path, file: Path) -> None:
+    write_image(Path("a.png"))
+    rounded = load_trained(trained)
+    rounded.model.load_state_dict(weights.rounded(rounded.model.state_dict()))
+    ours = load_trained(file)
+    images = torch.rand(3, 1, 8, 8)
+    assert torch.equal(ours.model(images), rounded.model(images))
+    assert (ours.preprocessing, ours.classes, ours.dataset) == (
+        rounded.preprocessing,
+        rounded.classes,
+        rounded.dataset,
+    )
+    assert "a.png: " in passed(call("predict", "mine.safetensors", "a.png")).out
+
+
+def test_numbers_that_fp16_has_not_are_refused(call: Call, copied: Path) -> None:
+    run = Run.open(copied)
+    checkpoint, _ = run.restore("best")
+    tensors = {**checkpoint.tensors, "model.stem.0.weight": checkpoint.tensors["model.stem.0.weight"] + 1e5}
+    run.save("best", 47, tensors, {"epoch": 2, "about": checkpoint.manifest["about"]})
+    outcome = call("export", copied, "--format", "safetensors")
+    assert outcome.code == 2 and "stem.0.weight" in outcome.error and "65504" in outcome.error
+    assert not (copied / "model.safetensors").exists()
+
+
+# --- who may be named ----------------------------------------------------------------------------------------
+
+
+def test_weights_of_the_package_are_found_by_name(call: Call, shipped: Path, file: Path) -> None:
+    write_image(Path("a.png"))
+    assert passed(call("predict", NAME, "a.png")).out == passed(call("predict", file, "a.png")).out
+    assert "stated: " in passed(call("eval", NAME, "--dataset", "digits")).out
+    assert zoo.list_models(pretrained=True) == [NAME]
+    assert zoo.list_models("densenet*", pretrained=True) == []
+    stated = said(shipped)["measured"]
+    rows = {row["name"]: row["pretrained"] for row in json.loads(passed(call("models", "--json")).out)}
+    assert rows.pop(NAME)["measured"] == stated and set(rows.values()) == {None}
+    shown = passed(call("models", "sparsenet_*4*")).lines
+    assert [line.split()[0] for line in shown if "%" in line] == [NAME]
+    assert f"{stated['fp32']['error']:.2f} % on digits" in shown[-1]
+
+
+def test_a_changed_byte_of_the_packages_weights_is_found(call: Call, shipped: Path) -> None:
+    content = bytearray(shipped.read_bytes())
+    for place in (9, len(content) // 2, len(content) - 1):
+        damaged = bytearray(content)
+        damaged[place] ^= 1
+        shipped.write_bytes(damaged)
+        outcome = call("eval", NAME, "--dataset", "digits")
+        assert outcome.code == 2 and str(shipped) in outcome.error and "install it again" in outcome.error
+        with pytest.raises(ValueError, match="install it again"):
+            zoo.create_model(NAME, pretrained=True, **FLAGS)
+
+
+def test_what_is_there_goes_before_a_name(call: Call, shipped: Path, trained_on_folder: Path) -> None:
+    passed(call("export", trained_on_folder, "--format", "safetensors", "--out", NAME))
+    assert load_trained(NAME).dataset == "insects"
+    assert zoo.create_model(NAME, pretrained=True, **FLAGS).num_classes == 10  # which asks for the package's
+    Path(NAME).unlink()
+    assert load_trained(NAME).dataset == "digits"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (
+            "not-here",
+            r"not-here: expected a run folder, a weights file, its https:// address or a name .*sparsenet_7_4",
+        ),
+        ("sparsenet_7_5", r"did you mean sparsenet_7_4\?"),
+        ("http://127.0.0.1/x.safetensors", "expected an address that begins with https://, found http://"),
+        ("ftp://127.0.0.1/x.safetensors", "begins with https://, found ftp://"),
+        ("https://127.0.0.1/x#sha256=12ab", "64 hexadecimal digits"),
+        ("https://127.0.0.1/x#main", "64 hexadecimal digits"),
+        ("https://[::1/x", "expected a weights file"),
+        ("https://127.0.0.1/ä", "expected a weights file"),
+        ("x" * 300, "nothing of that name"),
+        ("\0", "nothing of that name"),
+    ],
+)
+@pytest.mark.parametrize("command", [("eval", "--dataset", "digits"), ("export",), ("predict", "x.png")])
+def test_what_names_nothing_is_one_line(
+    call: Call, shipped: Path, name: str, expected: str, command: tuple[str, ...]
+) -> None:
+    outcome = call(command[0], name, *command[1:])
+    assert (outcome.code, outcome.out) == (2, "")
+    assert re.search(expected, outcome.error), outcome.error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("eval", "mine.safetensors"), "--dataset_dir: expected the folder of the test images"),
+        (("eval", "mine.safetensors", "--dataset", "c10"), "--dataset_dir: expected the folder of the test images"),
+        (("eval", "mine.safetensors", "--dataset_dir", "DATA"), "expected the 10 classes .* found 2 classes"),
+        (("eval", "mine.safetensors", "--dataset", "digits", "--checkpoint", "last"), "--checkpoint: expected none"),
+        (("export", "mine.safetensors", "--format", "safetensors"), "--dataset_dir: expected the folder"),
+        (("export", "mine.safetensors", "--dataset_dir", "DATA"), "expected the 10 classes .* found 2 classes"),
+        (("export", "mine.safetensors", "--device", "meta"), "--device: expected auto or cpu"),
+        (
+            ("export", "mine.safetensors", "--format", "safetensors", "--opset", "20"),
+            "--opset: expected none with --format safetensors, found 20",
+        ),
+        (
+            ("export", "mine.safetensors", "--format", "safetensors", "--dataset", "digits"),
+            "--out: expected another file than the weights",
+        ),
+        (
+            ("export", "mine.safetensors", "--format", "safetensors", "--dataset", "digits", "--out", "no/x"),
+            "in a folder that exists",
+        ),
+    ],
+)
+def test_what_weights_cannot_do_is_one_line(
+    call: Call, file: Path, folder_data: Path, arguments: tuple[str, ...], expected: str
+) -> None:
+    before = file.read_bytes()
+    outcome = call(*(folder_data if argument == "DATA" else argument for argument in arguments))
+    assert (outcome.code, outcome.out) == (2, "")
+    assert re.search(expected, outcome.error), outcome.error
+    assert [path.name for path in Path().iterdir()] == [file.name] and file.read_bytes() == before
+
+
+def test_weights_become_onnx_in_the_folder_where_one_is(
+    call: Call, file: Path, shipped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def export(*arguments: Any) -> ExportReport:
+        asked.append(arguments)
+        return ExportReport(arguments[1], 20, 0, 0.0, 0.0, 0, 0)
+
+    monkeypatch.setattr("sparsenet.export.export_onnx", export)
+    outcome = call("export", file.rename(shipped.parent / "far.safetensors"))
+    assert outcome.code == 0 and "random inputs only" in outcome.error
+    passed(call("export", NAME, "--dataset", "digits"))
+    passed(call("export", NAME, "--dataset", "digits", "--out", "cat.onnx"))
+    assert [target for _, target, *_ in asked] == [Path("far.onnx"), Path(f"{NAME}.onnx"), Path("cat.onnx")]
+    assert [None if real is None else len(real) for _, _, real, _ in asked] == [None, 64, 64]
+
+
+# --- damaged and foreign files -------------------------------------------------------------------------------
+
+
+def refused(file: Path, expected: str) -> None:
+    for load in (load_trained, lambda path: zoo.create_model("sparsenet_40_12", pretrained=path)):
+        with pytest.raises(ValueError, match=expected) as found:
+            load(file)
+        assert str(found.value).startswith(str(file)) and "\n" not in str(found.value)
+
+
+def test_a_damaged_file_is_one_line(file: Path) -> None:
+    content = file.read_bytes()
+    for damaged in (b"", b"no weights", content[:100], content[:-1], content + b"x", b"\xff" * 8 + content[8:]):
+        file.write_bytes(damaged)
+        refused(file, "expected a safetensors file, found another kind or damage")
+
+
+def test_a_foreign_file_is_one_line(file: Path, trained: Path) -> None:
+    checkpoint = next((trained / "checkpoints").glob("best-*.safetensors"))
+    refused(checkpoint, "expected a file from sparsenet export")
+    for metadata in (None, {"format": "pt"}, {"sparsenet": "[]"}):
+        file.write_bytes(save({"x": torch.zeros(3)}, metadata))
+        refused(file, "expected a file from sparsenet export .*found no description")
+
+
+@pytest.mark.parametrize(
+    ("about", "expected"),
+    [
+        ({"epoch": "two"}, "'epoch' is missing or of another kind"),
+        ({"classes": ["ant", "bee"]}, "2 names for 10 classes"),
+        ({"measured": {"bf16": 3}}, "'measured'"),
+        ({"preprocessing": {"mean": [0.1, 0.1, 0.1]}}, "'preprocessing' does not fit"),
+        ({"preprocessing": {"std": [0.0]}}, "'preprocessing' divides by nothing"),
+        ({"preprocessing": {"crop": 7}}, "'preprocessing' has 'crop', which this version does not know"),
+        ({"architecture": {"colour": "red"}}, "an architecture that this version knows, found: .*colour"),
+        ({"architecture": {"fetch": "no_such"}}, "an architecture that this version knows, found: fetch"),
+        ({"architecture": {"growth_rate": [10**12]}}, "the tensors of its network|architecture that this version"),
+    ],
+)
+def test_a_wrong_description_is_one_line(changed: Callable[..., Path], about: Any, expected: str) -> None:
+    path = changed(**about)
+    with pytest.raises(ValueError, match=expected) as found:
+        load_trained(path)
+    assert str(found.value).startswith(str(path)) and "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"), [("extra", torch.zeros(5)), ("classifier.bias", None), ("classifier.bias", torch.zeros(5))]
+)
+def test_a_tensor_too_many_too_few_or_of_another_shape_is_named(
+    changed: Callable[..., Path], name: str, wrong: torch.Tensor | None
+) -> None:
+    path = changed({name: wrong})
+    with pytest.raises(ValueError, match=f"expected the tensors of its network, found {re.escape(name)} of shape"):
+        load_trained(path)
+
+
+def test_a_file_too_large_is_not_read(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "LIMIT", file.stat().st_size - 1)
+    with pytest.raises(ValueError, match="expected at most 0 MiB of weights, found more"):
+        weights.load(file)
+
+
+# --- as a library --------------------------------------------------------------------------------------------
+
+
+def test_a_model_by_name_has_the_weights_and_its_classifier(shipped: Path, file: Path) -> None:
+    for pretrained in (True, NAME, str(file), file):
+        model = sparsenet.create_model(NAME, pretrained=pretrained, **FLAGS)
+        stored = load_file(file)
+        assert model.num_classes == 10 and model.training
+        for name, value in model.state_dict().items():
+            assert value.dtype == torch.float32 and torch.equal(value, stored[name].float())
+        assert all(parameter.requires_grad for parameter in model.parameters())
+    model(torch.rand(2, 1, 8, 8)).sum().backward()
+
+
+@pytest.mark.parametrize("classes", [0, 3, 10])
+def test_other_classes_get_a_new_classifier_and_the_rest_stays(shipped: Path, classes: int) -> None:
+    model = sparsenet.create_model(NAME, num_classes=classes, pretrained=True, **FLAGS)
+    stored, found = load_file(shipped), model.state_dict()
+    assert model.num_classes == model.architecture.num_classes == classes
+    same = {name for name in found if torch.equal(found[name].float(), stored[name].float()[: len(found[name])])}
+    of_classifier = {"classifier.weight", "classifier.bias"} if classes == 3 else set()
+    assert found.keys() - same == of_classifier
+    assert model(torch.rand(2, 1, 8, 8)).shape == (2, classes or model.num_features)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"depth": 10}, "depth 7 instead of 10"),
+        ({"growth_rate": 5}, r"growth_rate \(4,\) instead of \(5,\)"),
+        ({"in_chans": 3}, "in_chans 1 instead of 3"),
+        ({"fetch": lambda i: [0]}, "fetch 'sparse' instead of"),
+    ],
+)
+def test_weights_of_another_network_are_one_line(shipped: Path, changes: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ValueError, match=f"^{NAME}: expected weights of this network, .*{expected}") as found:
+        sparsenet.create_model(NAME, pretrained=True, **(FLAGS | changes))
+    assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize("changes", [{"growth_rate": 4}, {"growth_rate": (4, 4, 4)}, {"fetch": "sparse:2"}])
+def test_the_same_network_in_other_words_fits(shipped: Path, changes: dict[str, Any]) -> None:
+    model = sparsenet.create_model(NAME, pretrained=True, dropout=0.1, **(FLAGS | changes))
+    assert model.architecture.dropout == 0.1
+
+
+def test_a_network_without_weights_is_told_those_that_have_some(shipped: Path) -> None:
+    with pytest.raises(ValueError, match=rf"a network that has weights \({NAME}\), found 'densenet121'"):
+        sparsenet.create_model("densenet121", pretrained=True)
+    with pytest.raises(ValueError, match="expected a name such as sparsenet_7_4"):
+        sparsenet.create_model("sparsenet_7_5", pretrained=True)
+
+
+# --- from the network ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Server:
+    """Serves the weights file; without TLS, which no test can have, hence the other scheme."""
+    monkeypatch.setattr(weights, "SCHEME", "http://")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return Server(file.read_bytes())
+
+
+def kept(tmp_path: Path) -> list[Path]:
+    return [path for path in (tmp_path / "cache").rglob("*") if path.name != "weights" and path.name != "sparsenet"]
+
+
+def test_an_address_is_fetched_once(server: Server, file: Path, tmp_path: Path) -> None:
+    digest = hashlib.sha256(server.content).hexdigest()
+    with server.url() as url:
+        for number, address in enumerate((f"{url}a.safetensors", f"{url}a.safetensors#sha256={digest}"), 1):
+            for _ in range(2):
+                model = sparsenet.create_model("sparsenet_40_12", depth=7, growth_rate=4, pretrained=address, **FLAGS)
+                assert torch.equal(model.stem[0].weight, load_file(file)["stem.0.weight"].float())
+            assert len(server.asked) == len(kept(tmp_path)) == number
+        for path in kept(tmp_path):
+            path.write_bytes(server.content[:-1])
+        assert weights.load(address).about == said(file)  # damaged meanwhile: fetched again
+    assert weights.load(address).about == said(file)  # and the network is not asked for what is kept
+
+
+def test_what_is_fetched_and_wrong_is_not_kept(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = server.content
+    with server.url() as url:
+        for content, limit, fragment, expected in (
+            (whole, len(whole) - 9, "", rf"{len(whole) - 9} of {len(whole)} bytes"),
+            (whole, len(whole), f"#sha256={64 * 'a'}", "expected a file of this SHA-256, found [0-9a-f]{64}; not kept"),
+            (b"<html>", 6, "", "expected a safetensors file"),
+            (b"", 0, "", "404|416|expected"),
+        ):
+            server.content, server.limit = content, limit
+            with pytest.raises(ValueError, match=expected) as found:
+                load_trained(f"{url}a.safetensors{fragment}")
+            assert str(found.value).startswith(url) and "\n" not in str(found.value)
+            assert kept(tmp_path) == []
+        server.content, server.limit = whole, len(whole)
+        monkeypatch.setattr(weights, "LIMIT", len(whole) - 1)
+        with pytest.raises(ValueError, match="more than 0 MiB"):
+            weights.load(f"{url}a.safetensors")
+    with pytest.raises(ValueError, match=r"expected a weights file, found: .*refused"):
+        weights.load(f"{url}a.safetensors")
+    assert kept(tmp_path) == []
+
+
+def test_a_server_that_does_not_say_how_much_comes_is_stopped_at_the_limit(tmp_path: Path) -> None:
+    class Endless:
+        status, headers, given = 200, dict[str, str](), 0
+
+        def read(self, size: int) -> bytes:
+            self.given += size
+            assert self.given <= 5 * 2**20
+            return bytes(size)
+
+    with pytest.raises(OSError, match="more than 3 MiB"):
+        files._append(Endless(), tmp_path / "file", 0, 3 * 2**20)  # type: ignore[arg-type]
+
+
+def test_a_redirection_stays_with_https() -> None:
+    handler = files._StaysSecure()
+    for start, end in (("https://a/x", "http://b/y"), ("https://a/x", "ftp://b/y")):
+        with pytest.raises(OSError, match="not https"):
+            handler.redirect_request(Request(start), None, 302, "", {}, end)  # type: ignore[arg-type]
+    for start, end in (("https://a/x", "https://b/y"), ("http://a/x", "http://b/y")):
+        followed = handler.redirect_request(Request(start), None, 302, "", {}, end)  # type: ignore[arg-type]
+        assert followed is not None and followed.full_url == end
+
+
+# --- what comes with the package -----------------------------------------------------------------------------
+
+
+def test_the_packages_weights_are_listed_small_and_in_the_wheel() -> None:
+    found = {path.stem: path for path in weights.SHIPPED.glob("*.safetensors")}
+    assert found.keys() == weights.shipped().keys()
+    assert {path.name for path in weights.SHIPPED.iterdir()} == {"index.json", *(p.name for p in found.values())}
+    assert sum(path.stat().st_size for path in found.values()) <= 12e6
+    packed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["sparsenet"]
+    package = weights.SHIPPED.parent
+    inside = {path for pattern in packed for path in package.glob(pattern)}
+    assert set(weights.SHIPPED.iterdir()) <= inside
+
+
+@pytest.mark.parametrize("name", weights.shipped())
+def test_every_network_gets_its_weights(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "fetch", None)  # offline
+    about = weights.load_shipped(name).about
+    model = sparsenet.create_model(name, in_chans=about["preprocessing"]["channels"], pretrained=True)
+    assert model.num_classes == len(about["classes"])
+    assert all(0 <= result["error"] < 100 for result in about["measured"].values())
