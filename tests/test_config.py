@@ -6,7 +6,7 @@ import json
 import pytest
 
 from sparsenet import config as settings
-from sparsenet.config import RunConfig, differences, from_dict, from_flags, replace
+from sparsenet.config import RunConfig, differences, from_dict, from_flags, recipe, replace
 from sparsenet.presets import PRESETS, preset, preset_for
 
 
@@ -95,3 +95,12 @@ def test_differences_name_what_resuming_must_not_change():
     new = replace(old, {"optim": {"lr": 0.2}, "train": {"max_epoch": 400, "time_limit": 60.0}})
     assert differences(old, new) == ["lr 0.1 -> 0.2"]
     assert differences(old, dataclasses.replace(old)) == []
+
+
+def test_a_recipe_makes_the_same_settings_again_but_for_the_machine_and_the_network():
+    changes = {"data": {"dataset_dir": "/home/me/photos", "cutout": 8}, "train": {"max_epoch": 7, "device": "cpu"}}
+    made = replace(RunConfig(), changes)
+    told = recipe(made)
+    assert "photos" not in str(told) and "cpu" not in str(told)
+    again = replace(RunConfig(), told)
+    assert again == replace(made, {"data": {"dataset_dir": ""}, "train": {"device": "auto"}})

@@ -230,3 +230,11 @@ def differences(old: RunConfig, new: RunConfig) -> list[str]:
         if before != after and s.name not in MAY_CHANGE:
             found.append(f"{s.name} {before!r} -> {after!r}")
     return found
+
+
+def recipe(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """How a network was trained, as a JSON value: what matters for the result, and not where or with what it ran."""
+    given = config.to_dict()
+    del given["network"]
+    without = set(MAY_CHANGE) - {"max_epoch"}
+    return {part: {name: value for name, value in own.items() if name not in without} for part, own in given.items()}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsenet import architecture, ops, optim, pictures
-from sparsenet.config import RunConfig
+from sparsenet.config import RunConfig, recipe
 from sparsenet.data import Dataset, Images, channel_statistics, load_dataset
 from sparsenet.data.images import Preprocessing
 from sparsenet.data.sampling import Batches, plan_epoch, resized, stream, training_size
@@ -119,7 +119,7 @@ class Session:
             "preprocessing": dataclasses.asdict(self.preprocessing),
             "classes": list(self.data.classes),
             "dataset": self.data.name,
-            "recipe": dataclasses.asdict(self.config.optim),
+            "recipe": recipe(self.config),
             "seed": self.config.train.seed,
         }
 
