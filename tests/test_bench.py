@@ -462,6 +462,21 @@ def test_lists_may_have_commas_or_be_given_again(call):
     assert json.loads(Path("there/bench.json").read_text()) == found
 
 
+def test_the_network_of_a_run_can_be_timed(call, trained):
+    flags = ("--variants", "reference-fp32,shared-fp32", "--measures", "step", "--steps", 1, "--batch_size", 2)
+    found = json.loads(call("bench", "--model", trained, *flags, "--device", "cpu", "--json").out)
+    assert [(row["model"], row["image_size"]) for row in found["rows"]] == [(trained.name, 8)] * 2
+    assert call("bench", "--model", trained.parent, *flags).code == 2  # a folder that is no run
+
+
+def test_the_scripts_are_sound():
+    folder = Path(__file__).parent.parent / "benchmarks"
+    for name in ("compare.sh", "publish.sh"):
+        assert subprocess.run(["bash", "-n", folder / name]).returncode == 0
+        outcome = subprocess.run([folder / name], capture_output=True, text=True)
+        assert outcome.returncode == 2 and outcome.stderr.startswith("usage: ")
+
+
 def test_the_gpu_script_is_sound():
     script = Path(__file__).parent.parent / "benchmarks" / "gpu.sh"
     assert subprocess.run(["bash", "-n", script]).returncode == 0

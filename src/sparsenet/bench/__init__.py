@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from sparsenet.bench.epoch import TRAIN, epochs, trained
 from sparsenet.bench.equality import check
 from sparsenet.bench.variants import OPTIONS, Variant, Workload, defaults
 from sparsenet.device import choose_device
-from sparsenet.run import environment
+from sparsenet.records import read_json
+from sparsenet.run import Run, environment
 
 __all__ = ["BenchConfig", "bench"]
 
@@ -31,7 +33,7 @@ def _option(default: Any, help: str) -> Any:
 class BenchConfig:
     """What is compared, and in what. Raises ``ValueError`` naming the flag."""
 
-    model: tuple[str, ...] = _option(("sparsenet_100_24",), "names of 'sparsenet models'")
+    model: tuple[str, ...] = _option(("sparsenet_100_24",), "names of 'sparsenet models', or run folders")
     batch_size: int = _option(64, "images a step")
     image_size: int = _option(0, "pixels; 0: what the network is made for")
     steps: int = _option(5, "counted steps of each variant")
@@ -67,14 +69,22 @@ class BenchConfig:
         if self.depths and min(self.depths) < 7:
             raise ValueError(f"--depths: expected depths of at least 7, found {min(self.depths)}")
         for name in self.model:
-            zoo.architecture(name).sizes(self.size(name))
+            network, size = self.network(name)
+            network.sizes(size)
         _ = self.asked
         if self.wants("epoch") and self.epoch > 0 and self.epoch < max(self.batch_size, 5):
             raise ValueError(f"--epoch: expected at least a batch of images and 5, found {self.epoch}")
 
-    def size(self, model: str) -> int:
-        """Pixels of a network's images."""
-        return self.image_size or zoo.image_size(zoo.known(model))
+    def network(self, model: str) -> tuple[Architecture, int]:
+        """The network of a name or of a run, and the pixels of its images."""
+        if Path(model).is_dir():
+            found, size = (
+                Run.open(Path(model)).config().network,
+                read_json(Path(model) / "graph.json").get("image_size"),
+            )
+        else:
+            found, size = zoo.architecture(model), zoo.image_size(model)
+        return found, self.image_size or size or 32
 
     def wants(self, measure: str) -> bool:
         return measure in self.measures or (measure == "epoch" and self.epoch >= 0)
@@ -124,12 +134,12 @@ def _rows(config: BenchConfig, name: str, variants: Sequence[Variant], device: t
     """The figures of one network, a row for each variant."""
     if set(config.measures) == {"none"} and not (config.epoch >= 0 or config.memory or config.best_batch):
         return []
-    network, size = zoo.architecture(name), config.size(name)
+    network, size = config.network(name)
     errors, times = _times(config, network, size, variants, device)
     work = {v: measure.work_of(v, network, config.batch_size, size, device) for v in variants}
     rows: dict[Variant, dict[str, Any]] = {
         v: {
-            "model": name, "image_size": size, "batch_size": config.batch_size, "variant": str(v),
+            "model": Path(name).name, "image_size": size, "batch_size": config.batch_size, "variant": str(v),
             "implementation": v.implementation, "precision": v.precision, "options": list(v.options),
             "errors": errors[v], **{f"{kind}_seconds": taken[v] for kind, taken in times.items()},
         }
