@@ -3,7 +3,7 @@
 #
 #   benchmarks/compare.sh topologies|depths OUT DATA [JOBS]
 #
-# topologies: networks of equal multiply-accumulates, 4 epochs, seeds 0 to 2.
+# topologies: networks of about equal multiply-accumulates (dense ones 5 and 11 % more), 4 epochs, seeds 0 to 2.
 # depths: 40 to 400 layers, concatenated and summed, 2 epochs of images of 16 by 16, seed 0.
 #
 # Leaves a run folder for each network and seed in OUT, JOBS (2) at a time with one thread each. Called again it goes
@@ -41,6 +41,13 @@ case $what in
 esac
 recipe+=" --preset paper --schedule onecycle --weight_decay 3e-4 --ema 0.995"
 
+export OMP_NUM_THREADS=1
+
+start() { # FLAGS...: as soon as fewer than JOBS are running
+    while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do wait -n || true; done
+    sparsenet train "$@" &
+}
+
 for seed in ${SEEDS:-$seeds}; do
     for network in "${networks[@]}"; do
         read -r name flags <<<"$network"
@@ -48,10 +55,12 @@ for seed in ${SEEDS:-$seeds}; do
         if [ -e "$run/result.json" ]; then
             continue
         elif [ -e "$run/config.json" ]; then
-            echo "--resume $run"
+            start --resume "$run"
         else
             rm -rf "$run" # a start that did not get as far as a run
-            echo "$flags $recipe --seed $seed --dataset_dir $data --dataset_name \"${DATA_NAME:-CIFAR-10}\" --out $run"
+            # shellcheck disable=SC2086 # flags are words
+            start $flags $recipe --seed "$seed" --dataset_dir "$data" --dataset_name "${DATA_NAME:-CIFAR-10}" --out "$run"
         fi
     done
-done | OMP_NUM_THREADS=1 xargs -r -P "$jobs" -L 1 sparsenet train
+done
+wait

@@ -103,15 +103,16 @@ evidence() {
     mkdir -p "$out/runs"
     if [ -n "$quick" ]; then
         train paper 3 --dataset digits --depth 7 --growth_rate 4 --device cpu
-        train strong 2 --dataset digits --depth 7 --growth_rate 4 --device cpu --ema 0.9 --random_augment true
+        train strong 2 --dataset digits --depth 7 --growth_rate 4 --device cpu --ema 0.9 --trivial_augment true
     elif [ -d "${DATA:-}" ]; then
         runs
     else
         echo "DATA: expected a folder with CIFAR-10 as sparsenet train takes it, found '${DATA:-}'"
         return 1
     fi
-    tar cz -C "$out" runs | split -b 15M - "$out/runs.tar.gz."
-    rm -r "$out/runs"
+    tar cz -C "$out" runs | split -b 15M - "$out/new."
+    rm -rf "$out"/runs.tar.gz.?? "$out/runs" # an archive may have had more parts than its successor
+    for part in "$out"/new.??; do mv "$part" "$out/runs.tar.gz.${part##*.}"; done
     [ ${#missing[@]} -eq 0 ] || { echo "not at their end: ${missing[*]}; call again with $out as BEFORE"; return 1; }
 }
 
@@ -122,7 +123,7 @@ runs() {
     local fast=(--schedule onecycle --lr 0.4 --batch_size 256 --warmup 3 --weight_decay 5e-4 --ema 0.995 --first_size 16)
     # As the paper's in network, epochs and batch, stronger in what is seen and in how the rate falls.
     local strong=(--schedule cosine --warmup 5 --weight_decay 5e-4 --label_smoothing 0.1 --ema 0.9995)
-    strong+=(--random_augment true --cutout 8 --cutmix 1)
+    strong+=(--trivial_augment true --cutout 8 --cutmix 1)
     for seed in 0 1 2; do
         train "fast-15-seed$seed" 15 "${data[@]}" "${net[@]}" "${fast[@]}" --seed $seed
         train "fast-30-seed$seed" 30 "${data[@]}" "${net[@]}" "${fast[@]}" --seed $seed
@@ -153,8 +154,8 @@ train() { # NAME EPOCHS FLAGS...: begun, resumed, or left alone where it is at i
     [ "$(done_epochs "$run")" -ge "$epochs" ] || missing+=("$name")
 }
 
-done_epochs() { # RUN
-    if [ -e "$1/metrics.csv" ]; then echo $(($(wc -l <"$1/metrics.csv") - 1)); else echo 0; fi
+done_epochs() { # RUN; one without a result has yet to conclude
+    if [ -e "$1/result.json" ]; then echo $(($(wc -l <"$1/metrics.csv") - 1)); else echo 0; fi
 }
 
 thin() { # RUN: what has to be carried: the newest checkpoints only, and of a run at its end the best one only

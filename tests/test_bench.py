@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -465,7 +466,7 @@ def test_lists_may_have_commas_or_be_given_again(call):
 def test_the_network_of_a_run_can_be_timed(call, trained):
     flags = ("--variants", "reference-fp32,shared-fp32", "--measures", "step", "--steps", 1, "--batch_size", 2)
     found = json.loads(call("bench", "--model", trained, *flags, "--device", "cpu", "--json").out)
-    assert [(row["model"], row["image_size"]) for row in found["rows"]] == [(trained.name, 8)] * 2
+    assert [(row["model"], row["image_size"]) for row in found["rows"]] == [(str(trained), 8)] * 2
     assert call("bench", "--model", trained.parent, *flags).code == 2  # a folder that is no run
 
 
@@ -475,6 +476,75 @@ def test_the_scripts_are_sound():
         assert subprocess.run(["bash", "-n", folder / name]).returncode == 0
         outcome = subprocess.run([folder / name], capture_output=True, text=True)
         assert outcome.returncode == 2 and outcome.stderr.startswith("usage: ")
+
+
+PROGRAM = """#!/usr/bin/env bash
+# Stands in for the program, and for a Python that runs it: leaves a run of as many epochs as $EPOCHS has.
+while [ $# -gt 0 ]; do
+    case $1 in --out | --resume) run=$2 ;; --dataset_dir) data=$2 ;; esac
+    shift
+done
+mkdir -p "$run/checkpoints"
+printf '{"data": {"dataset_dir": "%s"}}\n' "$data" >"$run/config.json"
+echo epoch >"$run/metrics.csv"
+seq "$EPOCHS" >>"$run/metrics.csv"
+for file in result.json requirements.txt train.log curves.png graph.svg; do touch "$run/$file"; done
+for kind in last best; do
+    touch "$run/checkpoints/$kind-1.json"
+    head -c "${SIZE:-1}" /dev/urandom >"$run/checkpoints/$kind-1.safetensors"
+done
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    """Runs a script of benchmarks/ with a program in which nothing is trained."""
+    (tmp_path / "bin").mkdir()
+    for name in ("sparsenet", "python"):
+        (tmp_path / "bin" / name).write_text(PROGRAM)
+        (tmp_path / "bin" / name).chmod(0o755)
+    folder = Path(__file__).parent.parent / "benchmarks"
+    environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHON": "python", "QUICK": "1"}
+
+    def run(name, *arguments, **more):
+        words = [folder / name, *arguments]
+        return subprocess.run(words, env=environment | more, capture_output=True, text=True, cwd=tmp_path)
+
+    return run
+
+
+def test_comparisons_are_made_once_wherever_they_go_and_published_without_paths(script, tmp_path):
+    out, data, times = "my runs", "/o'neil/my data", []
+    for _ in range(2):
+        assert script("compare.sh", "topologies", out, data, EPOCHS="4").returncode == 0
+        runs = sorted((tmp_path / out).iterdir())
+        assert len(runs) == 18 and all((run / "result.json").exists() for run in runs)
+        assert json.loads((runs[0] / "config.json").read_text())["data"]["dataset_dir"] == data
+        times.append([(run / "result.json").stat().st_mtime_ns for run in runs])
+    assert times[0] == times[1]
+    assert script("publish.sh", *runs, "records").returncode == 0
+    record = tmp_path / "records" / runs[0].name
+    assert json.loads((record / "config.json").read_text())["data"]["dataset_dir"] == "my data"
+    assert {file.name for file in record.iterdir()} == {
+        "config.json", "result.json", "metrics.csv", "requirements.txt", "train.log", "curves.png", "graph.svg",
+    }  # fmt: skip
+    assert not (tmp_path / "records" / "densenet-22-8-seed1" / "curves.png").exists()
+    (runs[0] / "result.json").unlink()
+    assert script("publish.sh", runs[0], "records").returncode == 1
+
+
+def test_the_gpu_s_trainings_go_on_though_their_archive_shrinks(script, tmp_path):
+    large = str(17 * 2**20)
+    assert script("gpu.sh", "out", "evidence", EPOCHS="1", SIZE=large).returncode == 1  # of 3 and of 2 epochs
+    parts = sorted(path.name for path in (tmp_path / "out").glob("runs.tar.gz.*"))
+    assert len(parts) > 2
+    assert "--resume" in script("gpu.sh", "out", "evidence", EPOCHS="2").stdout
+    assert script("gpu.sh", "out", "evidence", EPOCHS="3").returncode == 0
+    assert [path.name for path in (tmp_path / "out").glob("*.tar.gz.*")] == ["runs.tar.gz.aa"]
+    again = script("gpu.sh", "out", "evidence", EPOCHS="0")
+    assert again.returncode == 0 and again.stdout.count("made before") == 2
+    listed = subprocess.run(["tar", "tzf", tmp_path / "out" / "runs.tar.gz.aa"], capture_output=True, text=True).stdout
+    assert listed.count("best-1.safetensors") == 2 and "last-1" not in listed
 
 
 def test_the_gpu_script_is_sound():

@@ -28,7 +28,7 @@ from sparsenet.data.augment import (
 )
 from sparsenet.data.sampling import plan_epoch, stream
 
-EVERYTHING = DataConfig(shift=2, random_augment=True, cutout=5, mixup=0.4, cutmix=1.0)
+EVERYTHING = DataConfig(shift=2, trivial_augment=True, cutout=5, mixup=0.4, cutmix=1.0)
 FILL = torch.tensor([70, 80, 90], dtype=torch.uint8)
 channels = pytest.mark.parametrize("channels", [1, 3])
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from sparsenet import Architecture, SparseNet
-from sparsenet.filters import COLOURS, NO_LINK, draw_filters, link_weights, shares_by_distance
+from sparsenet.filters import COLOURS, NO_LINK, draw_filters, link_weights
 
 NETWORKS = {
     "sparse": Architecture(depth=40, growth_rate=3),
@@ -81,25 +81,6 @@ def test_a_network_that_sums_is_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^filters: expected a network that concatenates, found aggregation 'sum'.*$"):
         draw_filters(model, tmp_path / "filters.png")
     assert not list(tmp_path.iterdir())
-
-
-def test_shares_of_a_reader_make_one(model: SparseNet) -> None:
-    """So over all links they add up to the number of readers, as learned and as if weighed alike."""
-    for weights, stage in zip(link_weights(model), model.architecture.stages, strict=True):
-        found = shares_by_distance(weights)
-        assert [reach.distance for reach in found] == sorted({reach.distance for reach in found})
-        assert sum(reach.links for reach in found) == stage.topology.edges
-        for shares in ([r.links * r.share for r in found], [r.links * r.even for r in found]):
-            assert sum(shares) == pytest.approx(stage.topology.depth + 1)
-
-
-def test_shares_tell_near_from_far() -> None:
-    nan = float("nan")
-    weights = torch.tensor([[5, 3, 0], [nan, 1, nan], [nan, nan, 2]], dtype=torch.float64)
-    near, far, farthest = shares_by_distance(weights)
-    assert near == (1, 3, pytest.approx((1 + 1 / 4 + 1) / 3), pytest.approx((1 + 1 / 2 + 1 / 2) / 3))
-    assert far == (2, 1, 3 / 4, 1 / 2)
-    assert farthest == (3, 1, 0, 1 / 2)
 
 
 def colours(file: Path) -> set[tuple[int, ...]]:

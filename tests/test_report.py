@@ -127,10 +127,21 @@ def test_runs_that_differ_in_the_seed_only_are_one_row(tmp_path: Path) -> None:
         6.0, "1, 2, 3", [5.0, 6.0, 7.0], sorted(runs),
     )  # fmt: skip
     assert "| 6.00 ± 1.00 |" in markdown_table([row])
-    for change in ({"fetch": "dense"}, {"depth": 22}):
+    assert read_rows([tmp_path, runs[0], tmp_path / "seed1" / ".." / "seed2"]) == [row]  # however they are named
+    for change in ({"fetch": "dense"}, {"depth": 22}, {"seed": 3}):  # a seed again is not one more seed
         make(tmp_path / "other", 5.0, **change)
-        assert len(read_rows([tmp_path])) == 2
+        assert sorted(len(row["runs"]) for row in read_rows([tmp_path])) == [1, 3]
         shutil.rmtree(tmp_path / "other")
+    for file, part, setting in (
+        ("config", "network", {"dropout": 0.2}),
+        ("environment", None, {"implementation": "x"}),
+    ):
+        other = make(tmp_path / "other", 5.0, seed=4)
+        values = json.loads((other / f"{file}.json").read_text())
+        (values[part] if part else values).update(setting)
+        (other / f"{file}.json").write_text(json.dumps(values))
+        assert sorted(len(row["runs"]) for row in read_rows([tmp_path])) == [1, 3]
+        shutil.rmtree(other)
 
 
 def test_published_rows_come_first_and_say_so(tmp_path: Path) -> None:
@@ -141,9 +152,13 @@ def test_published_rows_come_first_and_say_so(tmp_path: Path) -> None:
     assert len(lines) == 4
     assert lines[2].startswith("| *published:* paper |")
     assert "| 4.44 | 61–70 |" in lines[2]
-    (tmp_path / "published.json").write_text("[1]")
-    with pytest.raises(ValueError, match=r"published\.json: expected a JSON object"):
-        read_rows([tmp_path])
+    (tmp_path / "published.json").write_text(json.dumps({"published": [*rows, rows[0] | {"error": 8.0}]}))
+    lines = markdown_table(read_rows([tmp_path])).splitlines()
+    assert ["| 4.44 |" in lines[2], "| 8.00 |" in lines[3]] == [True, True]  # each stays as it is
+    for damaged in ([1], {"published": [1]}, {"published": {}}, {"published": [{"error": "4.4"}]}):
+        (tmp_path / "published.json").write_text(json.dumps(damaged))
+        with pytest.raises(ValueError, match=r"published\.json: expected "):
+            read_rows([tmp_path])
 
 
 def test_records_of_the_benchmark_are_passed_over(tmp_path: Path) -> None:
@@ -163,7 +178,18 @@ def test_the_tables_of_a_page_are_written_from_records(tmp_path: Path) -> None:
     assert page.read_text() == expected
 
 
-@pytest.mark.parametrize("text", [None, "no table", "<!-- report nothing -->\n<!-- /report -->"])
+def test_a_table_without_an_end_takes_nothing_with_it(tmp_path: Path) -> None:
+    make(tmp_path / "run", 5.5)
+    page = tmp_path / "page.md"
+    page.write_text("<!-- report run -->\nkept\n<!-- report run -->\n<!-- /report -->\n")
+    assert update(page) == 1
+    assert page.read_text().startswith("<!-- report run -->\nkept\n<!-- report run -->\n\n| platform")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [None, "no table", "<!-- report nothing -->\n<!-- /report -->", "<!-- report /nothing -->\n<!-- /report -->"],
+)
 def test_a_page_that_cannot_be_updated_is_named_and_kept(tmp_path: Path, text: str | None) -> None:
     page = tmp_path / "page.md"
     if text is not None:
@@ -187,10 +213,10 @@ def test_the_page_compares_error_with_cost(tmp_path: Path) -> None:
             run = make(tmp_path / f"{depth}-{seed}", 9.0 - depth / 10 + seed, depth=depth, seed=seed)
             (run / "graph.json").write_text(json.dumps({"parameters": 100 * depth, "macs": macs * 1_000_000}))
     page = Page(write_report([tmp_path], tmp_path / "report.html").read_text())
-    picture = (tmp_path / "report.png").read_bytes()
+    picture = (tmp_path / "report-comparison.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
     assert "data:image/png;base64," + b64encode(picture).decode() in page.sources
-    assert "7.50 ± 0.71" not in page.words
+    assert "7.30 ± 0.71" in page.words
     assert "5.50 ± 0.71" in page.words
     assert all(f"{depth}-{seed}" in page.words for depth in (22, 40) for seed in (0, 1))
 
@@ -204,8 +230,9 @@ def test_the_page_stands_alone_with_the_best_run_first(tmp_path: Path) -> None:
     assert all(source.startswith(("data:", "#")) for source in page.sources)
     assert not {"script", "link", "iframe", "b>best"} & set(page.tags)
     assert page.words.index("<b>best & $1") < page.words.index("worse") < page.words.index("going")
-    assert sum(source.startswith("data:image/png;base64,") for source in page.sources) == 1
-    assert page.tags.count("svg") == 1 + len(runs)  # the chart and each run's network
+    assert sum(source.startswith("data:image/png;base64,") for source in page.sources) == 2  # and the comparison
+    assert page.tags.count("svg") == 1  # the chart; each run's network is an image, which cannot do anything
+    assert sum(source.startswith("data:image/svg+xml;base64,") for source in page.sources) == len(runs)
     assert "still going or was stopped" in page.words
     assert "sparsenet train --config" in page.words
     assert "default-src 'none'" in text
@@ -232,13 +259,20 @@ def test_a_folder_without_a_run_is_named(tmp_path: Path, name: str) -> None:
     assert not (tmp_path / "report.html").exists()
 
 
-@pytest.mark.parametrize(("name", "text"), [("config.json", "{"), ("graph.json", "[]"), ("metrics.csv", "epoch\nx\n")])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("config.json", "{"), ("config.json", '{"network": []}'), ("config.json", '{"optim": {"lr": []}, "train": {}}'),
+        ("graph.json", "[]"), ("metrics.csv", "epoch\nx\n"), ("result.json", '{"error": []}'), ("result.json", "{}1"),
+        ("result.json", '{"error": "good"}'),
+    ],
+)  # fmt: skip
 def test_a_damaged_file_is_named_in_one_line(tmp_path: Path, name: str, text: str) -> None:
     run = make(tmp_path / "run", 5.5)
     (run / name).write_text(text)
     with pytest.raises(ValueError, match="expected") as error:
         summarise(run)
-    assert str(run / name) in str(error.value)
+    assert str(run) in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -252,6 +286,11 @@ def test_filters_are_drawn_into_the_run_and_shown(call: Call, copied: Path) -> N
     assert outcome.lines == [str(copied / "report.html")]
     picture = b64encode((copied / "filters.png").read_bytes()).decode()
     assert "data:image/png;base64," + picture in Page((copied / "report.html").read_text()).sources
+    shutil.rmtree(copied / "checkpoints")
+    outcome = call("report", copied, "--filters")
+    assert outcome.lines == [str(copied / "report.html")]
+    assert "no picture of filters: " in outcome.error
+    assert call("report", copied, "--filters", "--markdown").code == 2
 
 
 def test_the_program_updates_a_page_or_takes_runs_but_not_both(call: Call, copied: Path) -> None:

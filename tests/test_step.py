@@ -150,7 +150,7 @@ RECIPES = {
     "everything": {
         "network": {"dropout": 0.2},
         "optim": {"ema": 0.9, "grad_clip": 0.5, "label_smoothing": 0.1, "schedule": "onecycle"},
-        "data": {"random_augment": True, "cutout": 3, "mixup": 0.4, "cutmix": 1.0, "first_size": 4},
+        "data": {"trivial_augment": True, "cutout": 3, "mixup": 0.4, "cutmix": 1.0, "first_size": 4},
     },
     "sum": {"network": {"aggregation": "sum", "growth_rate": 8, "depth": 10}, "optim": {"ema": 0.5}},
 }
@@ -212,7 +212,7 @@ def test_a_mixed_label_counts_by_its_share(count, smoothing, seed):
     torch.testing.assert_close(same, (loss, wrong))
 
 
-AUGMENTED = {"random_augment": True, "cutout": 3, "mixup": 0.4, "cutmix": 1.0}
+AUGMENTED = {"trivial_augment": True, "cutout": 3, "mixup": 0.4, "cutmix": 1.0}
 
 
 @pytest.mark.parametrize("side", [4, 8])

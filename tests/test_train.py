@@ -99,6 +99,15 @@ def test_stopped_and_resumed_is_as_if_never_stopped(whole, tmp_path, stops):
     assert_same(outcome(run), outcome(whole))
 
 
+def test_a_run_that_goes_on_has_no_result_until_its_end(tmp_path):
+    run = finished(tmp_path / "run", tiny(train={"max_epoch": 1}))
+    assert (run.path / "result.json").exists()
+    list(train(tiny(), run, True, lambda: "a signal"))
+    assert not (run.path / "result.json").exists()  # that of one epoch would be taken for the run's
+    list(train(tiny(), run, True))
+    assert (run.path / "result.json").exists()
+
+
 def test_weights_may_lie_otherwise(tmp_path, monkeypatch):
     """As on CUDA; momenta that a checkpoint gives back lie as their weights do, which the fused update asks for."""
     monkeypatch.setitem(device.WEIGHTS, "cpu", torch.channels_last)
@@ -186,7 +195,7 @@ def parquet_folder(tmp_path_factory):
     return folder
 
 
-EVERYTHING = {"random_augment": True, "cutout": 3, "mixup": 0.4, "cutmix": 1.0, "first_size": 4}
+EVERYTHING = {"trivial_augment": True, "cutout": 3, "mixup": 0.4, "cutmix": 1.0, "first_size": 4}
 
 
 @pytest.mark.parametrize("kind", ["digits", "parquet"])

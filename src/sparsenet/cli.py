@@ -147,7 +147,7 @@ def _eval(args: argparse.Namespace) -> int:
         *(f"  {name}: {'no image' if e is None else f'{e:.2f} %'}" for name, e in value["class_errors"].items()),
     ]
     if stated:
-        of = f"{stated['images']} images of {trained.dataset}"
+        of = f"{stated['images']} images of {stated['dataset']}"
         lines.append(f"stated: {stated['error']:.2f} % ({precision}), for {of}")
     return _print(value, lines, args.json)
 
@@ -176,6 +176,7 @@ def _data_now(args: argparse.Namespace, trained: Trained) -> Dataset:
         stored,
         dataset=dataset,
         dataset_dir=args.dataset_dir or ("" if dataset == "digits" else stored.dataset_dir),
+        dataset_name="" if args.dataset or args.dataset_dir else stored.dataset_name,
         image_size=trained.preprocessing.size,
         in_chans=trained.preprocessing.channels,
         download=False,
@@ -190,8 +191,11 @@ def _data_now(args: argparse.Namespace, trained: Trained) -> Dataset:
 
 
 def _stored_data(trained: Trained) -> DataConfig:
-    """What a run or a weights file says of its data; a weights file not where it lies."""
-    return Run.open(trained.path).config().data if trained.path.is_dir() else DataConfig(**trained.info["data"])
+    """What a run or a weights file says of its data; a weights file only how its test images are found."""
+    if trained.path.is_dir():
+        return Run.open(trained.path).config().data
+    told = trained.info["recipe"]["data"]
+    return DataConfig(test_fraction=told["test_fraction"], skip_corrupt=told["skip_corrupt"])
 
 
 def _predict(args: argparse.Namespace) -> int:
@@ -242,7 +246,7 @@ def _export_weights(args: argparse.Namespace) -> WeightsReport:
     if args.opset is not None:
         raise ValueError(f"--opset: expected none with --format safetensors, found {args.opset}")
     trained = _load(args, choose_device(args.device))
-    return export_weights(trained, _target(args, trained), _data_now(args, trained).test, _stored_data(trained))
+    return export_weights(trained, _target(args, trained), _data_now(args, trained))
 
 
 EXPORTS: dict[str, Callable[[argparse.Namespace], ExportReport | WeightsReport]] = {
@@ -271,7 +275,7 @@ def _models(args: argparse.Namespace) -> int:
     lines = [f"{'name':<28}{'parameters':>12}{'MACs':>16}  {'at':<6}pretrained"]
     for r in rows:
         known = r["pretrained"]
-        shown = f"{known['measured']['fp32']['error']:.2f} % on {known['dataset']}" if known else ""
+        shown = "{error:.2f} % on {dataset}".format(**known["measured"]["fp32"]) if known else ""
         side = f"{r['image_size']}²"
         lines.append(f"{r['name']:<28}{r['parameters']:>12,}{r['macs']:>16,}  {side:<6}{shown}".rstrip())
     return _print(rows, lines, args.json)
@@ -291,6 +295,8 @@ def _report(args: argparse.Namespace) -> int:
     runs = [Path(run) for run in args.runs]
     if bool(runs) == bool(args.update):
         raise ValueError("sparsenet report: expected either run folders or --update with a page")
+    if args.markdown and (args.filters or args.out):
+        raise ValueError("sparsenet report: expected --markdown, which prints the table, without --filters and --out")
     if args.update:
         count = update(Path(args.update))
         print(f"{args.update}: {count} table{'s' * (count != 1)} written anew")
@@ -298,7 +304,10 @@ def _report(args: argparse.Namespace) -> int:
         print(markdown_table(read_rows(runs)), end="")
     else:
         for run in [run for row in read_rows(runs) for run in row["runs"]] if args.filters else ():
-            draw_filters(load_trained(run).model, run / "filters.png", run.name)
+            try:
+                draw_filters(load_trained(run).model, run / "filters.png", run.name)
+            except ValueError as error:  # a run that sums, or without weights; the page is about the others too
+                print(f"sparsenet report: {run}: no picture of filters: {error}", file=sys.stderr)
         print(write_report(runs, Path(args.out) if args.out else runs[0] / "report.html"))
     return 0
 

@@ -24,7 +24,7 @@ from sparsenet.model import SparseNet
 from sparsenet.run import version, write_atomic
 
 if TYPE_CHECKING:
-    from sparsenet.data import DataConfig, Images
+    from sparsenet.data import Dataset
     from sparsenet.run import Trained
 
 OLDEST_OPSET = 18  # PyTorch's exporter writes this one and newer ones
@@ -84,21 +84,20 @@ class WeightsReport:
 
     path: Path
     bytes: int
-    dataset: str
-    measured: dict[str, dict[str, Any]]  # by precision: error and top5_error in percent, images
+    measured: dict[str, dict[str, Any]]  # by precision: see :data:`sparsenet.weights.RESULT`
 
     def summary(self) -> str:
         """One line to print."""
         errors = ", ".join(f"{found['error']:.2f} % in {precision}" for precision, found in self.measured.items())
-        images = self.measured["fp32"]["images"]
-        return f"{self.path}: {self.bytes / 2**20:.1f} MiB; error {errors} ({images} images of {self.dataset})"
+        of = "{images} images of {dataset}".format(**self.measured["fp32"])
+        return f"{self.path}: {self.bytes / 2**20:.1f} MiB; error {errors} ({of})"
 
 
-def export_weights(trained: Trained, target: Path, images: Images, data: DataConfig) -> WeightsReport:
+def export_weights(trained: Trained, target: Path, data: Dataset) -> WeightsReport:
     """The network as a weights file (:mod:`sparsenet.weights`), in which it is rounded and says what it measures then.
 
-    It is measured on *images*, in fp32 and where the model's device computes in it in bf16; *data* is where they come
-    from. Raises ``ValueError`` for a *target* that cannot be written and for weights that fp16 does not have.
+    It is measured on the test images of *data*, in fp32 and where the model's device computes in it in bf16. Raises
+    ``ValueError`` for a *target* that cannot be written and for weights that fp16 does not have.
     """
     _check_target(target)
     if target.resolve() == trained.path.resolve():
@@ -109,13 +108,13 @@ def export_weights(trained: Trained, target: Path, images: Images, data: DataCon
     device = next(model.parameters()).device
     measured = {}
     for precision in dict.fromkeys(("fp32", choose_precision("auto", device))):
-        found = evaluate(model, images, trained.preprocessing, device, precision=precision)
-        measured[precision] = {"error": found.error, "top5_error": found.top5_error, "images": found.images}
-    split = {"test_fraction": data.test_fraction, "skip_corrupt": data.skip_corrupt}
+        found = evaluate(model, data.test, trained.preprocessing, device, precision=precision)
+        errors = {"error": found.error, "top5_error": found.top5_error}
+        measured[precision] = {**errors, "images": found.images, "dataset": data.name}
     about = {name: value for name, value in trained.info.items() if name != "step"}
-    file = weights.pack(tensors, {**about, "data": split, "measured": measured})
+    file = weights.pack(tensors, {**about, "measured": measured})
     _write(target, file)
-    return WeightsReport(target, len(file), trained.dataset, measured)
+    return WeightsReport(target, len(file), measured)
 
 
 def _check_target(target: Path) -> None:

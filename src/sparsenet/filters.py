@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from textwrap import fill
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,15 +26,6 @@ CAPTION = (
     "batch norm scale; each column is divided by its largest value. Grey: no link. A network that has learned nothing "
     "is nearly of one colour."
 )
-
-
-class Reach(NamedTuple):
-    """The links of a stage that reach back over one distance, reader minus source."""
-
-    distance: int
-    links: int
-    share: float  # of a reader's weight, mean over the links
-    even: float  # what the share would be if every reader weighed all its sources alike
 
 
 def link_weights(model: SparseNet) -> list[Tensor]:
@@ -82,25 +73,6 @@ def _channels(model: SparseNet, number: int) -> list[Tensor]:
 def _magnitude(weight: Tensor) -> Tensor:
     """Mean absolute value for each input channel of a convolution or linear map."""
     return weight.detach().cpu().double().abs().transpose(0, 1).flatten(1).mean(1)
-
-
-def shares_by_distance(weights: Tensor) -> list[Reach]:
-    """How a stage's readers share out their weight over distances, nearest first; *weights* of :func:`link_weights`.
-
-    A link's share is its value by the sum of its reader's values. The farther a source, the more others there are
-    beside it, so a share says something only beside the even one.
-    """
-    linked = ~weights.isnan()
-    values = weights.nan_to_num()
-    shares = values / values.sum(0).clamp_min(TINY)
-    even = (1 / linked.sum(0)).expand_as(shares)
-    source, column = linked.nonzero(as_tuple=True)
-    distances = column + 1 - source
-    found = []
-    for distance in distances.unique().tolist():
-        links = source[distances == distance], column[distances == distance]
-        found.append(Reach(distance, len(links[0]), shares[links].mean().item(), even[links].mean().item()))
-    return found
 
 
 def draw_filters(model: SparseNet, target: Path, title: str = "") -> None:

@@ -112,39 +112,34 @@ def _annotate_last(axis: Any, rows: Sequence[Row]) -> None:
         axis.annotate(f"{split}\n{error:.2f} %", at, color=COLOURS[split], **style)
 
 
-COSTS = {
-    "parameters": "parameters (thousands)",
-    "macs": "MACs an image (millions)",
-    "train_seconds": "seconds an epoch of training",
-}
-UNITS = {"parameters": 1e3, "macs": 1e6, "train_seconds": 1}
+COSTS = {"parameters": ("parameters (thousands)", 1e3), "macs": ("multiply-accumulates an image (millions)", 1e6)}
 
 
 def draw_comparison(rows: Sequence[Mapping[str, Any]], target: Path) -> None:
-    """A PNG of error against parameters, MACs and seconds, one colour for each kind of network.
+    """A PNG of error against parameters and against MACs, one colour for each kind of network.
 
     *rows* are those of :func:`sparsenet.records.read_rows`: every seed is a dot, the mean of a network a ring with
     its depth and growth rate; networks of one kind are joined.
     """
-    shown = [key for key in COSTS if all(row[key] for row in rows)]
-    kinds = dict.fromkeys(sorted(row["architecture"] for row in rows))
+    kinds = sorted({row["architecture"] for row in rows})
     title = f"{rows[0]['dataset']}, {rows[0]['recipe']}"
-    with picture(target, 1 + 3.6 * len(shown), 4.2, title) as figure:
-        axes = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
-        for axis, cost in zip(axes, shown, strict=True):
-            for kind, colour in zip(kinds, KINDS, strict=False):
+    with picture(target, 11, 4.6, title) as figure:
+        axes = figure.subplots(1, len(COSTS), sharey=True)
+        for axis, (cost, (name, unit)) in zip(axes, COSTS.items(), strict=True):
+            for number, kind in enumerate(kinds):
                 own = sorted((row for row in rows if row["architecture"] == kind), key=lambda row: row[cost])
-                _draw_kind(axis, own, cost, kind, colour)
-            axis.set(xlabel=COSTS[cost], xscale="log")
+                _draw_kind(axis, [row[cost] / unit for row in own], own, kind, KINDS[number % len(KINDS)])
+            axis.set(xlabel=name, xscale="log")
             axis.margins(y=0.08)
-            _plain_ticks(axis, [row[cost] / UNITS[cost] for row in rows])
+            _plain_ticks(axis, [row[cost] / unit for row in rows])
             axis.grid(axis="y")
         axes[0].set_ylabel("test error (%)")
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(kinds))
+        legend = axes[0].get_legend_handles_labels()
+        figure.legend(*legend, loc="outside lower center", ncols=min(len(kinds), 4))
 
 
-def _draw_kind(axis: Any, rows: Sequence[Mapping[str, Any]], cost: str, kind: str, colour: str) -> None:
-    xs, ys = [row[cost] / UNITS[cost] for row in rows], [row["error"] for row in rows]
+def _draw_kind(axis: Any, xs: Sequence[float], rows: Sequence[Mapping[str, Any]], kind: str, colour: str) -> None:
+    ys = [row["error"] for row in rows]
     axis.plot(xs, ys, "-", color=colour, lw=1.2)
     axis.plot(xs, ys, "o", color=colour, mfc="white", ms=8, mew=1.8, label=kind)
     for x, row in zip(xs, rows, strict=True):

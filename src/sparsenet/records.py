@@ -25,7 +25,7 @@ COLUMNS = {
     "error": "error %",
     "train_seconds": "training epoch (s)",
     "test_seconds": "test pass (s)",
-    "duration": "whole run",
+    "duration": "training and tests",
     "peak_memory_mb": "peak memory (MB)",
     "recipe": "recipe",
     "seed": "seeds",
@@ -33,8 +33,8 @@ COLUMNS = {
 PUBLISHED = "published.json"  # rows that others measured: {"published": [{"platform": ..., "error": ...}, ...]}
 FILES = ("config.json", "metrics.csv", "result.json")  # any of them makes a folder a run
 PAPER = dataclasses.asdict(RunConfig())
-OF_DATA = ("mirror", "shift", "cutout", "mixup", "cutmix", "random_augment", "first_size", "val_fraction")
-BLOCK = re.compile(r"(<!-- report (?P<runs>[^\n]*?) -->\n)(?P<table>.*?)(<!-- /report -->)", re.S)
+OF_DATA = ("mirror", "shift", "cutout", "mixup", "cutmix", "trivial_augment", "first_size", "val_fraction")
+BLOCK = re.compile(r"(<!-- report (?P<runs>[^\n]*?) -->\n)(?:(?!<!-- report ).)*?(<!-- /report -->)", re.S)
 
 Row = dict[str, Any]
 
@@ -48,9 +48,20 @@ def read_rows(paths: Iterable[Path]) -> list[Row]:
     and for a damaged file.
     """
     groups: dict[str, list[Row]] = {}
+    published = []
+    known: set[Path] = set()
     for row in (row for path in paths for row in _found(path)):
-        groups.setdefault(json.dumps([row.get(key) for key in (*_SAME, "final")] + [row["published"]]), []).append(row)
-    return [_joined(rows) for rows in groups.values()]
+        if row["published"]:
+            published.append(row | {"errors": [row["error"]] if row["error"] is not None else []})
+            continue
+        if row["runs"][0].resolve() in known:
+            continue
+        known.add(row["runs"][0].resolve())
+        key = json.dumps([row[key] for key in (*_SAME, "final")])
+        while row["seed"] in (other["seed"] for other in groups.get(key, ())):  # a seed again is not one more seed
+            key += " again"
+        groups.setdefault(key, []).append(row)
+    return published + [_joined(rows) for rows in groups.values()]
 
 
 _MEASURED = ("error", "train_seconds", "test_seconds", "duration", "peak_memory_mb")
@@ -71,8 +82,9 @@ def _found(path: Path) -> list[Row]:
 
 def _published(file: Path) -> list[Row]:
     rows = read_json(file).get("published")
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{file}: expected an object with a list of rows named published")
+    rows = rows if isinstance(rows, list) else [None]
+    if not all(isinstance(row, dict) and isinstance(row.get("error"), int | float | None) for row in rows):
+        raise ValueError(f"{file}: expected an object with a list of rows named published, their errors being numbers")
     return [dict.fromkeys(COLUMNS) | row | {"published": True, "final": True, "runs": []} for row in rows]
 
 
@@ -80,8 +92,15 @@ def summarise(run: Path) -> Row:
     """The row of one run; ``None`` where its folder does not say.
 
     ``final`` is false where the run has no result: then ``error`` is that of the last epoch tested. Raises
-    ``ValueError`` for a folder that is no run or a file in it that cannot be read.
+    ``ValueError`` for a folder that is no run or a file in it that is not as a run writes it.
     """
+    try:
+        return _summarised(run)
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        raise ValueError(f"{run}: expected files as a run writes them, found others ({error})") from None
+
+
+def _summarised(run: Path) -> Row:
     names = ("config", "environment", "graph", "result")
     config, environment, graph, result = (read_json(run / f"{name}.json") for name in names)
     rows = read_metrics(run)
@@ -99,10 +118,10 @@ def summarise(run: Path) -> Row:
         "parameters": graph.get("parameters"),
         "macs": graph.get("macs"),
         "dataset": result.get("dataset") or data.get("dataset_name") or data.get("dataset"),
-        "error": result.get("error", tested[-1] if tested else None),
+        "error": result["error"] + 0.0 if result else tested[-1] if tested else None,
         "train_seconds": _median(rows, "seconds"),
         "test_seconds": _median(rows, "eval_seconds"),
-        "duration": sum(seconds) if seconds else None,  # seconds
+        "duration": sum(seconds) if seconds and result else None,  # seconds
         "peak_memory_mb": max(_column(rows, "peak_memory_mb"), default=None),
         "recipe": _recipe(config, len(rows) or result.get("epochs")),
         "seed": train.get("seed"),
@@ -114,9 +133,9 @@ def summarise(run: Path) -> Row:
 
 def _platform(environment: Mapping[str, Any], train: Mapping[str, Any]) -> str:
     device, threads = environment.get("device_name") or environment.get("device"), environment.get("threads")
-    precision = environment.get("precision") or train.get("precision")
+    arithmetic = [environment.get(key) or train.get(key) for key in ("precision", "implementation")]
     parts = [device, f"{threads} thread{'s' * (threads != 1)}" if environment.get("device") == "cpu" else None]
-    parts += [f"torch {environment['torch']}" if "torch" in environment else None, precision]
+    parts += [f"torch {environment['torch']}" if "torch" in environment else None, *arithmetic]
     return ", ".join(str(part) for part in parts if part not in (None, "auto"))
 
 
@@ -133,7 +152,7 @@ def _recipe(config: Mapping[str, Any], done: int | None) -> str | None:
     planned = train.get("max_epoch")
     epochs = f"{planned}" if planned in (None, done) else f"{done or 0} of {planned}"
     settings = [("train", "batch_size"), *(("optim", name) for name in PAPER["optim"])]
-    settings += [("data", name) for name in OF_DATA if name in PAPER["data"]]
+    settings += [("network", "dropout"), *(("data", name) for name in OF_DATA)]
     given = {name: config.get(part, {}).get(name, PAPER[part][name]) for part, name in settings}
     changed = {name: given[name] for part, name in settings if given[name] != PAPER[part][name]}
     if given["schedule"] == "step" and planned == PAPER["train"]["max_epoch"] and not changed:
@@ -151,14 +170,11 @@ def _setting(name: str, value: Any) -> str:
 
 def _joined(rows: Sequence[Row]) -> Row:
     """One row of several that differ in their seeds."""
-    first = rows[0]
-    if first["published"]:
-        return first | {"errors": [row["error"] for row in rows]}
     rows = sorted(rows, key=lambda row: row["seed"] or 0)
     joined = {key: fmean(found) if (found := _column(rows, key)) else None for key in _MEASURED}
     seeds = [row["seed"] for row in rows if row["seed"] is not None]
     runs = [run for row in rows for run in row["runs"]]
-    return first | joined | {"errors": _column(rows, "error"), "seed": ", ".join(map(str, seeds)), "runs": runs}
+    return rows[0] | joined | {"errors": _column(rows, "error"), "seed": ", ".join(map(str, seeds)), "runs": runs}
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -209,7 +225,7 @@ def update(page: Path) -> int:
         text = page.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{page}: expected a page of text, found: {error}") from None
-    updated, count = BLOCK.subn(lambda found: found[1] + _table(page.parent, found["runs"]) + found[4], text)
+    updated, count = BLOCK.subn(lambda found: found[1] + _table(page.parent, found["runs"]) + found[3], text)
     if not count:
         raise ValueError(f"{page}: expected a table between <!-- report RUN... --> and <!-- /report -->, found none")
     if updated != text:
@@ -218,7 +234,9 @@ def update(page: Path) -> int:
 
 
 def _table(folder: Path, runs: str) -> str:
-    paths = [path for pattern in split(runs) for path in sorted(folder.glob(pattern)) or [folder / pattern]]
+    named = [(folder / pattern, Path(pattern).is_absolute()) for pattern in split(runs)]
+    found = [[path] if whole else sorted(folder.glob(str(path.relative_to(folder)))) for path, whole in named]
+    paths = [path for (each, _), those in zip(named, found, strict=True) for path in those or [each]]
     return f"\n{markdown_table(read_rows(paths))}\n"
 
 

@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from shlex import quote
 
-from sparsenet.pictures import draw_comparison
+from sparsenet.pictures import KINDS, draw_comparison
 from sparsenet.records import COLUMNS, Row, cell, rank, read_json, read_metrics, read_rows
 from sparsenet.run import version, write_atomic
 
@@ -22,7 +22,6 @@ PICTURES = {
     "filters.png": "How strongly layers weigh their sources",
 }
 WIDE, ON_DEMAND = ("curves.png", "graph.svg", "filters.png"), ("filters.png",)
-LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's
 # No script runs and nothing is loaded, whatever lies in a run folder that somebody else made.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 STYLE = """
@@ -50,15 +49,15 @@ details { margin-top: .8rem } summary { cursor: pointer } pre { overflow-x: auto
 def write_report(paths: Sequence[Path], target: Path) -> Path:
     """Writes one page about the runs in *paths* (see :func:`sparsenet.records.read_rows`), the smallest error first.
 
-    Where networks can be compared, a picture of error against their costs lies beside the page, under its name.
+    Where networks can be compared, a picture of error against their costs lies beside the page: ``*-comparison.png``.
     What a run lacks, because it goes on or was stopped, is named on the page. Returns *target*. Raises
     ``ValueError`` where there is no run, for a damaged file, or for a *target* that cannot be written.
     """
     rows = sorted(read_rows(paths), key=rank)
-    coloured = [(run, row, LINES[number % len(LINES)]) for number, row in enumerate(rows) for run in row["runs"]]
+    coloured = [(run, row, KINDS[number % len(KINDS)]) for number, row in enumerate(rows) for run in row["runs"]]
     runs = [_Shown(f"run{number}", *one) for number, one in enumerate(coloured)]
     try:
-        compared = _comparison(rows, target.with_suffix(".png"))
+        compared = _comparison(rows, target.with_name(f"{target.stem}-comparison.png"))
         parts = [_table(rows, runs), compared, _chart(runs), *map(_section, runs)]
         write_atomic(
             target,
@@ -106,7 +105,7 @@ def _table(rows: Sequence[Row], runs: Sequence[_Shown]) -> str:
 
 def _comparison(rows: Sequence[Row], target: Path) -> str:
     """Error against what networks cost, where there are two or more that saw the same data in the same way."""
-    measured = [row for row in rows if row["runs"] and row["errors"] and row["parameters"] and row["macs"]]
+    measured = [row for row in rows if row["runs"] and row["final"] and row["parameters"] and row["macs"]]
     if len(measured) < 2 or len({(row["dataset"], row["recipe"]) for row in measured}) > 1:
         return ""
     draw_comparison(measured, target)
@@ -169,11 +168,9 @@ def _section(shown: _Shown) -> str:
 
 
 def _figure(file: Path, title: str, wide: bool) -> str:
-    if file.suffix == ".svg":
-        drawn = file.read_text(encoding="utf-8")
-    else:
-        data = b64encode(file.read_bytes()).decode()
-        drawn = f'<img src="data:image/png;base64,{data}" alt="{title}">'
+    kind = {".svg": "svg+xml"}.get(file.suffix, "png")  # as an image, an SVG can neither run nor load anything
+    data = b64encode(file.read_bytes()).decode()
+    drawn = f'<img src="data:image/{kind};base64,{data}" alt="{title}">'
     return f"<figure{' class=wide' if wide else ''}><figcaption>{title}</figcaption>{drawn}</figure>"
 
 

@@ -120,7 +120,6 @@ class Session:
             "classes": list(self.data.classes),
             "dataset": self.data.name,
             "recipe": recipe(self.config),
-            "seed": self.config.train.seed,
         }
 
 
@@ -176,6 +175,7 @@ def train(
     yield from _introduce(session, state, nodes)
     yield from resumed
     run.write_metrics(state.rows)
+    (run.path / "result.json").unlink(missing_ok=True)  # of fewer epochs
     steps = len(state.losses)
     step = TrainingStep(state.model, state.optimizer, state.average, config, preprocessing, precision)
     act, score = captures(step, "the training step"), session.scorer(state.evaluated)

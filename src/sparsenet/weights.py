@@ -30,7 +30,8 @@ from sparsenet.files import cache_folder, fetch
 SHIPPED = Path(__file__).with_name("pretrained")  # NAME.safetensors, and index.json: NAME to SHA-256
 SCHEME = "https://"
 LIMIT = 512 * 2**20  # bytes of a weights file
-RESULT = {"error": float, "top5_error": float, "images": int}  # the errors in percent
+RESULT = {"error": float, "top5_error": float, "images": int, "dataset": str}  # errors in percent; of which images
+LARGEST = 4096  # side of images in pixels
 # What a file says of its network: a name to a type, to names that an object has, or to a list's kind of entries.
 ABOUT: dict[str, Any] = {
     "sparsenet": str,  # the version that trained it
@@ -38,9 +39,11 @@ ABOUT: dict[str, Any] = {
     "preprocessing": {"size": int, "channels": int, "mean": [float], "std": [float]},
     "classes": [str],
     "dataset": str,
-    "data": {"test_fraction": float, "skip_corrupt": bool},  # what decides which of its images are the test images
-    "recipe": dict,
-    "seed": int,
+    "recipe": {  # sparsenet.config.recipe
+        "data": {"test_fraction": float, "skip_corrupt": bool},  # which decide which images are the test images
+        "optim": dict,
+        "train": {"seed": int},
+    },
     "epoch": int,
     "measured": {"fp32": RESULT},  # by precision; bf16 too where it was measured
 }
@@ -197,12 +200,13 @@ def _wrong(about: Any) -> str | None:
             return f"a description whose {name!r} is missing or of another kind"
     if not all(_fits(result, RESULT) for result in about["measured"].values()):
         return "a description whose 'measured' has more than results"
-    for name in ("preprocessing", "data"):
-        if unknown := about[name].keys() - ABOUT[name].keys():
-            return f"a description whose {name!r} has {min(unknown)!r}, which this version does not know"
+    if unknown := about["preprocessing"].keys() - ABOUT["preprocessing"].keys():
+        return f"a description whose 'preprocessing' has {min(unknown)!r}, which this version does not know"
+    if not all(name.isprintable() for name in (about["dataset"], *about["classes"])):
+        return "names that cannot be printed"
     network, images = about["architecture"], about["preprocessing"]
     channels = {network["in_chans"], images["channels"], len(images["mean"]), len(images["std"])}
-    if len(channels) > 1 or images["size"] < 1 or not all(map(math.isfinite, images["mean"])):
+    if len(channels) > 1 or not 1 <= images["size"] <= LARGEST or not all(map(math.isfinite, images["mean"])):
         return "a description whose 'preprocessing' does not fit the network"
     if not all(0 < std < math.inf for std in images["std"]):
         return "a description whose 'preprocessing' divides by nothing"

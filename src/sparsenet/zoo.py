@@ -108,7 +108,10 @@ def create_model(
 def stored_architecture(found: Weights) -> Architecture:
     """The architecture that a weights file is of; ``ValueError`` for one that this version does not know."""
     try:
-        return Architecture(**found.about["architecture"])
+        stored = Architecture(**found.about["architecture"])
+        if sum(stored.stage_depths) > len(found.tensors):  # no network is built for a file that cannot fill it
+            raise ValueError(f"{sum(stored.stage_depths)} layers for {len(found.tensors)} tensors")
+        return stored
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise _unknown(found, error) from None
 
@@ -120,11 +123,11 @@ def filled(wanted: Architecture, found: Weights, implementation: str = "auto", m
             model = SparseNet(wanted, implementation, memory)
     except (RuntimeError, TypeError) as error:  # widths that no tensor has
         raise _unknown(found, error) from None
-    expected, shapes = ({n: tuple(t.shape) for n, t in d.items()} for d in (model.state_dict(), found.tensors))
-    for name in sorted(expected.keys() | shapes.keys()):
-        if expected.get(name) != shapes.get(name):
+    expected, kinds = ({n: (*t.shape, t.dtype) for n, t in d.items()} for d in (model.state_dict(), found.tensors))
+    for name in sorted(expected.keys() | kinds.keys()):
+        if expected.get(name) != kinds.get(name):
             raise ValueError(
-                f"{found.source}: expected the tensors of its network, found {name} of shape {shapes.get(name)} "
+                f"{found.source}: expected the tensors of its network, found {name} of {kinds.get(name)} "
                 f"instead of {expected.get(name)}"
             )
     model.load_state_dict(found.tensors, assign=True)

@@ -139,7 +139,7 @@ def _rows(config: BenchConfig, name: str, variants: Sequence[Variant], device: t
     work = {v: measure.work_of(v, network, config.batch_size, size, device) for v in variants}
     rows: dict[Variant, dict[str, Any]] = {
         v: {
-            "model": Path(name).name, "image_size": size, "batch_size": config.batch_size, "variant": str(v),
+            "model": name, "image_size": size, "batch_size": config.batch_size, "variant": str(v),
             "implementation": v.implementation, "precision": v.precision, "options": list(v.options),
             "errors": errors[v], **{f"{kind}_seconds": taken[v] for kind, taken in times.items()},
         }

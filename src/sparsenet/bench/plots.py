@@ -29,8 +29,9 @@ def write(found: Mapping[str, Any], folder: Path) -> None:
     for model, rows in groupby(found["rows"], lambda row: row["model"]):
         own = list(rows)
         if any(key in row for row in own for key in BARS):
-            draw_bars(own, folder / f"{model}.png", f"{model}, batch {own[0]['batch_size']}")
-            pictures.append(f"{model}.png")
+            file = f"{str(model).strip('/').replace('/', '-')}.png"
+            draw_bars(own, folder / file, f"{model}, batch {own[0]['batch_size']}")
+            pictures.append(file)
     if any(not point["left_out"] for point in found.get("depth", {}).get("points", ())):
         draw_depth(found["depth"], folder / "depth.png")
         pictures.append("depth.png")

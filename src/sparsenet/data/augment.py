@@ -51,7 +51,7 @@ def augment(batch: Tensor, moves: Moves, config: DataConfig, fill: Tensor) -> Te
     once normalised.
     """
     batch = shift_and_mirror(batch, moves.offsets, moves.flips, config.shift, fill)
-    if config.random_augment:
+    if config.trivial_augment:
         batch = operate(batch, moves.operations, moves.strengths, fill)
     if config.cutout:
         batch = torch.where(_squares(batch, moves.holes, config.cutout), fill.view(-1, 1, 1), batch)

@@ -36,7 +36,7 @@ class DataConfig:
     skip_corrupt: bool = _option(False, "leave out images that cannot be read, and count them")
     mirror: bool = _option(True, "mirror half of the training images")
     shift: int = _option(4, "shift training images by up to so many pixels each way")
-    random_augment: bool = _option(False, "do one drawn operation to each training image, as TrivialAugment does")
+    trivial_augment: bool = _option(False, "do one drawn operation to each training image, as TrivialAugment does")
     cutout: int = _option(0, "side of a square of each training image that is greyed out; 0: none")
     mixup: float = _option(0.0, "blend training images in pairs, shares drawn from Beta(a, a) with this a; 0: not")
     cutmix: float = _option(

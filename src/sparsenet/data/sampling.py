@@ -38,7 +38,7 @@ def plan_epoch(seed: int, epoch: int, count: int, config: DataConfig) -> EpochPl
     order = torch.randperm(count, generator=stream(seed, "order", epoch))
     offsets = torch.randint(2 * config.shift + 1, (count, 2), generator=stream(seed, "offsets", epoch))
     moves = Moves(offsets, (uniform("flips") < 0.5) & config.mirror)
-    if config.random_augment:
+    if config.trivial_augment:
         operations = torch.randint(len(OPERATIONS), (count,), generator=stream(seed, "operations", epoch))
         moves = moves._replace(operations=operations, strengths=2 * uniform("strengths") - 1)
     if config.cutout:
