@@ -84,7 +84,7 @@ def parser() -> Parser:
 
     report = commands.add_parser("report", help="one HTML page that compares runs")
     report.add_argument("runs", nargs="*", metavar="RUN", help="run folders, or folders of them")
-    report.add_argument("--out", default="", help="the page; default: report.html in the first run folder")
+    report.add_argument("--out", default="", help="the page, its picture beside it; default: in the first run folder")
     report.add_argument("--filters", action="store_true", help="draw how layers weigh their sources into each folder")
     report.add_argument("--markdown", action="store_true", help="print the table as Markdown instead")
     report.add_argument("--update", default="", metavar="PAGE", help="write the tables of a Markdown page anew")
