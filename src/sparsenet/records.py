@@ -30,6 +30,8 @@ COLUMNS = {
     "recipe": "recipe",
     "seed": "seeds",
 }
+MEASURED = ("error", "train_seconds", "test_seconds", "duration", "peak_memory_mb")
+SAME = tuple(key for key in COLUMNS if key not in (*MEASURED, "seed"))  # in the runs of one row
 PUBLISHED = "published.json"  # rows that others measured: {"published": [{"platform": ..., "error": ...}, ...]}
 FILES = ("config.json", "metrics.csv", "result.json")  # any of them makes a folder a run
 PAPER = dataclasses.asdict(RunConfig())
@@ -57,15 +59,11 @@ def read_rows(paths: Iterable[Path]) -> list[Row]:
         if row["runs"][0].resolve() in known:
             continue
         known.add(row["runs"][0].resolve())
-        key = json.dumps([row[key] for key in (*_SAME, "final")])
+        key = json.dumps([row[key] for key in (*SAME, "final")])
         while row["seed"] in (other["seed"] for other in groups.get(key, ())):  # a seed again is not one more seed
             key += " again"
         groups.setdefault(key, []).append(row)
     return published + [_joined(rows) for rows in groups.values()]
-
-
-_MEASURED = ("error", "train_seconds", "test_seconds", "duration", "peak_memory_mb")
-_SAME = tuple(key for key in COLUMNS if key not in (*_MEASURED, "seed"))
 
 
 def _found(path: Path) -> list[Row]:
@@ -171,7 +169,7 @@ def _setting(name: str, value: Any) -> str:
 def _joined(rows: Sequence[Row]) -> Row:
     """One row of several that differ in their seeds."""
     rows = sorted(rows, key=lambda row: row["seed"] or 0)
-    joined = {key: fmean(found) if (found := _column(rows, key)) else None for key in _MEASURED}
+    joined = {key: fmean(found) if (found := _column(rows, key)) else None for key in MEASURED}
     seeds = [row["seed"] for row in rows if row["seed"] is not None]
     runs = [run for row in rows for run in row["runs"]]
     return rows[0] | joined | {"errors": _column(rows, "error"), "seed": ", ".join(map(str, seeds)), "runs": runs}
@@ -234,9 +232,10 @@ def update(page: Path) -> int:
 
 
 def _table(folder: Path, runs: str) -> str:
-    named = [(folder / pattern, Path(pattern).is_absolute()) for pattern in split(runs)]
-    found = [[path] if whole else sorted(folder.glob(str(path.relative_to(folder)))) for path, whole in named]
-    paths = [path for (each, _), those in zip(named, found, strict=True) for path in those or [each]]
+    paths: list[Path] = []
+    for pattern in split(runs):
+        matches = [] if Path(pattern).is_absolute() else sorted(folder.glob(pattern))
+        paths += matches or [folder / pattern]
     return f"\n{markdown_table(read_rows(paths))}\n"
 
 

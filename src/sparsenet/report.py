@@ -168,7 +168,7 @@ def _section(shown: _Shown) -> str:
 
 
 def _figure(file: Path, title: str, wide: bool) -> str:
-    kind = {".svg": "svg+xml"}.get(file.suffix, "png")  # as an image, an SVG can neither run nor load anything
+    kind = "svg+xml" if file.suffix == ".svg" else "png"  # as an image, an SVG can neither run nor load anything
     data = b64encode(file.read_bytes()).decode()
     drawn = f'<img src="data:image/{kind};base64,{data}" alt="{title}">'
     return f"<figure{' class=wide' if wide else ''}><figcaption>{title}</figcaption>{drawn}</figure>"

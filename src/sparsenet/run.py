@@ -213,9 +213,8 @@ def _read_checkpoint(manifest_path: Path) -> Checkpoint:
     data = manifest_path.with_suffix(".safetensors").read_bytes()
     if not isinstance(manifest, dict) or hashlib.sha256(data).hexdigest() != manifest.get("sha256"):
         raise ValueError("its hash is not the one in its manifest")
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    written = json.loads(header["__metadata__"]["sparsenet"])
-    if {**manifest, **written} != manifest:
+    written = weights.description(data)
+    if not isinstance(written, dict) or {**manifest, **written} != manifest:
         raise ValueError("its manifest is not the one it was written with")
     return Checkpoint(manifest_path, parse_tensors(data), manifest)
 

@@ -174,11 +174,16 @@ def _read(path: Path, where: str) -> bytes:
         raise ValueError(f"{where}: expected a readable weights file, found: {error.strerror}") from None
 
 
+def description(data: bytes) -> Any:
+    """The JSON value that a safetensors file's metadata have under ``sparsenet``; ``None`` where there is none."""
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return json.loads(header.get("__metadata__", {}).get("sparsenet", "null"))
+
+
 def _parse(data: bytes, where: str, path: Path) -> Weights:
     try:
         stored = parse_tensors(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        about = json.loads(header.get("__metadata__", {}).get("sparsenet", "null"))
+        about = description(data)
     except (SafetensorError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{where}: expected a safetensors file, found another kind or damage ({error})") from None
     if wrong := _wrong(about):
