@@ -13,6 +13,7 @@ import pytest
 from conftest import Call
 
 from sparsenet.config import RunConfig
+from sparsenet.pictures import draw_comparison
 from sparsenet.records import COLUMNS, markdown_table, read_rows, summarise, update
 from sparsenet.report import write_report
 
@@ -84,10 +85,12 @@ def test_a_row_holds_what_the_folder_says(tmp_path: Path) -> None:
         "error": 5.5,
         "train_seconds": 25.0,
         "test_seconds": 2.5,
+        "step_seconds": None,
         "duration": 80.0,
         "peak_memory_mb": 1234.5,
         "recipe": "3 of 9 epochs, batch size 32, lr 0.2, onecycle, no mirror",
         "seed": 7,
+        "batch_size": 32,
         "final": True,
         "published": False,
         "runs": [run],
@@ -111,12 +114,12 @@ def test_the_default_settings_are_called_the_paper_s(tmp_path: Path) -> None:
 def test_the_table_is_markdown_with_the_best_first_and_no_empty_column(tmp_path: Path) -> None:
     runs = [make(tmp_path / name, error, name) for name, error in (("dense", 9.25), ("sparse", 5.5))]
     lines = markdown_table(read_rows(runs)).splitlines()
-    assert [line.replace(r"\|", "").count("|") for line in lines] == [len(COLUMNS) + 1] * 4
+    assert [line.replace(r"\|", "").count("|") for line in lines] == [len(COLUMNS)] * 4  # none for a benchmark
     assert "SparseNet-BC" in lines[2]
     assert "DenseNet-BC" in lines[3]
     for run in runs:
         (run / "environment.json").unlink()
-    assert markdown_table(read_rows(runs)).splitlines()[0].count("|") == len(COLUMNS)
+    assert markdown_table(read_rows(runs)).splitlines()[0].count("|") == len(COLUMNS) - 1
 
 
 def test_runs_that_differ_in_the_seed_only_are_one_row(tmp_path: Path) -> None:
@@ -161,9 +164,40 @@ def test_published_rows_come_first_and_say_so(tmp_path: Path) -> None:
             read_rows([tmp_path])
 
 
-def test_records_of_the_benchmark_are_passed_over(tmp_path: Path) -> None:
+def write_benchmark(folder: Path, seconds: float, **change: Any) -> None:
+    """As ``sparsenet bench --model runs/run`` writes it, on the platform of :func:`make`."""
+    environment = {"device": "cpu", "device_name": "A CPU | fast", "threads": 2, "torch": "9"}
+    row = {"model": "runs/run", "batch_size": 32, "precision": "bf16", "implementation": None, "options": []}
+    row |= {"train_seconds": {"median": seconds}} | {key: value for key, value in change.items() if key in row}
+    environment |= {key: value for key, value in change.items() if key in environment}
+    folder.mkdir(exist_ok=True)
+    (folder / "bench.json").write_text(json.dumps({"environment": environment, "rows": [row]}))
+
+
+def test_records_of_the_benchmark_are_no_runs(tmp_path: Path) -> None:
     (tmp_path / "bench.json").write_text("{}")
     assert read_rows([tmp_path]) == []
+    (tmp_path / "bench.json").write_text('{"rows": [{"train_seconds": 1, "options": []}]}')
+    with pytest.raises(ValueError, match=r"bench\.json: expected a record of sparsenet bench"):
+        read_rows([tmp_path])
+
+
+def test_a_step_s_seconds_are_the_benchmark_s_of_that_run_on_its_platform(tmp_path: Path) -> None:
+    make(tmp_path / "run", 5.5)
+    make(tmp_path / "seed8", 6.5, seed=8)
+    write_benchmark(tmp_path / "bench", 0.125)
+    [row] = read_rows([tmp_path])
+    assert row["step_seconds"] == 0.125
+    assert "| 0.125 |" in markdown_table([row])
+    [row] = read_rows([tmp_path / "run", tmp_path / "bench"])  # wherever it lies among what is reported
+    assert row["step_seconds"] == 0.125
+    for change in (
+        {"threads": 1}, {"torch": "8"}, {"batch_size": 64}, {"precision": "fp32"}, {"implementation": "shared"},
+        {"options": ["lean"]}, {"model": "sparsenet_40_12"},
+    ):  # fmt: skip
+        write_benchmark(tmp_path / "bench", 0.125, **change)
+        [row] = read_rows([tmp_path])
+        assert row["step_seconds"] is None, change
 
 
 def test_the_tables_of_a_page_are_written_from_records(tmp_path: Path) -> None:
@@ -219,6 +253,19 @@ def test_the_page_compares_error_with_cost(tmp_path: Path) -> None:
     assert "7.30 ± 0.71" in page.words
     assert "5.50 ± 0.71" in page.words
     assert all(f"{depth}-{seed}" in page.words for depth in (22, 40) for seed in (0, 1))
+
+
+def test_the_costs_shown_are_those_that_all_networks_have(tmp_path: Path) -> None:
+    def width(rows: list[dict[str, Any]]) -> int:
+        draw_comparison(rows, tmp_path / "comparison.png")
+        return int.from_bytes((tmp_path / "comparison.png").read_bytes()[16:20])
+
+    runs = [make(tmp_path / f"{depth}", 9.0 - depth / 10, depth=depth) for depth in (22, 40)]
+    rows = read_rows(runs)
+    two = width(rows)
+    assert width([row | {"step_seconds": 0.1} for row in rows]) > two
+    assert width([rows[0] | {"step_seconds": 0.1}, rows[1]]) == two
+    assert width([*rows, *read_rows([make(tmp_path / "58", 3.0, depth=58)])]) > two  # three depths: a sweep
 
 
 def test_the_page_stands_alone_with_the_best_run_first(tmp_path: Path) -> None:

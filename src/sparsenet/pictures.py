@@ -112,20 +112,30 @@ def _annotate_last(axis: Any, rows: Sequence[Row]) -> None:
         axis.annotate(f"{split}\n{error:.2f} %", at, color=COLOURS[split], **style)
 
 
-COSTS = {"parameters": ("parameters (thousands)", 1e3), "macs": ("multiply-accumulates an image (millions)", 1e6)}
+COSTS = {  # their names and units; the first two are always known
+    "parameters": ("parameters (thousands)", 1e3),
+    "macs": ("multiply-accumulates an image (millions)", 1e6),
+    "step_seconds": ("a training step, benchmarked (ms)", 1e-3),
+    "depth": ("depth", 1),
+}
 
 
 def draw_comparison(rows: Sequence[Mapping[str, Any]], target: Path) -> None:
-    """A PNG of error against parameters and against MACs, one colour for each kind of network.
+    """A PNG of error against what networks cost, one colour for each kind of network.
 
     *rows* are those of :func:`sparsenet.records.read_rows`: every seed is a dot, the mean of a network a ring with
-    its depth and growth rate; networks of one kind are joined.
+    its depth and growth rate; networks of one kind are joined. The costs are parameters and MACs, the seconds of a
+    training step where all rows have them, and the depth where it takes three values or more.
     """
     kinds = sorted({row["architecture"] for row in rows})
     title = f"{rows[0]['dataset']}, {rows[0]['recipe']}"
-    with picture(target, 11, 4.6, title) as figure:
-        axes = figure.subplots(1, len(COSTS), sharey=True)
-        for axis, (cost, (name, unit)) in zip(axes, COSTS.items(), strict=True):
+    shown = [cost for cost in COSTS if all(row[cost] for row in rows)]
+    if len({row["depth"] for row in rows}) < 3 and "depth" in shown:
+        shown.remove("depth")
+    with picture(target, 2 + 4.5 * len(shown), 4.6, title) as figure:
+        axes = figure.subplots(1, len(shown), sharey=True)
+        for axis, cost in zip(axes, shown, strict=True):
+            name, unit = COSTS[cost]
             for number, kind in enumerate(kinds):
                 own = sorted((row for row in rows if row["architecture"] == kind), key=lambda row: row[cost])
                 _draw_kind(axis, [row[cost] / unit for row in own], own, kind, KINDS[number % len(KINDS)])

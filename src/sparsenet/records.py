@@ -25,13 +25,15 @@ COLUMNS = {
     "error": "error %",
     "train_seconds": "training epoch (s)",
     "test_seconds": "test pass (s)",
+    "step_seconds": "training step, benchmarked (s)",
     "duration": "training and tests",
     "peak_memory_mb": "peak memory (MB)",
     "recipe": "recipe",
     "seed": "seeds",
 }
-MEASURED = ("error", "train_seconds", "test_seconds", "duration", "peak_memory_mb")
+MEASURED = ("error", "train_seconds", "test_seconds", "step_seconds", "duration", "peak_memory_mb")
 SAME = tuple(key for key in COLUMNS if key not in (*MEASURED, "seed"))  # in the runs of one row
+BENCH = "bench.json"  # what sparsenet bench --out writes
 PUBLISHED = "published.json"  # rows that others measured: {"published": [{"platform": ..., "error": ...}, ...]}
 FILES = ("config.json", "metrics.csv", "result.json")  # any of them makes a folder a run
 PAPER = dataclasses.asdict(RunConfig())
@@ -46,12 +48,15 @@ def read_rows(paths: Iterable[Path]) -> list[Row]:
 
     *paths* are run folders, folders that hold some, and files like :data:`PUBLISHED`, whose rows stay as they are.
     Besides, a row has ``runs``, their folders, and ``errors``, one each; ``error``, the seconds and the memory are
-    means over the seeds. ``final`` is false where a run has no result. Raises ``ValueError`` for a path without any
-    and for a damaged file.
+    means over the seeds. ``step_seconds`` is from a record of ``sparsenet bench --model RUN`` in a folder of *paths*,
+    made on the run's platform at its batch. ``final`` is false where a run has no result. Raises ``ValueError`` for a
+    path without any and for a damaged file.
     """
+    paths = list(paths)
     groups: dict[str, list[Row]] = {}
     published = []
     known: set[Path] = set()
+    steps = _benchmarked(paths)
     for row in (row for path in paths for row in _found(path)):
         if row["published"]:
             published.append(row | {"errors": [row["error"]] if row["error"] is not None else []})
@@ -59,6 +64,7 @@ def read_rows(paths: Iterable[Path]) -> list[Row]:
         if row["runs"][0].resolve() in known:
             continue
         known.add(row["runs"][0].resolve())
+        row["step_seconds"] = steps.get((row["runs"][0].name, row["platform"], row["batch_size"]))
         key = json.dumps([row[key] for key in (*SAME, "final")])
         while row["seed"] in (other["seed"] for other in groups.get(key, ())):  # a seed again is not one more seed
             key += " again"
@@ -73,7 +79,7 @@ def _found(path: Path) -> list[Row]:
         return [summarise(path)]
     below = sorted({file.parent for name in FILES for file in path.rglob(name)})
     rows = [row for file in sorted(path.rglob(PUBLISHED)) for row in _published(file)] + [*map(summarise, below)]
-    if not rows and not any(path.rglob("bench.json")):  # a record of the benchmark, which has tables of its own
+    if not rows and not any(path.rglob(BENCH)):  # a record of the benchmark, which has tables of its own
         raise ValueError(f"{path}: expected a run folder with {', '.join(FILES[:-1])} or {FILES[-1]}, found none")
     return rows
 
@@ -84,6 +90,21 @@ def _published(file: Path) -> list[Row]:
     if not all(isinstance(row, dict) and isinstance(row.get("error"), int | float | None) for row in rows):
         raise ValueError(f"{file}: expected an object with a list of rows named published, their errors being numbers")
     return [dict.fromkeys(COLUMNS) | row | {"published": True, "final": True, "runs": []} for row in rows]
+
+
+def _benchmarked(paths: Iterable[Path]) -> dict[tuple[str, str, int], float]:
+    """Seconds of a training step by run, platform and batch, from the records of the benchmark in *paths*."""
+    found = {}
+    for file in sorted(file for path in paths for file in path.rglob(BENCH)):
+        record = read_json(file)
+        try:
+            for row in record.get("rows", []):
+                if "train_seconds" in row and not row["options"]:  # options are not how a run was trained
+                    key = Path(row["model"]).name, _platform(record["environment"], row), row["batch_size"]
+                    found[key] = row["train_seconds"]["median"]
+        except (AttributeError, LookupError, TypeError) as error:
+            raise ValueError(f"{file}: expected a record of sparsenet bench, found another file ({error})") from None
+    return found
 
 
 def summarise(run: Path) -> Row:
@@ -119,10 +140,12 @@ def _summarised(run: Path) -> Row:
         "error": result["error"] + 0.0 if result else tested[-1] if tested else None,
         "train_seconds": _median(rows, "seconds"),
         "test_seconds": _median(rows, "eval_seconds"),
+        "step_seconds": None,
         "duration": sum(seconds) if seconds and result else None,  # seconds
         "peak_memory_mb": max(_column(rows, "peak_memory_mb"), default=None),
         "recipe": _recipe(config, len(rows) or result.get("epochs")),
         "seed": train.get("seed"),
+        "batch_size": train.get("batch_size"),
         "final": bool(result),
         "published": False,
         "runs": [run],
@@ -209,7 +232,7 @@ def cell(row: Mapping[str, Any], key: str) -> str:
     if key == "duration":
         return f"{value:.0f} s" if value < 120 else f"{value / 60:.0f} min" if value < 7200 else f"{value / 3600:.1f} h"
     if key.endswith("seconds"):
-        return f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
+        return f"{value:.3g}" if value < 1 else f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
     return f"{value:,.0f}" if key in ("parameters", "peak_memory_mb") else str(value)
 
 

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from sparsenet.bench.tables import report
-from sparsenet.pictures import FAINT, picture
+from sparsenet.pictures import FAINT, KINDS, picture
 from sparsenet.run import write_atomic, write_json
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#e69f00", "#56b4e9", "#cc79a7", "#f0e442", "#22272e")  # Okabe and Ito's
 BARS = {
     "train_seconds": "training step (s)",
     "infer_seconds": "inference pass (s)",
@@ -59,9 +58,9 @@ def _draw_bars(axis: Any, values: Sequence[Any]) -> None:
         if value is None:
             continue
         middle = value["median"] if isinstance(value, Mapping) else value
-        axis.barh(y, middle, 0.62, color=COLOURS[0])
+        axis.barh(y, middle, 0.62, color=KINDS[0])
         if isinstance(value, Mapping):
-            axis.plot([value["min"], value["max"]], [y, y], color=COLOURS[1], lw=1.6, solid_capstyle="butt")
+            axis.plot([value["min"], value["max"]], [y, y], color=KINDS[1], lw=1.6, solid_capstyle="butt")
     axis.set_xlim(left=0)
     axis.locator_params(axis="x", nbins=6)
 
@@ -85,7 +84,7 @@ def _draw_series(axis: Any, found: Mapping[str, Any], quantity: str, scale: floa
     axis.set_xticks(depths, [str(depth) for depth in depths])
     axis.minorticks_off()
     for number, name in enumerate(dict.fromkeys((point["variant"], point["fetch"]) for point in own)):
-        colour = COLOURS[number % len(COLOURS)]
+        colour = KINDS[number % len(KINDS)]
         points = [(p["depth"], scale * p[quantity]) for p in own if (p["variant"], p["fetch"]) == name]
         axis.plot(*zip(*points, strict=True), "o", color=colour, ms=5, label=", ".join(name))
         for fit in found["fits"]:
