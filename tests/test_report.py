@@ -113,13 +113,29 @@ def test_the_default_settings_are_called_the_paper_s(tmp_path: Path) -> None:
 
 def test_the_table_is_markdown_with_the_best_first_and_no_empty_column(tmp_path: Path) -> None:
     runs = [make(tmp_path / name, error, name) for name, error in (("dense", 9.25), ("sparse", 5.5))]
-    lines = markdown_table(read_rows(runs)).splitlines()
-    assert [line.replace(r"\|", "").count("|") for line in lines] == [len(COLUMNS)] * 4  # none for a benchmark
-    assert "SparseNet-BC" in lines[2]
-    assert "DenseNet-BC" in lines[3]
-    for run in runs:
+    lines = markdown_table([*read_rows(runs), *read_rows([make(tmp_path / "other", 7.0, seed=8)])]).splitlines()
+    assert [line.replace(r"\|", "").count("|") for line in lines] == [len(lines[0].split("|")) - 1] * 5 + [0, 0]
+    assert [*map(str.strip, lines[0].split("|")[1:-1])] == [
+        name for key, name in COLUMNS.items() if key not in ("step_seconds", "dataset", "recipe")
+    ]
+    assert ["SparseNet-BC" in lines[2], "DenseNet-BC" in lines[4]] == [True, True]
+    for run in (*runs, tmp_path / "other"):
         (run / "environment.json").unlink()
-    assert markdown_table(read_rows(runs)).splitlines()[0].count("|") == len(COLUMNS) - 1
+    assert not markdown_table(read_rows([tmp_path])).startswith("| platform")
+
+
+def test_what_all_rows_agree_in_is_said_once_below_the_table(tmp_path: Path) -> None:
+    runs = [make(tmp_path / name, error, name) for name, error in (("dense", 9.25), ("sparse", 5.5))]
+    recipe = "3 of 9 epochs, batch size 32, lr 0.2, onecycle, no mirror"
+    table = markdown_table(read_rows(runs))
+    assert table.endswith(f"|\n\nAll rows: data: CIFAR-10 (JPEG); recipe: {recipe}; seeds: 7.\n")
+    assert table.count(recipe) == table.count("CIFAR-10 (JPEG)") == 1
+    alone = markdown_table(read_rows(runs[:1]))
+    assert "All rows" not in alone and recipe in alone
+    (runs[0] / "result.json").write_text(json.dumps({"dataset": "photos", "error": 9.25, "epochs": 3}))
+    table = markdown_table(read_rows(runs))
+    assert table.endswith(f"|\n\nAll rows: recipe: {recipe}; seeds: 7.\n")
+    assert "| photos |" in table and "| CIFAR-10 (JPEG) |" in table
 
 
 def test_runs_that_differ_in_the_seed_only_are_one_row(tmp_path: Path) -> None:

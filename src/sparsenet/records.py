@@ -32,12 +32,14 @@ COLUMNS = {
     "seed": "seeds",
 }
 MEASURED = ("error", "train_seconds", "test_seconds", "step_seconds", "duration", "peak_memory_mb")
+ONCE = ("dataset", "recipe", "seed")  # said once below a table where all of its rows agree
 SAME = tuple(key for key in COLUMNS if key not in (*MEASURED, "seed"))  # in the runs of one row
 BENCH = "bench.json"  # what sparsenet bench --out writes
 PUBLISHED = "published.json"  # rows that others measured: {"published": [{"platform": ..., "error": ...}, ...]}
 FILES = ("config.json", "metrics.csv", "result.json")  # any of them makes a folder a run
 PAPER = dataclasses.asdict(RunConfig())
 OF_DATA = ("mirror", "shift", "cutout", "mixup", "cutmix", "trivial_augment", "first_size", "val_fraction")
+NOTHING, BAR = "–", r"\|"  # in the cell of a Markdown table: no value, and the character that would end it
 BLOCK = re.compile(r"(<!-- report (?P<runs>[^\n]*?) -->\n)(?:(?!<!-- report ).)*?(<!-- /report -->)", re.S)
 
 Row = dict[str, Any]
@@ -201,13 +203,18 @@ def _joined(rows: Sequence[Row]) -> Row:
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows of :func:`read_rows` as a Markdown table, published ones first, then the best; no empty columns.
 
-    An error that is not final is marked with ``*``.
+    An error that is not final is marked with ``*``. Where all of several rows agree in their data, recipe or seeds, a
+    line below says so.
     """
     ordered = sorted(rows, key=rank)
-    names = [key for key in COLUMNS if any(row.get(key) not in (None, "") for row in rows)]
-    cells = [[cell(row, key).replace("|", "\\|") for key in names] for row in ordered]
-    lines = [[COLUMNS[key] for key in names], ["---"] * len(names), *cells]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    texts = {key: [cell(row, key) for row in ordered] for key in COLUMNS}
+    once = {key: texts[key][0] for key in ONCE if len(rows) > 1 and len(set(texts[key])) == 1}
+    names = [key for key in COLUMNS if key not in once and set(texts[key]) != {NOTHING}]
+    lines = [[COLUMNS[key] for key in names], ["---"] * len(names)]
+    lines += zip(*(texts[key] for key in names), strict=True)
+    table = "".join(f"| {' | '.join(text.replace('|', BAR) for text in line)} |\n" for line in lines)
+    said = [f"{COLUMNS[key]}: {text}" for key, text in once.items() if text != NOTHING]
+    return table + (f"\nAll rows: {'; '.join(said)}.\n" if said else "")
 
 
 def rank(row: Mapping[str, Any]) -> tuple[bool, bool, float]:
@@ -219,7 +226,7 @@ def cell(row: Mapping[str, Any], key: str) -> str:
     """The text of one cell of a table."""
     value = row.get(key)
     if value in (None, ""):
-        return "–"
+        return NOTHING
     if key == "platform" and row["published"]:
         return f"*published:* {value}"
     if isinstance(value, str):
