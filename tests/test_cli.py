@@ -138,7 +138,6 @@ def test_an_unknown_network_is_told_with_the_nearest_ones(call: Call) -> None:
         (("--fetch", "sparse:1"), "at least 2", "1"),
         (("--fetch", "windowed:0"), "at least 1", "0"),
         (("--in_chans", "2"), "1", "2"),
-        (("--implementation", "shared", "--aggregation", "sum", "--depth", "10"), "'reference'", "'shared'"),
         (("--image_size", "3"), "at least 4", "found 3"),
         (("--download",), "c10", "digits"),
     ],

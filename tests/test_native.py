@@ -116,7 +116,7 @@ CHOOSE = """
 from sparsenet.ops import choose
 import torch
 try:
-    print(choose({!r}, "concat", torch.device("cpu")))
+    print(choose({!r}, torch.device("cpu")))
 except ValueError as error:
     print(error)
 """

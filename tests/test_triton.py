@@ -51,7 +51,8 @@ def network(dtype=torch.float64, seed=0, **settings):
 
 def stages(layers=4, memory="normal", implementations=("reference", "triton"), **settings):
     """The same stage with random parameters in several implementations, and the width of its input."""
-    whole = network(depth=4 + 3 * layers * (1 + settings.get("bottleneck", False)), **settings)
+    convolutions = 1 + settings.get("bottleneck", False) + (settings.get("aggregation") == "sum")
+    whole = network(depth=4 + 3 * layers * convolutions, **settings)
     made = []
     for implementation in implementations:
         stage = copy.deepcopy(whole.stages[0])
@@ -75,11 +76,13 @@ def forward_backward(stage, x, seed=1):
 def assert_equal_stages(pair_of_stages, x, training=True):
     reference, found = (forward_backward(stage.train(training), x) for stage in pair_of_stages)
     close(found[0], reference[0])
-    scale = max(g.abs().max() for g in reference[2].values())  # some true gradients are 0
-    close(found[1], reference[1], max(scale, reference[1].abs().max()))
-    for name, gradient in reference[2].items():
-        close(found[2][name], gradient, scale)
-        assert found[2][name].stride() == gradient.stride(), name
+    scale = max(g.abs().max() for g in reference[2].values() if g is not None)  # some true gradients are 0
+    for name, gradient in {**reference[2], "the input": reference[1]}.items():
+        own = found[1] if name == "the input" else found[2][name]
+        assert (gradient is None) == (own is None), name
+        if gradient is not None:
+            close(own, gradient, max(scale, gradient.abs().max()))
+            assert name == "the input" or own.stride() == gradient.stride(), name
     for name, buffer in reference[3].items():
         close(found[3][name], buffer)
 
@@ -93,6 +96,13 @@ def random(*shape, dtype=torch.float64):
 @pytest.mark.parametrize("fetch", ["sparse", "dense", "harmonic", "windowed:2"])
 def test_equals_reference(fetch, bottleneck, training):
     made, width = stages(3 if bottleneck else 5, fetch=fetch, growth_rate=3, bottleneck=bottleneck)
+    assert_equal_stages(made, random(2, width, 5, 7), training)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("fetch", ["sparse", "dense", lambda i: [max(i - 2, 0)]])
+def test_sums_equal_the_reference(fetch, training):
+    made, width = stages(4, fetch=fetch, growth_rate=3, aggregation="sum", dropout=0.3)
     assert_equal_stages(made, random(2, width, 5, 7), training)
 
 
@@ -142,13 +152,7 @@ def test_without_gradients_features_make_room_for_others():
 
 def test_features_nobody_reads():
     made, width = stages(5, fetch=lambda i: [max(i - 2, 0)], growth_rate=3)
-    x = random(2, width, 5, 5)
-    expected, found = (forward_backward(stage.train(), x) for stage in made)
-    close(found[0], expected[0])
-    for name, gradient in expected[2].items():
-        assert (gradient is None) == (found[2][name] is None), name
-        if gradient is not None:
-            close(found[2][name], gradient, torch.tensor(1.0))
+    assert_equal_stages(made, random(2, width, 5, 5))
 
 
 def test_the_whole_network():
@@ -250,11 +254,9 @@ def test_pieces_cover_every_column_once(widths):
 
 def test_asking_for_it_where_it_cannot_run_says_why(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert ops.choose("triton", "concat") == "triton"  # the device is not known yet
+    assert ops.choose("triton") == "triton"  # the device is not known yet
     with pytest.raises(ValueError, match=r"'triton' cannot run here: expected a CUDA device.*TRITON_INTERPRET=1"):
-        ops.choose("triton", "concat", torch.device("cpu"))
-    with pytest.raises(ValueError, match="sum"):
-        ops.choose("triton", "sum")
+        ops.choose("triton", torch.device("cpu"))
 
 
 @pytest.mark.skipif(GPU, reason="about a machine where Triton finds no device")
@@ -264,12 +266,12 @@ def test_a_device_that_triton_cannot_use_is_refused_with_the_reason(monkeypatch)
     for capability, reason in (((7, 5), "compute capability 8.0 or later, found 7.5"), ((9, 0), "which Triton needs")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
         with pytest.raises(ValueError, match=f"'triton' cannot run here: expected .*{reason}"):
-            ops.choose("triton", "concat", device)
-        assert ops.choose("auto", "concat", device) == "shared"
+            ops.choose("triton", device)
+        assert ops.choose("auto", device) == "shared"
 
 
 def test_without_triton_installed_the_extra_is_named():
-    code = "import sys; sys.modules['triton'] = None; from sparsenet import ops; ops.choose('triton', 'concat')"
+    code = "import sys; sys.modules['triton'] = None; from sparsenet import ops; ops.choose('triton')"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "ValueError" in found.stderr
     assert "pip install 'sparsenet[triton]'" in found.stderr

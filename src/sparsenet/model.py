@@ -101,7 +101,7 @@ class SparseNet(nn.Module):
     def __init__(self, architecture: Architecture, implementation: str = "auto", memory: str = "normal"):
         super().__init__()
         self.architecture = architecture
-        self.asked = ops.choose(implementation, architecture.aggregation)
+        self.asked = ops.choose(implementation)
         if memory not in ops.MEMORY or (memory != "normal" and self.asked == "reference"):
             raise ValueError(
                 f"memory: expected one of {', '.join(ops.MEMORY)} ('normal' with the reference, which keeps "
@@ -118,7 +118,7 @@ class SparseNet(nn.Module):
     @property
     def implementation(self) -> str:
         """What runs where the parameters are now. Raises ``ValueError`` for one that cannot run there."""
-        return ops.choose(self.asked, self.architecture.aggregation, next(self.stem.parameters()).device)
+        return ops.choose(self.asked, next(self.stem.parameters()).device)
 
     @property
     def num_features(self) -> int:

@@ -211,7 +211,7 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
     once = {key: texts[key][0] for key in ONCE if len(rows) > 1 and len(set(texts[key])) == 1}
     names = [key for key in COLUMNS if key not in once and set(texts[key]) != {NOTHING}]
     lines = [[COLUMNS[key] for key in names], ["---"] * len(names)]
-    lines += zip(*(texts[key] for key in names), strict=True)
+    lines += map(list, zip(*(texts[key] for key in names), strict=True))
     table = "".join(f"| {' | '.join(text.replace('|', BAR) for text in line)} |\n" for line in lines)
     said = [f"{COLUMNS[key]}: {text}" for key, text in once.items() if text != NOTHING]
     return table + (f"\nAll rows: {'; '.join(said)}.\n" if said else "")

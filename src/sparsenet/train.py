@@ -126,7 +126,7 @@ class Session:
 def prepare(config: RunConfig) -> tuple[RunConfig, Dataset, Preprocessing, torch.device]:
     """Loads the data and settles what only the data can say. Raises ``ValueError`` in one line."""
     device = choose_device(config.train.device)
-    ops.choose(config.train.implementation, config.network.aggregation, device)
+    ops.choose(config.train.implementation, device)
     data = load_dataset(config.data)
     channels, size = data.train.pixels.shape[1], data.train.pixels.shape[-1]
     if config.train.batch_size > len(data.train):
@@ -369,7 +369,7 @@ def _introduce(session: Session, state: State, nodes: list[architecture.Node]) -
         f"{net.growth_rates}: {parameters:,} parameters, {macs:,} MACs"
     )
     yield Message(f"{session.device}, {session.precision}, implementation {state.model.implementation}")
-    if session.config.train.implementation == "auto" and net.aggregation == "concat":
+    if session.config.train.implementation == "auto":
         for name, reason in ops.passed_over(session.device).items():
             yield Message(f"implementation {name} cannot run here: {reason}")
 

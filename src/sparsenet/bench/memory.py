@@ -124,5 +124,5 @@ def feature_blocks(work: Workload) -> set[int]:
     sizes = model.architecture.sizes(images.shape[-1])
     for stage, module, side in zip(model.architecture.stages, model.stages, sizes, strict=True):
         plan: Plan = module.plan  # type: ignore[assignment]
-        found.add(plan.columns(stage.unit_widths).total * len(images) * side * side * itemsize)
+        found.add(plan.stored.columns(stage.unit_widths).total * len(images) * side * side * itemsize)
     return found

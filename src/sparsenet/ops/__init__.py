@@ -51,21 +51,16 @@ class Implementation(Protocol):
         """Why it cannot run there, in half a line: what is expected and what is found."""
 
 
-def choose(implementation: str, aggregation: str, device: torch.device | None = None) -> str:
+def choose(implementation: str, device: torch.device | None = None) -> str:
     """The implementation's name, ``auto`` resolved; ``ValueError`` where the one asked for cannot run.
 
     As long as the *device* is unknown, ``auto`` stays ``auto`` where the choice depends on it.
     """
     if implementation == "auto":
-        return _prefer(device) if aggregation == "concat" else "reference"
+        return _prefer(device)
     if implementation not in IMPLEMENTATIONS:
         known = ", ".join(["auto", *IMPLEMENTATIONS])
         raise ValueError(f"implementation: expected one of {known}, found {implementation!r}")
-    if implementation != "reference" and aggregation == "sum":
-        raise ValueError(
-            f"implementation: {implementation!r} shares statistics between readers of one feature, but a sum "
-            "is a new tensor for each reader; expected 'reference' or 'auto' with aggregation 'sum'"
-        )
     if reason := unavailable(implementation, device):
         raise ValueError(f"implementation: {implementation!r} cannot run here: {reason}")
     return implementation
@@ -96,7 +91,7 @@ def aggregate(
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
     if (traced and implementation in ("auto", *OPAQUE)) or not x.numel():
         return reference.aggregate(plan, x, readers, statistics, training)
-    name = choose(implementation, plan.aggregation, x.device)
+    name = choose(implementation, x.device)
     if implementation == "auto" and name == "native" and x.dtype == torch.float16:
         name = "shared"
     return _load(name).aggregate(plan, x, readers, statistics, training)

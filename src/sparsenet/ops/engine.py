@@ -10,14 +10,17 @@ reader, its ``scale * g`` are summed over the readers of a feature into ``h``, a
     dx = rstd * (h - mean(h) - z * mean(h * z)),    z = (x - mean) * rstd,
 
 where the textbook corrects once per link. Means run over batch and pixels. Exact, not an approximation.
+
+Where features are summed instead of concatenated, what a reader gathers is one feature, the sum, and so are its
+statistics: the engine stores the sums, and their gradients are shared out to the terms.
 """
 
 from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cached_property, reduce
 from itertools import accumulate
 from typing import Any
 
@@ -35,7 +38,7 @@ class Engine(ABC):
     """
 
     def __init__(self, plan: Plan, x: Tensor, parameters: Sequence[Tensor]):
-        self.plan, self.shape, self.dtype, self.device = plan, x.shape, x.dtype, x.device
+        self.plan, self.shape, self.dtype, self.device = plan.stored, x.shape, x.dtype, x.device
         self.layout = self.choose_layout(x)
         self.pixels = x.numel() // x.shape[1]  # N * H * W
         self.take(parameters)
@@ -152,6 +155,25 @@ class Engine(ABC):
     def corrected(self, j: int, training: bool) -> Tensor:
         """The gradient with respect to what :meth:`put` was given as feature *j*, from its finished sum."""
 
+    @cached_property
+    def joined(self) -> Joined:
+        """Of this pass, where features are sums."""
+        return Joined(self.plan)
+
+    def feature_of(self, j: int, made: Tensor) -> Tensor:
+        """Feature *j*, given what was made last."""
+        if not self.plan.terms:
+            return made
+        if made.data_ptr() == self.features[j].data_ptr() and self.plan.last_added.get(j, j) > j:
+            made = made.clone()  # the sum comes to lie there
+        return self.joined.add(j, made.contiguous(memory_format=self.layout))
+
+    def gradient(self, j: int, training: bool) -> Tensor | None:
+        """With respect to what was made as *j*, once all readers of it have sent theirs; ``None``: they have none."""
+        if self.plan.terms:
+            return self.joined.share_out(j, lambda: self.corrected(j, training))
+        return None if self.plan.sent_first[j] is None else self.corrected(j, training)
+
     def activated(self, r: int) -> Tensor:
         out = self.buffer("activations", len(self.scales[r]))
         self.activate(r, out)
@@ -186,6 +208,47 @@ class Engine(ABC):
         out = self.view(self.empty(width), width)
         self.activate(len(self.scales) - 1, out)
         return out
+
+
+class Joined:
+    """One pass over features that are sums: in forward of what was made before, in backward shared out to it again.
+
+    Terms are added in the reference's order. A sum that begins as the last one of several terms did goes on from it, so
+    that dense ones, a residual network's stream, take one addition each.
+    """
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+        self.made: dict[int, Tensor] = {}  # in backward, gradients
+        self.total: Tensor | None = None
+        self.read = True  # whether a gradient has come from the reader of the sum at hand
+
+    def add(self, j: int, made: Tensor) -> Tensor:
+        """Sum *j*, once *made* is there as *j*; a new tensor, unless it is *made* itself."""
+        goes_on, terms = self.plan.additions[j]
+        self.made[j] = made
+        before = [self.total] if goes_on and self.total is not None else []
+        found = reduce(torch.add, before + [self.made[k] for k in terms])
+        if len(self.plan.terms[j]) > 1:
+            self.total = found
+        self.made = {k: tensor for k, tensor in self.made.items() if self.plan.last_added.get(k, 0) > j}
+        return found
+
+    def share_out(self, j: int, gradient: Callable[[], Tensor]) -> Tensor | None:
+        """Adds that of sum *j* to its terms', and gives what has come together for *j*; from the last *j* to 0."""
+        goes_on, terms = self.plan.additions[j]
+        parts = [gradient()] if self.read else []
+        if len(self.plan.terms[j]) > 1 and self.total is not None:  # of the sum that went on from this one
+            parts.append(self.total)
+            self.total = None
+        if parts:
+            d_sum = reduce(torch.add, parts)
+            self.total = d_sum if goes_on else self.total
+            for k in terms:
+                self.made[k] = self.made[k] + d_sum if k in self.made else d_sum
+        found = self.made.pop(j, None)
+        self.read = found is not None
+        return found
 
 
 def aggregate(
@@ -248,7 +311,7 @@ def _forward(work: Engine, x: Tensor, statistics: Sequence[Statistics], training
     with torch.autocast(work.device.type, enabled=False):
         if not training:
             work.recall(statistics)
-        work.put(0, x, statistics[0], training)
+        work.put(0, work.feature_of(0, x), statistics[0], training)
         for r in range(len(work.weights)):
             made = work.make(r)
             if training and work.plan.dropout:
@@ -256,7 +319,7 @@ def _forward(work: Engine, x: Tensor, statistics: Sequence[Statistics], training
                 made, mask = torch.native_dropout(made.contiguous(), work.plan.dropout, True)
                 masks.append(mask)
             if work.plan.topology.last_reader[r + 1]:
-                work.put(r + 1, made, statistics[r + 1], training)
+                work.put(r + 1, work.feature_of(r + 1, made), statistics[r + 1], training)
         return work.output(), masks
 
 
@@ -266,9 +329,9 @@ def _backward(work: Engine, d_activated: Tensor, masks: Sequence[Tensor], traini
     d_scales, d_shifts, d_weights = [None] * n, [None] * n, [None] * (n - 1)  # type: list[Any], list[Any], list[Any]
     d_scales[-1], d_shifts[-1] = work.collect(n - 1, d_activated)
     for r in reversed(range(n - 1)):
-        if work.plan.sent_first[r + 1] is None:
+        d_made = work.gradient(r + 1, training)
+        if d_made is None:
             continue
-        d_made = work.corrected(r + 1, training)
         if masks:
             d_made = torch.ops.aten.native_dropout_backward(d_made, masks[r], share)
         for j in work.plan.recomputed.intersection(work.plan.reads[r]):
@@ -276,7 +339,7 @@ def _backward(work: Engine, d_activated: Tensor, masks: Sequence[Tensor], traini
             work.put(j, made * masks[j - 1] * share if masks else made, None, training)
         d_scales[r], d_shifts[r], d_weights[r] = work.back(r, d_made)
     _match(d_weights, work.weights)
-    return [None if work.plan.sent_first[0] is None else work.corrected(0, training), *d_scales, *d_shifts, *d_weights]
+    return [work.gradient(0, training), *d_scales, *d_shifts, *d_weights]
 
 
 def _match(gradients: list[Any], like: Sequence[Tensor]) -> None:

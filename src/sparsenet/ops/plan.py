@@ -50,11 +50,38 @@ class Plan:
     aggregation: str = "concat"
     dropout: float = 0.0
     memory: str = "normal"  # what is kept: "normal" all features, "lean" not the recomputed, "live" none that is read
+    terms: tuple[tuple[int, ...], ...] = ()  # where features are sums: of which things made before (see ``stored``)
 
     @cached_property
     def topology(self) -> Topology:
         """The same with readers numbered from 1, as layers are."""
         return Topology(self.reads)
+
+    @cached_property
+    def stored(self) -> Plan:
+        """The same as an engine sees it, whose features are what readers gather.
+
+        With summation these are the sums: reader *r* gathers feature *r* alone, which is the sum of ``terms[r]``: the
+        stage input, 0, and what readers make, ``r + 1``.
+        """
+        if self.aggregation == "concat":
+            return self
+        return replace(self, reads=tuple((r,) for r in range(len(self.reads))), aggregation="concat", terms=self.reads)
+
+    @cached_property
+    def additions(self) -> tuple[tuple[bool, tuple[int, ...]], ...]:
+        """For each sum: whether it goes on from the last one of several terms, and the terms to add then."""
+        found, last = list[tuple[bool, tuple[int, ...]]](), tuple[int, ...]()
+        for terms in self.terms:
+            goes_on = bool(last) and terms[: len(last)] == last
+            found.append((goes_on, terms[len(last) :] if goes_on else terms))
+            last = terms if len(terms) > 1 else last
+        return tuple(found)
+
+    @cached_property
+    def last_added(self) -> dict[int, int]:
+        """For each term, the last sum to which it is added."""
+        return {k: j for j, (_, terms) in enumerate(self.additions) for k in terms}
 
     @cached_property
     def sent_first(self) -> tuple[int | None, ...]:
@@ -72,6 +99,7 @@ class Plan:
         found: set[int] = set()
         for j in range(1, len(self.reads) - 1):
             alone = self.topology.first_reader[j] == self.topology.last_reader[j] == j + 1
+            alone = alone and (not self.terms or self.terms[j] == (j,))
             if self.memory == "lean" and alone and not found.intersection(self.reads[j - 1]):
                 found.add(j)
         return frozenset(found)
