@@ -7,8 +7,8 @@
 # depths: 40 to 400 layers, concatenated and summed, 1 epoch of images of 16 by 16, seed 0.
 #
 # Leaves a run folder for each network and seed in OUT, JOBS (2) at a time with one thread each. Called again it goes
-# on: what has a result is left alone, what was stopped is resumed. DATA is any --dataset_dir of sparsenet train, and
-# DATA_NAME its name in reports; SEEDS replaces the seeds.
+# on: what has a result is left alone, what was stopped is resumed; 1 where one has none at the end. DATA is any
+# --dataset_dir of sparsenet train, and DATA_NAME its name in reports; SEEDS replaces the seeds.
 set -euo pipefail
 [ $# -ge 3 ] || { echo "usage: $0 topologies|depths OUT DATA [JOBS]" >&2; exit 2; }
 what=$1 out=$2 data=$3 jobs=${4:-2}
@@ -48,19 +48,27 @@ start() { # FLAGS...: as soon as fewer than JOBS are running
     sparsenet train "$@" &
 }
 
+data=(--dataset_dir "$data")
+runs=()
 for seed in ${SEEDS:-$seeds}; do
     for network in "${networks[@]}"; do
         read -r name flags <<<"$network"
         run=$out/$name-seed$seed
+        runs+=("$run")
         if [ -e "$run/result.json" ]; then
             continue
         elif [ -e "$run/config.json" ]; then
-            start --resume "$run"
+            start --resume "$run" "${data[@]}"
         else
             rm -rf "$run" # a start that did not get as far as a run
             # shellcheck disable=SC2086 # flags are words
-            start $flags $recipe --seed "$seed" --dataset_dir "$data" --dataset_name "${DATA_NAME:-CIFAR-10}" --out "$run"
+            start $flags $recipe --seed "$seed" "${data[@]}" ${DATA_NAME:+--dataset_name "$DATA_NAME"} --out "$run"
         fi
     done
 done
 wait
+failed=0
+for run in "${runs[@]}"; do
+    [ -e "$run/result.json" ] || { echo "$run: no result; call again to go on" >&2; failed=1; }
+done
+exit $failed

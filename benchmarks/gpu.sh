@@ -99,7 +99,7 @@ bench() {
 evidence() {
     begin evidence
     missing=()
-    if [ -e "$before/runs.tar.gz.aa" ]; then cat "$before"/runs.tar.gz.?? | tar xz -C "$out"; fi
+    if [ ! -d "$out/runs" ] && [ -e "$before/runs.tar.gz.aa" ]; then cat "$before"/runs.tar.gz.?? | tar xz -C "$out"; fi
     mkdir -p "$out/runs"
     if [ -n "$quick" ]; then
         train paper 3 --dataset digits --depth 7 --growth_rate 4 --device cpu

@@ -7,6 +7,7 @@
 set -euo pipefail
 [ $# -ge 2 ] || { echo "usage: $0 RUN... FOLDER" >&2; exit 2; }
 to=${!#}
+[ ! -e "$to/config.json" ] || { echo "$to: expected a folder of records, found a run" >&2; exit 1; }
 for run in "${@:1:$#-1}"; do
     [ -e "$run/result.json" ] || { echo "$run: expected a run with a result, found none" >&2; exit 1; }
     record=$to/$(basename "$run")

@@ -480,6 +480,7 @@ def test_the_scripts_are_sound():
 
 PROGRAM = """#!/usr/bin/env bash
 # Stands in for the program, and for a Python that runs it: leaves a run of as many epochs as $EPOCHS has.
+[ -z "${FAIL:-}" ] || exit 1
 while [ $# -gt 0 ]; do
     case $1 in --out | --resume) run=$2 ;; --dataset_dir) data=$2 ;; esac
     shift
@@ -529,8 +530,15 @@ def test_comparisons_are_made_once_wherever_they_go_and_published_without_paths(
         "config.json", "result.json", "metrics.csv", "requirements.txt", "train.log", "curves.png", "graph.svg",
     }  # fmt: skip
     assert not (tmp_path / "records" / "densenet-22-8-seed1" / "curves.png").exists()
+    assert script("publish.sh", *runs[:2]).returncode == 1  # the last is a run, not a folder of records
     (runs[0] / "result.json").unlink()
     assert script("publish.sh", runs[0], "records").returncode == 1
+
+
+def test_a_comparison_that_lacks_a_result_says_so(script, tmp_path):
+    outcome = script("compare.sh", "topologies", "runs", "data", SEEDS="7", FAIL="1")
+    assert outcome.returncode == 1
+    assert outcome.stderr.count("-seed7: no result") == 6
 
 
 def test_the_gpu_s_trainings_go_on_though_their_archive_shrinks(script, tmp_path):

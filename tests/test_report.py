@@ -43,7 +43,7 @@ def make(path: Path, error: float | None, fetch: str = "sparse", depth: int = 40
             "torch": "9",
             "precision": "bf16",
         },
-        "graph": {"parameters": 123456, "macs": 5_000_000, "nodes": []},
+        "graph": {"parameters": 123456, "macs": 5_000_000, "image_size": 32, "nodes": []},
     }
     if error is not None:
         files["result"] = {"dataset": "CIFAR-10 (JPEG)", "error": error, "epochs": 3}
@@ -91,6 +91,13 @@ def test_a_row_holds_what_the_folder_says(tmp_path: Path) -> None:
         "recipe": "3 of 9 epochs, batch size 32, lr 0.2, onecycle, no mirror",
         "seed": 7,
         "batch_size": 32,
+        "image_size": 32,
+        "network": {
+            **RunConfig().to_dict()["network"],
+            "depth": 40,
+            "growth_rate": [12],
+            "bottleneck": True,
+        },
         "final": True,
         "published": False,
         "runs": [run],
@@ -128,13 +135,13 @@ def test_what_all_rows_agree_in_is_said_once_below_the_table(tmp_path: Path) -> 
     runs = [make(tmp_path / name, error, name) for name, error in (("dense", 9.25), ("sparse", 5.5))]
     recipe = "3 of 9 epochs, batch size 32, lr 0.2, onecycle, no mirror"
     table = markdown_table(read_rows(runs))
-    assert table.endswith(f"|\n\nAll rows: data: CIFAR-10 (JPEG); recipe: {recipe}; seeds: 7.\n")
+    assert table.endswith(f"|\n\nAll rows: data: CIFAR-10 (JPEG); recipe: {recipe}; seed: 7.\n")
     assert table.count(recipe) == table.count("CIFAR-10 (JPEG)") == 1
     alone = markdown_table(read_rows(runs[:1]))
     assert "All rows" not in alone and recipe in alone
     (runs[0] / "result.json").write_text(json.dumps({"dataset": "photos", "error": 9.25, "epochs": 3}))
     table = markdown_table(read_rows(runs))
-    assert table.endswith(f"|\n\nAll rows: recipe: {recipe}; seeds: 7.\n")
+    assert table.endswith(f"|\n\nAll rows: recipe: {recipe}; seed: 7.\n")
     assert "| photos |" in table and "| CIFAR-10 (JPEG) |" in table
 
 
@@ -172,18 +179,36 @@ def test_published_rows_come_first_and_say_so(tmp_path: Path) -> None:
     assert lines[2].startswith("| *published:* paper |")
     assert "| 4.44 | 61–70 |" in lines[2]
     (tmp_path / "published.json").write_text(json.dumps({"published": [*rows, rows[0] | {"error": 8.0}]}))
-    lines = markdown_table(read_rows([tmp_path])).splitlines()
-    assert ["| 4.44 |" in lines[2], "| 8.00 |" in lines[3]] == [True, True]  # each stays as it is
+    lines = markdown_table(read_rows([tmp_path, tmp_path / "published.json"])).splitlines()
+    assert ["| 4.44 |" in lines[2], "| 8.00 |" in lines[3]] == [True, True]  # each stays as it is, and is there once
+    assert sum("*published:*" in line for line in lines) == 2
     for damaged in ([1], {"published": [1]}, {"published": {}}, {"published": [{"error": "4.4"}]}):
         (tmp_path / "published.json").write_text(json.dumps(damaged))
         with pytest.raises(ValueError, match=r"published\.json: expected "):
             read_rows([tmp_path])
 
 
+def test_networks_of_one_look_are_not_one_row(tmp_path: Path) -> None:
+    """Two topologies of a user's own, which have the same name and counts in the table."""
+    for seed, sources in enumerate(([[0], [1]], [[0], [0]])):
+        run = make(tmp_path / f"run{seed}", 5.0, seed=seed)
+        config = json.loads((run / "config.json").read_text())
+        config["network"]["fetch"] = sources
+        (run / "config.json").write_text(json.dumps(config))
+    assert [row["seed"] for row in read_rows([tmp_path])] == ["0", "1"]
+
+
 def write_benchmark(folder: Path, seconds: float, **change: Any) -> None:
     """As ``sparsenet bench --model runs/run`` writes it, on the platform of :func:`make`."""
     environment = {"device": "cpu", "device_name": "A CPU | fast", "threads": 2, "torch": "9"}
-    row = {"model": "runs/run", "batch_size": 32, "precision": "bf16", "implementation": None, "options": []}
+    row = {
+        "model": "runs/run",
+        "batch_size": 32,
+        "image_size": 32,
+        "precision": "bf16",
+        "implementation": None,
+        "options": [],
+    }
     row |= {"train_seconds": {"median": seconds}} | {key: value for key, value in change.items() if key in row}
     environment |= {key: value for key, value in change.items() if key in environment}
     folder.mkdir(exist_ok=True)
@@ -205,10 +230,16 @@ def test_a_step_s_seconds_are_the_benchmark_s_of_that_run_on_its_platform(tmp_pa
     [row] = read_rows([tmp_path])
     assert row["step_seconds"] == 0.125
     assert "| 0.125 |" in markdown_table([row])
-    [row] = read_rows([tmp_path / "run", tmp_path / "bench"])  # wherever it lies among what is reported
+    write_benchmark(tmp_path / "another", 0.25, implementation="shared")
+    write_benchmark(tmp_path / "third", 0.1, implementation="native")
+    [row] = read_rows([tmp_path / "run", tmp_path / "bench", tmp_path / "another"])  # wherever they lie
     assert row["step_seconds"] == 0.125
+    [row] = read_rows([tmp_path])
+    assert row["step_seconds"] == 0.1  # of whichever implementation is the fastest
+    shutil.rmtree(tmp_path / "third")
+    shutil.rmtree(tmp_path / "another")
     for change in (
-        {"threads": 1}, {"torch": "8"}, {"batch_size": 64}, {"precision": "fp32"}, {"implementation": "shared"},
+        {"threads": 1}, {"torch": "8"}, {"batch_size": 64}, {"image_size": 64}, {"precision": "fp32"},
         {"options": ["lean"]}, {"model": "sparsenet_40_12"},
     ):  # fmt: skip
         write_benchmark(tmp_path / "bench", 0.125, **change)

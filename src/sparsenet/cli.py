@@ -308,7 +308,8 @@ def _report(args: argparse.Namespace) -> int:
                 draw_filters(load_trained(run).model, run / "filters.png", run.name)
             except ValueError as error:  # a run that sums, or without weights; the page is about the others too
                 print(f"sparsenet report: {run}: no picture of filters: {error}", file=sys.stderr)
-        print(write_report(runs, Path(args.out) if args.out else runs[0] / "report.html"))
+        folder = next((run for run in runs if run.is_dir()), Path())
+        print(write_report(runs, Path(args.out) if args.out else folder / "report.html"))
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from statistics import fmean, median, stdev
 from typing import Any
 
 from sparsenet.config import RunConfig
+from sparsenet.ops import IMPLEMENTATIONS
 from sparsenet.run import Run, write_atomic
 
 COLUMNS = {
@@ -29,11 +31,11 @@ COLUMNS = {
     "duration": "training and tests",
     "peak_memory_mb": "peak memory (MB)",
     "recipe": "recipe",
-    "seed": "seeds",
+    "seed": "seed",
 }
 MEASURED = ("error", "train_seconds", "test_seconds", "step_seconds", "duration", "peak_memory_mb")
 ONCE = ("dataset", "recipe", "seed")  # said once below a table where all of its rows agree
-SAME = tuple(key for key in COLUMNS if key not in (*MEASURED, "seed"))  # in the runs of one row
+SAME = (*(key for key in COLUMNS if key not in (*MEASURED, "seed")), "network")  # in the runs of one row
 BENCH = "bench.json"  # what sparsenet bench --out writes
 PUBLISHED = "published.json"  # rows that others measured: {"published": [{"platform": ..., "error": ...}, ...]}
 FILES = ("config.json", "metrics.csv", "result.json")  # any of them makes a folder a run
@@ -51,22 +53,23 @@ def read_rows(paths: Iterable[Path]) -> list[Row]:
     *paths* are run folders, folders that hold some, and files like :data:`PUBLISHED`, whose rows stay as they are.
     Besides, a row has ``runs``, their folders, and ``errors``, one each; ``error``, the seconds and the memory are
     means over the seeds. ``step_seconds`` is from a record of ``sparsenet bench --model RUN`` in a folder of *paths*,
-    made on the run's platform at its batch. ``final`` is false where a run has no result. Raises ``ValueError`` for a
-    path without any and for a damaged file.
+    made on the run's platform at its batch and size of images, and of the fastest implementation. ``final`` is false
+    where a run has no result. Raises ``ValueError`` for a path without any and for a damaged file.
     """
     paths = list(paths)
     groups: dict[str, list[Row]] = {}
-    published = []
+    published: list[Row] = []
     known: set[Path] = set()
     steps = _benchmarked(paths)
     for row in (row for path in paths for row in _found(path)):
         if row["published"]:
-            published.append(row | {"errors": [row["error"]] if row["error"] is not None else []})
+            row["errors"] = [row["error"]] if row["error"] is not None else []
+            published += [row] if row not in published else []
             continue
         if row["runs"][0].resolve() in known:
             continue
         known.add(row["runs"][0].resolve())
-        row["step_seconds"] = steps.get((row["runs"][0].name, row["platform"], row["batch_size"]))
+        row["step_seconds"] = steps.get(_measured_as(row["runs"][0], row, row["platform"]))
         key = json.dumps([row[key] for key in (*SAME, "final")])
         while row["seed"] in (other["seed"] for other in groups.get(key, ())):  # a seed again is not one more seed
             key += " again"
@@ -94,19 +97,25 @@ def _published(file: Path) -> list[Row]:
     return [dict.fromkeys(COLUMNS) | row | {"published": True, "final": True, "runs": []} for row in rows]
 
 
-def _benchmarked(paths: Iterable[Path]) -> dict[tuple[str, str, int], float]:
-    """Seconds of a training step by run, platform and batch, from the records of the benchmark in *paths*."""
-    found = {}
+def _benchmarked(paths: Iterable[Path]) -> dict[tuple[Any, ...], float]:
+    """Seconds of a training step by what was measured, from records of the benchmark: those of the fastest variant."""
+    found: dict[tuple[Any, ...], float] = {}
     for file in sorted(file for path in paths for file in path.rglob(BENCH)):
         record = read_json(file)
         try:
             for row in record.get("rows", []):
                 if "train_seconds" in row and not row["options"]:  # options are not how a run was trained
-                    key = Path(row["model"]).name, _platform(record["environment"], row), row["batch_size"]
-                    found[key] = row["train_seconds"]["median"]
+                    key = _measured_as(Path(row["model"]), row, _platform(record["environment"], row))
+                    found[key] = min(row["train_seconds"]["median"], found.get(key, math.inf))
         except (AttributeError, LookupError, TypeError) as error:
             raise ValueError(f"{file}: expected a record of sparsenet bench, found another file ({error})") from None
     return found
+
+
+def _measured_as(run: Path, row: Row, platform: str | None) -> tuple[Any, ...]:
+    """What a run and a row of the benchmark have in common that are of one thing, whichever implementation did it."""
+    words = [word for word in (platform or "").split(", ") if word not in IMPLEMENTATIONS]
+    return run.name, *words, row["batch_size"], row["image_size"]
 
 
 def summarise(run: Path) -> Row:
@@ -148,6 +157,8 @@ def _summarised(run: Path) -> Row:
         "recipe": _recipe(config, len(rows) or result.get("epochs")),
         "seed": train.get("seed"),
         "batch_size": train.get("batch_size"),
+        "image_size": graph.get("image_size"),
+        "network": PAPER["network"] | network,
         "final": bool(result),
         "published": False,
         "runs": [run],

@@ -92,10 +92,11 @@ class _Shown:
 
 
 def _table(rows: Sequence[Row], runs: Sequence[_Shown]) -> str:
-    head = "".join(f"<th>{escape(name)}" for name in ("run", *COLUMNS.values()))
+    names = [key for key in COLUMNS if any(row[key] not in (None, "") for row in rows)]
+    head = "".join(f"<th>{escape(name)}" for name in ("run", *(COLUMNS[key] for key in names)))
     body = ""
     for row in rows:
-        cells = "".join(f"<td class={key}>{escape(cell(row, key))}" for key in COLUMNS)
+        cells = "".join(f"<td class={key}>{escape(cell(row, key))}" for key in names)
         own = [run for run in runs if run.row is row]
         dot = f'<i style="background:{own[0].colour}"></i>' if own else ""
         body += f"<tr><td>{dot}{'<br>'.join(run.link for run in own)}{cells}"

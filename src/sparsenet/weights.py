@@ -207,7 +207,8 @@ def _wrong(about: Any) -> str | None:
         return "a description whose 'measured' has more than results"
     if unknown := about["preprocessing"].keys() - ABOUT["preprocessing"].keys():
         return f"a description whose 'preprocessing' has {min(unknown)!r}, which this version does not know"
-    if not all(name.isprintable() for name in (about["dataset"], *about["classes"])):
+    of = (result["dataset"] for result in about["measured"].values())
+    if not all(name.isprintable() for name in (about["dataset"], *about["classes"], *of)):
         return "names that cannot be printed"
     network, images = about["architecture"], about["preprocessing"]
     channels = {network["in_chans"], images["channels"], len(images["mean"]), len(images["std"])}
