@@ -40,7 +40,17 @@ BENCH = "bench.json"  # what sparsenet bench --out writes
 PUBLISHED = "published.json"  # rows that others measured: {"published": [{"platform": ..., "error": ...}, ...]}
 FILES = ("config.json", "metrics.csv", "result.json")  # any of them makes a folder a run
 PAPER = dataclasses.asdict(RunConfig())
-OF_DATA = ("mirror", "shift", "cutout", "mixup", "cutmix", "trivial_augment", "first_size", "val_fraction")
+OF_DATA = (
+    "image_size",
+    "mirror",
+    "shift",
+    "cutout",
+    "mixup",
+    "cutmix",
+    "trivial_augment",
+    "first_size",
+    "val_fraction",
+)
 NOTHING, BAR = "–", r"\|"  # in the cell of a Markdown table: no value, and the character that would end it
 BLOCK = re.compile(r"(<!-- report (?P<runs>[^\n]*?) -->\n)(?:(?!<!-- report ).)*?(<!-- /report -->)", re.S)
 
