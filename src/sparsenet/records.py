@@ -260,7 +260,7 @@ def cell(row: Mapping[str, Any], key: str) -> str:
     if key == "duration":
         return f"{value:.0f} s" if value < 120 else f"{value / 60:.0f} min" if value < 7200 else f"{value / 3600:.1f} h"
     if key.endswith("seconds"):
-        return f"{value:.3g}" if value < 1 else f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
+        return f"{value:.3f}" if value < 1 else f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
     return f"{value:,.0f}" if key in ("parameters", "peak_memory_mb") else str(value)
 
 
