@@ -201,7 +201,7 @@ def _recipe(config: Mapping[str, Any], done: int | None) -> str | None:
     changed = {name: given[name] for part, name in settings if given[name] != PAPER[part][name]}
     if given["schedule"] == "step" and planned == PAPER["train"]["max_epoch"] and not changed:
         return f"the paper's, {epochs} epochs"
-    words = [f"{epochs} epochs", *(_setting(name, value) for name, value in changed.items())]
+    words = [f"{epochs} epoch{'s' * (epochs != '1')}", *(_setting(name, value) for name, value in changed.items())]
     return ", ".join(words) if train else None
 
 
