@@ -90,6 +90,7 @@ def test_a_row_holds_what_the_folder_says(tmp_path: Path) -> None:
         "peak_memory_mb": 1234.5,
         "recipe": "3 of 9 epochs, batch size 32, lr 0.2, onecycle, no mirror",
         "seed": 7,
+        "machine": "A CPU | fast, 2 threads, torch 9, bf16",
         "batch_size": 32,
         "image_size": 32,
         "network": {

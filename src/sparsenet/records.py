@@ -13,7 +13,6 @@ from statistics import fmean, median, stdev
 from typing import Any
 
 from sparsenet.config import RunConfig
-from sparsenet.ops import IMPLEMENTATIONS
 from sparsenet.run import Run, write_atomic
 
 COLUMNS = {
@@ -37,6 +36,7 @@ MEASURED = ("error", "train_seconds", "test_seconds", "step_seconds", "duration"
 ONCE = ("dataset", "recipe", "seed")  # said once below a table where all of its rows agree
 SAME = (*(key for key in COLUMNS if key not in (*MEASURED, "seed")), "network")  # in the runs of one row
 BENCH = "bench.json"  # what sparsenet bench --out writes
+MADE_ON = ("machine", "batch_size", "image_size")  # in which a run and a row of the benchmark must agree
 PUBLISHED = "published.json"  # rows that others measured: {"published": [{"platform": ..., "error": ...}, ...]}
 FILES = ("config.json", "metrics.csv", "result.json")  # any of them makes a folder a run
 PAPER = dataclasses.asdict(RunConfig())
@@ -79,7 +79,7 @@ def read_rows(paths: Iterable[Path]) -> list[Row]:
         if row["runs"][0].resolve() in known:
             continue
         known.add(row["runs"][0].resolve())
-        row["step_seconds"] = steps.get(_measured_as(row["runs"][0], row, row["platform"]))
+        row["step_seconds"] = steps.get((row["runs"][0].name, *(row[key] for key in MADE_ON)))
         key = json.dumps([row[key] for key in (*SAME, "final")])
         while row["seed"] in (other["seed"] for other in groups.get(key, ())):  # a seed again is not one more seed
             key += " again"
@@ -115,17 +115,12 @@ def _benchmarked(paths: Iterable[Path]) -> dict[tuple[Any, ...], float]:
         try:
             for row in record.get("rows", []):
                 if "train_seconds" in row and not row["options"]:  # options are not how a run was trained
-                    key = _measured_as(Path(row["model"]), row, _platform(record["environment"], row))
+                    made_on = row | {"machine": _machine(record["environment"], row)}
+                    key = Path(row["model"]).name, *(made_on[key] for key in MADE_ON)
                     found[key] = min(row["train_seconds"]["median"], found.get(key, math.inf))
         except (AttributeError, LookupError, TypeError) as error:
             raise ValueError(f"{file}: expected a record of sparsenet bench, found another file ({error})") from None
     return found
-
-
-def _measured_as(run: Path, row: Row, platform: str | None) -> tuple[Any, ...]:
-    """What a run and a row of the benchmark have in common that are of one thing, whichever implementation did it."""
-    words = [word for word in (platform or "").split(", ") if word not in IMPLEMENTATIONS]
-    return run.name, *words, row["batch_size"], row["image_size"]
 
 
 def summarise(run: Path) -> Row:
@@ -166,6 +161,7 @@ def _summarised(run: Path) -> Row:
         "peak_memory_mb": max(_column(rows, "peak_memory_mb"), default=None),
         "recipe": _recipe(config, len(rows) or result.get("epochs")),
         "seed": train.get("seed"),
+        "machine": _machine(environment, train) if environment else None,
         "batch_size": train.get("batch_size"),
         "image_size": graph.get("image_size"),
         "network": PAPER["network"] | network,
@@ -176,10 +172,16 @@ def _summarised(run: Path) -> Row:
 
 
 def _platform(environment: Mapping[str, Any], train: Mapping[str, Any]) -> str:
+    implementation = environment.get("implementation") or train.get("implementation")
+    return _machine(environment, train) + f", {implementation}" * (implementation not in (None, "auto"))
+
+
+def _machine(environment: Mapping[str, Any], train: Mapping[str, Any]) -> str:
+    """The platform, whatever the implementation."""
     device, threads = environment.get("device_name") or environment.get("device"), environment.get("threads")
-    arithmetic = [environment.get(key) or train.get(key) for key in ("precision", "implementation")]
+    precision = environment.get("precision") or train.get("precision")
     parts = [device, f"{threads} thread{'s' * (threads != 1)}" if environment.get("device") == "cpu" else None]
-    parts += [f"torch {environment['torch']}" if "torch" in environment else None, *arithmetic]
+    parts += [f"torch {environment['torch']}" if "torch" in environment else None, precision]
     return ", ".join(str(part) for part in parts if part not in (None, "auto"))
 
 
@@ -228,14 +230,17 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
     line below says so.
     """
     ordered = sorted(rows, key=rank)
-    texts = {key: [cell(row, key) for row in ordered] for key in COLUMNS}
-    once = {key: texts[key][0] for key in ONCE if len(rows) > 1 and len(set(texts[key])) == 1}
-    names = [key for key in COLUMNS if key not in once and set(texts[key]) != {NOTHING}]
-    lines = [[COLUMNS[key] for key in names], ["---"] * len(names)]
-    lines += map(list, zip(*(texts[key] for key in names), strict=True))
+    texts = {key: [cell(row, key) for row in ordered] for key in columns(rows)}
+    once = [key for key in ONCE if key in texts and len(rows) > 1 and len(set(texts[key])) == 1]
+    said = "; ".join(f"{COLUMNS[key]}: {texts.pop(key)[0]}" for key in once)
+    lines = [[COLUMNS[key] for key in texts], ["---"] * len(texts), *zip(*texts.values(), strict=True)]
     table = "".join(f"| {' | '.join(text.replace('|', BAR) for text in line)} |\n" for line in lines)
-    said = [f"{COLUMNS[key]}: {text}" for key, text in once.items() if text != NOTHING]
-    return table + (f"\nAll rows: {'; '.join(said)}.\n" if said else "")
+    return table + (f"\nAll rows: {said}.\n" if said else "")
+
+
+def columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Those of :data:`COLUMNS` in which some row has anything."""
+    return [key for key in COLUMNS if any(row.get(key) not in (None, "") for row in rows)]
 
 
 def rank(row: Mapping[str, Any]) -> tuple[bool, bool, float]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from shlex import quote
 
 from sparsenet.pictures import KINDS, draw_comparison
-from sparsenet.records import COLUMNS, Row, cell, rank, read_json, read_metrics, read_rows
+from sparsenet.records import COLUMNS, Row, cell, columns, rank, read_json, read_metrics, read_rows
 from sparsenet.run import version, write_atomic
 
 PICTURES = {
@@ -92,7 +92,7 @@ class _Shown:
 
 
 def _table(rows: Sequence[Row], runs: Sequence[_Shown]) -> str:
-    names = [key for key in COLUMNS if any(row[key] not in (None, "") for row in rows)]
+    names = columns(rows)
     head = "".join(f"<th>{escape(name)}" for name in ("run", *(COLUMNS[key] for key in names)))
     body = ""
     for row in rows:

@@ -11,8 +11,8 @@ reader, its ``scale * g`` are summed over the readers of a feature into ``h``, a
 
 where the textbook corrects once per link. Means run over batch and pixels. Exact, not an approximation.
 
-Where features are summed instead of concatenated, what a reader gathers is one feature, the sum, and so are its
-statistics: the engine stores the sums, and their gradients are shared out to the terms.
+Where features are summed instead of concatenated, a reader gathers one tensor, the sum, with statistics of its own: the
+engine stores the sums as its features, and their gradients are shared out to the terms.
 """
 
 from __future__ import annotations
