@@ -55,12 +55,15 @@ def plan_epoch(seed: int, epoch: int, count: int, config: DataConfig) -> EpochPl
 def training_size(epoch: int, max_epoch: int, first: int, full: int) -> int:
     """Side of the training images in *epoch* (from 0): from *first* in steps of 4 to *full*; *first* 0: full always.
 
-    They grow over the first 3/4 of the run, and the last epoch sees them whole.
+    They grow over the first 3/4 of the run, ``3 * max_epoch // 4`` epochs, and the last epoch sees them whole. Each
+    smaller size has its equal part of these epochs, to within one; of more sizes than epochs, as many as there are
+    epochs are used, evenly spread, *first* among them.
     """
     growing = 3 * max_epoch // 4  # epochs
     if not first or epoch >= growing:
         return full
-    return (first + (full - first) * epoch // growing) // 4 * 4
+    smaller = -(-(full - first) // 4)  # sizes; the last step may be of less than 4
+    return first + 4 * (smaller * epoch // growing)
 
 
 def resized(images: Images, size: int) -> Images:
