@@ -37,6 +37,8 @@ class Engine(ABC):
     *shifts* and *weights* are the readers'. The convolutions are PyTorch's unless an engine has its own.
     """
 
+    training = False  # whether the features being made are measured
+
     def __init__(self, plan: Plan, x: Tensor, parameters: Sequence[Tensor]):
         self.plan, self.shape, self.dtype, self.device = plan.stored, x.shape, x.dtype, x.device
         self.layout = self.choose_layout(x)
@@ -308,6 +310,7 @@ class _Aggregate(torch.autograd.Function):
 def _forward(work: Engine, x: Tensor, statistics: Sequence[Statistics], training: bool) -> tuple[Tensor, list[Tensor]]:
     """The stage output and the masks of dropout."""
     masks = []
+    work.training = training
     with torch.autocast(work.device.type, enabled=False):
         if not training:
             work.recall(statistics)

@@ -1,4 +1,4 @@
-"""The engine's passes and convolutions for CPUs in C (``native.c``), compiled on first use.
+"""The engine's passes and convolutions for CPUs in C (``kernels/native.c``), compiled on first use.
 
 A band of rows at a time is gathered into the core's own cache and multiplied there, so no concatenation exists in
 memory, neither of activations nor of gradients. Features lie channels-last, raw, as the convolutions made them.
@@ -26,9 +26,15 @@ from sparsenet.files import cache_folder
 from sparsenet.ops import engine
 from sparsenet.ops.plan import EPS, MOMENTUM, Plan, Reader, Statistics
 
-SOURCE = Path(__file__).with_name("native.c")
-FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
+FOLDER = Path(__file__).with_name("kernels")
+SOURCE = FOLDER / "native.c"
+FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
+PATIENCE = 120  # seconds for a compiler that takes about ten
 SUFFIXES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16"}
+FEATURES = {  # of which processors what is fast, by who made it: see the log of 2026-11-26
+    "GenuineIntel": ("-DBYTES=64",),
+    "AuthenticAMD": ("-DPAIRS",),
+}
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -54,18 +60,28 @@ def library() -> ctypes.CDLL:
 def _library() -> ctypes.CDLL | str:
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc")
     if not compiler:
-        return "it needs a C compiler (GCC, or $CC that makes what GCC does), found none"
-    flags = [*FLAGS, *os.environ.get("CFLAGS", "").split()]
-    key = hashlib.sha256(repr((SOURCE.read_bytes(), flags, compiler, _processor())).encode()).hexdigest()[:16]
-    root = cache_folder()
-    target = root / f"native-{key}.so"
+        return "it needs a C compiler (GCC or Clang, or $CC), found none"
+    found = _built(compiler, [])
+    if not isinstance(found, str) and not found.matrix_unit():  # compiled for, but the kernel does not grant it
+        found = _built(compiler, ["-DMATRIX=0"])
+    return found
+
+
+def _built(compiler: str, more: list[str]) -> ctypes.CDLL | str:
+    """The library, from the cache or compiled; what went wrong."""
+    processor = _processor()
+    fast = next((flags for maker, flags in FEATURES.items() if any(maker in line for line in processor)), ())
+    flags = [*FLAGS, *fast, *more, *os.environ.get("CFLAGS", "").split()]
+    sources = [path.read_bytes() for path in sorted(FOLDER.iterdir())]
+    key = hashlib.sha256(repr((sources, flags, compiler, processor)).encode()).hexdigest()[:16]
+    target = cache_folder() / f"native-{key}.so"
     try:
         if not target.exists():
-            root.mkdir(parents=True, exist_ok=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
             if trouble := _compile(shlex.split(compiler), flags, target):
                 return trouble
         return ctypes.CDLL(str(target))
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         return f"its kernels could not be compiled and loaded: {error}"
 
 
@@ -75,44 +91,51 @@ def _processor() -> tuple[str, ...]:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.machine(), platform.processor()
-    return tuple(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+    kept = ("vendor_id", "model name", "flags", "Features")
+    return tuple(sorted({line for line in lines if line.startswith(kept)}))
 
 
 def _compile(compiler: list[str], flags: list[str], target: Path) -> str | None:
     """Compiles to a file of its own and renames it, so that no process ever loads half a library; what went wrong."""
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        built, code = Path(folder) / "native.so", Path(folder) / "native.o"
+        built = Path(folder) / "native.so"
         # Linked without OpenMP's library: PyTorch's is loaded already, and two thread pools would fight for the cores.
-        for arguments in ([*flags, "-c", str(SOURCE), "-o", str(code)], ["-shared", str(code), "-o", str(built)]):
-            found = subprocess.run([*compiler, *arguments], capture_output=True, text=True)
-            if found.returncode:
-                said = [line for line in found.stderr.splitlines() if "error" in line] or [f"exit {found.returncode}"]
-                return f"its kernels could not be compiled by {compiler[0]}: {said[0]}"
+        command = [*compiler, *flags, "-shared", str(SOURCE), "-o", str(built)]
+        try:
+            found = subprocess.run(command, capture_output=True, errors="replace", timeout=PATIENCE)
+        except subprocess.TimeoutExpired:
+            return f"its kernels could not be compiled by {compiler[0]}: nothing after {PATIENCE} s"
+        if found.returncode:
+            said = [line for line in found.stderr.splitlines() if "error" in line] or [f"exit {found.returncode}"]
+            return f"its kernels could not be compiled by {compiler[0]}: {said[0]}"
         built.replace(target)
     return None
 
 
-def _argument(value: Tensor | int | ctypes.Structure) -> Any:
-    if isinstance(value, Tensor):
-        if value.numel() and not value.data_ptr():
-            raise ValueError(
-                "implementation 'native': expected tensors with data, found one without; ask for 'reference'"
-            )
-        return ctypes.c_void_p(value.data_ptr())
-    return ctypes.c_int64(value) if isinstance(value, int) else ctypes.byref(value)
-
-
-class _Reader(ctypes.Structure):
-    """``Reader`` of native.c."""
+class Pass(ctypes.Structure):
+    """``Pass`` of native.c."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("images", "height", "width", "in_", "out", "kernel", "links")),
-        *((name, ctypes.c_void_p) for name in ("first", "widths", "statistic")),
+        *((name, ctypes.c_int64) for name in ("statistics", "place", "training")),
+        *((name, ctypes.c_void_p) for name in ("first", "widths", "statistic", "begun")),
+        *((name, ctypes.c_void_p) for name in ("block", "scale", "shift", "mean", "rstd", "weight")),
+        *((name, ctypes.c_void_p) for name in ("made", "found", "d", "x")),
+        *((name, ctypes.c_void_p) for name in ("sums", "d_scale", "d_shift", "d_weight", "totals")),
     )
+
+
+def _address(tensor: Tensor) -> int:
+    if tensor.numel() and not tensor.data_ptr():
+        raise ValueError("implementation 'native': expected tensors with data, found one without; ask for 'reference'")
+    return tensor.data_ptr()
 
 
 class Native(engine.Engine):
     """Features channels-last and raw; parameters and statistics at the precision of the sums, fp32 or fp64."""
+
+    measured: tuple[int, Tensor] | None = None  # the feature that was made last, and its mean and variance
+    uncorrected: bool | None = None  # whether the gradient given last is a sum yet to be corrected, in training or not
 
     @staticmethod
     def choose_layout(x: Tensor) -> torch.memory_format:
@@ -122,100 +145,111 @@ class Native(engine.Engine):
     def kept(self) -> tuple[Tensor, ...]:
         return self.empty(self.columns.total), torch.empty(2, sum(self.widths), dtype=self.wide)
 
-    def call(self, function: str, *arguments: Tensor | int | ctypes.Structure) -> None:
-        """Runs a function of native.c on tensors, whose memory it is given, and numbers."""
+    def call(self, function: str, tensors: dict[str, Tensor], **numbers: int) -> None:
+        """Runs a function of native.c on tensors, whose memory it is given, and numbers; ``MemoryError``."""
         torch.get_num_threads()  # settles the number for this thread, if that has not been done
-        getattr(library(), f"{function}_{SUFFIXES[self.dtype]}")(*map(_argument, arguments))
-
-    def reader(self, r: int) -> _Reader:
         n, _, height, width = self.shape
-        read = self.plan.reads[r]
-        lists = [
-            [self.columns.first[j] for j in read],
-            [self.widths[j] for j in read],
-            [self.channels[j] for j in read],
-        ]
-        arrays = [(ctypes.c_int64 * len(read))(*values) for values in lists]
-        weight = self.weights[r] if r < len(self.weights) else None
-        out, kernel = (0, 1) if weight is None else (weight.shape[0], weight.shape[-1])
-        found = _Reader(n, height, width, len(self.scales[r]), out, kernel, len(read), *map(ctypes.addressof, arrays))
-        found.arrays = arrays
-        return found
+        found = Pass(n, height, width, statistics=sum(self.widths), **numbers)
+        for name, tensor in tensors.items():
+            setattr(found, name, _address(tensor))
+        if getattr(library(), f"{function}_{SUFFIXES[self.dtype]}")(ctypes.byref(found)):
+            raise MemoryError(f"implementation 'native': no memory for what '{function}' works with")
 
-    def affine(self, r: int) -> tuple[Tensor, ...]:
-        """What a reader's activations are made of: the features, its scale and shift, all means and deviations."""
+    def call_reader(self, function: str, r: int, tensors: dict[str, Tensor], **numbers: int) -> None:
+        """The same for what reader *r* gathers: the features, its scale and shift, all means and deviations."""
+        read = self.plan.reads[r]
+        places = (self.columns.first[j] for j in read), (self.widths[j] for j in read), (self.channels[j] for j in read)
+        lists = torch.tensor([list(values) for values in places])
         mean, rstd = self.kept[1]
-        return self.kept[0], self.exact(self.scales[r]), self.exact(self.shifts[r]), mean, rstd
+        tensors |= {
+            "first": lists[0], "widths": lists[1], "statistic": lists[2], "block": self.kept[0], "mean": mean,
+            "rstd": rstd, "scale": self.exact(self.scales[r]), "shift": self.exact(self.shifts[r]),
+        }  # fmt: skip
+        if "weight" in tensors:
+            numbers |= {"out": len(tensors["weight"]), "kernel": tensors["weight"].shape[-1]}
+        self.call(function, tensors, **{"in_": len(self.scales[r]), "links": len(read), "kernel": 1, **numbers})
 
     def exact(self, parameter: Tensor) -> Tensor:
         return parameter.detach().to(self.wide).contiguous()
 
     def put(self, j: int, made: Tensor, statistics: Statistics | None, training: bool) -> None:
-        feature = self.features[j]
+        feature, (measured, found) = self.features[j], self.measured or (None, None)
+        self.measured = None
         if made.data_ptr() != feature.data_ptr():
             feature.copy_(made)
-        if statistics is None:
+            measured = None
+        if statistics is None or not training:
             return
-        mean, rstd = self.mean_and_rstd(j)
-        if training:
+        if found is None or measured != j:
             found = torch.empty(2, self.widths[j], dtype=torch.float64)
-            self.call("measure", feature, self.pixels, self.widths[j], found[0], found[1])
-            unbiased = found[1] * (self.pixels / (self.pixels - 1))
-            statistics.mean.lerp_(found[0].to(statistics.mean.dtype), MOMENTUM)
-            statistics.var.lerp_(unbiased.to(statistics.var.dtype), MOMENTUM)
-            mean.copy_(found[0])
-            rstd.copy_((found[1] + EPS).rsqrt())
-        else:
-            mean.copy_(statistics.mean)
-            rstd.copy_((statistics.var.to(torch.float64) + EPS).rsqrt())
+            self.call("measure", {"x": feature, "found": found}, out=self.widths[j])
+        unbiased = found[1] * (self.pixels / (self.pixels - 1))
+        statistics.mean.lerp_(found[0].to(statistics.mean.dtype), MOMENTUM)
+        statistics.var.lerp_(unbiased.to(statistics.var.dtype), MOMENTUM)
+        mean, rstd = self.mean_and_rstd(j)
+        mean.copy_(found[0])
+        rstd.copy_((found[1] + EPS).rsqrt())
+
+    def recall(self, statistics: Sequence[Statistics]) -> None:
+        mean, rstd = self.kept[1]
+        mean.copy_(torch.cat([each.mean for each in statistics]))
+        rstd.copy_((torch.cat([each.var for each in statistics]).to(torch.float64) + EPS).rsqrt())
 
     def make(self, r: int) -> Tensor:
         made = self.features[r + 1]
-        self.call("make", self.reader(r), *self.affine(r), self.exact(self.weights[r]), made)
+        tensors = {"weight": self.exact(self.weights[r]), "made": made}
+        if self.training:
+            tensors["found"] = torch.empty(2, self.widths[r + 1], dtype=torch.float64)
+            self.measured = r + 1, tensors["found"]
+        self.call_reader("make", r, tensors)
         return made
 
     def activate(self, r: int, out: Tensor) -> None:
-        self.call("activate", self.reader(r), *self.affine(r), out)
+        self.call_reader("activate", r, {"made": out})
 
     def collect(self, r: int, d_activated: Tensor) -> tuple[Tensor, Tensor]:
-        d_scale, d_shift = self._share_out(r, "collect", d_activated)
+        d_scale, d_shift = self._share_out(r, "collect", d_activated, {})
         return d_scale, d_shift
 
+    def gradient(self, j: int, training: bool) -> Tensor | None:
+        """As it is to be used by :meth:`back` next, which corrects it on the way where nothing lies between."""
+        self.uncorrected = None
+        if j and not self.plan.terms and not self.plan.dropout and self.plan.sent_first[j] is not None:
+            self.uncorrected = training
+            return self.sums[j]
+        return super().gradient(j, training)
+
     def back(self, r: int, d_made: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        weight = self.exact(self.weights[r])
-        d_scale, d_shift, d_weight = self._share_out(r, "back", d_made, weight)
+        correction = {} if self.uncorrected is None else self._correction(r + 1, self.uncorrected)
+        weight = {"weight": self.exact(self.weights[r])}
+        d_scale, d_shift, d_weight = self._share_out(r, "back", d_made, weight, **correction)
         return d_scale, d_shift, d_weight.to(self.weights[r].dtype)
 
-    def _share_out(self, r: int, function: str, d: Tensor, *weight: Tensor) -> list[Tensor]:
+    def _correction(self, j: int, training: bool) -> dict[str, Any]:
+        return {"x": self.features[j], "place": self.channels[j], "training": int(training)}
+
+    def _share_out(self, r: int, function: str, d: Tensor, tensors: dict[str, Tensor], **correction: Any) -> list[Tensor]:
         """Adds to the sums; gradients of scale and shift, and of the weight where one is given."""
-        read = self.plan.reads[r]
-        begun = torch.tensor([self.plan.sent_first[j] != r for j in read], dtype=torch.uint8)
-        *affine, mean, rstd = self.affine(r)
-        gradients = [torch.empty_like(t) for t in (affine[1], affine[2], *weight)]
-        d = d.to(self.dtype).contiguous(memory_format=self.layout)
-        self.call(
-            function, self.reader(r), *affine, mean, rstd, *weight, d, self.block_of_sums, begun, *gradients,
-            self.totals, self.totals.shape[1],
-        )  # fmt: skip
-        return [g.to(self.scales[r].dtype) for g in gradients[:2]] + gradients[2:]
+        begun = torch.tensor([self.plan.sent_first[j] != r for j in self.plan.reads[r]], dtype=torch.uint8)
+        d_scale, d_shift = torch.empty(2, len(self.scales[r]), dtype=self.wide)
+        tensors |= {
+            "d": d.to(self.dtype).contiguous(memory_format=self.layout), "sums": self.block_of_sums, "begun": begun,
+            "totals": self.totals, "d_scale": d_scale, "d_shift": d_shift,
+        }  # fmt: skip
+        if "weight" in tensors:
+            tensors["d_weight"] = torch.empty_like(tensors["weight"])
+        if correction:
+            tensors["x"] = correction.pop("x")
+        self.call_reader(function, r, tensors, **correction)
+        gradients = [d_scale.to(self.scales[r].dtype), d_shift.to(self.shifts[r].dtype)]
+        return [*gradients, tensors["d_weight"]] if "weight" in tensors else gradients
 
     def corrected(self, j: int, training: bool) -> Tensor:
-        start = self.channels[j]
         d_made = self.view(self.empty(self.widths[j]), self.widths[j])
-        total_h, total_hz = (total[start : start + self.widths[j]] * training for total in self.totals)
-        mean, rstd = self.mean_and_rstd(j)
-        self.call(
-            "correct",
-            self.sums[j],
-            self.features[j],
-            self.pixels,
-            self.widths[j],
-            mean,
-            rstd,
-            total_h,
-            total_hz,
-            d_made,
-        )
+        mean, rstd = self.kept[1]
+        tensors = {"d": self.sums[j], "x": self.features[j], "made": d_made, "totals": self.totals}
+        place = {"place": self.channels[j], "training": int(training)}
+        self.call("correct", tensors | {"mean": mean, "rstd": rstd}, out=self.widths[j], **place)
         return d_made
 
 

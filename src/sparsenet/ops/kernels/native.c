@@ -1,0 +1,178 @@
+/* The engine's passes and convolutions for CPUs, without any layer's input concatenated in memory.
+ *
+ * A feature is rows of pixels: element (pixel, channel) of feature j lies at pixel * width_j + channel of its part of
+ * the block. A reader's input is gathered, normalised and rectified for a band of image rows at a time, into scratch
+ * memory that stays in the core's own cache, and multiplied there. Sums over pixels are added in a fixed order for a
+ * given number of threads.
+ *
+ * passes.h is included once for each type of feature: fp64, fp32, bf16. What multiplies is one of two files with the
+ * same functions: vectors.h (broadcast and multiply-add) or, for bf16, tiles.h (a matrix unit). Defined from outside:
+ *
+ *   BYTES     of a vector: 32, or 64 where that is faster
+ *   PAIRS     bf16 is multiplied two values at a time by the vectors' own instruction, else as fp32
+ *   MATRIX    bf16 is multiplied by tiles: 1 in Intel's AMX, 2 in plain C that means the same
+ */
+#include <pthread.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#if !defined(BYTES) || !defined(__AVX512F__)
+#undef BYTES
+#define BYTES 32
+#endif
+#ifndef __AVX512BF16__
+#undef PAIRS
+#endif
+#if !defined(MATRIX) && defined(__AMX_BF16__)
+#define MATRIX 1
+#elif !defined(MATRIX)
+#define MATRIX 0
+#endif
+#if defined(__AVX512VL__) && defined(__AVX512BW__)
+#define MASKS 1 /* loads and stores of part of a vector */
+#else
+#define MASKS 0
+#endif
+#if defined(__AVX512VL__) || defined(__aarch64__)
+#define TILE 8 /* rows of a product that, with MOST columns of vectors, fit 32 registers */
+#else
+#define TILE 4
+#endif
+#define MOST 3 /* vectors of columns in one product */
+#define FEWEST 8
+#define CACHE (384 * 1024) /* scratch memory of a band of rows, in bytes: part of a core's second-level cache */
+
+/* One pass of a reader, or over a feature. What a pass does not use is null. Numbers are at the precision of sums. */
+typedef struct {
+  int64_t images, height, width;       /* of the stage */
+  int64_t in, out, kernel;             /* of the reader: channels gathered and made */
+  int64_t links, statistics;           /* features that it reads; channels of the whole stage */
+  int64_t place, training;             /* where the statistics of x begin; in evaluation they are constants */
+  const int64_t *first, *widths, *statistic; /* of each link: column in the block, width, place among the statistics */
+  const uint8_t *begun;                /* of each link: whether its sum has been begun by another reader */
+  const void *block, *scale, *shift, *mean, *rstd, *weight;
+  void *made;                          /* (pixels, out) */
+  double *found;                       /* mean and variance (biased) of what is made, (2, out) */
+  const void *d;                       /* gradient with respect to what is made or activated */
+  const void *x;                       /* a feature; where d is its sum, yet to be corrected */
+  void *sums, *d_scale, *d_shift, *d_weight, *totals;
+} Pass;
+
+/* Scratch memory of the calling thread, kept from call to call; uninitialised, null where there is none to be had. */
+typedef struct {
+  char *memory;
+  size_t size;
+} Arena;
+static _Thread_local Arena arena;
+static pthread_key_t owner; /* frees a thread's arena when the thread ends */
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+static void make_owner(void) { pthread_key_create(&owner, free); }
+
+static char *scratch(size_t size) {
+  if (arena.size < size) {
+    free(arena.memory);
+    arena.size = 0;
+    arena.memory = aligned_alloc(4096, (size + 4095) / 4096 * 4096);
+    pthread_once(&once, make_owner);
+    pthread_setspecific(owner, arena.memory);
+    if (!arena.memory) return NULL;
+    arena.size = size;
+  }
+  return arena.memory;
+}
+
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+INLINE int64_t ratio(int64_t a, int64_t b) { return (a + b - 1) / b; } /* rounded up */
+INLINE int64_t padded(int64_t count, int64_t multiple) { return ratio(count, multiple) * multiple; }
+
+/* Takes `size` bytes of scratch memory that begins at *next; with *next null only counts them. */
+INLINE void *take(char **next, size_t *total, size_t size) {
+  char *taken = *next ? *next + *total : NULL;
+  *total += padded(size, 64);
+  return taken;
+}
+
+/* The threads are those that PyTorch computes with. GCC and Clang lower their pragmas to calls of different libraries,
+ * so the one entry that both have is called by its name. */
+extern void GOMP_parallel(void (*body)(void *), void *data, unsigned threads, unsigned flags);
+extern int omp_get_thread_num(void), omp_get_num_threads(void), omp_get_max_threads(void);
+
+typedef void Body(const void *context, int64_t from, int64_t to, int thread);
+typedef struct {
+  Body *body;
+  const void *context;
+  int64_t count;
+} Team;
+
+static void member(void *data) {
+  const Team *team = data;
+  int64_t me = omp_get_thread_num(), size = omp_get_num_threads(); /* may be fewer than asked for */
+  team->body(team->context, team->count * me / size, team->count * (me + 1) / size, me);
+}
+
+/* body(context, from, to, thread) for parts of `count` tasks, on all threads. */
+static void share_work(Body *body, const void *context, int64_t count) {
+  Team team = {body, context, count};
+  GOMP_parallel(member, &team, omp_get_max_threads(), 0);
+}
+
+/* Rows of a band: as many as keep `bytes` a row, and `around` rows more, in the cache, but at least FEWEST, because the
+ * rows around a band are made twice; enough bands for all threads. */
+static int64_t band_rows(const Pass *pass, int64_t bytes, int64_t around) {
+  int64_t rows = CACHE / bytes - around;
+  int64_t bands = ratio(omp_get_max_threads(), pass->images);
+  rows = least(most(FEWEST, rows), ratio(pass->height, bands));
+  return ratio(pass->height, ratio(pass->height, rows));
+}
+
+INLINE float from_bf16(uint16_t value) {
+  uint32_t bits = (uint32_t)value << 16;
+  float result;
+  memcpy(&result, &bits, 4);
+  return result;
+}
+
+INLINE uint16_t to_bf16(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return value != value ? 0x7fc0 : rounded;
+}
+
+#if MATRIX
+#include "matrix.h"
+#else
+int matrix_unit(void) { return 1; } /* none is needed */
+#endif
+
+#define JOIN_(a, b) a##_##b
+#define JOIN(a, b) JOIN_(a, b)
+#define NAME(function) JOIN(function, SUFFIX)
+
+#define SUFFIX fp64
+#define STORE double
+#define ACC double
+#include "passes.h"
+#undef SUFFIX
+#undef STORE
+#undef ACC
+
+#define SUFFIX fp32
+#define STORE float
+#define ACC float
+#include "passes.h"
+#undef SUFFIX
+#undef STORE
+#undef ACC
+
+#define SUFFIX bf16
+#define STORE uint16_t
+#define ACC float
+#define HALF 1
+#include "passes.h"

@@ -1,0 +1,159 @@
+/* Products by broadcasting words of one operand to vectors of the other one.
+ *
+ * All three convolutions (forward, gradient of the input, gradient of the weight) are one product of a few rows and a
+ * few vectors of columns, `multiply`, at different strides.
+ */
+#if PAIR == 2
+typedef __m256i NAME(Vector);
+typedef float NAME(Sum) __attribute__((vector_size(32)));
+#define DOT(sum, word, vector) \
+  ((NAME(Sum))_mm256_dpbf16_ps((__m256)(sum), (__m256bh)_mm256_set1_epi32((int)(word)), (__m256bh)(vector)))
+#else
+typedef ACC NAME(Vector) __attribute__((vector_size(BYTES)));
+typedef ACC NAME(Sum) __attribute__((vector_size(BYTES)));
+#define DOT(sum, word, vector) ((sum) + (word) * (vector))
+#endif
+typedef NAME(Sum) NAME(Unaligned) __attribute__((aligned(sizeof(ACC))));
+#define VECTOR NAME(Vector)
+#define SUM NAME(Sum)
+#define LANES ((int64_t)(sizeof(SUM) / sizeof(ACC)))
+
+#define DEEP PAIR  /* the reduction is padded to a multiple of this */
+#define WIDE ((int64_t)(sizeof(NAME(Sum)) / sizeof(ACC))) /* and columns of sums to one of this */
+#define TOGETHER(width) 1 /* rows of an image that are convolved at a time */
+#define INPUT_LINE(width) padded(width, PAIR) /* positions of a row of the input's words */
+#define INPUT_STRIDE(in) (in)
+#define INPUT_SLACK(pass) 0
+#define WEIGHTS(pass) ((pass)->kernel * (pass)->kernel * (pass)->in * padded((pass)->out, WIDE))
+#define WEIGHT_AT(pass, tap, o, i) (((tap) * (pass)->in + (i)) * padded((pass)->out, WIDE) + (o))
+
+/* out[row][column] (+)= sum over segments s and steps l of a[s][row * a_row + l * a_step] * b[.., column]; the rows of b
+ * follow one another at b_step vectors. `rows` and `vectors` are constants where this is inlined. */
+INLINE void NAME(multiply)(const int rows, const int vectors, const WORD *const *a, int64_t segments, int64_t a_row,
+                           int64_t a_step, const VECTOR *b, int64_t b_step, int64_t length, ACC *out, int64_t out_row,
+                           int add) {
+  SUM sum[TILE][MOST];
+#pragma GCC unroll 8
+  for (int row = 0; row < rows; row++)
+#pragma GCC unroll 3
+    for (int v = 0; v < vectors; v++)
+      sum[row][v] = add ? *(const NAME(Unaligned) *)(out + row * out_row + v * LANES) : (SUM){0};
+  for (int64_t s = 0; s < segments; s++) {
+    const WORD *word = a[s];
+    for (int64_t l = 0; l < length; l++, word += a_step, b += b_step) {
+      VECTOR column[MOST];
+#pragma GCC unroll 3
+      for (int v = 0; v < vectors; v++) column[v] = b[v];
+#pragma GCC unroll 8
+      for (int row = 0; row < rows; row++)
+#pragma GCC unroll 3
+        for (int v = 0; v < vectors; v++) sum[row][v] = DOT(sum[row][v], word[row * a_row], column[v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int row = 0; row < rows; row++)
+#pragma GCC unroll 3
+    for (int v = 0; v < vectors; v++) *(NAME(Unaligned) *)(out + row * out_row + v * LANES) = sum[row][v];
+}
+
+static void NAME(product)(int rows, int vectors, const WORD *const *a, int64_t segments, int64_t a_row, int64_t a_step,
+                          const VECTOR *b, int64_t b_step, int64_t length, ACC *out, int64_t out_row, int add) {
+#define CASE(r, v)                                                                                     \
+  case (r)*4 + (v):                                                                                    \
+    NAME(multiply)(r, v, a, segments, a_row, a_step, b, b_step, length, out, out_row, add); \
+    break;
+#define CASES(r) CASE(r, 1) CASE(r, 2) CASE(r, 3)
+  switch (rows * 4 + vectors) {
+    CASES(1) CASES(2) CASES(3) CASES(4)
+#if TILE > 4
+    CASES(5) CASES(6) CASES(7) CASES(8)
+#endif
+  }
+#undef CASE
+#undef CASES
+}
+
+INLINE void NAME(begin_products)(const Pass *pass) {}
+INLINE void NAME(end_products)(void) {}
+
+/* Packed: chunks of up to MOST vectors of columns; in each, taps and then words of the reduction. */
+static size_t NAME(packed_size)(const PACKING *packing) {
+  int64_t taps = packing->pass->kernel * packing->pass->kernel;
+  return ratio(NAME(columns_of)(packing), LANES) * taps * ratio(NAME(reduced_of)(packing), PAIR) * sizeof(VECTOR);
+}
+static int64_t NAME(packs)(const PACKING *packing) {
+  return ratio(NAME(columns_of)(packing), LANES * MOST) * packing->pass->kernel * packing->pass->kernel;
+}
+static void NAME(pack)(const void *context, int64_t from, int64_t to, int thread) {
+  const PACKING *packing = context;
+  int64_t taps = packing->pass->kernel * packing->pass->kernel, words = ratio(NAME(reduced_of)(packing), PAIR);
+  for (int64_t task = from; task < to; task++) {
+    int64_t tap = task % taps, first = task / taps * MOST * LANES;
+    int64_t inside = least(MOST * LANES, padded(NAME(columns_of)(packing), LANES) - first);
+    VALUE *values = (VALUE *)((VECTOR *)packing->packed + task / taps * MOST * taps * words) + tap * words * inside * PAIR;
+    for (int64_t word = 0; word < words; word++)
+      for (int64_t column = first; column < first + inside; column++)
+        for (int64_t r = word * PAIR; r < (word + 1) * PAIR; r++)
+          *values++ = NAME(weight_at)(packing, tap, r, column);
+  }
+}
+
+/* `rows` rows of a convolution to `columns` channels: out (rows * width, columns padded to LANES) from lines, the first
+ * of which is that of the first tap row. */
+static void NAME(convolve)(const Pass *pass, const LINES *lines, const VALUE *values, int64_t rows, const VALUE *packed,
+                           int64_t columns, ACC *out) {
+  int64_t kernel = pass->kernel, taps = kernel * kernel, words = lines->stride / PAIR;
+  int64_t vectors = ratio(columns, LANES);
+  const WORD *input = (const WORD *)values;
+  for (int64_t row = 0; row < rows; row++, input += lines->across * words, out += pass->width * vectors * LANES)
+    for (int64_t v = 0; v < vectors; v += MOST)
+      for (int64_t p = 0; p < pass->width; p += TILE) {
+        int64_t inside = least(MOST, vectors - v);
+        const WORD *at[kernel * kernel];
+        for (int64_t tap = 0; tap < taps; tap++) at[tap] = input + (tap / kernel * lines->across + p + tap % kernel) * words;
+        NAME(product)(least(TILE, pass->width - p), inside, at, taps, words, 1, (const VECTOR *)packed + v * taps * words,
+                      inside, words, out + (p * vectors + v) * LANES, vectors * LANES, 0);
+      }
+}
+
+/* d as vectors along the pixels, once for each tap column: (kernel, lines, words, columns). */
+static size_t NAME(shifted_size)(const Pass *pass, int64_t lines) {
+  return pass->kernel * lines * ratio(pass->width, PAIR) * padded(pass->out, LANES) * sizeof(WORD);
+}
+
+static void NAME(shift)(const Pass *pass, const LINES *lines, const VALUE *d, int64_t count, VALUE *to) {
+  int64_t wide = padded(pass->out, LANES);
+  for (int64_t across = 0; across < pass->kernel; across++)
+    for (int64_t line = 0; line < count; line++) {
+      const VALUE *from = d + (line * lines->across + 2 * lines->halo - across) * lines->stride;
+      for (int64_t p = 0; p < pass->width; p += PAIR, from += PAIR * lines->stride, to += PAIR * wide) {
+        for (int64_t c = 0; c < pass->out; c++)
+          for (int64_t i = 0; i < PAIR; i++) to[c * PAIR + i] = from[i * lines->stride + c];
+        memset(to + pass->out * PAIR, 0, (wide - pass->out) * PAIR * sizeof(VALUE));
+      }
+    }
+}
+
+/* A band's part of the weight's gradient, added to weights: `count` rows of the input, with the lines of d that a
+ * convolution reaches from there. */
+static void NAME(weigh)(const Pass *pass, const LINES *lines, WORD *input, const VALUE *d, int64_t count,
+                        void *shifted, ACC *weights) {
+  int64_t kernel = pass->kernel, around = 2 * lines->halo, vectors = ratio(pass->out, LANES);
+  int64_t length = ratio(pass->width, PAIR);
+  NAME(shift)(pass, lines, d, count + around, shifted);
+  for (int64_t tap = 0; tap < kernel * kernel; tap++) {
+    int64_t first = tap % kernel * (count + around) + around - tap / kernel;
+    for (int64_t c = 0; c < pass->in; c += TILE)
+      for (int64_t v = 0; v < vectors; v += MOST) {
+        const WORD *at = input + c;
+        NAME(product)(least(TILE, pass->in - c), least(MOST, vectors - v), &at, 1, 1, pass->in,
+                      (const VECTOR *)shifted + first * length * vectors + v, vectors, count * length,
+                      weights + (tap * pass->in + c) * vectors * LANES + v * LANES, vectors * LANES, 1);
+      }
+  }
+}
+
+#undef DOT
+#undef VECTOR
+#undef SUM
+#undef LANES
