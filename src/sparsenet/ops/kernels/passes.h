@@ -208,11 +208,15 @@ INLINE VALUE *NAME(begin_line)(const Pass *pass, const LINES *lines, VALUE *valu
   return inside ? to : NULL;
 }
 
+/* A block of zeros for each of `count` pixels. */
+INLINE void NAME(clear)(int64_t lanes, int64_t c, VALUE *to, int64_t stride, int64_t count) {
+  const BLOCK zeros = {0};
+  for (int64_t p = 0; p < count; p++) NAME(write_value)(to + p * stride + c, zeros, lanes);
+}
+
 /* Zeros after the channels of a line's pixels. */
-INLINE void NAME(fill_up)(const Pass *pass, const LINES *lines, VALUE *to, int64_t channels) {
-  if (lines->stride > channels)
-    for (int64_t p = 0; p < pass->width; p++)
-      memset(to + p * lines->stride + channels, 0, (lines->stride - channels) * sizeof(VALUE));
+static void NAME(fill_up)(const Pass *pass, const LINES *lines, VALUE *to, int64_t channels) {
+  BLOCKS(lines->stride - channels, NAME(clear), to + channels, lines->stride, pass->width)
 }
 
 /* relu(s * x + t) of `count` lines from image row `top`. */
@@ -279,15 +283,25 @@ typedef struct {
 } __attribute__((aligned(64))) NAME(Moments); /* threads do not share a cache line */
 #define MOMENTS NAME(Moments)
 
-/* Adds those of `count` values, from sums of their distance from a pivot and of its square. */
-INLINE void NAME(add_moments)(MOMENTS *to, int64_t c, double count, double mean, double squares) {
-  double total = to->count + count, distance = mean - to->mean[c];
-  to->mean[c] += distance * (count / total);
-  to->squares[c] += squares + distance * distance * (to->count * count / total);
+/* What `count` more values weigh in the mean, and the square of the distance between both means in the squares. */
+typedef struct {
+  double mean, squares;
+} NAME(Weights);
+
+INLINE NAME(Weights) NAME(weights_of)(const MOMENTS *of, double count) {
+  double share = count / (of->count + count);
+  return (NAME(Weights)){share, of->count * share};
 }
 
-/* A block of columns of x, `count` pixels: the first one is the pivot. */
-INLINE void NAME(measure_block)(int64_t lanes, int64_t c, const STORE *x, int64_t width, int64_t count, MOMENTS *to) {
+INLINE void NAME(add_moments)(MOMENTS *to, int64_t c, NAME(Weights) weights, double mean, double squares) {
+  double distance = mean - to->mean[c];
+  to->mean[c] += distance * weights.mean;
+  to->squares[c] += squares + distance * distance * weights.squares;
+}
+
+/* A block of columns of x, `count` pixels: the first one is the pivot from which distances are taken. */
+INLINE void NAME(measure_block)(int64_t lanes, int64_t c, const STORE *x, int64_t width, int64_t count, MOMENTS *to,
+                                NAME(Weights) weights) {
   const BLOCK pivot = NAME(read)(x + c, lanes);
   BLOCK sum = {0}, squares = {0};
   for (int64_t p = 0; p < count; p++) {
@@ -295,14 +309,19 @@ INLINE void NAME(measure_block)(int64_t lanes, int64_t c, const STORE *x, int64_
     sum += distance;
     squares += distance * distance;
   }
+  ACC each[3][BLOCK_BYTES / sizeof(ACC)];
+  memcpy(each[0], &pivot, sizeof(pivot));
+  memcpy(each[1], &sum, sizeof(sum));
+  memcpy(each[2], &squares, sizeof(squares));
   for (int64_t lane = 0; lane < lanes; lane++) {
-    double mean = (double)sum[lane] / count;
-    NAME(add_moments)(to, c + lane, count, pivot[lane] + mean, squares[lane] - mean * sum[lane]);
+    double mean = (double)each[1][lane] / count;
+    NAME(add_moments)(to, c + lane, weights, each[0][lane] + mean, each[2][lane] - mean * each[1][lane]);
   }
 }
 
 static void NAME(measure_row)(const STORE *x, int64_t width, int64_t count, MOMENTS *to) {
-  BLOCKS(width, NAME(measure_block), x, width, count, to)
+  const NAME(Weights) weights = NAME(weights_of)(to, count);
+  BLOCKS(width, NAME(measure_block), x, width, count, to, weights)
   to->count += count;
 }
 
@@ -312,8 +331,8 @@ static void NAME(settle)(const MOMENTS *parts, int64_t threads, int64_t width, d
   memset(found, 0, 2 * width * sizeof(double));
   for (int64_t i = 0; i < threads; i++) {
     if (!parts[i].count) continue;
-    for (int64_t c = 0; c < width; c++)
-      NAME(add_moments)(&all, c, parts[i].count, parts[i].mean[c], parts[i].squares[c]);
+    const NAME(Weights) weights = NAME(weights_of)(&all, parts[i].count);
+    for (int64_t c = 0; c < width; c++) NAME(add_moments)(&all, c, weights, parts[i].mean[c], parts[i].squares[c]);
     all.count += parts[i].count;
   }
   for (int64_t c = 0; c < width; c++) all.squares[c] = (all.squares[c] > 0 ? all.squares[c] : 0) / all.count;
@@ -426,6 +445,12 @@ int NAME(activate)(const Pass *pass) {
   return 0;
 }
 
+INLINE void NAME(add_block)(double *to, BLOCK values, int64_t lanes) {
+  ACC each[BLOCK_BYTES / sizeof(ACC)]; /* an index into a vector would keep it in memory all along */
+  memcpy(each, &values, sizeof(values));
+  for (int64_t lane = 0; lane < lanes; lane++) to[lane] += each[lane];
+}
+
 /* The constants of a reader's columns and a thread's sums over pixels, in the order of the fields. */
 typedef struct {
   ACC *s, *t;
@@ -450,10 +475,8 @@ INLINE void NAME(share)(int64_t lanes, int64_t c, const STORE *x, STORE *sum, in
     BLOCK before = add ? NAME(read)(sum + p * width + c, lanes) : (BLOCK){0};
     NAME(write)(sum + p * width + c, before + scale * g, lanes);
   }
-  for (int64_t lane = 0; lane < lanes; lane++) {
-    columns->d_shift[place + lane] += d_shift[lane];
-    columns->d_scaled[place + lane] += d_scaled[lane];
-  }
+  NAME(add_block)(columns->d_shift + place, d_shift, lanes);
+  NAME(add_block)(columns->d_scaled + place, d_scaled, lanes);
 }
 
 /* Gradients d (count, d_stride) with respect to the activations of pixels go to the sums of the features read. */
@@ -604,16 +627,24 @@ static void NAME(back_part)(const void *context, int64_t from, int64_t to, int t
   ACC *result = (ACC *)(memory + work->offsets[3]), *weights = work->weights + thread * WEIGHTS(pass);
   for (int64_t task = from; task < to; task++) {
     int64_t image = task / bands, top = task % bands * work->rows, count = least(work->rows, pass->height - top);
+#ifndef NOG
     NAME(gather_words)(pass, columns->s, columns->t, image, top, count, input, INPUT_LINE(pass->width),
                        INPUT_STRIDE(pass->in));
+#endif
     NAME(load_lines)(pass, lines, work->slopes, image, top - lines->halo, count + around, d);
+#ifndef NOW
     NAME(weigh)(pass, lines, input, d, count, shifted, weights);
+#endif
     NAME(begin_products)(pass);
     for (int64_t row = 0; row < count; row += together) {
       int64_t now = least(together, count - row);
+#ifndef NOC
       NAME(convolve)(pass, lines, d + row * lines->across * lines->stride, now, work->packed, pass->in, result);
+#endif
+#ifndef NOS
       NAME(share_out)(pass, (image * pass->height + top + row) * pass->width, now * pass->width, result,
                       padded(pass->in, WIDE), columns);
+#endif
     }
     NAME(end_products)();
   }
