@@ -24,6 +24,7 @@ from torch import Tensor
 
 from sparsenet.files import cache_folder
 from sparsenet.ops import engine
+from sparsenet.ops.blocks import Blocks
 from sparsenet.ops.plan import EPS, MOMENTUM, Plan, Reader, Statistics
 
 FOLDER = Path(__file__).with_name("kernels")
@@ -32,7 +33,7 @@ FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-fno-math-errno", "-fno
 PATIENCE = 120  # seconds for a compiler that takes about ten
 SUFFIXES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16"}
 FEATURES = {  # of which processors what is fast, by who made it: see the log of 2026-11-26
-    "GenuineIntel": ("-DBYTES=64",),
+    "GenuineIntel": ("-DBYTES=64", "-mprefer-vector-width=512"),
     "AuthenticAMD": ("-DPAIRS",),
 }
 
@@ -112,6 +113,9 @@ def _compile(compiler: list[str], flags: list[str], target: Path) -> str | None:
     return None
 
 
+BLOCKS = Blocks()
+
+
 class Pass(ctypes.Structure):
     """``Pass`` of native.c."""
 
@@ -136,6 +140,9 @@ class Native(engine.Engine):
 
     measured: tuple[int, Tensor] | None = None  # the feature that was made last, and its mean and variance
     uncorrected: bool | None = None  # whether the gradient given last is a sum yet to be corrected, in training or not
+
+    def empty(self, width: int) -> Tensor:
+        return BLOCKS.take(self.pixels * width, self.dtype)
 
     @staticmethod
     def choose_layout(x: Tensor) -> torch.memory_format:
@@ -228,7 +235,9 @@ class Native(engine.Engine):
     def _correction(self, j: int, training: bool) -> dict[str, Any]:
         return {"x": self.features[j], "place": self.channels[j], "training": int(training)}
 
-    def _share_out(self, r: int, function: str, d: Tensor, tensors: dict[str, Tensor], **correction: Any) -> list[Tensor]:
+    def _share_out(
+        self, r: int, function: str, d: Tensor, tensors: dict[str, Tensor], **correction: Any
+    ) -> list[Tensor]:
         """Adds to the sums; gradients of scale and shift, and of the weight where one is given."""
         begun = torch.tensor([self.plan.sent_first[j] != r for j in self.plan.reads[r]], dtype=torch.uint8)
         d_scale, d_shift = torch.empty(2, len(self.scales[r]), dtype=self.wide)

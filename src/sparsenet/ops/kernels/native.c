@@ -20,6 +20,11 @@
 #include <immintrin.h>
 #endif
 
+#ifdef __clang__
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 8")
+#endif
 #define INLINE static inline __attribute__((always_inline))
 #if !defined(BYTES) || !defined(__AVX512F__)
 #undef BYTES
@@ -28,7 +33,7 @@
 #ifndef __AVX512BF16__
 #undef PAIRS
 #endif
-#if !defined(MATRIX) && defined(__AMX_BF16__)
+#if !defined(MATRIX) && (defined(__AMX_BF16__) || defined(__AMXBF16__)) /* as GCC and as older Clang say it */
 #define MATRIX 1
 #elif !defined(MATRIX)
 #define MATRIX 0

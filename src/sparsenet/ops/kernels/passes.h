@@ -119,6 +119,14 @@ INLINE void NAME(write_value)(VALUE *to, BLOCK values, int64_t lanes) {
 #endif
 }
 
+INLINE BLOCK NAME(read_value)(const VALUE *from, int64_t lanes) {
+#if PAIR == 2
+  return NAME(read)(from, lanes);
+#else
+  return NAME(read_sum)(from, lanes);
+#endif
+}
+
 /* Words of which each holds one of `even` and one of `odd`. */
 INLINE void NAME(write_words)(WORD *to, BLOCK even, BLOCK odd, int64_t lanes) {
 #if PAIR == 2 && MASKED

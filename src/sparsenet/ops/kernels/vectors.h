@@ -33,26 +33,26 @@ INLINE void NAME(multiply)(const int rows, const int vectors, const WORD *const 
                            int64_t a_step, const VECTOR *b, int64_t b_step, int64_t length, ACC *out, int64_t out_row,
                            int add) {
   SUM sum[TILE][MOST];
-#pragma GCC unroll 8
+UNROLL
   for (int row = 0; row < rows; row++)
-#pragma GCC unroll 3
+UNROLL
     for (int v = 0; v < vectors; v++)
       sum[row][v] = add ? *(const NAME(Unaligned) *)(out + row * out_row + v * LANES) : (SUM){0};
   for (int64_t s = 0; s < segments; s++) {
     const WORD *word = a[s];
     for (int64_t l = 0; l < length; l++, word += a_step, b += b_step) {
       VECTOR column[MOST];
-#pragma GCC unroll 3
+UNROLL
       for (int v = 0; v < vectors; v++) column[v] = b[v];
-#pragma GCC unroll 8
+UNROLL
       for (int row = 0; row < rows; row++)
-#pragma GCC unroll 3
+UNROLL
         for (int v = 0; v < vectors; v++) sum[row][v] = DOT(sum[row][v], word[row * a_row], column[v]);
     }
   }
-#pragma GCC unroll 8
+UNROLL
   for (int row = 0; row < rows; row++)
-#pragma GCC unroll 3
+UNROLL
     for (int v = 0; v < vectors; v++) *(NAME(Unaligned) *)(out + row * out_row + v * LANES) = sum[row][v];
 }
 
@@ -121,16 +121,21 @@ static size_t NAME(shifted_size)(const Pass *pass, int64_t lines) {
   return pass->kernel * lines * ratio(pass->width, PAIR) * padded(pass->out, LANES) * sizeof(WORD);
 }
 
-static void NAME(shift)(const Pass *pass, const LINES *lines, const VALUE *d, int64_t count, VALUE *to) {
-  int64_t wide = padded(pass->out, LANES);
+/* A block of columns of `count` words, from pixels at strides of `stride` and words at strides of `wide`. */
+INLINE void NAME(shift_block)(int64_t lanes, int64_t c, const VALUE *from, int64_t stride, int64_t count, WORD *to,
+                              int64_t wide) {
+  for (int64_t i = 0; i < count; i++, from += PAIR * stride, to += wide)
+    NAME(write_words)(to + c, NAME(read_value)(from + c, lanes), NAME(read_value)(from + (PAIR - 1) * stride + c, lanes),
+                      lanes);
+}
+
+static void NAME(shift)(const Pass *pass, const LINES *lines, const VALUE *d, int64_t count, WORD *to) {
+  int64_t wide = padded(pass->out, LANES), length = ratio(pass->width, PAIR);
   for (int64_t across = 0; across < pass->kernel; across++)
-    for (int64_t line = 0; line < count; line++) {
+    for (int64_t line = 0; line < count; line++, to += length * wide) {
       const VALUE *from = d + (line * lines->across + 2 * lines->halo - across) * lines->stride;
-      for (int64_t p = 0; p < pass->width; p += PAIR, from += PAIR * lines->stride, to += PAIR * wide) {
-        for (int64_t c = 0; c < pass->out; c++)
-          for (int64_t i = 0; i < PAIR; i++) to[c * PAIR + i] = from[i * lines->stride + c];
-        memset(to + pass->out * PAIR, 0, (wide - pass->out) * PAIR * sizeof(VALUE));
-      }
+      BLOCKS(pass->out, NAME(shift_block), from, lines->stride, length, to, wide)
+      BLOCKS((wide - pass->out) * PAIR, NAME(clear), (VALUE *)(to + pass->out), wide * PAIR, length)
     }
 }
 
