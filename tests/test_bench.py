@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from sparsenet import ops, step, zoo
 from sparsenet.architecture import Architecture
-from sparsenet.bench import BenchConfig, bench, depth, measure, memory, plots, tables
+from sparsenet.bench import BenchConfig, bench, depth, equality, measure, memory, plots, tables
 from sparsenet.bench.epoch import epochs, trained, write_images
 from sparsenet.bench.equality import check
 from sparsenet.bench.variants import Variant, Workload, defaults
@@ -84,8 +84,36 @@ def test_equal_networks_pass_and_say_how_equal_they_are():
 def test_after_the_check_the_network_is_a_new_one_again():
     work = workload("shared-fp32")
     before = {name: tensor.clone() for name, tensor in work.model.state_dict().items()}
+    images, labels = work.images.clone(), work.labels.clone()
     check({SHARED: work}, TINY, 4, 8)
     assert all(torch.equal(tensor, before[name]) for name, tensor in work.model.state_dict().items())
+    assert torch.equal(work.images, images) and torch.equal(work.labels, labels)
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        Architecture(depth=7, growth_rate=4),
+        Architecture(depth=22, growth_rate=6, bottleneck=True),
+        Architecture(depth=16, growth_rate=8, aggregation="sum"),
+        zoo.architecture("sparsenet_40_12"),
+    ],
+    ids=["plain", "bottleneck", "sum", "deep"],
+)
+def test_no_luck_refuses_what_is_right_however_small(architecture):
+    """Of two images of 8 pixels a side, a few ReLUs that rounding flips are all of a gradient's error."""
+    variants = [Variant("shared", precision) for precision in ("fp32", "bf16")]
+    check({v: Workload(v, architecture, 2, 8, CPU) for v in variants}, architecture, 2, 8)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.2])
+def test_an_error_by_chance_varies_as_much_as_is_derived(share):
+    """The gradient at a ReLU is like a product of two normal numbers, and at a share of them it changes."""
+    relus, random = 4096, torch.Generator().manual_seed(0)
+    squares = torch.randn(2, 1000, relus, generator=random).prod(0).square()
+    flipped = torch.rand(squares.shape, generator=random) < share
+    errors = ((squares * flipped).sum(1) / squares.sum(1)).sqrt()
+    assert errors.std() <= equality.SPREAD / relus**0.5 <= 1.3 * errors.std()  # 1.2 times for 0.2: 1 / (1 - share)**.5
 
 
 def _without_a_gradient(plan, x, readers, statistics, training):
@@ -125,6 +153,61 @@ def test_what_computes_something_else_is_not_timed(monkeypatch, wrong, what, pre
         bench(BenchConfig(**SMALL | {"batch_size": 4}, variants=("reference-fp32", name), measures=("step",)))
 
 
+def _times(factor, tensor):
+    """The tensor, whose gradient comes out so many times as large."""
+    return tensor.detach() + factor * (tensor - tensor.detach())
+
+
+def _with_gradients(**factors):
+    """Of the first stage's parameters; the others' are right."""
+
+    def aggregate(plan, x, readers, statistics, training):
+        if x.shape[-1] == 16:
+            changed = [
+                {k: _times(f, getattr(r, k)) for k, f in factors.items() if getattr(r, k) is not None} for r in readers
+            ]
+            readers = [reader._replace(**each) for reader, each in zip(readers, changed, strict=True)]
+        return ops.reference.aggregate(plan, x, readers, statistics, training)
+
+    return aggregate
+
+
+def _as_if_statistics_had_no_gradient(plan, x, readers, statistics, training):
+    right = ops.reference._batch_norm
+
+    def wrong(plan, r, joined, reader, statistics, training):
+        normed = right(plan, r, joined.detach(), reader, statistics, training)
+        slope = reader.scale / (joined.detach().float().var((0, 2, 3), correction=0) + ops.plan.EPS).sqrt()
+        return normed + (slope.view(-1, 1, 1) * (joined - joined.detach())).to(normed.dtype)
+
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setattr(ops.reference, "_batch_norm", wrong)
+        return ops.reference.aggregate(plan, x, readers, statistics, training)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        _with_gradients(weight=0.9),
+        _with_gradients(scale=0.9),
+        _with_gradients(shift=0.9),
+        _with_gradients(weight=1.1),
+        _with_gradients(weight=-1.0),
+        _with_gradients(shift=-1.0),
+        _as_if_statistics_had_no_gradient,
+    ],
+    ids=["weights", "scales", "shifts", "larger", "sign", "sign of shifts", "statistics"],
+)
+def test_a_gradient_that_is_wrong_by_a_tenth_is_found_in_either_precision(monkeypatch, wrong, precision):
+    """Though flipped ReLUs make an error of more than a tenth in bf16."""
+    architecture, variant = Architecture(depth=13, growth_rate=12), Variant("shared", precision)
+    check({variant: Workload(variant, architecture, 32, 16, CPU)}, architecture, 32, 16)
+    monkeypatch.setattr(ops.shared, "aggregate", wrong)
+    with pytest.raises(ValueError, match=r"bench: the (lengths of the )?gradients of st.* of shared-.* differ"):
+        check({variant: Workload(variant, architecture, 32, 16, CPU)}, architecture, 32, 16)
+
+
 class Again:
     """Records by calling again; ``fail``: cannot record."""
 
@@ -152,6 +235,7 @@ class Again:
 def test_what_is_captured_is_checked_and_timed_as_replayed(monkeypatch):
     recorder = Again()
     monkeypatch.setitem(step.RECORDERS, "cpu", lambda device: recorder)
+    monkeypatch.setattr(equality, "ENOUGH", 1)  # one batch
     found = bench(BenchConfig(**SMALL, variants=("reference-fp32", "shared-fp32-captured"), measures=("step", "infer")))
     assert found["rows"][1]["errors"]["logits"]["error"] > 0
     assert recorder.replays == 2 * (1 + measure.WARM_UP + SMALL["steps"])

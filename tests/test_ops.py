@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from sparsenet import ops
 from sparsenet.architecture import Architecture
+from sparsenet.bench.equality import chance, fewest_relus
 from sparsenet.model import SparseNet
 from sparsenet.ops import Plan, Reader, Statistics, aggregate, choose, unavailable
 from sparsenet.ops.engine import Engine
@@ -287,23 +288,25 @@ def test_what_backward_keeps_grows_with_features_not_with_links(engine):
 
 @pytest.mark.parametrize("more", [{}, {"bottleneck": True}, {"aggregation": "sum"}])
 def test_half_precision_errs_no_more_than_the_textbook(engine, more):
-    """Against an fp64 truth, over sixteen draws: at most twice the reference's own bf16 error plus rounding."""
+    """Against an fp64 truth, over sixteen draws: at most twice the reference's own error, a rounding, and chance."""
     settings = {"depth": 22, "growth_rate": 6, **more}
-    errors = {"reference": 0, engine: 0}
+    errors = {"reference": [], engine: []}
     for seed in range(16):
         truth, _ = pair(engine, seed=seed, **settings)
         start = copy.deepcopy(truth.state_dict())
         images, d_logits = torch.randn(8, 3, 16, 16).bfloat16().double(), torch.randn(8, 10).double()
         expected = forward_backward(truth.train(), images, d_logits)
-        for implementation in errors:
+        for implementation, found in errors.items():
             model = SparseNet(truth.architecture, implementation)
             model.load_state_dict(start)
             with torch.autocast("cpu", torch.bfloat16):
                 logits, _, gradients = forward_backward(model.train(), images.float(), d_logits.float())
             pairs = [(logits, expected[0])] + [(gradients[name], g) for name, g in expected[2].items()]
-            errors[implementation] += torch.stack([((f.double() - e).norm() / e.norm()) ** 2 for f, e in pairs])
-    own, found = ((total / 16).sqrt() for total in errors.values())
-    assert (found <= 2 * own + 2**-8).all()
+            found.append(torch.stack([(f.double() - e).norm() / e.norm() for f, e in pairs]))
+    own, found = (torch.stack(each).mean(0) for each in errors.values())
+    luck = torch.full_like(own, 5**0.5 * chance(16 * fewest_relus(truth.architecture, 8, 16)))
+    luck[0] = 0  # no ReLU that flips moves logits far
+    assert (found <= 2 * own + 2**-8 + luck).all()
 
 
 def test_a_second_backward_over_a_kept_graph_gives_the_same(engine):

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from torch import nn
 
 from sparsenet import ops
 from sparsenet.architecture import Architecture
+from sparsenet.bench.equality import chance
 from sparsenet.model import SparseNet
 
 triton = pytest.importorskip("sparsenet.ops.triton", exc_type=ImportError)
@@ -180,24 +182,24 @@ PRECISIONS = [torch.bfloat16, *[torch.float16, torch.float32] * GPU]
 
 @pytest.mark.parametrize("precision", PRECISIONS, ids=str)
 @pytest.mark.parametrize("bottleneck", [False, True])
-def test_low_precision_errs_no_more_than_the_textbook(bottleneck, precision):
-    """Against an fp64 truth, over four draws: at most twice the reference's own error plus rounding."""
-    errors = {"reference": torch.zeros(()), "triton": torch.zeros(())}
-    for seed in range(4):
+def test_low_precision_errs_no_more_than_the_textbook(bottleneck, precision, monkeypatch):
+    """Against an fp64 truth, a median of draws: at most twice the reference's own error, a rounding, and chance."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    draws, errors = 16 if GPU else 4, {"reference": [], "triton": []}
+    for seed in range(draws):
         (truth, *made), width = stages(
             3, growth_rate=6, bottleneck=bottleneck, seed=seed, implementations=("reference", *errors)
         )
         x = random(4, width, 8, 8).to(torch.bfloat16).double()
         expected = forward_backward(truth.train(), x)
-        for implementation, stage in zip(errors, made, strict=True):
+        for found, stage in zip(errors.values(), made, strict=True):
             with torch.autocast(DEVICE.type, precision, enabled=precision != torch.float32):
                 results = forward_backward(stage.float().train(), x.to(precision))
-            pairs = zip(_flat(results), _flat(expected), strict=True)
-            errors[implementation] = errors[implementation] + torch.stack(
-                [((f.double() - e).norm() / e.norm()).cpu() ** 2 for f, e in pairs]
-            )
-    own, found = ((total / 4).sqrt() for total in errors.values())
-    assert (found <= 2 * own + torch.finfo(precision).eps).all()
+            found.append(_errors(results, expected))
+    own, found = (torch.stack(each).median(0).values for each in errors.values())
+    luck = torch.full_like(own, (5 * math.pi / 2) ** 0.5 * chance(draws * 4 * 8 * 8 * 6))  # π/2: of a median
+    luck[_exact(results) if precision != torch.float32 else slice(None)] = 0  # in fp32 few draws have a ReLU that flips
+    assert (found <= 2 * own + torch.finfo(precision).eps + luck).all()
 
 
 def test_statistics_survive_a_mean_far_from_zero():
@@ -297,13 +299,23 @@ def test_at_full_size(growth, size, bottleneck, precision):
     for stage in made[1:]:
         with torch.autocast("cuda", precision, enabled=precision != torch.float32):
             results.append(forward_backward(stage.float().train(), x.to(precision)))
-    own, found = (
-        torch.stack([(f.double() - e).norm() / e.norm() for f, e in zip(_flat(each), _flat(truth), strict=True)])
-        for each in results
-    )
-    # Of one draw a single tensor's error is a matter of luck, that of all of them is not; and a wrong one is off by 1.
-    assert found.square().mean() <= (2 * own.square().mean().sqrt() + torch.finfo(precision).eps) ** 2
-    assert found[:2].max() <= 2 * own[:2].max() + torch.finfo(precision).eps
+    own, found = (_errors(each, truth) for each in results)
+    luck = 5**0.5 * chance(64 * size * size * growth)
+    # Of one draw a single tensor's error is a matter of luck, all of them vary less; and a wrong one is off by 1.
+    assert found.square().mean().sqrt() <= 2 * own.square().mean().sqrt() + torch.finfo(precision).eps + luck
+    assert found[:2].max() <= 2 * own[:2].max() + torch.finfo(precision).eps + luck
+
+
+def _errors(results, truth):
+    """Relative, of each tensor."""
+    pairs = zip(_flat(results), _flat(truth), strict=True)
+    return torch.stack([((found.double() - exact).norm() / exact.norm()).cpu() for found, exact in pairs])
+
+
+def _exact(results):
+    """Which of them are no gradients: a ReLU that flips moves them little."""
+    _, _, gradients, buffers = results
+    return torch.tensor([True, False] + [False] * len(gradients) + [True] * len(buffers))
 
 
 def _flat(results):
@@ -312,10 +324,9 @@ def _flat(results):
 
 
 @on_a_gpu
-def test_a_captured_step_is_the_step(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # algorithms may differ, and round differently
-    (stage, captured), width = stages(4, dtype=torch.float32, growth_rate=12, implementations=["triton"] * 2)
-    x = random(8, width, 16, 16, dtype=torch.float32)
+def test_a_captured_step_is_the_step():
+    (stage, captured), width = stages(4, growth_rate=12, implementations=["triton"] * 2)
+    x = random(8, width, 16, 16)  # fp64: algorithms may differ and round differently, and then a ReLU may flip
     given = torch.zeros_like(x).requires_grad_()
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -333,9 +344,10 @@ def test_a_captured_step_is_the_step(monkeypatch):
     graph.replay()
     expected = stage.train()(x)
     expected.sum().backward()
-    assert (out - expected).abs().max() <= 1e-4 * expected.abs().max()
+    close(out, expected)
+    largest = max(p.grad.abs().max() for p in stage.parameters())
     for p, q in zip(stage.parameters(), captured.parameters(), strict=True):
-        assert (p.grad - q.grad).abs().max() <= 1e-3 * p.grad.abs().max().clamp(min=1)
+        close(q.grad, p.grad, largest)
 
 
 @on_a_gpu

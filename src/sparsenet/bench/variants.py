@@ -104,14 +104,13 @@ class Workload:
         self, variant: Variant, architecture: Architecture, batch_size: int, image_size: int, device: torch.device
     ):
         self.variant, self.device = variant, device
-        dtype = PRECISIONS[variant.precision]
-        layout = torch.channels_last if "nhwc" in variant.options else torch.contiguous_format
+        self.dtype = PRECISIONS[variant.precision]
+        self.layout = torch.channels_last if "nhwc" in variant.options else torch.contiguous_format
+        self.shape, self.classes = (batch_size, architecture.in_chans, image_size, image_size), architecture.num_classes
         torch.manual_seed(0)
-        self.model = _built(variant, architecture).to(device, dtype)
-        self.model.to(memory_format=layout)  # type: ignore[call-overload]
-        shape = batch_size, architecture.in_chans, image_size, image_size
-        self.images = torch.randn(shape).to(device, dtype, memory_format=layout)
-        self.labels = torch.randint(architecture.num_classes, (batch_size,)).to(device)
+        self.model = _built(variant, architecture).to(device, self.dtype)
+        self.model.to(memory_format=self.layout)  # type: ignore[call-overload]
+        self.draw(0)
         # With weight decay PyTorch's SGD leaves the gradients as they were.
         self.optimizer = torch.optim.SGD(self.model.parameters(), 0.0, 0.9, weight_decay=1e-4, nesterov=True)
         self.network: Callable[[Tensor], Tensor] = self.model
@@ -123,6 +122,13 @@ class Workload:
         if "captured" in variant.options:
             self._step = step.Captured(self._step, "the training step", tell=self._told)
             self._infer = step.Captured(self._infer, "the inference pass", tell=self._told)
+
+    def draw(self, number: int) -> None:
+        """Takes another random batch; number 0 is the one that is measured."""
+        random = torch.Generator().manual_seed(number)
+        images = torch.randn(self.shape, generator=random)
+        self.images = images.to(self.device, self.dtype, memory_format=self.layout)
+        self.labels = torch.randint(self.classes, self.shape[:1], generator=random).to(self.device)
 
     def mode(self, training: bool) -> None:
         """To be called before :meth:`step` and :meth:`infer`: not part of what is measured."""
