@@ -12,6 +12,7 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -102,15 +103,23 @@ def _compile(compiler: list[str], flags: list[str], target: Path) -> str | None:
         built = Path(folder) / "native.so"
         # Linked without OpenMP's library: PyTorch's is loaded already, and two thread pools would fight for the cores.
         command = [*compiler, *flags, "-shared", str(SOURCE), "-o", str(built)]
-        try:
-            found = subprocess.run(command, capture_output=True, errors="replace", timeout=PATIENCE)
-        except subprocess.TimeoutExpired:
-            return f"its kernels could not be compiled by {compiler[0]}: nothing after {PATIENCE} s"
-        if found.returncode:
-            said = [line for line in found.stderr.splitlines() if "error" in line] or [f"exit {found.returncode}"]
-            return f"its kernels could not be compiled by {compiler[0]}: {said[0]}"
+        if trouble := _run(command):
+            return f"its kernels could not be compiled by {compiler[0]}: {trouble}"
         built.replace(target)
     return None
+
+
+def _run(command: list[str]) -> str | None:
+    """What went wrong. One that takes too long is ended with all that it has started."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, errors="replace", start_new_session=True) as running:
+        try:
+            _, said = running.communicate(timeout=PATIENCE)
+        except subprocess.TimeoutExpired:
+            os.killpg(running.pid, signal.SIGKILL)
+            return f"nothing after {PATIENCE} s"
+    errors = [line for line in said.splitlines() if "error" in line] or [f"exit {running.returncode}"]
+    return errors[0] if running.returncode else None
 
 
 BLOCKS = Blocks()
@@ -122,6 +131,7 @@ class Pass(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("images", "height", "width", "in_", "out", "kernel", "links")),
         *((name, ctypes.c_int64) for name in ("statistics", "place", "training")),
+        ("eps", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in ("first", "widths", "statistic", "begun")),
         *((name, ctypes.c_void_p) for name in ("block", "scale", "shift", "mean", "rstd", "weight")),
         *((name, ctypes.c_void_p) for name in ("made", "found", "d", "x")),
@@ -138,8 +148,13 @@ def _address(tensor: Tensor) -> int:
 class Native(engine.Engine):
     """Features channels-last and raw; parameters and statistics at the precision of the sums, fp32 or fp64."""
 
-    measured: tuple[int, Tensor] | None = None  # the feature that was made last, and its mean and variance
+    measured: int | None = None  # the feature that was made last, where it was measured
     uncorrected: bool | None = None  # whether the gradient given last is a sum yet to be corrected, in training or not
+
+    def __init__(self, plan: Plan, x: Tensor, parameters: Sequence[Tensor]):
+        super().__init__(plan, x, parameters)
+        # For each reader, of each feature it reads: first column, width and place; whether its sum has been begun.
+        self.links: dict[int, tuple[Tensor, Tensor]] = {}
 
     def empty(self, width: int) -> Tensor:
         return BLOCKS.take(self.pixels * width, self.dtype)
@@ -152,25 +167,38 @@ class Native(engine.Engine):
     def kept(self) -> tuple[Tensor, ...]:
         return self.empty(self.columns.total), torch.empty(2, sum(self.widths), dtype=self.wide)
 
+    @cached_property
+    def found(self) -> Tensor:
+        """Mean and variance of all channels, as measured in this pass."""
+        return torch.empty(2, sum(self.widths), dtype=torch.float64)
+
+    @cached_property
+    def running(self) -> dict[int, Statistics]:
+        """Of the features that were measured, what is yet to be moved."""
+        return {}
+
     def call(self, function: str, tensors: dict[str, Tensor], **numbers: int) -> None:
         """Runs a function of native.c on tensors, whose memory it is given, and numbers; ``MemoryError``."""
         torch.get_num_threads()  # settles the number for this thread, if that has not been done
         n, _, height, width = self.shape
-        found = Pass(n, height, width, statistics=sum(self.widths), **numbers)
+        found = Pass(n, height, width, statistics=self.channels[-1], eps=EPS, **numbers)
         for name, tensor in tensors.items():
             setattr(found, name, _address(tensor))
+        found.mean, found.rstd = map(_address, self.kept[1])
         if getattr(library(), f"{function}_{SUFFIXES[self.dtype]}")(ctypes.byref(found)):
             raise MemoryError(f"implementation 'native': no memory for what '{function}' works with")
 
     def call_reader(self, function: str, r: int, tensors: dict[str, Tensor], **numbers: int) -> None:
         """The same for what reader *r* gathers: the features, its scale and shift, all means and deviations."""
         read = self.plan.reads[r]
-        places = (self.columns.first[j] for j in read), (self.widths[j] for j in read), (self.channels[j] for j in read)
-        lists = torch.tensor([list(values) for values in places])
-        mean, rstd = self.kept[1]
+        if r not in self.links:
+            lists = [[values[j] for j in read] for values in (self.columns.first, self.widths, self.channels)]
+            begun = torch.tensor([self.plan.sent_first[j] != r for j in read], dtype=torch.uint8)
+            self.links[r] = torch.tensor(lists), begun
+        places, begun = self.links[r]
         tensors |= {
-            "first": lists[0], "widths": lists[1], "statistic": lists[2], "block": self.kept[0], "mean": mean,
-            "rstd": rstd, "scale": self.exact(self.scales[r]), "shift": self.exact(self.shifts[r]),
+            "first": places[0], "widths": places[1], "statistic": places[2], "begun": begun, "block": self.kept[0],
+            "scale": self.exact(self.scales[r]), "shift": self.exact(self.shifts[r]),
         }  # fmt: skip
         if "weight" in tensors:
             numbers |= {"out": len(tensors["weight"]), "kernel": tensors["weight"].shape[-1]}
@@ -180,22 +208,26 @@ class Native(engine.Engine):
         return parameter.detach().to(self.wide).contiguous()
 
     def put(self, j: int, made: Tensor, statistics: Statistics | None, training: bool) -> None:
-        feature, (measured, found) = self.features[j], self.measured or (None, None)
-        self.measured = None
+        feature, measured, self.measured = self.features[j], self.measured == j, None
         if made.data_ptr() != feature.data_ptr():
             feature.copy_(made)
-            measured = None
+            measured = False
         if statistics is None or not training:
             return
-        if found is None or measured != j:
-            found = torch.empty(2, self.widths[j], dtype=torch.float64)
-            self.call("measure", {"x": feature, "found": found}, out=self.widths[j])
-        unbiased = found[1] * (self.pixels / (self.pixels - 1))
-        statistics.mean.lerp_(found[0].to(statistics.mean.dtype), MOMENTUM)
-        statistics.var.lerp_(unbiased.to(statistics.var.dtype), MOMENTUM)
-        mean, rstd = self.mean_and_rstd(j)
-        mean.copy_(found[0])
-        rstd.copy_((found[1] + EPS).rsqrt())
+        if not measured:
+            self.call("measure", {"x": feature, "found": self.found}, out=self.widths[j], place=self.channels[j])
+        self.running[j] = statistics
+
+    def output(self) -> Tensor:
+        """Moves the running statistics first, all at once."""
+        if self.running:
+            features, statistics = list(self.running), list(self.running.values())
+            unbiased = self.pixels / (self.pixels - 1)
+            found = (self.found * self.found.new_tensor([[1.0], [unbiased]])).to(statistics[0].mean.dtype)
+            means, variances = (row.split(self.widths) for row in found)
+            torch._foreach_lerp_([each.mean for each in statistics], [means[j] for j in features], MOMENTUM)
+            torch._foreach_lerp_([each.var for each in statistics], [variances[j] for j in features], MOMENTUM)
+        return super().output()
 
     def recall(self, statistics: Sequence[Statistics]) -> None:
         mean, rstd = self.kept[1]
@@ -205,10 +237,9 @@ class Native(engine.Engine):
     def make(self, r: int) -> Tensor:
         made = self.features[r + 1]
         tensors = {"weight": self.exact(self.weights[r]), "made": made}
-        if self.training:
-            tensors["found"] = torch.empty(2, self.widths[r + 1], dtype=torch.float64)
-            self.measured = r + 1, tensors["found"]
-        self.call_reader("make", r, tensors)
+        if self.training and not (self.plan.dropout or self.plan.terms):  # what is made is the feature
+            tensors["found"], self.measured = self.found, r + 1
+        self.call_reader("make", r, tensors, place=self.channels[r + 1])
         return made
 
     def activate(self, r: int, out: Tensor) -> None:
@@ -239,10 +270,9 @@ class Native(engine.Engine):
         self, r: int, function: str, d: Tensor, tensors: dict[str, Tensor], **correction: Any
     ) -> list[Tensor]:
         """Adds to the sums; gradients of scale and shift, and of the weight where one is given."""
-        begun = torch.tensor([self.plan.sent_first[j] != r for j in self.plan.reads[r]], dtype=torch.uint8)
         d_scale, d_shift = torch.empty(2, len(self.scales[r]), dtype=self.wide)
         tensors |= {
-            "d": d.to(self.dtype).contiguous(memory_format=self.layout), "sums": self.block_of_sums, "begun": begun,
+            "d": d.to(self.dtype).contiguous(memory_format=self.layout), "sums": self.block_of_sums,
             "totals": self.totals, "d_scale": d_scale, "d_shift": d_shift,
         }  # fmt: skip
         if "weight" in tensors:
@@ -255,10 +285,8 @@ class Native(engine.Engine):
 
     def corrected(self, j: int, training: bool) -> Tensor:
         d_made = self.view(self.empty(self.widths[j]), self.widths[j])
-        mean, rstd = self.kept[1]
         tensors = {"d": self.sums[j], "x": self.features[j], "made": d_made, "totals": self.totals}
-        place = {"place": self.channels[j], "training": int(training)}
-        self.call("correct", tensors | {"mean": mean, "rstd": rstd}, out=self.widths[j], **place)
+        self.call("correct", tensors, out=self.widths[j], place=self.channels[j], training=int(training))
         return d_made
 
 

@@ -12,6 +12,7 @@
  *   PAIRS     bf16 is multiplied two values at a time by the vectors' own instruction, else as fp32
  *   MATRIX    bf16 is multiplied by tiles: 1 in Intel's AMX, 2 in plain C that means the same
  */
+#include <math.h>
 #include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -59,12 +60,13 @@ typedef struct {
   int64_t images, height, width;       /* of the stage */
   int64_t in, out, kernel;             /* of the reader: channels gathered and made */
   int64_t links, statistics;           /* features that it reads; channels of the whole stage */
-  int64_t place, training;             /* where the statistics of x begin; in evaluation they are constants */
+  int64_t place, training;             /* where those of what is made or corrected begin; 0: they are constants */
+  double eps;                          /* added to variances */
   const int64_t *first, *widths, *statistic; /* of each link: column in the block, width, place among the statistics */
   const uint8_t *begun;                /* of each link: whether its sum has been begun by another reader */
   const void *block, *scale, *shift, *mean, *rstd, *weight;
   void *made;                          /* (pixels, out) */
-  double *found;                       /* mean and variance (biased) of what is made, (2, out) */
+  double *found;                       /* where mean and variance (biased) of what is made go, (2, statistics) */
   const void *d;                       /* gradient with respect to what is made or activated */
   const void *x;                       /* a feature; where d is its sum, yet to be corrected */
   void *sums, *d_scale, *d_shift, *d_weight, *totals;

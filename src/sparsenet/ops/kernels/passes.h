@@ -333,17 +333,24 @@ static void NAME(measure_row)(const STORE *x, int64_t width, int64_t count, MOME
   to->count += count;
 }
 
-/* Mean and variance of all threads' values. */
-static void NAME(settle)(const MOMENTS *parts, int64_t threads, int64_t width, double *found) {
-  MOMENTS all = {0, found, found + width};
-  memset(found, 0, 2 * width * sizeof(double));
+/* Mean and variance (biased) of all threads' values, and the mean and deviation that readers use. */
+static void NAME(settle)(const Pass *pass, const MOMENTS *parts, int64_t threads) {
+  MOMENTS all = {0, pass->found + pass->place, pass->found + pass->statistics + pass->place};
+  ACC *mean = (ACC *)pass->mean + pass->place, *rstd = (ACC *)pass->rstd + pass->place;
+  memset(all.mean, 0, pass->out * sizeof(double));
+  memset(all.squares, 0, pass->out * sizeof(double));
   for (int64_t i = 0; i < threads; i++) {
     if (!parts[i].count) continue;
     const NAME(Weights) weights = NAME(weights_of)(&all, parts[i].count);
-    for (int64_t c = 0; c < width; c++) NAME(add_moments)(&all, c, weights, parts[i].mean[c], parts[i].squares[c]);
+    for (int64_t c = 0; c < pass->out; c++) NAME(add_moments)(&all, c, weights, parts[i].mean[c], parts[i].squares[c]);
     all.count += parts[i].count;
   }
-  for (int64_t c = 0; c < width; c++) all.squares[c] = (all.squares[c] > 0 ? all.squares[c] : 0) / all.count;
+  for (int64_t c = 0; c < pass->out; c++) {
+    double variance = all.squares[c] < 0 ? 0 : all.squares[c] / all.count; /* rounding may leave less than nothing */
+    all.squares[c] = variance;
+    mean[c] = all.mean[c];
+    rstd[c] = 1 / sqrt(variance + pass->eps);
+  }
 }
 
 /* Room for the moments of all threads, at zero. */
@@ -422,7 +429,7 @@ int NAME(make)(const Pass *pass) {
   NAME(fold)(pass, work.s, work.t);
   share_work(NAME(pack), &packing, NAME(packs)(&packing));
   share_work(NAME(make_part), &work, pass->images * ratio(pass->height, work.rows));
-  if (pass->found) NAME(settle)(work.moments, threads, pass->out, pass->found);
+  if (pass->found) NAME(settle)(pass, work.moments, threads);
   return 0;
 }
 
@@ -726,7 +733,7 @@ int NAME(measure)(const Pass *pass) {
     if (!(memory = scratch(total))) return 1;
   }
   share_work(NAME(measure_part), &work, pass->images * pass->height);
-  NAME(settle)(work.moments, threads, pass->out, pass->found);
+  NAME(settle)(pass, work.moments, threads);
   return 0;
 }
 

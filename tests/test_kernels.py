@@ -1,0 +1,205 @@
+"""The C kernels for themselves: index arithmetic, every build that a machine can be given, memory, other libraries."""
+
+import gc
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from sparsenet.architecture import Architecture
+from sparsenet.model import SparseNet
+from sparsenet.ops import Plan, Reader, Statistics, aggregate, native
+from sparsenet.ops.blocks import IDLE, LEAST, Blocks
+from sparsenet.ops.plan import EPS
+
+if reason := native.unavailable(torch.device("cpu")):
+    pytest.skip(f"native: {reason}", allow_module_level=True)
+
+BUILDS = {  # what a processor or a kernel may lack, and what is not chosen here; the last of two equal flags counts
+    "no wide vectors": "-march=x86-64",
+    "tiles in C": "-DMATRIX=2",
+    "tiles in C, no wide vectors": "-march=x86-64 -DMATRIX=2",
+    "pairs": "-DMATRIX=0 -DPAIRS",
+    "vectors of 64 bytes": "-DMATRIX=0 -DBYTES=64",
+    "vectors of 32 bytes": "-DMATRIX=0 -DBYTES=32",
+}
+
+
+def few(generator, *shape, share):
+    """Whole numbers: so many 1 and -1, the others 0."""
+    signs = torch.randint(0, 2, shape, generator=generator) * 2 - 1
+    return (signs * (torch.rand(shape, generator=generator) < share)).double()
+
+
+def whole_numbers(images, height, width, channels, kernels):
+    """A stage of whole numbers, small enough for bf16, whose statistics are 0 and 1: plan, input, readers, gradient."""
+    generator = torch.Generator().manual_seed(height * 1000 + width)
+    reads = [tuple(range(r, -1, -1)) for r in range(len(kernels) + 1)]
+    readers = []
+    for read, out, kernel in zip(reads, [*channels[1:], 0], [*kernels, 0], strict=True):
+        gathered = sum(channels[j] for j in read)
+        scale = torch.randint(0, 2, (gathered,), generator=generator).double() * 2 - 1
+        shift = few(generator, gathered, share=0.3)
+        weight = few(generator, out, gathered, kernel, kernel, share=4 / (gathered * kernel**2)) if kernel else None
+        readers.append(Reader(scale, shift, weight))
+    x = few(generator, images, channels[0], height, width, share=0.5)
+    d = few(generator, images, sum(channels), height, width, share=0.2)
+    return Plan(tuple(reads)), x, readers, d
+
+
+def gradients_of(implementation, dtype, plan, x, readers, d):
+    """Output and gradients, with statistics that do not change."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    parameters = [[None if t is None else t.to(wide, copy=True).requires_grad_() for t in reader] for reader in readers]
+    widths = [x.shape[1], *(len(reader.weight) for reader in readers[:-1])]
+    statistics = [Statistics(torch.zeros(w, dtype=wide), torch.full((w,), 1 - EPS, dtype=wide)) for w in widths]
+    x = x.to(dtype, copy=True).requires_grad_()
+    out = aggregate(implementation, plan, x, [Reader(*each) for each in parameters], statistics, False)
+    out.backward(d.to(dtype))
+    return [out, x.grad, *(t.grad for each in parameters for t in each if t is not None)]
+
+
+SIZES = [(1, 1), (2, 3), (3, 7), (5, 8), (7, 12), (9, 14), (4, 16), (3, 17), (2, 24), (20, 32), (3, 33), (2, 70)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("height, width", SIZES)
+def test_whole_numbers_come_out_exactly(height, width, dtype):
+    """Every product, mask and sum of a stage is exact, so a single value out of its place is seen."""
+    for channels, kernels in (((24, 24, 24), (3, 3)), ((5, 33, 12), (1, 3)), ((40, 17, 70), (5, 1))):
+        stage = whole_numbers(2, height, width, channels, kernels)
+        expected = gradients_of("reference", torch.float64, *stage)
+        assert max(t.abs().max() for t in expected[:2]) <= 256, "more than bf16 can count to"
+        for found, truth in zip(gradients_of("native", dtype, *stage), expected, strict=True):
+            assert torch.equal(found.double(), truth.round())
+
+
+def test_many_images_and_threads_give_whole_numbers():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        stage = whole_numbers(7, 9, 8, (24, 24, 24), (3, 3))
+        expected = gradients_of("reference", torch.float64, *stage)
+        for found, truth in zip(gradients_of("native", torch.bfloat16, *stage), expected, strict=True):
+            assert torch.equal(found.double(), truth.round())
+    finally:
+        torch.set_num_threads(before)
+
+
+def laws_hold(environment, more=()):
+    tests = Path(__file__).parent
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k"]
+    wanted = "whole_numbers or (native and (half or shapes or equal or gradcheck))"
+    files = [str(tests / "test_kernels.py"), str(tests / "test_ops.py")]
+    found = subprocess.run(
+        [*command, wanted, *files, *more], env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="the flags are x86's")
+@pytest.mark.parametrize("build", BUILDS)
+def test_the_laws_hold_for_every_build(build, tmp_path):
+    laws_hold({"CFLAGS": BUILDS[build], "XDG_CACHE_HOME": str(tmp_path)})
+    assert len(list(tmp_path.glob("sparsenet/native-*.so"))) == 1
+
+
+@pytest.mark.skipif(not shutil.which("clang"), reason="needs Clang")
+def test_clang_compiles_them(tmp_path):
+    laws_hold({"CC": "clang", "XDG_CACHE_HOME": str(tmp_path)})
+
+
+def test_other_users_of_the_matrix_unit_are_not_disturbed():
+    """PyTorch's libraries keep settings of the unit between calls: results do not depend on whose turn it was."""
+    torch.manual_seed(0)
+    image, filters = torch.randn(2, 32, 16, 16).bfloat16(), torch.randn(64, 32, 3, 3).bfloat16()
+    left, right = torch.randn(96, 64).bfloat16(), torch.randn(64, 80).bfloat16()
+    query = torch.randn(1, 2, 128, 64).bfloat16()
+    stage = whole_numbers(1, 8, 16, (24, 24, 24), (3, 3))
+    calls = [
+        lambda: torch.conv2d(image, filters),
+        lambda: gradients_of("native", torch.bfloat16, *stage)[1],
+        lambda: left @ right,
+        lambda: gradients_of("native", torch.bfloat16, *stage)[-1],
+        lambda: F.scaled_dot_product_attention(query, query, query),
+    ]
+    first = [call() for call in calls]
+    for call, expected in list(zip(calls, first, strict=True)) * 3:
+        assert torch.equal(call(), expected)
+
+
+def test_memory_that_cannot_be_had_is_an_error():
+    x = torch.randn(1, 4, 4, 4)
+    work = native.Native(Plan(((0,),)), x, [torch.ones(4), torch.zeros(4)])
+    with pytest.raises(MemoryError, match="no memory for what 'measure' works with"):
+        work.call("measure", {"x": x, "found": work.found}, out=1 << 44)
+    work.call("measure", {"x": x.contiguous(memory_format=torch.channels_last), "found": work.found}, out=4)
+    assert torch.allclose(work.found[0], x.double().mean((0, 2, 3)), atol=1e-6)
+
+
+def test_a_compiler_that_hangs_is_stopped(tmp_path, monkeypatch):
+    """What it has started, too, which would hold what it writes to open."""
+    compiler = tmp_path / "cc"
+    compiler.write_text("#!/bin/sh\nsleep 600 &\nwait\n")
+    compiler.chmod(0o755)
+    monkeypatch.setattr(native, "PATIENCE", 0.2)
+    assert "nothing after 0.2 s" in native._compile([str(compiler)], [], tmp_path / "native.so")
+    assert not list(tmp_path.glob("*.so"))
+
+
+def test_statistics_far_from_zero():
+    """A variance is taken from distances that are small, not as a difference of large squares."""
+    torch.manual_seed(0)
+    x = (torch.randn(4, 3, 16, 16) + 1e4).contiguous(memory_format=torch.channels_last)
+    work = native.Native(Plan(((0,),)), x, [torch.ones(3), torch.zeros(3)])
+    work.call("measure", {"x": x, "found": work.found}, out=3)
+    exact = x.double()
+    assert torch.allclose(work.found[0], exact.mean((0, 2, 3)), rtol=1e-7)
+    assert torch.allclose(work.found[1], exact.var((0, 2, 3), correction=0), rtol=1e-4)
+
+
+def test_blocks_are_handed_out_again_once_nobody_holds_them():
+    blocks = Blocks()
+    first = blocks.take(LEAST, torch.bfloat16)
+    place, view = first.data_ptr(), first[:10].view(2, 5)
+    del first
+    gc.collect()
+    second = blocks.take(LEAST, torch.bfloat16)
+    assert second.data_ptr() != place  # the view holds the first
+    del view
+    gc.collect()
+    assert blocks.take(LEAST // 2, torch.float32).data_ptr() == place
+
+
+def test_blocks_that_are_too_small_or_not_wanted_go_back():
+    blocks = Blocks()
+    blocks.take(LEAST, torch.float32)
+    gc.collect()
+    larger = blocks.take(2 * LEAST, torch.float32)
+    assert not blocks.free
+    del larger
+    gc.collect()
+    for _ in range(IDLE + 2):
+        held = blocks.take(4 * LEAST, torch.uint8)
+    assert [len(block.memory) for block in blocks.free] == []
+    assert len(held) == 4 * LEAST
+
+
+def test_a_kept_graph_keeps_its_block():
+    """Between two backwards over one graph, another network trains in blocks of the same size."""
+    torch.manual_seed(0)
+    models = [SparseNet(Architecture(depth=10, growth_rate=12), "native").train() for _ in range(2)]
+    images = torch.randn(32, 3, 32, 32)
+    loss = models[0](images).square().sum()
+    loss.backward(retain_graph=True)
+    first = [p.grad.clone() for p in models[0].parameters()]
+    for _ in range(2):
+        models[1](images).square().sum().backward()
+    models[0].zero_grad()
+    loss.backward()
+    assert all(torch.equal(p.grad, g) for p, g in zip(models[0].parameters(), first, strict=True))
