@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
+import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -15,6 +18,10 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+
+from sparsenet import ops
+from sparsenet.files import cache_folder
+from sparsenet.ops import fastest
 
 TINY = ("--depth", "7", "--growth-rate", "4")  # the smallest network: one layer a stage
 CLASSES = ("ant", "bee")
@@ -26,6 +33,42 @@ if not torch.cuda.is_available():
     with pytest.MonkeyPatch.context() as environment, contextlib.suppress(ImportError):
         environment.setenv("TRITON_INTERPRET", "1")  # read when Triton is first imported: kernels become Python
         import_module("sparsenet.ops.triton")
+
+MEASURE = fastest.measure  # the real one
+CPU = torch.device("cpu")
+Seconds = dict[str, float]
+SECONDS = {"native": 1.0, "shared": 2.0, "reference": 3.0}
+
+
+def _assumed(device: torch.device, dtype: torch.dtype, implementations: Iterable[str]) -> fastest.Figures:
+    """What a measurement finds in tests."""
+    seconds = {name: SECONDS[name] * (0.5 if dtype == torch.bfloat16 else 1.0) for name in implementations}
+    return fastest.Figures(seconds, seconds)
+
+
+def linked_kernels(folder: Path) -> Path:
+    """*folder* as a user's cache that holds the compiled kernels and nothing else."""
+    ops.unavailable("native", CPU)  # compiled now, if they are not yet
+    mine = folder / "sparsenet"
+    mine.mkdir(parents=True)
+    for kernels in cache_folder().glob("native-*"):
+        (mine / kernels.name).symlink_to(kernels)
+    return folder
+
+
+def _assume_figures() -> None:
+    """What ``auto`` takes depends on no measurement, neither here nor in processes that tests start."""
+    folder = Path(tempfile.mkdtemp(prefix="sparsenet-tests-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ["XDG_CACHE_HOME"] = str(linked_kernels(folder))
+    fastest.measure = _assumed
+    for threads in {1, 2, torch.get_num_threads()}:
+        torch.set_num_threads(threads)
+        for dtype in ops.MEASURED:
+            ops.figures(CPU, dtype)
+
+
+_assume_figures()
 torch.set_num_threads(1)  # workers share the cores; and results do not depend on how many there are
 
 
@@ -62,6 +105,33 @@ def signals_put_back() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class Found:
+    """What a measurement finds from now on, in seconds by implementation; *inference*: where that is other."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch):
+        self.folder, self.monkeypatch = folder, monkeypatch
+
+    def __call__(self, seconds: Seconds, bf16: Seconds | None = None, **inference: float) -> None:
+        """And nothing has been measured before."""
+        self.monkeypatch.setattr(fastest, "_known", {})
+        self.monkeypatch.setenv("XDG_CACHE_HOME", tempfile.mkdtemp(dir=self.folder))
+        self.anew(seconds, bf16, **inference)
+
+    def anew(self, seconds: Seconds, bf16: Seconds | None = None, **inference: float) -> None:
+        """What was measured before stays as it is."""
+
+        def measure(device: torch.device, dtype: torch.dtype, able: Iterable[str]) -> fastest.Figures:
+            training = bf16 if bf16 and dtype == torch.bfloat16 else seconds
+            return fastest.Figures(dict(training), inference or dict(training))
+
+        self.monkeypatch.setattr(fastest, "measure", measure)
+
+
+@pytest.fixture
+def found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Found:
+    return Found(tmp_path, monkeypatch)
 
 
 @pytest.fixture

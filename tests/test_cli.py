@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, Call, snapshot, write_cifar10, write_classes, write_image
+from conftest import TINY, Call, Found, snapshot, write_cifar10, write_classes, write_image
 from safetensors.torch import load_file
 
 from sparsenet import cli, zoo
@@ -490,6 +490,20 @@ def test_check_json(call: Call, folder_data: Path) -> None:
     assert found["data"]["classes"] == ["ant", "bee"]
     plain = call("check")
     assert plain.code == 0 and "cpu" in plain.out
+
+
+def test_check_shows_what_auto_takes_and_measures_anew(call: Call, found: Found) -> None:
+    found({"shared": 0.02, "reference": 0.01}, shared=0.01, reference=0.02)
+    told = json_of(call("check", "--json").out)["auto"]["cpu"]
+    taken = {"training": ("reference", 0.01), "inference": ("shared", 0.01)}
+    for kinds in told["implementation"].values():
+        assert {kind: (each["taken"], min(each["seconds"].values())) for kind, each in kinds.items()} == taken
+    assert set(told["precision"]) == {"training", "inference"}
+    found.anew({"shared": 0.01, "reference": 0.04})
+    assert json_of(call("check", "--json").out)["auto"]["cpu"] == told
+    line = "cpu, fp32, training: auto takes shared (shared 0.0100 s, reference 0.0400 s)"
+    assert line not in call("check").out
+    assert line in call("check", "--measure").out and line in call("check").out
 
 
 def test_bench_json(call: Call) -> None:

@@ -95,6 +95,9 @@ def test_differences_name_what_resuming_must_not_change():
     new = replace(old, {"optim": {"lr": 0.2}, "train": {"max_epoch": 400, "time_limit": 60.0}})
     assert differences(old, new) == ["lr 0.1 -> 0.2"]
     assert differences(old, dataclasses.replace(old)) == []
+    named = replace(old, {"train": {"implementation": "shared"}})
+    assert differences(old, named) == []  # what auto came to may not run on the machine of the resume
+    assert differences(named, old) == ["implementation 'shared' -> 'auto'"]
 
 
 def test_a_recipe_makes_the_same_settings_again_but_for_the_machine_and_the_network():

@@ -123,9 +123,9 @@ except ValueError as error:
 
 
 def test_without_a_compiler(tmp_path):
-    """Auto takes ``shared``; asking for ``native`` says what is missing."""
+    """Auto takes one of the others, the fastest; asking for ``native`` says what is missing."""
     nowhere = {"PATH": str(tmp_path), "CC": "", "XDG_CACHE_HOME": str(tmp_path)}
-    assert run(CHOOSE.format("auto"), **nowhere) == "shared\n"
+    assert run(CHOOSE.format("auto"), **nowhere) in ("shared\n", "reference\n")
     assert "needs a C compiler" in run(CHOOSE.format("native"), **nowhere)
 
 
@@ -135,7 +135,7 @@ def test_a_compiler_is_not_asked_again(tmp_path):
     compiler.write_text(f"#!/bin/sh\necho $@ >> {count}\nexit 1\n")
     compiler.chmod(0o755)
     twice = CHOOSE.format("auto") * 2
-    assert run(twice, CC=f"{compiler} -pipe", XDG_CACHE_HOME=str(tmp_path)) == "shared\nshared\n"
+    assert run(twice, CC=f"{compiler} -pipe", XDG_CACHE_HOME=str(tmp_path)) in ("shared\n" * 2, "reference\n" * 2)
     asked = count.read_text().splitlines()
     assert len(asked) == 1 and asked[0].startswith("-pipe")
 

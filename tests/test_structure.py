@@ -10,15 +10,15 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "sparsenet"
 # From the ground up; a room may import rooms on lower floors, and rooms of its own floor that stand before it.
 FLOORS = [
-    ["topology", "extras", "events", "files", "weights"],
+    ["topology", "extras", "events", "files", "weights", "device"],
     ["architecture"],
     ["ops"],
-    ["model", "device"],
+    ["model"],
     ["zoo", "adopt"],
     ["data", "optim"],
     ["config", "presets"],
     ["run"],
-    ["step", "evaluate", "pictures", "records", "filters"],
+    ["arithmetic", "step", "evaluate", "pictures", "records", "filters"],
     ["predict", "export", "train", "report", "bench", "check"],
     ["display", "flags"],
     ["cli"],

@@ -22,11 +22,11 @@ from urllib.parse import urlsplit
 import torch
 
 from sparsenet import config as settings
-from sparsenet import flags, presets, weights, zoo
+from sparsenet import flags, ops, presets, weights, zoo
 from sparsenet.architecture import count
 from sparsenet.config import RunConfig
 from sparsenet.data import DataConfig
-from sparsenet.device import choose_device, choose_precision, tune_process
+from sparsenet.device import choose_device, tune_process
 from sparsenet.display import display
 from sparsenet.extras import MissingExtra
 from sparsenet.run import Run, Trained, load_trained
@@ -128,7 +128,7 @@ def _eval(args: argparse.Namespace) -> int:
 
     runtime = _runtime(args)
     device = choose_device("cpu" if runtime else args.device)
-    precision = runtime.precision if runtime else choose_precision(args.precision, device)
+    precision = runtime.precision if runtime else ops.choose_precision(args.precision, device, training=False)
     trained = _load(args, device)
     data = _data_now(args, trained)
     model = runtime.load(trained, data.test.pixels[: args.batch_size]) if runtime else trained.model
@@ -332,7 +332,7 @@ def _bench(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> int:
     from sparsenet.check import check, lines
 
-    found = check(args.dataset_dir)
+    found = check(args.dataset_dir, args.measure)
     return _print(found, lines(found), args.json)
 
 

@@ -30,9 +30,11 @@ class TrainConfig:
     device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, npu, mps, xpu or any device PyTorch knows"})
     precision: str = field(
         default="auto",
-        metadata={"help": "auto: bf16 where the device computes in it, or fp32", "choices": ("auto", "fp32", "bf16")},
+        metadata={"help": "auto: bf16 where the device is no slower in it", "choices": ("auto", "fp32", "bf16")},
     )
-    implementation: str = field(default="auto", metadata={"help": "engine", "choices": ("auto", *IMPLEMENTATIONS)})
+    implementation: str = field(
+        default="auto", metadata={"help": "engine; auto: the fastest here", "choices": ("auto", *IMPLEMENTATIONS)}
+    )
     memory: str = field(
         default="normal", metadata={"help": "lean: bottlenecks are computed again in backward", "choices": MEMORY}
     )
@@ -227,7 +229,8 @@ def differences(old: RunConfig, new: RunConfig) -> list[str]:
     found = []
     for s in settings():
         before, after = (getattr(getattr(config, s.component), s.name) for config in (old, new))
-        if before != after and s.name not in MAY_CHANGE:
+        settled = s.name == "implementation" and before == "auto"  # the one it came to may not run here
+        if before != after and s.name not in MAY_CHANGE and not settled:
             found.append(f"{s.name} {before!r} -> {after!r}")
     return found
 

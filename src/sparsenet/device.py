@@ -31,18 +31,15 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def choose_precision(name: str, device: torch.device) -> str:
-    """``auto``: bf16 on an accelerator or a CPU that multiplies in it, fp32 on MPS and elsewhere."""
-    if name != "auto":
-        return name
+def computes_in_bf16(device: torch.device) -> bool:
+    """Whether the device itself multiplies in bf16; not on MPS."""
     if device.type == "cpu":
         able: Mapping[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-        return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") else "fp32"
+        return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
     if device.type == "mps":
-        return "fp32"
+        return False
     supported = getattr(torch.get_device_module(device), "is_bf16_supported", lambda **_: True)
-    native = supported(including_emulation=False) if device.type == "cuda" else supported()
-    return "bf16" if native else "fp32"
+    return bool(supported(including_emulation=False) if device.type == "cuda" else supported())
 
 
 def place(model: Model, device: torch.device | str) -> Model:

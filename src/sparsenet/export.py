@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsenet import weights
-from sparsenet.device import choose_precision
+from sparsenet.device import computes_in_bf16
 from sparsenet.evaluate import evaluate
 from sparsenet.extras import require
 from sparsenet.model import SparseNet
@@ -107,7 +107,7 @@ def export_weights(trained: Trained, target: Path, data: Dataset) -> WeightsRepo
     model.load_state_dict(tensors)
     device = next(model.parameters()).device
     measured = {}
-    for precision in dict.fromkeys(("fp32", choose_precision("auto", device))):
+    for precision in ("fp32", "bf16") if computes_in_bf16(device) else ("fp32",):
         found = evaluate(model, data.test, trained.preprocessing, device, precision=precision)
         errors = {"error": found.error, "top5_error": found.top5_error}
         measured[precision] = {**errors, "images": found.images, "dataset": data.name}

@@ -119,6 +119,7 @@ def _add_tools(commands: Any) -> None:
 
     check = commands.add_parser("check", help="what this machine offers")
     check.add_argument("--dataset_dir", default="", help="data to look at")
+    check.add_argument("--measure", action="store_true", help="time the implementations anew, for auto; leave it alone")
     _json_flag(check)
 
 

@@ -107,6 +107,7 @@ class SparseNet(nn.Module):
                 f"memory: expected one of {', '.join(ops.MEMORY)} ('normal' with the reference, which keeps "
                 f"everything), found {memory!r}"
             )
+        self.memory = memory
         stages, dropout = architecture.stages, architecture.dropout
         self.stem = _stem(architecture.stem, architecture.in_chans, stages[0].in_width)
         self.stages = nn.ModuleList(Stage(stage, dropout, self.asked, memory) for stage in stages)
@@ -117,8 +118,16 @@ class SparseNet(nn.Module):
 
     @property
     def implementation(self) -> str:
-        """What runs where the parameters are now. Raises ``ValueError`` for one that cannot run there."""
-        return ops.choose(self.asked, next(self.stem.parameters()).device)
+        """What a call made now would run, where the parameters are, in their precision or that of autocast.
+
+        Raises ``ValueError`` for one that cannot run there.
+        """
+        like = next(self.stem.parameters())
+        kind, dtype = like.device.type, like.dtype
+        if dtype == torch.float32 and torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        training = self.training or torch.is_grad_enabled()
+        return ops.choose(self.asked, like.device, dtype, training, self.memory)
 
     @property
     def num_features(self) -> int:

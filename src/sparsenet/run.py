@@ -138,6 +138,14 @@ class Run:
     def config(self) -> RunConfig:
         return load(self.path / "config.json", RunConfig())
 
+    def resolved(self) -> dict[str, str]:
+        """``precision`` and ``implementation`` that the run has had so far; nothing where that was not recorded."""
+        try:
+            found = json.loads((self.path / "environment.json").read_text())
+            return {name: found[name] for name in ("precision", "implementation") if isinstance(found.get(name), str)}
+        except (OSError, ValueError, AttributeError):
+            return {}
+
     def describe(
         self, config: RunConfig, image_size: int, nodes: Sequence[Node], environment: Mapping[str, Any]
     ) -> None:

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from sparsenet import architecture, ops, optim, pictures
+from sparsenet.arithmetic import Arithmetic, explain, settle
 from sparsenet.config import RunConfig, recipe
 from sparsenet.data import Dataset, Images, channel_statistics, load_dataset
 from sparsenet.data.images import Preprocessing
 from sparsenet.data.sampling import Batches, plan_epoch, resized, stream, training_size
-from sparsenet.device import choose_device, choose_precision, free_memory, peak_memory_mb, place
+from sparsenet.device import choose_device, free_memory, peak_memory_mb, place
 from sparsenet.evaluate import Evaluation, Scorer, evaluate, scorer
 from sparsenet.events import Concluded, EpochDone, Event, Message, Step, Stopped
 from sparsenet.model import SparseNet
@@ -99,8 +100,12 @@ class Session:
     data: Dataset
     preprocessing: Preprocessing
     device: torch.device
-    precision: str
+    arithmetic: Arithmetic
     captures: Captures
+
+    @property
+    def precision(self) -> str:
+        return self.arithmetic.precision
 
     def scorer(self, model: nn.Module) -> Scorer:
         return self.captures(scorer(model, self.preprocessing, self.precision), "the evaluation")
@@ -126,7 +131,8 @@ class Session:
 def prepare(config: RunConfig) -> tuple[RunConfig, Dataset, Preprocessing, torch.device]:
     """Loads the data and settles what only the data can say. Raises ``ValueError`` in one line."""
     device = choose_device(config.train.device)
-    ops.choose(config.train.implementation, device)
+    if config.train.implementation != "auto":
+        ops.choose(config.train.implementation, device)
     data = load_dataset(config.data)
     channels, size = data.train.pixels.shape[1], data.train.pixels.shape[-1]
     if config.train.batch_size > len(data.train):
@@ -163,21 +169,21 @@ def train(
     """
     began = time.monotonic()
     config, data, preprocessing, device = prepare(config)
-    precision = choose_precision(config.train.precision, device)
+    arithmetic = settle(config.train, run.resolved() if resume else {}, device)
     captures = Captures(device, config.train.capture)
-    session = Session(config, run, _on_device(data, device), preprocessing, device, precision, captures)
+    session = Session(config, run, _on_device(data, device), preprocessing, device, arithmetic, captures)
     state = _new_state(session)
     resumed = list(_resume(session, state)) if resume else []  # refused before anything is written
     nodes = architecture.graph(config.network, preprocessing.size)
-    arithmetic = {"precision": precision, "implementation": state.model.implementation}
-    run.describe(config, preprocessing.size, nodes, environment(device) | arithmetic)
+    used = {"precision": arithmetic.precision, "implementation": arithmetic.implementation}
+    run.describe(config, preprocessing.size, nodes, environment(device) | used)
     pictures.draw_graph(nodes, run.path / "graph.svg", run.path.name)
     yield from _introduce(session, state, nodes)
     yield from resumed
     run.write_metrics(state.rows)
     (run.path / "result.json").unlink(missing_ok=True)  # of fewer epochs
     steps = len(state.losses)
-    step = TrainingStep(state.model, state.optimizer, state.average, config, preprocessing, precision)
+    step = TrainingStep(state.model, state.optimizer, state.average, config, preprocessing, arithmetic.precision)
     act, score = captures(step, "the training step"), session.scorer(state.evaluated)
     saved = time.monotonic()
     stop: str | None = None
@@ -296,7 +302,7 @@ def _conclude(session: Session, state: State) -> Iterator[Event]:
     run, data = session.run, session.data
     if not state.rows:  # stopped within the first epoch
         _save_best(session, state)
-    trained = load_trained(run.path, "best", session.device, session.config.train.implementation)
+    trained = load_trained(run.path, "best", session.device, session.arithmetic.implementation)
     found = _evaluate(session, trained.model, data.test, session.scorer(trained.model))
     result = {
         "dataset": data.name, "error": found.error, "top5_error": found.top5_error, "loss": found.loss,
@@ -322,7 +328,7 @@ def _conclude(session: Session, state: State) -> Iterator[Event]:
 def _new_state(session: Session) -> State:
     config, device = session.config, session.device
     torch.manual_seed(stream(config.train.seed, "weights").initial_seed())
-    model = place(SparseNet(config.network, config.train.implementation, config.train.memory), device)
+    model = place(SparseNet(config.network, session.arithmetic.implementation, config.train.memory), device)
     average = copy.deepcopy(model) if config.optim.ema else None
     steps = -(-len(session.data.train) // config.train.batch_size)
     losses = torch.zeros(steps, device=device)
@@ -368,10 +374,7 @@ def _introduce(session: Session, state: State, nodes: list[architecture.Node]) -
         f"{net.fetch if isinstance(net.fetch, str) else 'custom'} network, {net.stage_depths} layers, growth "
         f"{net.growth_rates}: {parameters:,} parameters, {macs:,} MACs"
     )
-    yield Message(f"{session.device}, {session.precision}, implementation {state.model.implementation}")
-    if session.config.train.implementation == "auto":
-        for name, reason in ops.passed_over(session.device).items():
-            yield Message(f"implementation {name} cannot run here: {reason}")
+    yield from map(Message, explain(session.arithmetic, session.config.train, session.device))
 
 
 def _on_device(data: Dataset, device: torch.device) -> Dataset:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
+from sparsenet.device import computes_in_bf16
 from sparsenet.extras import MissingExtra
-from sparsenet.ops import reference, shared  # noqa: F401 - always loaded
+from sparsenet.ops import fastest, reference, shared  # noqa: F401 - always loaded
 from sparsenet.ops.plan import MEMORY, Plan, Reader, Statistics
 
 __all__ = [
@@ -23,6 +24,8 @@ __all__ = [
     "Statistics",
     "aggregate",
     "choose",
+    "choose_precision",
+    "figures",
     "passed_over",
     "unavailable",
 ]
@@ -37,7 +40,10 @@ OPAQUE = ("native", "triton")  # kernels of their own
 PREFERRED = {
     "cuda": ("triton",),
     "cpu": ("native",),
-}  # by ``auto``, by kind of device: the first that can run there, else ``shared``
+}  # by kind of device, over ``shared``, and that over the reference
+# Their work is recorded and replayed, or none is done: how long launching it takes now says nothing about a run.
+UNMEASURED = ("cuda", "meta")
+MEASURED = (torch.float32, torch.bfloat16)  # fp64 is for checks; fp16 takes a CPU minutes
 
 
 class Implementation(Protocol):
@@ -51,19 +57,58 @@ class Implementation(Protocol):
         """Why it cannot run there, in half a line: what is expected and what is found."""
 
 
-def choose(implementation: str, device: torch.device | None = None) -> str:
+def choose(
+    implementation: str,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    training: bool = True,
+    memory: str = "normal",
+) -> str:
     """The implementation's name, ``auto`` resolved; ``ValueError`` where the one asked for cannot run.
 
-    As long as the *device* is unknown, ``auto`` stays ``auto`` where the choice depends on it.
+    ``auto`` is the fastest by :func:`figures`, those of a step with a gradient or, without *training*, of inference;
+    on a device where nothing is measured the preferred one. As long as the *device* is unknown, it stays ``auto``.
     """
     if implementation == "auto":
-        return _prefer(device)
+        return "auto" if device is None else _fastest(device, dtype, training, memory)
     if implementation not in IMPLEMENTATIONS:
         known = ", ".join(["auto", *IMPLEMENTATIONS])
         raise ValueError(f"implementation: expected one of {known}, found {implementation!r}")
     if reason := unavailable(implementation, device):
         raise ValueError(f"implementation: {implementation!r} cannot run here: {reason}")
     return implementation
+
+
+def choose_precision(
+    name: str, device: torch.device, implementation: str = "auto", training: bool = True, memory: str = "normal"
+) -> str:
+    """``auto``: bf16 where the *device* computes in it and, as far as that is measured, is no slower than in fp32."""
+    if name != "auto":
+        return name
+    times = slowdown(device, implementation, training, memory)
+    return "bf16" if computes_in_bf16(device) and (times is None or times <= 1) else "fp32"
+
+
+def slowdown(
+    device: torch.device, implementation: str = "auto", training: bool = True, memory: str = "normal"
+) -> float | None:
+    """How many times as long as fp32 bf16 takes on *device*; ``None`` where it is not measured."""
+    seconds = []
+    for dtype in (torch.bfloat16, torch.float32):
+        found = figures(device, dtype)
+        name = choose(implementation, device, dtype, training, memory)
+        if found is None or name not in found.of(training):
+            return None
+        seconds.append(found.of(training)[name])
+    return seconds[0] / seconds[1]
+
+
+def figures(device: torch.device, dtype: torch.dtype, anew: bool = False) -> fastest.Figures | None:
+    """How long each implementation takes on *device* for a few small layers; ``None`` where that is not measured."""
+    if device.type in UNMEASURED or dtype not in MEASURED:
+        return None
+    found = fastest.figures(device, dtype, lambda: {name: _load(name).aggregate for name in _able(device)}, anew)
+    return found if found.training else None
 
 
 def unavailable(implementation: str, device: torch.device | None = None) -> str | None:
@@ -86,14 +131,15 @@ def aggregate(
     """Runs a stage: ``(N, C_0, H, W)`` to the activated stage output ``(N, C_out, H, W)``.
 
     Tracers (``torch.compile``, ``torch.export``, ``torch.jit.trace``, ONNX) are shown the reference where the
-    implementation is ``auto`` or one whose kernels they cannot look into; so are batches without an image.
+    implementation is ``auto`` or one whose kernels they cannot look into; so are batches without an image, and by
+    ``auto`` tensors that stand for others (fake ones).
     """
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
     if (traced and implementation in ("auto", *OPAQUE)) or not x.numel():
         return reference.aggregate(plan, x, readers, statistics, training)
-    name = choose(implementation, x.device)
-    if implementation == "auto" and name == "native" and x.dtype == torch.float16:
-        name = "shared"
+    if implementation == "auto" and type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return reference.aggregate(plan, x, readers, statistics, training)
+    name = choose(implementation, x.device, x.dtype, training or torch.is_grad_enabled(), plan.memory)
     return _load(name).aggregate(plan, x, readers, statistics, training)
 
 
@@ -103,11 +149,20 @@ def passed_over(device: torch.device) -> dict[str, str]:
     return {name: reason for name, reason in reasons.items() if reason}
 
 
-def _prefer(device: torch.device | None) -> str:
-    if device is None:
-        return "auto"
-    able = (name for name in PREFERRED.get(device.type, ()) if not unavailable(name, device))
-    return next(able, "shared")
+def _fastest(device: torch.device, dtype: torch.dtype, training: bool, memory: str) -> str:
+    found = figures(device, dtype)
+    seconds = dict(found.of(training)) if found else {}
+    if memory != "normal":
+        seconds.pop("reference", None)  # it keeps everything
+    if seconds:
+        return fastest.fastest(seconds)
+    return next(name for name in _able(device) if name != "native" or dtype != torch.float16)
+
+
+def _able(device: torch.device) -> Iterator[str]:
+    """What ``auto`` may take on *device*, in order of preference."""
+    names = (*PREFERRED.get(device.type, ()), "shared", "reference")
+    return (name for name in names if not unavailable(name, device))
 
 
 def _load(implementation: str) -> Implementation:

@@ -1,0 +1,68 @@
+"""With what a run computes: its precision and its implementation, what ``auto`` came to, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from sparsenet import ops
+from sparsenet.config import TrainConfig
+from sparsenet.device import computes_in_bf16
+from sparsenet.ops import fastest
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """What was asked for, ``auto`` resolved."""
+
+    precision: str
+    implementation: str
+    kept: bool = False  # whether it is what ``auto`` came to when the run began
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of features."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+
+def settle(asked: TrainConfig, before: Mapping[str, str], device: torch.device) -> Arithmetic:
+    """What is *asked* for; ``auto`` is what a resumed run had *before*, so that it goes on bit for bit, else the best.
+
+    Raises ``ValueError`` for an implementation that cannot run on *device*.
+    """
+    implementation = before.get("implementation", "auto") if asked.implementation == "auto" else asked.implementation
+    precision = before.get("precision", "auto") if asked.precision == "auto" else asked.precision
+    try:
+        ops.choose(implementation, device, memory=asked.memory)
+    except ValueError as error:
+        if implementation == asked.implementation:
+            raise
+        other = ops.choose("auto", device, memory=asked.memory)
+        raise ValueError(
+            f"--resume: the run began with implementation {implementation!r}; {error}. Resume it where that can run, "
+            f"or go on with another, no longer bit for bit: --implementation {other}"
+        ) from None
+    precision = ops.choose_precision(precision, device, implementation, memory=asked.memory)
+    kept = bool(before) and "auto" in (asked.implementation, asked.precision)
+    found = Arithmetic(precision, implementation, kept)
+    return Arithmetic(precision, ops.choose(implementation, device, found.dtype, memory=asked.memory), kept)
+
+
+def explain(used: Arithmetic, asked: TrainConfig, device: torch.device) -> Iterator[str]:
+    """Lines for the user: what it is, and why where that was left to the program."""
+    line = f"{device}, {used.precision}, implementation {used.implementation}"
+    if used.kept:
+        yield f"{line}, as the run began"
+        return
+    figures = ops.figures(device, used.dtype) if asked.implementation == "auto" else None
+    if figures:
+        line += f", {fastest.compared(used.implementation, figures.training)} here, in training steps of small layers"
+    yield line
+    if asked.precision == "auto" and used.precision == "fp32" and computes_in_bf16(device):
+        times = ops.slowdown(device, asked.implementation, memory=asked.memory)
+        yield f"precision fp32: in training steps of small layers bf16 takes {times:.2f} times as long here"
+    if asked.implementation == "auto":
+        for name, reason in ops.passed_over(device).items():
+            yield f"implementation {name} cannot run here: {reason}"
