@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from sparsenet import cli
 from sparsenet.architecture import Architecture
 from sparsenet.model import SparseNet
 from sparsenet.ops import Plan, Reader, Statistics, aggregate, native
@@ -140,6 +141,16 @@ def test_memory_that_cannot_be_had_is_an_error():
         work.call("measure", {"x": x, "found": work.found}, out=1 << 44)
     work.call("measure", {"x": x.contiguous(memory_format=torch.channels_last), "found": work.found}, out=4)
     assert torch.allclose(work.found[0], x.double().mean((0, 2, 3)), atol=1e-6)
+
+
+@pytest.mark.parametrize("said, told", [("no memory for it", "sparsenet: no memory for it"), ("", "out of memory")])
+def test_the_program_says_so_in_one_line(call, monkeypatch, said, told):
+    def full(args):
+        raise MemoryError(*filter(None, [said]))
+
+    monkeypatch.setitem(cli.COMMANDS, "models", full)
+    outcome = call("models")
+    assert outcome.code == 1 and told in outcome.error
 
 
 def test_a_compiler_that_hangs_is_stopped(tmp_path, monkeypatch):

@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,19 +22,6 @@ def run(code, **environment):
     )
     assert found.returncode == 0, found.stderr
     return found.stdout
-
-
-@pytest.mark.skipif(os.uname().machine != "x86_64", reason="the flag is x86's")
-def test_a_processor_without_wide_vectors_or_bf16(tmp_path):
-    """The laws hold for what the kernels compile to on older machines."""
-    tests = "native and (half or shapes or equal or gradcheck)"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", tests]
-    environment = {**os.environ, "CFLAGS": "-march=x86-64", "XDG_CACHE_HOME": str(tmp_path)}
-    found = subprocess.run(
-        [*command, str(Path(__file__).with_name("test_ops.py"))], env=environment, capture_output=True, text=True
-    )
-    assert found.returncode == 0, found.stdout
-    assert len(list(tmp_path.glob("sparsenet/native-*.so"))) == 1
 
 
 def gradients(threads, size, dtype=torch.float64):

@@ -357,12 +357,13 @@ def run(arguments: Sequence[str]) -> int:
     except (ValueError, MissingExtra) as error:
         code = BAD_CALL
         message = error
-    except (DivergedError, OSError, torch.OutOfMemoryError) as error:
+    except (DivergedError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         if isinstance(error, BrokenPipeError):
             raise
         code = FAILED
         message = error  # type: ignore[assignment]
-    print(f"sparsenet: {' '.join(str(message).split())}", file=sys.stderr)
+    said = " ".join(str(message).split()) or "out of memory"  # only a MemoryError says nothing
+    print(f"sparsenet: {said}", file=sys.stderr)
     return code
 
 
