@@ -1,181 +1,359 @@
 #!/usr/bin/env bash
-# What needs a GPU, in parts that each end within LIMIT and can be continued by another call.
+# What needs a GPU, the most valuable first: for one that is at hand for a quarter of an hour, now and then.
 #
-#   benchmarks/gpu.sh OUT correctness|bench|evidence|all [BEFORE]
+#   benchmarks/gpu.sh OUT [BEFORE]
 #
-# Leaves in OUT a few files of at most 15 MiB: correctness.log; bench.log and bench.tar.gz (a folder for each
-# record); evidence.log and the run folders as runs.tar.gz.aa, .ab, ... BEFORE, by default OUT itself, is a folder that an
-# earlier call left: records that it holds are not made again, and its runs go on.
+# Pieces run one after another. Each ends by its own second of the call at the latest, leaves its record in OUT at once,
+# and takes nothing from the others by failing. BEFORE, by default OUT itself, is the folder that an earlier call left:
+# what was made there is not made again (only a new OUT makes all anew), and its trainings go on.
 #
-#   DATA=folder     CIFAR-10 for the evidence (any --dataset_dir of sparsenet train); DATA_NAME: its name in reports
-#   LIMIT=520       seconds for each part
-#   QUICK=1         tiny networks, any device: proves that this script works
+# OUT holds a handful of files, each below 16 MiB:
+#   gpu.log            all that was printed; by its lines "== NAME: made" a later call knows what it can leave out
+#   correctness.log    the tests, with tracebacks
+#   bench.jsonl        records of sparsenet bench, one a line; of two with one name the later one counts
+#   profile.txt        the kernels of a step by their time
+#   runs.tar.gz.aa, …  trainings that have yet to go on, with their newest checkpoint
+#   done.tar.gz.aa, …  trainings at their end, those of seed 0 with the weights; a later call does not need them
+#
+# The exit code is 1 where something failed, 3 where nothing did and something is yet to be made.
+#
+#   DATA=folder     CIFAR-10 for the trainings (any --dataset_dir of sparsenet train); DATA_NAME: its name in reports
+#   LIMIT=540       seconds for all
+#   PIECES='.*'     the names of the pieces to make, a regular expression
+#   QUICK=1         tiny networks on a CPU: proves that this script works
 #   PYTHON=python3  with torch; the package is taken from src/, it need not be installed
 set -euo pipefail
 
-usage() {
-    echo "usage: $0 OUT correctness|bench|evidence|all [BEFORE]" >&2
-    exit 2
-}
-
-[ $# -ge 2 ] && [ $# -le 3 ] || usage
+[ $# -ge 1 ] && [ $# -le 2 ] || { echo "usage: $0 OUT [BEFORE]" >&2; exit 2; }
 mkdir -p "$1"
 out=$(cd "$1" && pwd)
-part=$2
-before=$(cd "${3:-$1}" && pwd)
-script=$(cd "$(dirname "$0")" && pwd)/$(basename "$0")
-cd "$(dirname "$script")/.."
-export PYTHONPATH=src${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
-python=${PYTHON:-python3}
-limit=${LIMIT:-520}
-quick=${QUICK:-}
+before=$(cd "${2:-$1}" && pwd)
+data=${DATA:+$(realpath "$DATA")} data_name=${DATA_NAME:-}
+limit=${LIMIT:-540} pieces=${PIECES:-.*} quick=${QUICK:-} python=${PYTHON:-python3}
+least=20 spare=25 # seconds: with which a piece is begun, and that a training needs to conclude
+tiny_bench=() tiny_train=() seeds=(0 1 2)
+if [ -n "$quick" ]; then
+    least=1 spare=3 seeds=(0)
+    tiny_bench=(--model sparsenet_40_12 --batch_size 2 --image_size 8 --steps 1)
+    tiny_train=(--preset digits --depth 10 --growth_rate 4 --first_size 4 --batch_size 64 --device cpu)
+    tiny_train+=(--implementation shared)
+    export OMP_NUM_THREADS=1
+fi
+log=$out/gpu.log
+cd "$(dirname "$0")/.."
+export PYTHONPATH=src${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 COLUMNS=240
+work=$(mktemp -d) # what is large or unfinished stays out of OUT until it is packed
+failed=() missing=() training=
 
-begin() { # NAME: a log of its own for what this part prints
-    exec > >(tee "$out/$1.log") 2>&1
-    end=$((SECONDS + limit))
-    echo "$1: $(date -u +%FT%TZ), $(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>/dev/null || echo no GPU)"
+# --- the frame ---------------------------------------------------------------------------------------------------
+
+say() { echo "$*" | tee -a "$log"; }
+
+last_line() { tail -n 1 "$1" | cut -c -240; }
+
+left() { # [UNTIL]: seconds
+    local until=${1:-$limit}
+    [ "$until" -lt "$limit" ] || until=$limit
+    echo $((until > SECONDS ? until - SECONDS : 0))
 }
 
-left() { echo $((end > SECONDS ? end - SECONDS : 0)); }
-
-correctness() {
-    begin correctness
-    local tests=(tests/test_triton.py tests/test_step.py tests/test_ops.py)
-    [ -z "$quick" ] || tests=(tests/test_topology.py)
-    timeout -k 10 "$(left)" "$python" -m pytest -q -p no:cacheprovider "${tests[@]}"
-}
-
-record() { # NAME FLAGS...: made unless it is there already, as long as there is time
-    local name=$1 began=$SECONDS
+within() { # UNTIL COMMAND...: its exit code; 124, or 137 where it had to be killed, if it was not done by then
+    local seconds
+    seconds=$(left "$1")
     shift
-    if [ -e "$out/bench/$name/bench.json" ]; then
-        echo "== $name: made before"
-    elif [ "$(left)" -lt 20 ]; then
-        missing+=("$name")
-    else
-        echo "== $name: sparsenet bench $*"
-        if timeout -k 10 "$(left)" "$python" -m sparsenet.cli bench "$@" --out "$out/bench/$name"; then
-            echo "== $name: $((SECONDS - began)) s"
-        else
-            missing+=("$name")
-            echo "== $name: no result after $((SECONDS - began)) s"
-        fi
-    fi
+    [ "$seconds" -gt 0 ] || return 124
+    timeout -k 10 -s "${signal:-TERM}" "$seconds" "$@" 3>&- & # in the background: waiting can be interrupted
+    wait $!
 }
 
-networks() {
-    local engines=shared-bf16-captured,triton-bf16-captured
-    record step-100-24 --measures step,infer,memory --memory
-    record epoch-100-24 --variants $engines --measures epoch --best_batch
-    record first-100-24 --variants $engines,triton-bf16 --measures first
-    record densenet121 --model densenet121 --batch_size 128 --measures step,infer,memory --memory \
-        --variants torchvision-bf16,torchvision-bf16-nhwc,torchvision_efficient-bf16,reference-bf16,$engines \
-        --variants triton-bf16,triton-bf16-lean-captured
-    record others --model sparsenet_40_12,sparsenet_bc_100_24,densenet_bc_100_12 --precision bf16
-    record depth --measures none --depths 40,100,250,500,1000 --steps 3 --variants reference-bf16,$engines
-    record best-100-24 --measures none --best_batch --variants reference-bf16,reference-bf16-nhwc
-    # last: compiling takes minutes, and where it does not end in time, this alone is missing
-    record compiled-100-24 --measures step,infer,memory \
-        --variants reference-fp32,reference-bf16,reference-bf16-nhwc-compiled,$engines
-}
+made() { grep -q "^== $1: made" "$log"; }
 
-bench() {
-    begin bench
-    missing=()
-    if [ -e "$before/bench.tar.gz" ]; then tar xzf "$before/bench.tar.gz" -C "$out"; fi
-    mkdir -p "$out/bench"
-    if [ -n "$quick" ]; then
-        local tiny=(--batch_size 2 --image_size 8 --steps 1 --device cpu)
-        record step --model sparsenet_40_12 "${tiny[@]}" --measures step --variants reference-fp32,shared-fp32
-        record depth --measures none --depths 7,10 "${tiny[@]}" --variants shared-fp32
-    else
-        networks
-    fi
-    tar czf "$out/bench.tar.gz" -C "$out" bench
-    rm -r "$out/bench"
-    [ ${#missing[@]} -eq 0 ] || { echo "missing: ${missing[*]}; call again with $out as BEFORE"; return 1; }
-}
-
-evidence() {
-    begin evidence
-    missing=()
-    if [ ! -d "$out/runs" ] && [ -e "$before/runs.tar.gz.aa" ]; then cat "$before"/runs.tar.gz.?? | tar xz -C "$out"; fi
-    mkdir -p "$out/runs"
-    if [ -n "$quick" ]; then
-        train paper 3 --dataset digits --depth 7 --growth_rate 4 --device cpu
-        train strong 2 --dataset digits --depth 7 --growth_rate 4 --device cpu --ema 0.9 --trivial_augment true
-    elif [ -d "${DATA:-}" ]; then
-        runs
-    else
-        echo "DATA: expected a folder with CIFAR-10 as sparsenet train takes it, found '${DATA:-}'"
-        return 1
-    fi
-    tar cz -C "$out" runs | split -b 15M - "$out/new."
-    rm -rf "$out"/runs.tar.gz.?? "$out/runs" # an archive may have had more parts than its successor
-    for part in "$out"/new.??; do mv "$part" "$out/runs.tar.gz.${part##*.}"; done
-    [ ${#missing[@]} -eq 0 ] || { echo "not at their end: ${missing[*]}; call again with $out as BEFORE"; return 1; }
-}
-
-runs() {
-    local data=(--preset paper --dataset_dir "$DATA" ${DATA_NAME:+--dataset_name "$DATA_NAME"})
-    local net=(--fetch sparse --depth 100 --growth_rate 24) seed
-    # 94 and 95 %: how soon. Images grow from 16 pixels, so that early epochs are cheap.
-    local fast=(--schedule onecycle --lr 0.4 --batch_size 256 --warmup 3 --weight_decay 5e-4 --ema 0.995 --first_size 16)
-    # As the paper's in network, epochs and batch, stronger in what is seen and in how the rate falls.
-    local strong=(--schedule cosine --warmup 5 --weight_decay 5e-4 --label_smoothing 0.1 --ema 0.9995)
-    strong+=(--trivial_augment true --cutout 8 --cutmix 1)
-    for seed in 0 1 2; do
-        train "fast-15-seed$seed" 15 "${data[@]}" "${net[@]}" "${fast[@]}" --seed $seed
-        train "fast-30-seed$seed" 30 "${data[@]}" "${net[@]}" "${fast[@]}" --seed $seed
-    done
-    train paper-seed0 300 "${data[@]}" "${net[@]}" --batch_size 64 --drop_1 150 --drop_2 225
-    train densenet-bc-seed0 300 "${data[@]}" --fetch dense --depth 100 --growth_rate 12 --bottleneck true
-    for seed in 0 1 2; do train "strong-seed$seed" 300 "${data[@]}" "${net[@]}" "${strong[@]}" --seed $seed; done
-}
-
-train() { # NAME EPOCHS FLAGS...: begun, resumed, or left alone where it is at its end, as long as there is time
-    local name=$1 epochs=$2 run=$out/runs/$1 began=$SECONDS spare=25
+piece() { # NAME UNTIL COMMAND...: which returns 0: made, 3: to be continued, or else: failed
+    local name=$1 until=$2 began=$SECONDS code=3 how
     shift 2
-    local flags=("$@" --max_epoch "$epochs" --out "$run") where=()
-    if [ "$(done_epochs "$run")" -ge "$epochs" ]; then
-        echo "== $name: made before"
+    [[ $name =~ ^($pieces)$ ]] || return 0
+    if made "$name"; then
+        say "$name was made before"
         return
-    elif [ "$(left)" -lt 60 ]; then
-        missing+=("$name")
-        return
-    elif [ -e "$run/config.json" ]; then
-        if [ -z "$quick" ]; then where=(--dataset_dir "$DATA"); fi
-        flags=(--resume "$run" "${where[@]}")
     fi
-    echo "== $name: sparsenet train ${flags[*]}"
-    timeout -k 10 "$(left)" "$python" -m sparsenet.cli train "${flags[@]}" --time_limit $(($(left) - spare)) || true
-    thin "$run"
-    echo "== $name: $(done_epochs "$run") of $epochs epochs after $((SECONDS - began)) s more"
-    [ "$(done_epochs "$run")" -ge "$epochs" ] || missing+=("$name")
+    if [ "$(left "$until")" -ge "$least" ]; then "$@" && code=0 || code=$?; fi
+    case $code in
+        0) how=made ;;
+        3) how="not at its end" missing+=("$name") ;;
+        *) how=FAILED failed+=("$name") ;;
+    esac
+    say "== $name: $how, $((SECONDS - began)) s; $(left) s remain"
+}
+
+begin() {
+    local file kind
+    if [ "$before" != "$out" ]; then
+        for file in "$before"/{gpu.log,correctness.log,bench.jsonl,profile.txt,runs.tar.gz.??,done.tar.gz.??}; do
+            [ ! -e "$file" ] || cp "$file" "$out"
+        done
+    fi
+    touch "$log"
+    already=$(wc -l <"$log")
+    for kind in runs done; do
+        mkdir "$work/$kind"
+        if [ -e "$out/$kind.tar.gz.aa" ] && ! cat "$out/$kind.tar.gz."?? | tar xz -C "$work"; then
+            say "$out/$kind.tar.gz.*: damaged, what it held begins anew"
+            rm -r "$work/$kind" && mkdir "$work/$kind"
+        fi
+    done
+}
+
+pack() { # KIND: in parts, in place of an earlier archive, which may have had more of them
+    local part
+    if [ -n "$(ls "$work/$1")" ]; then tar cz -C "$work" "$1" | split -b 15M - "$out/new.$1." || return; fi
+    rm -f "$out/$1.tar.gz."??
+    for part in "$out/new.$1."??; do [ ! -e "$part" ] || mv "$part" "$out/$1.tar.gz.${part##*.}"; done
+}
+
+stopped() { # EXIT CODE: what is running saves first
+    trap '' INT TERM
+    exec >&3 2>&3 # whatever was redirected
+    say "stopped by a signal"
+    jobs -p | xargs -r kill 2>/dev/null || true
+    wait
+    exit "$1"
+}
+
+leave() {
+    # shellcheck disable=SC2086 # a name and a number
+    if [ -n "$training" ]; then keep $training; fi
+    rm -rf "$work"
+}
+
+# --- the kinds of piece ------------------------------------------------------------------------------------------
+
+VERSIONS='
+import importlib.metadata as known, os, platform, sys, torch
+def version(name):
+    try: return f"{name} {known.version(name)}"
+    except known.PackageNotFoundError: return f"no {name}"
+names = "torch triton numpy torchvision pytest hypothesis safetensors filelock pillow pyarrow rich matplotlib scikit-learn"
+print("Python", platform.python_version(), *map(version, names.split()), sep=", ")
+if not torch.cuda.is_available(): sys.exit("no GPU that PyTorch can use")
+free, total = (round(size / 2**30) for size in torch.cuda.mem_get_info())
+print(torch.cuda.get_device_name(), torch.cuda.get_device_capability(), f"{free} of {total} GiB free, CUDA",
+      torch.version.cuda, "cuDNN", torch.backends.cudnn.version(), os.cpu_count(), "CPU cores")'
+
+environment() { # fails without a GPU
+    local asked=name,driver_version,memory.used,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu code=0
+    say "$(date -u +%FT%TZ), commit $(git describe --always --dirty --abbrev=40 2>/dev/null || echo unknown)," \
+        "src $(find src -name '*.py' | sort | xargs cat | sha256sum | cut -c -16)"
+    say "$(nvidia-smi --query-gpu=$asked --format=csv,noheader 2>&1 || true)"
+    within 60 "$python" -c "$VERSIONS" >"$work/versions" 2>&1 || code=1
+    say "$(tail -n 3 "$work/versions")"
+    [ -n "$quick" ] || return $code
+}
+
+correctness() { # the tests that run on a GPU; beside them what is to be compiled is, which is most of that piece's time
+    local tests=(tests/test_triton.py tests/test_step.py -k "triton or cuda") code=0 ahead
+    if ! "$python" -c "import pytest, hypothesis" 2>/dev/null; then
+        say "no pytest or no hypothesis: the kernels are held to the reference as the benchmark does it"
+        record sparsenet_40_12,sparsenet_bc_100_24,densenet_bc_100_12 triton-fp32,triton-bf16,triton-bf16-captured \
+            --measures step --steps 1
+        return
+    fi
+    [ -z "$quick" ] || tests=(tests/test_topology.py)
+    timeout -k 10 "$(left "$until")" "$python" benchmarks/steps.py --once "$(here reference-bf16-nhwc-compiled)" \
+        "${tiny_bench[@]}" >"$work/ahead" 2>&1 3>&- &
+    ahead=$!
+    # Other versions may warn of what ours do not. Interrupted by SIGINT, pytest tells what it has found.
+    signal=INT PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 within "$until" env --default-signal=INT "$python" -m pytest \
+        -o addopts=-v -o faulthandler_timeout=45 -p no:cacheprovider -W ignore --tb=short --maxfail=8 \
+        --continue-on-collection-errors "${tests[@]}" >"$out/correctness.log" 2>&1 || code=1
+    grep -aE '^(FAILED|ERROR) |^=.*(passed|failed|error|deselected)' "$out/correctness.log" | tr -d = | cut -c -240 |
+        tee -a "$log" || say "killed: $(grep -aE ' (FAILED|ERROR) ' "$out/correctness.log") $(last_line "$out/correctness.log")"
+    wait "$ahead" || say "compiling ahead: not done, $(last_line "$work/ahead")"
+    return $code
+}
+
+sanitized() { # what a kernel touches that is not its own
+    within "$until" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 "$python" -m pytest \
+        -o addopts=-v -p no:cacheprovider -W ignore --tb=line -x tests/test_triton.py -k whole_network \
+        >"$work/found" 2>&1 && return
+    cat "$work/found" >>"$log"
+    grep -aE -m 12 '^=====.*(Invalid|Misaligned|at |by thread|SUMMARY)' "$work/found" || last_line "$work/found"
+    return 1
+}
+
+here() { # VARIANTS: with QUICK, such as run on a CPU
+    local cpu='s/triton/shared/g; s/torchvision(_efficient)?/reference/g; s/-captured|-compiled//g; s/bf16/fp32/g'
+    if [ -n "$quick" ]; then sed -E "$cpu" <<<"$1"; else echo "$1"; fi
+}
+
+record() { # MODELS VARIANTS FLAGS...: a line of bench.jsonl; a variant that fails is left out, and so has the piece
+    local models=$1 variants code=0 status
+    variants=$(here "$2")
+    shift 2
+    if [ -n "$quick" ]; then set -- "$@" "${tiny_bench[@]}" --device cpu; else set -- --model "$models" "$@"; fi
+    while [ -n "$variants" ] && [ "$(left "$until")" -ge "$least" ]; do
+        say "sparsenet bench --variants $variants $*"
+        status=0
+        within "$until" "$python" -m sparsenet.cli bench --variants "$variants" "$@" --json \
+            >"$work/found" 2>"$work/error" || status=$?
+        cat "$work/error" >>"$log"
+        case $status in
+            0)
+                { printf '{"record": "%s", ' "$name"; tr -d '\n' <"$work/found" | sed 's/^{ *//'; echo; } >"$work/line"
+                cat "$work/line" >>"$out/bench.jsonl"
+                table "$work/found"
+                return $code
+                ;;
+            124 | 137)
+                say "not done in its time"
+                return 3
+                ;;
+        esac
+        code=1
+        say "failed: $(last_line "$work/error")"
+        variants=$(fewer "$variants" "$(tail -n 1 "$work/error")")
+    done
+    return 1
+}
+
+table() { # FILE: as Markdown
+    PYTHONPATH=src/sparsenet/bench:src "$python" -c "import json, sys, tables
+print(*tables.report(json.load(open(sys.argv[1]))), sep='\n')" "$1" 2>&1 | tee -a "$log" || true
+}
+
+fewer() { # VARIANTS ERROR: without the one it names first; where it names none, without triton's, or without the last one
+    local all kept
+    all=$(tr ',' '\n' <<<"$1")
+    kept=$(grep -vxF "$(grep -oE '[a-z_]+-(fp32|bf16)(-[a-z]+)*' <<<"$2" | head -n 1)" <<<"$all" || true)
+    [ "$kept" != "$all" ] || kept=$(grep -v '^triton-' <<<"$all" || true)
+    [ "$kept" != "$all" ] || kept=$(head -n -1 <<<"$all")
+    paste -sd, <<<"$kept"
+}
+
+profiled() { # VARIANT...
+    local code=0 variants
+    read -ra variants <<<"$(here "$*")"
+    within "$until" "$python" benchmarks/steps.py "${variants[@]}" "${tiny_bench[@]}" \
+        >"$out/profile.txt" 2>"$work/error" || code=1
+    cat "$work/error" >>"$log"
+    grep -aE 'ms a step|TB/s|failed' "$out/profile.txt" | tee -a "$log" || say "$(last_line "$work/error")"
+    return $code
+}
+
+train() { # EPOCHS FLAGS...: begun or gone on with, to the end or as long as there is time
+    local epochs=$1 run=$work/runs/$name status=0 where=() flags seconds
+    shift
+    seconds=$(($(left "$until") - spare))
+    [ "$seconds" -gt "$spare" ] || return 3
+    if [ -n "$quick" ]; then
+        epochs=3
+    elif [ -d "$data" ]; then
+        where=(--dataset_dir "$data")
+    else
+        say "DATA: expected a folder with CIFAR-10 as sparsenet train takes it, found '$data'"
+        return 3
+    fi
+    flags=("$@" "${where[@]}" ${data_name:+--dataset_name "$data_name"} --max_epoch "$epochs" --out "$run")
+    if [ -e "$run/config.json" ]; then flags=(--resume "$run" "${where[@]}"); else rm -rf "$run"; fi
+    say "sparsenet train ${flags[*]}"
+    training="$name $epochs"
+    within "$until" "$python" -m sparsenet.cli train "${flags[@]}" --time_limit "$seconds" >>"$log" 2>&1 || status=$?
+    tail -n 2 "$log"
+    training=
+    keep "$name" "$epochs"
+    [ ! -e "$work/done/$name" ] || return 0
+    case $status in 0 | 124 | 137) return 3 ;; *) return 1 ;; esac
+}
+
+keep() { # NAME EPOCHS: of a training at its end the weights, if of seed 0; of others what going on needs; packed
+    local run=$work/runs/$1 old
+    if [ "$(done_epochs "$run")" -ge "$2" ]; then
+        rm -f "$run"/checkpoints/last-*
+        [[ $1 == *-seed0 ]] || rm -f "$run"/checkpoints/*
+        mv "$run" "$work/done"
+        pack done
+    elif [ -e "$run/checkpoints" ]; then
+        rm -f "$run"/checkpoints/best-*
+        find "$run/checkpoints" -name "last-*.json" | sort -r | tail -n +2 | while read -r old; do
+            rm -f "$old" "${old%.json}.safetensors"
+        done
+    fi
+    pack runs
 }
 
 done_epochs() { # RUN; one without a result has yet to conclude
     if [ -e "$1/result.json" ]; then echo $(($(wc -l <"$1/metrics.csv") - 1)); else echo 0; fi
 }
 
-thin() { # RUN: what has to be carried: the newest checkpoints only, and of a run at its end the best one only
-    local kind
-    for kind in last best; do
-        find "$1/checkpoints" -name "$kind-*.json" 2>/dev/null | sort -r | tail -n +2 | while read -r old; do
-            rm -f "$old" "${old%.json}.safetensors"
-        done
-    done
-    if [ "$(done_epochs "$1")" -ge "$epochs" ]; then rm -f "$1"/checkpoints/last-*; fi
-}
+# --- the pieces --------------------------------------------------------------------------------------------------
 
-case $part in
-    correctness | bench | evidence) "$part" ;;
-    all)
-        failed=0
-        for each in correctness bench evidence; do
-            "$script" "$out" "$each" "$before" || failed=1
-        done
-        exit $failed
-        ;;
-    *) usage ;;
-esac
+exec 3>&1
+trap leave EXIT
+trap 'stopped 143' TERM
+trap 'stopped 130' INT
+begin
+environment || { say "FAILED: expected a GPU; nothing was tried"; exit 1; }
+
+# Part one. Its UNTIL gives each piece the seconds since the last one's for sure, and what was saved before on top.
+net=sparsenet_100_24
+piece correctness 130 correctness
+if ! made correctness; then # a kernel may hang: first what needs none
+    piece reference-100-24 190 record $net reference-fp32,reference-bf16,reference-bf16-nhwc,shared-bf16-captured \
+        --measures step,infer
+fi
+piece step-100-24 250 record $net \
+    reference-fp32,reference-bf16,reference-bf16-nhwc,shared-bf16-captured,triton-bf16,triton-bf16-captured \
+    --measures step,infer
+engine=triton # unless neither the tests nor the benchmark found it right
+made correctness || grep -qsE '^.record.: "step-100-24".*"variant": "triton-bf16-captured"' "$out/bench.jsonl" ||
+    engine=shared
+piece epoch-100-24 315 record $net $engine-bf16-captured --measures epoch
+piece compiled-100-24 390 record $net reference-bf16,$engine-bf16-captured,reference-bf16-nhwc-compiled \
+    --measures step,infer
+piece densenet121 445 record densenet121 torchvision-bf16-nhwc,reference-bf16-nhwc,$engine-bf16-captured \
+    --batch_size 64 --measures step,infer
+
+paper=(--preset paper --fetch sparse --depth 100 --growth_rate 24 --precision bf16 --implementation $engine)
+# 94 and 95 %: how soon. Images grow from 16 pixels, so that early epochs are cheap.
+fast=("${paper[@]}" --schedule onecycle --lr 0.4 --batch_size 256 --warmup 3 --weight_decay 5e-4 --ema 0.995)
+fast+=(--first_size 16)
+# As the paper's in network, epochs and batch, stronger in what is seen and in how the rate falls.
+strong=("${paper[@]}" --schedule cosine --warmup 5 --weight_decay 5e-4 --label_smoothing 0.1 --ema 0.9995)
+strong+=(--trivial_augment true --cutout 8 --cutmix 1)
+piece fast-15-seed0 515 train 15 "${fast[@]}" "${tiny_train[@]}" --seed 0
+piece profile "$limit" profiled reference-bf16-nhwc $engine-bf16-captured $engine-bf16
+if grep -qsE 'CUDA error|illegal memory' "$out/correctness.log"; then piece sanitizer "$limit" sanitized; fi
+
+# Later quarters of an hour.
+[ -n "$quick" ] || least=60
+for seed in "${seeds[@]}"; do
+    piece fast-15-seed$seed "$limit" train 15 "${fast[@]}" "${tiny_train[@]}" --seed $seed
+    piece fast-30-seed$seed "$limit" train 30 "${fast[@]}" "${tiny_train[@]}" --seed $seed
+done
+piece memory-100-24 "$limit" record $net \
+    reference-bf16,reference-bf16-nhwc,shared-bf16-captured,$engine-bf16,$engine-bf16-captured \
+    --measures memory --memory
+long=("${paper[@]}" "${tiny_train[@]}" --first_size 0 --seed 0)
+piece paper-seed0 "$limit" train 300 "${long[@]}"
+piece densenet-bc-seed0 "$limit" train 300 "${long[@]}" --fetch dense --growth_rate 12 --bottleneck true
+if [ -z "$quick" ]; then
+    both=shared-bf16-captured,$engine-bf16-captured
+    piece epochs-100-24 "$limit" record $net reference-bf16,$both --measures epoch
+    piece first-100-24 "$limit" record $net $both,$engine-bf16 --measures first
+    piece others "$limit" record sparsenet_40_12,sparsenet_bc_100_24,densenet_bc_100_12 reference-bf16,$both
+    piece densenet121-memory "$limit" record densenet121 \
+        torchvision-bf16,torchvision_efficient-bf16,reference-bf16,$both,$engine-bf16-lean-captured \
+        --batch_size 64 --measures memory --memory
+    piece depth "$limit" record $net reference-bf16,$both --measures none --depths 40,100,250,500,1000 --steps 3
+    piece best-100-24 "$limit" record $net reference-bf16-nhwc,$engine-bf16-captured --measures none --best_batch
+fi
+for seed in "${seeds[@]}"; do
+    piece strong-seed$seed "$limit" train 300 "${strong[@]}" "${tiny_train[@]}" --seed $seed
+done
+
+yet=()
+for name in "${missing[@]}"; do made "$name" || yet+=("$name"); done
+echo "This call, with the newest last:"
+tail -n +$((already + 1)) "$log" | grep '^== ' || true
+[ ${#yet[@]} -eq 0 ] || say "yet to be made, by a call with $out as BEFORE: $(printf '%s\n' "${yet[@]}" | sort -u | paste -sd' ')"
+[ ${#failed[@]} -eq 0 ] || { say "FAILED: ${failed[*]}"; exit 1; }
+[ ${#yet[@]} -eq 0 ] || exit 3

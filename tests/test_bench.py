@@ -4,6 +4,9 @@ import json
 import math
 import os
 import subprocess
+import tarfile
+import tempfile
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -563,8 +566,19 @@ def test_the_scripts_are_sound():
 
 
 PROGRAM = """#!/usr/bin/env bash
-# Stands in for the program, and for a Python that runs it: leaves a run of as many epochs as $EPOCHS has.
+# Stands in for the program, and for a Python that runs it: leaves a run of as many epochs as $EPOCHS has, or a record.
 [ -z "${FAIL:-}" ] || exit 1
+case " $* " in
+    *" train "*) ;;
+    *" bench "*)
+        [[ $* != *"${WRONG:-nothing}"* ]] || { echo "sparsenet: bench: $WRONG: not captured" >&2; exit 2; }
+        [[ $* != *"measures ${HANGS:-nothing}"* ]] || exec sleep 600
+        printf '{\n  "call": "%s"\n}\n' "$*"
+        exit
+        ;;
+    *" pytest "*) exit "${RED:-0}" ;;
+    *) exit 0 ;;
+esac
 while [ $# -gt 0 ]; do
     case $1 in --out | --resume) run=$2 ;; --dataset_dir) data=$2 ;; esac
     shift
@@ -578,6 +592,7 @@ for kind in last best; do
     touch "$run/checkpoints/$kind-1.json"
     head -c "${SIZE:-1}" /dev/urandom >"$run/checkpoints/$kind-1.safetensors"
 done
+[ -z "${STAYS:-}" ] || exec sleep 600
 """
 
 
@@ -591,9 +606,18 @@ def script(tmp_path):
     folder = Path(__file__).parent.parent / "benchmarks"
     environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHON": "python", "QUICK": "1"}
 
-    def run(name, *arguments, **more):
-        words = [folder / name, *arguments]
-        return subprocess.run(words, env=environment | more, capture_output=True, text=True, cwd=tmp_path)
+    def run(name, *arguments, until=None, **more):
+        """*until*: a file and what is in it when the script is told to end."""
+        how = {"env": environment | more, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        with subprocess.Popen([folder / name, *arguments], cwd=tmp_path, **how) as process:
+            while until and process.poll() is None:
+                file, text = until
+                if (tmp_path / file).exists() and text in (tmp_path / file).read_text():
+                    process.terminate()
+                    break
+                time.sleep(0.05)
+            out, err = process.communicate()
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     return run
 
@@ -625,18 +649,75 @@ def test_a_comparison_that_lacks_a_result_says_so(script, tmp_path):
     assert outcome.stderr.count("-seed7: no result") == 6
 
 
-def test_the_gpu_s_trainings_go_on_though_their_archive_shrinks(script, tmp_path):
-    large = str(17 * 2**20)
-    assert script("gpu.sh", "out", "evidence", EPOCHS="1", SIZE=large).returncode == 1  # of 3 and of 2 epochs
-    parts = sorted(path.name for path in (tmp_path / "out").glob("runs.tar.gz.*"))
-    assert len(parts) > 2
-    assert "--resume" in script("gpu.sh", "out", "evidence", EPOCHS="2").stdout
-    assert script("gpu.sh", "out", "evidence", EPOCHS="3").returncode == 0
-    assert [path.name for path in (tmp_path / "out").glob("*.tar.gz.*")] == ["runs.tar.gz.aa"]
-    again = script("gpu.sh", "out", "evidence", EPOCHS="0")
-    assert again.returncode == 0 and again.stdout.count("made before") == 2
-    listed = subprocess.run(["tar", "tzf", tmp_path / "out" / "runs.tar.gz.aa"], capture_output=True, text=True).stdout
-    assert listed.count("best-1.safetensors") == 2 and "last-1" not in listed
+def members(folder, kind):
+    """Names of the files in an archive of gpu.sh."""
+    with tempfile.TemporaryFile() as whole:
+        for part in sorted(folder.glob(f"{kind}.tar.gz.*")):
+            assert part.stat().st_size <= 15 * 2**20
+            whole.write(part.read_bytes())
+        if not whole.tell():
+            return []
+        whole.seek(0)
+        with tarfile.open(fileobj=whole, mode="r:gz") as archive:
+            return [name.removeprefix(f"{kind}/") for name in archive.getnames()]
+
+
+def records(folder):
+    lines = (folder / "bench.jsonl").read_text().splitlines()
+    return {record["record"]: record["call"] for record in map(json.loads, lines)}
+
+
+def test_the_gpu_s_trainings_go_on_wherever_they_are_carried(script, tmp_path):
+    large, two = str(8 * 2**20), {"PIECES": "fast-15-seed0|strong-seed0"}
+    assert script("gpu.sh", "1", EPOCHS="1", SIZE=large, **two).returncode == 3  # of 3
+    assert len(list((tmp_path / "1").glob("runs.tar.gz.*"))) == 2
+    found = members(tmp_path / "1", "runs")
+    assert "fast-15-seed0/checkpoints/last-1.json" in found and not any("best" in name for name in found)
+    second = script("gpu.sh", "2", "1", EPOCHS="2", **two)
+    assert second.returncode == 3 and "--resume" in second.stdout
+    assert script("gpu.sh", "2", EPOCHS="3", **two).returncode == 0
+    assert members(tmp_path / "2", "runs") == []
+    found = members(tmp_path / "2", "done")
+    assert {f"{run}-seed0/checkpoints/best-1.safetensors" for run in ("fast-15", "strong")} < set(found)
+    assert not any("last" in name for name in found)
+    for path in (tmp_path / "2").glob("done.*"):  # fetched and put away
+        path.unlink()
+    again = script("gpu.sh", "3", "2", EPOCHS="0", **two)
+    assert again.returncode == 0 and "sparsenet train" not in again.stdout
+
+
+def test_a_variant_that_fails_on_the_gpu_takes_nothing_from_the_others(script, tmp_path):
+    pieces = {"PIECES": "(step|epoch|compiled)-100-24"}
+    outcome = script("gpu.sh", "out", WRONG="shared-fp32", **pieces)
+    assert outcome.returncode == 1 and "FAILED: step-100-24 epoch-100-24 compiled-100-24" in outcome.stdout
+    found = records(tmp_path / "out")
+    assert found.keys() == {"step-100-24", "compiled-100-24"}  # an epoch is measured of that variant alone
+    assert all("reference-fp32-nhwc" in call and "shared" not in call for call in found.values())
+    assert script("gpu.sh", "out", **pieces).returncode == 0
+    assert all("shared" in call for call in records(tmp_path / "out").values())
+    assert "sparsenet bench" not in script("gpu.sh", "out", **pieces).stdout
+
+
+def test_wrong_kernels_are_told_and_the_rest_is_measured(script, tmp_path):
+    outcome = script("gpu.sh", "out", PIECES=".*-100-24|correctness", RED="1")
+    assert outcome.returncode == 1 and outcome.stdout.endswith("FAILED: correctness\n")
+    assert list(records(tmp_path / "out"))[:2] == ["reference-100-24", "step-100-24"]
+
+
+def test_the_gpu_script_killed_leaves_what_it_has(script, tmp_path):
+    log = "out/gpu.log"
+    assert script("gpu.sh", "out", HANGS="epoch", until=(log, "measures epoch")).returncode == 143
+    assert records(tmp_path / "out").keys() == {"step-100-24"}
+    program = PROGRAM.replace("exec sleep", f"echo x >{tmp_path / 'saved'}; exec sleep")
+    (tmp_path / "bin" / "python").write_text(program)
+    training = {"PIECES": "fast-15-seed0", "STAYS": "1", "EPOCHS": "1"}
+    assert script("gpu.sh", "out", until=("saved", "x"), **training).returncode == 143
+    assert "fast-15-seed0/checkpoints/last-1.safetensors" in members(tmp_path / "out", "runs")
+
+
+def test_a_piece_that_hangs_on_the_gpu_is_ended(script):
+    outcome = script("gpu.sh", "out", PIECES="epoch-100-24", HANGS="epoch", LIMIT="3")
+    assert outcome.returncode == 3 and "yet to be made, by a call with " in outcome.stdout
 
 
 def test_the_gpu_script_is_sound():
