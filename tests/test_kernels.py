@@ -15,7 +15,7 @@ from sparsenet import cli
 from sparsenet.architecture import Architecture
 from sparsenet.model import SparseNet
 from sparsenet.ops import Plan, Reader, Statistics, aggregate, native
-from sparsenet.ops.blocks import IDLE, LEAST, Blocks
+from sparsenet.ops.blocks import IDLE, LEAST, Block
 from sparsenet.ops.plan import EPS
 
 if reason := native.unavailable(torch.device("cpu")):
@@ -174,31 +174,36 @@ def test_statistics_far_from_zero():
     assert torch.allclose(work.found[1], exact.var((0, 2, 3), correction=0), rtol=1e-4)
 
 
-def test_blocks_are_handed_out_again_once_nobody_holds_them():
-    blocks = Blocks()
-    first = blocks.take(LEAST, torch.bfloat16)
+def test_a_block_is_handed_out_again_once_nobody_holds_it():
+    block = Block()
+    first = block.take(LEAST, torch.bfloat16)
     place, view = first.data_ptr(), first[:10].view(2, 5)
     del first
     gc.collect()
-    second = blocks.take(LEAST, torch.bfloat16)
+    second = block.take(LEAST, torch.bfloat16)
     assert second.data_ptr() != place  # the view holds the first
     del view
     gc.collect()
-    assert blocks.take(LEAST // 2, torch.float32).data_ptr() == place
+    assert block.take(LEAST // 2, torch.float32).data_ptr() == place
 
 
-def test_blocks_that_are_too_small_or_not_wanted_go_back():
-    blocks = Blocks()
-    blocks.take(LEAST, torch.float32)
+def test_one_block_is_kept_and_none_that_is_too_large():
+    block = Block()
+    large, small = block.take(4 * LEAST, torch.uint8), block.take(2 * LEAST, torch.uint8)
+    del small
     gc.collect()
-    larger = blocks.take(2 * LEAST, torch.float32)
-    assert not blocks.free
-    del larger
+    assert block.memory is None
+    del large
     gc.collect()
-    for _ in range(IDLE + 2):
-        held = blocks.take(4 * LEAST, torch.uint8)
-    assert [len(block.memory) for block in blocks.free] == []
-    assert len(held) == 4 * LEAST
+    assert len(block.memory) == 4 * LEAST
+    for _ in range(IDLE + 1):
+        held = block.take(2 * LEAST, torch.uint8)
+        del held
+        gc.collect()
+    assert len(block.memory) == 2 * LEAST
+    block.take(8 * LEAST, torch.uint8)
+    gc.collect()
+    assert len(block.memory) == 8 * LEAST
 
 
 def test_a_kept_graph_keeps_its_block():

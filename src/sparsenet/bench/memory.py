@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -41,10 +42,12 @@ class Live(TorchDispatchMode):
     def __init__(self, device: torch.device):
         super().__init__()  # type: ignore[no-untyped-call]
         self.device = device
+        self.storages: set[int] = set()  # known, alive; a block of an engine's is another one each time
         self.numbers: dict[int, int] = {}  # by address of what is alive
         self.bytes: dict[int, int] = {}  # by number
         self.peak: dict[int, int] = {}
-        self.flat: set[int] = set()  # what began as uninitialised memory without a shape: an engine's blocks
+        self.holders: Counter[int] = Counter()  # how many storages hold what lies at an address
+        self.flat: set[int] = set()  # what began as memory without a shape, or as bytes: an engine's blocks
         self.total = self.highest = self.last = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -52,25 +55,32 @@ class Live(TorchDispatchMode):
         for leaf in tree_leaves(found):
             if isinstance(leaf, Tensor) and leaf.device.type == self.device.type:
                 number = self.number(leaf)
-                if func is torch.ops.aten.empty.memory_format and leaf.ndim == 1:
+                flat = leaf.ndim == 1 and leaf.numel() > 0
+                if flat and (func is torch.ops.aten.empty.memory_format or leaf.dtype == torch.uint8):
                     self.flat.add(number)
         return found
 
     def number(self, tensor: Tensor) -> int:
         """The same for all tensors that share memory; counts what was not known yet."""
         storage = tensor.untyped_storage()
-        address = storage._cdata
-        if address not in self.numbers:
-            self.last += 1
-            self.numbers[address], self.bytes[self.last] = self.last, storage.nbytes()
-            weakref.finalize(storage, self._forget, address)
-            self.total += storage.nbytes()
-            if self.total > self.highest:
-                self.highest, self.peak = self.total, dict(self.bytes)
-        return self.numbers[address]
+        address = storage.data_ptr()
+        if storage._cdata not in self.storages and address:
+            self.storages.add(storage._cdata)
+            self.holders[address] += 1
+            weakref.finalize(storage, self._forget, storage._cdata, address)
+            if address not in self.numbers:
+                self.last += 1
+                self.numbers[address], self.bytes[self.last] = self.last, storage.nbytes()
+                self.total += storage.nbytes()
+                if self.total > self.highest:
+                    self.highest, self.peak = self.total, dict(self.bytes)
+        return self.numbers.get(address, 0)
 
-    def _forget(self, address: int) -> None:
-        self.total -= self.bytes.pop(self.numbers.pop(address))
+    def _forget(self, storage: int, address: int) -> None:
+        self.storages.discard(storage)
+        self.holders[address] -= 1
+        if not self.holders[address]:
+            self.total -= self.bytes.pop(self.numbers.pop(address))
 
 
 def parts(work: Workload, peak: float) -> dict[str, float]:

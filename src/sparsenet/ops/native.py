@@ -25,7 +25,7 @@ from torch import Tensor
 
 from sparsenet.files import cache_folder
 from sparsenet.ops import engine
-from sparsenet.ops.blocks import Blocks
+from sparsenet.ops.blocks import Block
 from sparsenet.ops.plan import EPS, MOMENTUM, Plan, Reader, Statistics
 
 FOLDER = Path(__file__).with_name("kernels")
@@ -33,7 +33,7 @@ SOURCE = FOLDER / "native.c"
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 PATIENCE = 120  # seconds for a compiler that takes about ten
 SUFFIXES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16"}
-FEATURES = {  # of which processors what is fast, by who made it: see the log of 2026-11-26
+FAST = {  # what is fast on processors, by who made them: see "What multiplies" in DESIGN.md
     "GenuineIntel": ("-DBYTES=64", "-mprefer-vector-width=512"),
     "AuthenticAMD": ("-DPAIRS",),
 }
@@ -72,7 +72,7 @@ def _library() -> ctypes.CDLL | str:
 def _built(compiler: str, more: list[str]) -> ctypes.CDLL | str:
     """The library, from the cache or compiled; what went wrong."""
     processor = _processor()
-    fast = next((flags for maker, flags in FEATURES.items() if any(maker in line for line in processor)), ())
+    fast = next((flags for maker, flags in FAST.items() if any(maker in line for line in processor)), ())
     flags = [*FLAGS, *fast, *more, *os.environ.get("CFLAGS", "").split()]
     sources = [path.read_bytes() for path in sorted(FOLDER.iterdir())]
     key = hashlib.sha256(repr((sources, flags, compiler, processor)).encode()).hexdigest()[:16]
@@ -122,7 +122,7 @@ def _run(command: list[str]) -> str | None:
     return errors[0] if running.returncode else None
 
 
-BLOCKS = Blocks()
+FEATURES, SUMS = Block(), Block()
 
 
 class Pass(ctypes.Structure):
@@ -156,16 +156,23 @@ class Native(engine.Engine):
         # For each reader, of each feature it reads: first column, width and place; whether its sum has been begun.
         self.links: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def empty(self, width: int) -> Tensor:
-        return BLOCKS.take(self.pixels * width, self.dtype)
-
     @staticmethod
     def choose_layout(x: Tensor) -> torch.memory_format:
         return torch.channels_last
 
     @cached_property
     def kept(self) -> tuple[Tensor, ...]:
-        return self.empty(self.columns.total), torch.empty(2, sum(self.widths), dtype=self.wide)
+        return self.block(FEATURES), torch.empty(2, sum(self.widths), dtype=self.wide)
+
+    @cached_property
+    def block_of_sums(self) -> Tensor:
+        return self.block(SUMS)
+
+    def block(self, kept: Block) -> Tensor:
+        """Memory for all features; where it is to be lean, nothing is kept for the next step."""
+        if self.plan.memory == "lean":
+            return self.empty(self.columns.total)
+        return kept.take(self.pixels * self.columns.total, self.dtype)
 
     @cached_property
     def found(self) -> Tensor:
