@@ -42,9 +42,13 @@ def quick(monkeypatch):
     monkeypatch.setattr(fastest, "ROUNDS", (1, 1))
 
 
+@pytest.mark.parametrize("busy", [False, True])
 @pytest.mark.parametrize("dtype", ops.MEASURED)
 @pytest.mark.parametrize("around", [torch.enable_grad, torch.no_grad, torch.inference_mode])
-def test_measuring_gives_seconds_and_disturbs_nothing(quick, around, dtype):
+def test_measuring_gives_seconds_and_disturbs_nothing(quick, around, dtype, busy, monkeypatch):
+    monkeypatch.setattr(fastest, "_busy", lambda: busy)
+    torch.set_num_threads(2)
+    monkeypatch.setattr(fastest, "LIMIT", 0 if busy else 9)  # no time for more than the first round
     implementations = {name: ops._load(name).aggregate for name in ops._able(CPU)}
     before = torch.get_rng_state()
     with around(), torch.autocast("cpu", torch.float16), torch.device("meta"):
@@ -52,8 +56,10 @@ def test_measuring_gives_seconds_and_disturbs_nothing(quick, around, dtype):
         found = MEASURE(CPU, dtype, implementations)
         assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == (grad, inference)
         assert torch.get_autocast_dtype("cpu") == torch.float16
-    assert torch.equal(torch.get_rng_state(), before)
-    for seconds in found:
+    assert torch.equal(torch.get_rng_state(), before) and torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+    assert found.busy == busy
+    for seconds in found[:2]:
         assert list(seconds) == list(implementations)
         assert all(0 < each < math.inf for each in seconds.values())
 
@@ -63,7 +69,7 @@ def test_what_does_not_take_a_precision_is_left_out(quick):
         raise ValueError("not in this precision")
 
     found = MEASURE(CPU, torch.float32, {"other": refuses, "reference": reference.aggregate})
-    assert [list(seconds) for seconds in found] == [["reference"], ["reference"]]
+    assert [list(seconds) for seconds in found[:2]] == [["reference"], ["reference"]]
     assert MEASURE(CPU, torch.float32, {"other": refuses}) == fastest.Figures({}, {})
 
 
@@ -169,7 +175,7 @@ print(ops.figures(torch.device("cpu"), torch.float32) is not None)
     ]
     assert [each.communicate()[0] for each in both] == ["True\n"] * 2
     (file,) = (folder / "sparsenet").glob("figures-*")
-    assert set(json.loads(file.read_text())) == {"of", *fastest.KINDS}
+    assert set(json.loads(file.read_text())) == {"of", "busy", *fastest.KINDS}
     assert all(path.suffix in (".json", ".so") for path in (folder / "sparsenet").iterdir())  # nothing half done
 
 
@@ -226,3 +232,17 @@ def test_bf16_where_it_is_not_slower(fp32, bf16, expected, found, monkeypatch):
     assert ops.choose_precision("fp32", CPU) == "fp32"
     monkeypatch.setattr(ops, "computes_in_bf16", lambda device: False)
     assert ops.choose_precision("auto", CPU) == "fp32"
+
+
+def test_what_was_measured_in_two_ways_is_not_compared(counted, monkeypatch):
+    """Threads together on a machine left alone, one of them on a busy one: both are measured again."""
+    ways = iter([True, False, True, True])
+    seconds = {"native": 1.0, "shared": 2.0, "reference": 3.0}
+
+    def measure(device, dtype, implementations):
+        counted.append(dtype)
+        return fastest.Figures(seconds, seconds, next(ways))
+
+    monkeypatch.setattr(fastest, "measure", measure)
+    assert ops.slowdown(CPU) == 1 and len(counted) == 4
+    assert ops.slowdown(CPU) == 1 and len(counted) == 4

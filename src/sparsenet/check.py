@@ -10,7 +10,7 @@ import torch
 
 from sparsenet import ops
 from sparsenet.data import DataConfig, load_dataset
-from sparsenet.device import choose_device
+from sparsenet.device import choose_device, computes_in_bf16
 from sparsenet.ops.fastest import KINDS
 from sparsenet.run import environment
 
@@ -52,12 +52,14 @@ def check(dataset_dir: str = "", measure: bool = False) -> dict[str, Any]:
 def _auto(device: torch.device, measure: bool) -> dict[str, Any]:
     """By kind of work the precision that is taken; by precision what takes how long, in seconds, and which is taken."""
     found: dict[str, Any] = {"precision": {}, "implementation": {}}
-    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+    dtypes = {"fp32": torch.float32} | ({"bf16": torch.bfloat16} if computes_in_bf16(device) else {})
+    for precision, dtype in dtypes.items():
         figures = ops.figures(device, dtype, anew=measure)
         found["implementation"][precision] = {
             kind: {
                 "taken": ops.choose("auto", device, dtype, kind == "training"),
                 "seconds": figures and figures.of(kind == "training"),
+                "busy": bool(figures and figures.busy),
             }
             for kind in KINDS
         }
@@ -106,6 +108,7 @@ def _choices(device: str, auto: dict[str, Any]) -> Iterator[str]:
         for kind, choice in kinds.items():
             seconds = choice["seconds"] or {}
             took = ", ".join(f"{name} {each:.4f} s" for name, each in seconds.items()) or "not measured"
-            yield f"{device}, {precision}, {kind}: auto takes {choice['taken']} ({took})"
+            how = ", on one thread of a busy machine" if choice["busy"] else ""
+            yield f"{device}, {precision}, {kind}: auto takes {choice['taken']} ({took}{how})"
     for kind, precision in auto["precision"].items():
         yield f"{device}, {kind}: auto precision is {precision}"

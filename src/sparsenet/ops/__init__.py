@@ -93,14 +93,15 @@ def slowdown(
     device: torch.device, implementation: str = "auto", training: bool = True, memory: str = "normal"
 ) -> float | None:
     """How many times as long as fp32 bf16 takes on *device*; ``None`` where it is not measured."""
+    bf16, fp32 = (figures(device, dtype) for dtype in (torch.bfloat16, torch.float32))
+    if bf16 and fp32 and bf16.busy != fp32.busy:  # measured in two ways, so not to be compared
+        bf16, fp32 = (figures(device, dtype, anew=True) for dtype in (torch.bfloat16, torch.float32))
+    if not bf16 or not fp32 or bf16.busy != fp32.busy:
+        return None
     seconds = []
-    for dtype in (torch.bfloat16, torch.float32):
-        found = figures(device, dtype)
-        name = choose(implementation, device, dtype, training, memory)
-        if found is None or name not in found.of(training):
-            return None
-        seconds.append(found.of(training)[name])
-    return seconds[0] / seconds[1]
+    for dtype, found in ((torch.bfloat16, bf16), (torch.float32, fp32)):
+        seconds.append(found.of(training).get(choose(implementation, device, dtype, training, memory)))
+    return seconds[0] / seconds[1] if seconds[0] and seconds[1] else None
 
 
 def figures(device: torch.device, dtype: torch.dtype, anew: bool = False) -> fastest.Figures | None:

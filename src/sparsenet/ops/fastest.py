@@ -29,6 +29,7 @@ from sparsenet.device import device_name
 from sparsenet.files import cache_folder
 from sparsenet.ops.plan import Plan, Reader, Statistics
 
+Clock = Callable[[], float]
 Aggregate = Callable[[Plan, Tensor, Sequence[Reader], Sequence[Statistics], bool], Tensor]
 
 KINDS = ("training", "inference")
@@ -39,7 +40,9 @@ NETWORKS = (  # a stage of each is timed: plain layers that read several feature
 )
 BATCHES = ((8, 32), (32, 8))  # images, pixels a side
 ROUNDS = (3, 12)  # least and most, after one to warm up
-SECONDS = 0.8  # after which no further round is begun
+SECONDS = 0.8  # after which no further round is begun but the least
+LIMIT = 10.0  # seconds, after which none is
+BUSY = 0.8  # the share of its time that a thread gets on a machine left alone, at least
 SETTINGS = ("CC", "CFLAGS", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE")
 
 
@@ -48,6 +51,7 @@ class Figures(NamedTuple):
 
     training: dict[str, float]
     inference: dict[str, float]
+    busy: bool = False  # whether other work had the cores: then the time that one thread has had to itself
 
     def of(self, training: bool) -> dict[str, float]:
         return self.training if training else self.inference
@@ -95,6 +99,7 @@ def figures(
 def measure(device: torch.device, dtype: torch.dtype, implementations: Mapping[str, Aggregate]) -> Figures:
     """Times each, in turns; of several rounds the least. What raises an error for *dtype* is left out.
 
+    On a CPU that other work keeps busy it is the time of one thread, which the other work hardly changes.
     In a thread of its own, since what the caller has switched on (autocast, inference mode, a default device) holds
     for the caller's thread. Random numbers are a generator's own.
     """
@@ -103,27 +108,58 @@ def measure(device: torch.device, dtype: torch.dtype, implementations: Mapping[s
 
 
 def _measure(device: torch.device, dtype: torch.dtype, implementations: Mapping[str, Aggregate]) -> Figures:
-    works = [_Work(network.stages[0], batch, device, dtype) for network, batch in product(NETWORKS, BATCHES)]
-    able: dict[str, Aggregate] = {}
+    threads, on_cpu = torch.get_num_threads(), device.type == "cpu"
+    busy = on_cpu and threads > 1 and _busy()
+    clock = time.thread_time if busy or (on_cpu and threads == 1) else time.perf_counter
+    works = [_Work(network.stages[0], batch, device, dtype, clock) for network, batch in product(NETWORKS, BATCHES)]
     # Weights are fp32 and cast by autocast, each once a step, as in use.
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False):
-        for name, aggregate in implementations.items():
-            with contextlib.suppress(RuntimeError, ValueError, TypeError):
-                for work, kind in product(works, KINDS):
-                    work.seconds(kind, aggregate)
-                able[name] = aggregate
-        begun, rounds = time.perf_counter(), list[dict[tuple[str, str], list[float]]]()
-        while len(rounds) < ROUNDS[0] or (len(rounds) < ROUNDS[1] and time.perf_counter() - begun < SECONDS):
-            turns = product(KINDS, able)
-            rounds.append({(kind, name): [work.seconds(kind, able[name]) for work in works] for kind, name in turns})
-    least = {turn: sum(map(min, zip(*(each[turn] for each in rounds), strict=True))) for turn in product(KINDS, able)}
-    return Figures(*({name: least[kind, name] for name in able} for kind in KINDS))
+        if not busy:
+            return _timed(works, implementations)
+        torch.set_num_threads(1)  # two that wait for each other take a hundred times as long as their work
+        try:
+            return _timed(works, implementations)._replace(busy=True)
+        finally:
+            torch.set_num_threads(threads)
+
+
+def _busy() -> bool:
+    """Whether threads that work together have to wait for cores."""
+    numbers = torch.ones(1 << 18, dtype=torch.float32, device="cpu")
+    numbers.mul_(1.0)
+    begun, own = time.perf_counter(), time.thread_time()
+    while time.perf_counter() - begun < 0.05:
+        numbers.mul_(1.0)
+    return time.thread_time() - own < BUSY * (time.perf_counter() - begun)
+
+
+def _timed(works: Sequence[_Work], implementations: Mapping[str, Aggregate]) -> Figures:
+    """Seconds by kind and implementation; the first round warms up, and counts where there is time for no other."""
+    begun, able = time.perf_counter(), dict[str, Aggregate]()
+    rounds: list[dict[tuple[str, str], list[float]]] = [{}]
+    for name, aggregate in implementations.items():
+        with contextlib.suppress(RuntimeError, ValueError, TypeError):
+            rounds[0] |= {(kind, name): [work.seconds(kind, aggregate) for work in works] for kind in KINDS}
+            able[name] = aggregate
+    for number in range(ROUNDS[1]):
+        if time.perf_counter() - begun > (LIMIT if number < ROUNDS[0] else SECONDS):
+            break
+        turns = product(KINDS, able)
+        rounds.append({(kind, name): [work.seconds(kind, able[name]) for work in works] for kind, name in turns})
+
+    def least(kind: str, name: str) -> float:
+        columns = zip(*(each[kind, name] for each in rounds[1:] or rounds), strict=True)
+        return math.fsum(min(column) for column in columns)
+
+    training, inference = ({name: least(kind, name) for name in able} for kind in KINDS)
+    return Figures(training, inference)
 
 
 class _Work:
     """A stage on random features; *batch* is the number of images and their side."""
 
-    def __init__(self, stage: Stage, batch: tuple[int, int], device: torch.device, dtype: torch.dtype):
+    def __init__(self, stage: Stage, batch: tuple[int, int], device: torch.device, dtype: torch.dtype, clock: Clock):
+        self.clock = clock
         images, side = batch
         generator = torch.Generator().manual_seed(0)  # never the global one: whoever seeded it gets what they expect
 
@@ -145,13 +181,13 @@ class _Work:
 
     def seconds(self, kind: str, aggregate: Aggregate) -> float:
         """Of one call, the device's work included."""
-        begun = time.perf_counter()
+        begun = self.clock()
         with torch.set_grad_enabled(kind == "training"):
             found = aggregate(self.plan, self.x, self.readers, self.statistics, kind == "training")
             if kind == "training":
                 found = torch.autograd.grad(found, [self.x, *self.learned], found.detach().clone())[0]
         found.flatten()[0].item()  # there is a value only when the device is done
-        return time.perf_counter() - begun
+        return self.clock() - begun
 
 
 def keep(key: Mapping[str, Any], figures: Figures) -> None:
@@ -169,10 +205,11 @@ def _read(key: Mapping[str, Any]) -> Figures | None:
     """What :func:`keep` wrote; ``None`` where there is none, or something else."""
     try:
         value = json.loads(_file(key).read_text())
-        found = Figures(*({str(name): float(each) for name, each in value[kind].items()} for kind in KINDS))
+        training, inference = ({str(name): float(each) for name, each in value[kind].items()} for kind in KINDS)
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError):
         return None
-    usable = all(0 < each < math.inf for seconds in found for each in seconds.values())
+    usable = all(0 < each < math.inf for each in (*training.values(), *inference.values()))
+    found = Figures(training, inference, bool(value.get("busy")))
     return found if usable and value.get("of") == key else None
 
 
