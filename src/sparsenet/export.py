@@ -153,12 +153,14 @@ class Runtime:
     def load(self, trained: Trained, pixels: Tensor) -> nn.Module:
         """The network exported and run by this engine: a module from normalised images to logits.
 
-        Raises ``ValueError`` where its logits for *pixels*, uint8 ``(N, C, H, W)``, are not the model's.
+        Raises ``ValueError`` where its logits for *pixels*, uint8 ``(N, C, H, W)``, or for random images are not the
+        model's: of one image alone, the error in bf16 that others are held to would be a matter of luck.
         """
         model = _specification(trained)
         file, _ = _file(model, trained, None)
         run = RUNTIMES[self.name](file, self.precision)
-        _compare(model, [trained.preprocessing.normalise(pixels.cpu())], self.name, run, self.precision)
+        images = [trained.preprocessing.normalise(each) for each in (_random_images(trained), pixels.cpu())]
+        _compare(model, images, self.name, run, self.precision)
         return _Exported(run)
 
 
