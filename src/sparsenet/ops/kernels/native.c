@@ -11,6 +11,7 @@
  *   BYTES     of a vector: 32, or 64 where that is faster
  *   PAIRS     bf16 is multiplied two values at a time by the vectors' own instruction, else as fp32
  *   MATRIX    bf16 is multiplied by tiles: 1 in Intel's AMX, 2 in plain C that means the same
+ *   POISON    scratch memory is filled with values that are no numbers, for tests
  */
 #include <math.h>
 #include <pthread.h>
@@ -92,6 +93,9 @@ static char *scratch(size_t size) {
     if (!arena.memory) return NULL;
     arena.size = size;
   }
+#ifdef POISON
+  memset(arena.memory, 0xff, arena.size);
+#endif
   return arena.memory;
 }
 
