@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What needs a GPU, the most valuable first: for one that is at hand for a quarter of an hour, now and then.
+# What needs a GPU, the most valuable first: for one that is at hand now and then, for a short time.
 #
 #   benchmarks/gpu.sh OUT [BEFORE]
 #

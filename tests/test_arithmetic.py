@@ -87,6 +87,10 @@ def test_what_is_asked_for_is_used(found):
     assert settle(asked, {"precision": "bf16", "implementation": "shared"}, CPU) == Arithmetic("fp32", "reference")
     assert settle(TrainConfig(memory="lean"), {}, CPU).implementation == "shared"
     assert settle(TrainConfig(), {}, CPU).dtype == torch.bfloat16
+    began = {"precision": "bf16", "implementation": "reference"}
+    assert settle(TrainConfig(), began, CPU) == Arithmetic("bf16", "reference", kept=True)
+    assert not settle(TrainConfig(implementation="shared"), began, CPU).kept  # the user has changed it
+    assert not settle(TrainConfig(), {"precision": "bf16"}, CPU).kept
     with pytest.raises(ValueError, match=r"^implementation: 'triton' cannot run here"):
         settle(TrainConfig(implementation="triton"), {}, torch.device("meta"))
 

@@ -64,9 +64,10 @@ def test_measuring_gives_seconds_and_disturbs_nothing(quick, around, dtype, busy
         assert all(0 < each < math.inf for each in seconds.values())
 
 
-def test_what_does_not_take_a_precision_is_left_out(quick):
+@pytest.mark.parametrize("error", [ValueError, RuntimeError, MemoryError])
+def test_what_cannot_be_measured_is_left_out(quick, error):
     def refuses(*_):
-        raise ValueError("not in this precision")
+        raise error("not in this precision")
 
     found = MEASURE(CPU, torch.float32, {"other": refuses, "reference": reference.aggregate})
     assert [list(seconds) for seconds in found[:2]] == [["reference"], ["reference"]]

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,7 @@ def gradients_of(implementation, dtype, plan, x, readers, d):
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     parameters = [[None if t is None else t.to(wide, copy=True).requires_grad_() for t in reader] for reader in readers]
     widths = [x.shape[1], *(len(reader.weight) for reader in readers[:-1])]
-    statistics = [Statistics(torch.zeros(w, dtype=wide), torch.full((w,), 1 - EPS, dtype=wide)) for w in widths]
+    statistics = [Statistics(x.new_zeros(w, dtype=wide), x.new_full((w,), 1 - EPS, dtype=wide)) for w in widths]
     x = x.to(dtype, copy=True).requires_grad_()
     out = aggregate(implementation, plan, x, [Reader(*each) for each in parameters], statistics, False)
     out.backward(d.to(dtype))
@@ -164,6 +165,31 @@ def test_a_compiler_that_hangs_is_stopped(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.so"))
 
 
+def test_a_compiler_that_is_interrupted_is_stopped(tmp_path, monkeypatch):
+    started = tmp_path / "started"
+    compiler = tmp_path / "cc"
+    compiler.write_text(f"#!/bin/sh\necho $$ > {started}\nsleep 600\n")
+    compiler.chmod(0o755)
+
+    def interrupted(*_, **__):
+        while not (started.exists() and started.read_text()):
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess.Popen, "communicate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        native._run([str(compiler)])
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(started.read_text()), 0)
+
+
+def test_a_default_device_is_not_where_memory_is_taken():
+    stage = whole_numbers(1, 64, 64, (24, 24, 24), (3, 3))
+    with torch.device("meta"):
+        found = gradients_of("native", torch.bfloat16, *stage)
+    assert found[0].device.type == "cpu"
+
+
 def test_statistics_far_from_zero():
     """A variance is taken from distances that are small, not as a difference of large squares."""
     torch.manual_seed(0)
@@ -205,6 +231,21 @@ def test_one_block_is_kept_and_none_that_is_too_large():
     block.take(8 * LEAST, torch.uint8)
     gc.collect()
     assert len(block.memory) == 8 * LEAST
+
+
+def test_lean_memory_keeps_no_block(monkeypatch):
+    """Neither of a step nor of an evaluation."""
+    for name in ("FEATURES", "SUMS"):
+        monkeypatch.setattr(native, name, Block())
+    model = SparseNet(Architecture(depth=10, growth_rate=12), "native", memory="lean")
+    images = torch.randn(32, 3, 32, 32)
+    model.train()(images).sum().backward()
+    with torch.no_grad():
+        model.eval()(images)
+    assert native.FEATURES.memory is native.SUMS.memory is None
+    normal = SparseNet(model.architecture, "native").train()
+    normal(images).sum().backward()
+    assert native.FEATURES.memory is not None and native.SUMS.memory is not None
 
 
 def test_a_kept_graph_keeps_its_block():

@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparsenet.architecture import Architecture
 from sparsenet.model import SparseNet
@@ -78,6 +79,14 @@ def test_what_it_does_not_take():
     assert half(torch.randn(1, 3, 8, 8).half()).dtype == torch.float16  # auto takes another
     with pytest.raises(ValueError, match=r"expected fp64, fp32 or bf16, found torch\.float16"):
         model.half()(torch.randn(1, 3, 8, 8).half())
+
+
+@pytest.mark.parametrize("images", [1, 64])
+def test_tensors_without_data_are_refused(images):
+    with FakeTensorMode():
+        model = SparseNet(Architecture(depth=7, growth_rate=12), "native").train()
+        with pytest.raises(ValueError, match="expected tensors with data, found one without; ask for 'reference'"):
+            model(torch.randn(images, 3, 32, 32))
 
 
 def test_the_same_threads_give_the_same_bits():

@@ -336,6 +336,7 @@ def test_the_stage_input_is_left_as_it_was(engine):
 def test_auto_picks_by_device_what_can_run_there(monkeypatch):
     assert choose("auto") == "auto"  # until the device is known
     assert choose("auto", torch.device("meta")) == "shared"
+    assert SparseNet(Architecture(depth=7, growth_rate=2)).to("meta").implementation == "shared"
     monkeypatch.setattr(ops, "unavailable", lambda implementation, device: None)
     assert choose("auto", torch.device("cuda")) == "triton"
     monkeypatch.setattr(ops, "unavailable", lambda name, device: "no reason" if name == "triton" else None)

@@ -45,7 +45,8 @@ def settle(asked: TrainConfig, before: Mapping[str, str], device: torch.device) 
             f"or go on with another, no longer bit for bit: --implementation {other}"
         ) from None
     precision = ops.choose_precision(precision, device, implementation, memory=asked.memory)
-    kept = bool(before) and "auto" in (asked.implementation, asked.precision)
+    autos = [name for name in ("implementation", "precision") if getattr(asked, name) == "auto"]
+    kept = bool(autos) and all(name in before for name in autos) and implementation == before.get("implementation")
     found = Arithmetic(precision, implementation, kept)
     return Arithmetic(precision, ops.choose(implementation, device, found.dtype, memory=asked.memory), kept)
 
@@ -57,11 +58,11 @@ def explain(used: Arithmetic, asked: TrainConfig, device: torch.device) -> Itera
         yield f"{line}, as the run began"
         return
     figures = ops.figures(device, used.dtype) if asked.implementation == "auto" else None
-    if figures:
+    if figures and used.implementation in figures.training:
         line += f", {fastest.compared(used.implementation, figures.training)} here, in training steps of small layers"
     yield line
-    if asked.precision == "auto" and used.precision == "fp32" and computes_in_bf16(device):
-        times = ops.slowdown(device, asked.implementation, memory=asked.memory)
+    passed = asked.precision == "auto" and used.precision == "fp32" and computes_in_bf16(device)
+    if passed and (times := ops.slowdown(device, asked.implementation, memory=asked.memory)):
         yield f"precision fp32: in training steps of small layers bf16 takes {times:.2f} times as long here"
     if asked.implementation == "auto":
         for name, reason in ops.passed_over(device).items():

@@ -124,7 +124,7 @@ class SparseNet(nn.Module):
         """
         like = next(self.stem.parameters())
         kind, dtype = like.device.type, like.dtype
-        if dtype == torch.float32 and torch.is_autocast_enabled(kind):
+        if dtype == torch.float32 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
         training = self.training or torch.is_grad_enabled()
         return ops.choose(self.asked, like.device, dtype, training, self.memory)

@@ -27,9 +27,9 @@ class Block:
         """Uninitialised memory for *count* values, flat."""
         size = count * dtype.itemsize
         if size < LEAST:
-            return torch.empty(count, dtype=dtype)
+            return torch.empty(count, dtype=dtype, device="cpu")
         kept = self._kept(size)
-        memory = torch.empty(size, dtype=torch.uint8) if kept is None else kept
+        memory = torch.empty(size, dtype=torch.uint8, device="cpu") if kept is None else kept
         held = memory.numpy()  # the tensor returned holds this array, and nothing else does
         weakref.finalize(held, self._give_back, memory).atexit = False
         return torch.from_numpy(held)[:size].view(dtype)

@@ -101,7 +101,8 @@ def measure(device: torch.device, dtype: torch.dtype, implementations: Mapping[s
 
     On a CPU that other work keeps busy it is the time of one thread, which the other work hardly changes.
     In a thread of its own, since what the caller has switched on (autocast, inference mode, a default device) holds
-    for the caller's thread. Random numbers are a generator's own.
+    for the caller's thread. Random numbers are a generator's own. The number of threads belongs to the process: where
+    cores are busy it is 1 as long as this takes, for other threads of the program too.
     """
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(_measure, device, dtype, implementations).result()
@@ -138,7 +139,7 @@ def _timed(works: Sequence[_Work], implementations: Mapping[str, Aggregate]) -> 
     begun, able = time.perf_counter(), dict[str, Aggregate]()
     rounds: list[dict[tuple[str, str], list[float]]] = [{}]
     for name, aggregate in implementations.items():
-        with contextlib.suppress(RuntimeError, ValueError, TypeError):
+        with contextlib.suppress(RuntimeError, ValueError, TypeError, MemoryError):
             rounds[0] |= {(kind, name): [work.seconds(kind, aggregate) for work in works] for kind in KINDS}
             able[name] = aggregate
     for number in range(ROUNDS[1]):

@@ -18,7 +18,6 @@ import tempfile
 from collections.abc import Sequence
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +30,7 @@ from sparsenet.ops.plan import EPS, MOMENTUM, Plan, Reader, Statistics
 FOLDER = Path(__file__).with_name("kernels")
 SOURCE = FOLDER / "native.c"
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
-PATIENCE = 120  # seconds for a compiler that takes about ten
+PATIENCE = 120  # seconds for a compiler that takes about three
 SUFFIXES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16"}
 FAST = {  # what is fast on processors, by who made them: see "What multiplies" in DESIGN.md
     "GenuineIntel": ("-DBYTES=64", "-mprefer-vector-width=512"),
@@ -74,10 +73,10 @@ def _built(compiler: str, more: list[str]) -> ctypes.CDLL | str:
     processor = _processor()
     fast = next((flags for maker, flags in FAST.items() if any(maker in line for line in processor)), ())
     flags = [*FLAGS, *fast, *more, *os.environ.get("CFLAGS", "").split()]
-    sources = [path.read_bytes() for path in sorted(FOLDER.iterdir())]
-    key = hashlib.sha256(repr((sources, flags, compiler, processor)).encode()).hexdigest()[:16]
-    target = cache_folder() / f"native-{key}.so"
     try:
+        sources = [path.read_bytes() for path in sorted(FOLDER.glob("*.[ch]"))]
+        key = hashlib.sha256(repr((sources, flags, compiler, processor)).encode()).hexdigest()[:16]
+        target = cache_folder() / f"native-{key}.so"
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             if trouble := _compile(shlex.split(compiler), flags, target):
@@ -110,14 +109,16 @@ def _compile(compiler: list[str], flags: list[str], target: Path) -> str | None:
 
 
 def _run(command: list[str]) -> str | None:
-    """What went wrong. One that takes too long is ended with all that it has started."""
+    """What went wrong. One that takes too long, or that nobody waits for, is ended with all that it has started."""
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, errors="replace", start_new_session=True) as running:
         try:
             _, said = running.communicate(timeout=PATIENCE)
-        except subprocess.TimeoutExpired:
+        except BaseException as error:  # it has a session of its own, so Ctrl-C does not reach it
             os.killpg(running.pid, signal.SIGKILL)
-            return f"nothing after {PATIENCE} s"
+            if isinstance(error, subprocess.TimeoutExpired):
+                return f"nothing after {PATIENCE} s"
+            raise
     errors = [line for line in said.splitlines() if "error" in line] or [f"exit {running.returncode}"]
     return errors[0] if running.returncode else None
 
@@ -140,7 +141,8 @@ class Pass(ctypes.Structure):
 
 
 def _address(tensor: Tensor) -> int:
-    if tensor.numel() and not tensor.data_ptr():
+    stands_for_another = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    if stands_for_another or (tensor.numel() and not tensor.data_ptr()):
         raise ValueError("implementation 'native': expected tensors with data, found one without; ask for 'reference'")
     return tensor.data_ptr()
 
@@ -149,7 +151,8 @@ class Native(engine.Engine):
     """Features channels-last and raw; parameters and statistics at the precision of the sums, fp32 or fp64."""
 
     measured: int | None = None  # the feature that was made last, where it was measured
-    uncorrected: bool | None = None  # whether the gradient given last is a sum yet to be corrected, in training or not
+    # Of the gradient given last, where it is a sum yet to be corrected: its feature, and whether in training.
+    uncorrected: tuple[int, bool] | None = None
 
     def __init__(self, plan: Plan, x: Tensor, parameters: Sequence[Tensor]):
         super().__init__(plan, x, parameters)
@@ -162,7 +165,7 @@ class Native(engine.Engine):
 
     @cached_property
     def kept(self) -> tuple[Tensor, ...]:
-        return self.block(FEATURES), torch.empty(2, sum(self.widths), dtype=self.wide)
+        return self.block(FEATURES), torch.empty(2, sum(self.widths), dtype=self.wide, device="cpu")
 
     @cached_property
     def block_of_sums(self) -> Tensor:
@@ -170,14 +173,14 @@ class Native(engine.Engine):
 
     def block(self, kept: Block) -> Tensor:
         """Memory for all features; where it is to be lean, nothing is kept for the next step."""
-        if self.plan.memory == "lean":
+        if self.plan.memory == "lean" or not self.plan.reuse:
             return self.empty(self.columns.total)
         return kept.take(self.pixels * self.columns.total, self.dtype)
 
     @cached_property
     def found(self) -> Tensor:
         """Mean and variance of all channels, as measured in this pass."""
-        return torch.empty(2, sum(self.widths), dtype=torch.float64)
+        return torch.empty(2, sum(self.widths), dtype=torch.float64, device="cpu")
 
     @cached_property
     def running(self) -> dict[int, Statistics]:
@@ -200,8 +203,8 @@ class Native(engine.Engine):
         read = self.plan.reads[r]
         if r not in self.links:
             lists = [[values[j] for j in read] for values in (self.columns.first, self.widths, self.channels)]
-            begun = torch.tensor([self.plan.sent_first[j] != r for j in read], dtype=torch.uint8)
-            self.links[r] = torch.tensor(lists), begun
+            begun = torch.tensor([self.plan.sent_first[j] != r for j in read], dtype=torch.uint8, device="cpu")
+            self.links[r] = torch.tensor(lists, device="cpu"), begun
         places, begun = self.links[r]
         tensors |= {
             "first": places[0], "widths": places[1], "statistic": places[2], "begun": begun, "block": self.kept[0],
@@ -260,33 +263,29 @@ class Native(engine.Engine):
         """As it is to be used by :meth:`back` next, which corrects it on the way where nothing lies between."""
         self.uncorrected = None
         if j and not self.plan.terms and not self.plan.dropout and self.plan.sent_first[j] is not None:
-            self.uncorrected = training
+            self.uncorrected = j, training
             return self.sums[j]
         return super().gradient(j, training)
 
     def back(self, r: int, d_made: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        correction = {} if self.uncorrected is None else self._correction(r + 1, self.uncorrected)
-        weight = {"weight": self.exact(self.weights[r])}
-        d_scale, d_shift, d_weight = self._share_out(r, "back", d_made, weight, **correction)
+        tensors, numbers = {"weight": self.exact(self.weights[r])}, {}
+        if self.uncorrected:
+            j, training = self.uncorrected
+            assert j == r + 1, "a gradient is used by the reader that made its feature"
+            tensors["x"], numbers = self.features[j], {"place": self.channels[j], "training": int(training)}
+        d_scale, d_shift, d_weight = self._share_out(r, "back", d_made, tensors, **numbers)
         return d_scale, d_shift, d_weight.to(self.weights[r].dtype)
 
-    def _correction(self, j: int, training: bool) -> dict[str, Any]:
-        return {"x": self.features[j], "place": self.channels[j], "training": int(training)}
-
-    def _share_out(
-        self, r: int, function: str, d: Tensor, tensors: dict[str, Tensor], **correction: Any
-    ) -> list[Tensor]:
+    def _share_out(self, r: int, function: str, d: Tensor, tensors: dict[str, Tensor], **numbers: int) -> list[Tensor]:
         """Adds to the sums; gradients of scale and shift, and of the weight where one is given."""
-        d_scale, d_shift = torch.empty(2, len(self.scales[r]), dtype=self.wide)
+        d_scale, d_shift = torch.empty(2, len(self.scales[r]), dtype=self.wide, device="cpu")
         tensors |= {
             "d": d.to(self.dtype).contiguous(memory_format=self.layout), "sums": self.block_of_sums,
             "totals": self.totals, "d_scale": d_scale, "d_shift": d_shift,
         }  # fmt: skip
         if "weight" in tensors:
             tensors["d_weight"] = torch.empty_like(tensors["weight"])
-        if correction:
-            tensors["x"] = correction.pop("x")
-        self.call_reader(function, r, tensors, **correction)
+        self.call_reader(function, r, tensors, **numbers)
         gradients = [d_scale.to(self.scales[r].dtype), d_shift.to(self.shifts[r].dtype)]
         return [*gradients, tensors["d_weight"]] if "weight" in tensors else gradients
 
@@ -305,4 +304,5 @@ def aggregate(
         raise ValueError(
             f"implementation 'native': expected fp64, fp32 or bf16, found {x.dtype}; 'shared' and 'reference' take it"
         )
+    _address(x)
     return engine.aggregate(Native, plan, x, readers, statistics, training)

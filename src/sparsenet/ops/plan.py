@@ -50,6 +50,7 @@ class Plan:
     aggregation: str = "concat"
     dropout: float = 0.0
     memory: str = "normal"  # what is kept: "normal" all features, "lean" not the recomputed, "live" none that is read
+    reuse: bool = True  # whether an engine may keep memory for the next pass
     terms: tuple[tuple[int, ...], ...] = ()  # where features are sums: of which things made before (see ``stored``)
 
     @cached_property
@@ -117,7 +118,7 @@ class Plan:
     @cached_property
     def without_gradient(self) -> Plan:
         """The same for a pass that no backward follows."""
-        return replace(self, memory="live")
+        return replace(self, memory="live", reuse=self.memory != "lean")
 
     def _lay_out(self, widths: Sequence[int]) -> Columns:
         freed: dict[int, list[int]] = {}  # reader, counted from 1, to the features that it reads last

@@ -52,7 +52,9 @@ static void tile_store(int tile, char *to, int64_t stride) {
     memcpy(to + row * stride, tiles_now[tile].bytes[row], shapes_now.bytes[tile]);
 }
 static void tile_multiply(int c, int a, int b) {
-  if (shapes_now.bytes[a] / 4 != shapes_now.rows[b]) __builtin_trap(); /* as the unit does */
+  const Shapes *s = &shapes_now;
+  int fit = s->bytes[a] / 4 == s->rows[b] && s->rows[c] == s->rows[a] && s->bytes[c] == s->bytes[b];
+  if (!fit || s->rows[a] > 16 || s->rows[b] > 16 || s->bytes[a] > 64 || s->bytes[b] > 64) __builtin_trap(); /* as the unit */
   for (int m = 0; m < shapes_now.rows[c]; m++) {
     float sums[16];
     uint16_t left[32], right[32];

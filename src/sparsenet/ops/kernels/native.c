@@ -61,7 +61,7 @@ typedef struct {
   int64_t images, height, width;       /* of the stage */
   int64_t in, out, kernel;             /* of the reader: channels gathered and made */
   int64_t links, statistics;           /* features that it reads; channels of the whole stage */
-  int64_t place, training;             /* where those of what is made or corrected begin; 0: they are constants */
+  int64_t place, training;             /* where those of what is made or corrected begin; whether it depends on them */
   double eps;                          /* added to variances */
   const int64_t *first, *widths, *statistic; /* of each link: column in the block, width, place among the statistics */
   const uint8_t *begun;                /* of each link: whether its sum has been begun by another reader */
@@ -120,23 +120,25 @@ typedef void Body(const void *context, int64_t from, int64_t to, int thread);
 typedef struct {
   Body *body;
   const void *context;
-  int64_t count;
+  int64_t count, size;
 } Team;
 
 static void member(void *data) {
-  const Team *team = data;
+  Team *team = data;
   int64_t me = omp_get_thread_num(), size = omp_get_num_threads(); /* may be fewer than asked for */
+  if (me == 0) team->size = size;
   team->body(team->context, team->count * me / size, team->count * (me + 1) / size, me);
 }
 
-/* body(context, from, to, thread) for parts of `count` tasks, on all threads. */
-static void share_work(Body *body, const void *context, int64_t count) {
-  Team team = {body, context, count};
+/* body(context, from, to, thread) for parts of `count` tasks, on all threads; how many there were. */
+static int64_t share_work(Body *body, const void *context, int64_t count) {
+  Team team = {body, context, count, 0};
   GOMP_parallel(member, &team, omp_get_max_threads(), 0);
+  return team.size;
 }
 
 /* Rows of a band: as many as keep `bytes` a row, and `around` rows more, in the cache, but at least FEWEST, because the
- * rows around a band are made twice; enough bands for all threads. */
+ * rows around a band are read twice; fewer only where there would not be a band for each thread. */
 static int64_t band_rows(const Pass *pass, int64_t bytes, int64_t around) {
   int64_t rows = CACHE / bytes - around;
   int64_t bands = ratio(omp_get_max_threads(), pass->images);

@@ -1,10 +1,8 @@
 /* The passes for one type of feature: STORE in memory, ACC in sums, SUFFIX in the names of functions. */
 #ifdef HALF
 #define LOAD from_bf16
-#define SAVE to_bf16
 #else
 #define LOAD
-#define SAVE
 #endif
 
 #define SLACK(halo) (64 + 2 * (halo)) /* pixels after the last line that may be read */
@@ -294,22 +292,22 @@ typedef struct {
 /* What `count` more values weigh in the mean, and the square of the distance between both means in the squares. */
 typedef struct {
   double mean, squares;
-} NAME(Weights);
+} NAME(Shares);
 
-INLINE NAME(Weights) NAME(weights_of)(const MOMENTS *of, double count) {
+INLINE NAME(Shares) NAME(shares_of)(const MOMENTS *of, double count) {
   double share = count / (of->count + count);
-  return (NAME(Weights)){share, of->count * share};
+  return (NAME(Shares)){share, of->count * share};
 }
 
-INLINE void NAME(add_moments)(MOMENTS *to, int64_t c, NAME(Weights) weights, double mean, double squares) {
+INLINE void NAME(add_moments)(MOMENTS *to, int64_t c, NAME(Shares) shares, double mean, double squares) {
   double distance = mean - to->mean[c];
-  to->mean[c] += distance * weights.mean;
-  to->squares[c] += squares + distance * distance * weights.squares;
+  to->mean[c] += distance * shares.mean;
+  to->squares[c] += squares + distance * distance * shares.squares;
 }
 
 /* A block of columns of x, `count` pixels: the first one is the pivot from which distances are taken. */
 INLINE void NAME(measure_block)(int64_t lanes, int64_t c, const STORE *x, int64_t width, int64_t count, MOMENTS *to,
-                                NAME(Weights) weights) {
+                                NAME(Shares) shares) {
   const BLOCK pivot = NAME(read)(x + c, lanes);
   BLOCK sum = {0}, squares = {0};
   for (int64_t p = 0; p < count; p++) {
@@ -323,13 +321,13 @@ INLINE void NAME(measure_block)(int64_t lanes, int64_t c, const STORE *x, int64_
   memcpy(each[2], &squares, sizeof(squares));
   for (int64_t lane = 0; lane < lanes; lane++) {
     double mean = (double)each[1][lane] / count;
-    NAME(add_moments)(to, c + lane, weights, each[0][lane] + mean, each[2][lane] - mean * each[1][lane]);
+    NAME(add_moments)(to, c + lane, shares, each[0][lane] + mean, each[2][lane] - mean * each[1][lane]);
   }
 }
 
 static void NAME(measure_row)(const STORE *x, int64_t width, int64_t count, MOMENTS *to) {
-  const NAME(Weights) weights = NAME(weights_of)(to, count);
-  BLOCKS(width, NAME(measure_block), x, width, count, to, weights)
+  const NAME(Shares) shares = NAME(shares_of)(to, count);
+  BLOCKS(width, NAME(measure_block), x, width, count, to, shares)
   to->count += count;
 }
 
@@ -341,8 +339,8 @@ static void NAME(settle)(const Pass *pass, const MOMENTS *parts, int64_t threads
   memset(all.squares, 0, pass->out * sizeof(double));
   for (int64_t i = 0; i < threads; i++) {
     if (!parts[i].count) continue;
-    const NAME(Weights) weights = NAME(weights_of)(&all, parts[i].count);
-    for (int64_t c = 0; c < pass->out; c++) NAME(add_moments)(&all, c, weights, parts[i].mean[c], parts[i].squares[c]);
+    const NAME(Shares) shares = NAME(shares_of)(&all, parts[i].count);
+    for (int64_t c = 0; c < pass->out; c++) NAME(add_moments)(&all, c, shares, parts[i].mean[c], parts[i].squares[c]);
     all.count += parts[i].count;
   }
   for (int64_t c = 0; c < pass->out; c++) {
@@ -387,7 +385,7 @@ static void NAME(make_part)(const void *context, int64_t from, int64_t to, int t
   const NAME(Making) *work = context;
   const Pass *pass = work->pass;
   const LINES *lines = &work->lines;
-  int64_t bands = ratio(pass->height, work->rows), wide = padded(pass->out, WIDE), together = TOGETHER(pass->width);
+  int64_t bands = ratio(pass->height, work->rows), wide = padded(pass->out, WIDE), at_once = ROWS_AT_ONCE(pass->width);
   char *memory = work->memory + thread * work->each;
   VALUE *input = (VALUE *)memory;
   ACC *sums = (ACC *)(memory + padded(NAME(lines_size)(lines, work->rows + 2 * lines->halo), 64));
@@ -395,8 +393,8 @@ static void NAME(make_part)(const void *context, int64_t from, int64_t to, int t
   for (int64_t task = from; task < to; task++) {
     int64_t image = task / bands, top = task % bands * work->rows, count = least(work->rows, pass->height - top);
     NAME(gather)(pass, lines, work->s, work->t, image, top - lines->halo, count + 2 * lines->halo, input);
-    for (int64_t row = 0; row < count; row += together) {
-      int64_t now = least(together, count - row);
+    for (int64_t row = 0; row < count; row += at_once) {
+      int64_t now = least(at_once, count - row);
       NAME(convolve)(pass, lines, input + row * lines->across * lines->stride, now, work->packed, pass->out, sums);
       STORE *made = (STORE *)pass->made + (image * pass->height + top + row) * pass->width * pass->out;
       BLOCKS(pass->out, NAME(save), sums, wide, now * pass->width, made, pass->out)
@@ -415,7 +413,7 @@ int NAME(make)(const Pass *pass) {
   PACKING packing = {pass, 0, NULL};
   work.rows = band_rows(pass, work.lines.across * work.lines.stride * sizeof(VALUE), 2 * halo);
   work.each = padded(NAME(lines_size)(&work.lines, work.rows + 2 * halo), 64) +
-              padded(TOGETHER(pass->width) * pass->width * padded(pass->out, WIDE) * sizeof(ACC), 64);
+              padded(ROWS_AT_ONCE(pass->width) * pass->width * padded(pass->out, WIDE) * sizeof(ACC), 64);
   char *memory = NULL;
   for (size_t total = 0;; total = 0) { /* counts, then takes */
     work.s = take(&memory, &total, pass->in * sizeof(ACC));
@@ -552,7 +550,7 @@ typedef struct {
   VALUE *packed;
   ACC *weights; /* each thread's gradient of the weight */
   ACC *slopes;
-  int64_t rows, threads;
+  int64_t rows, threads, came; /* threads that there may be, and that there were */
   LINES lines; /* of d */
   char *memory;
   size_t each, offsets[5];
@@ -634,32 +632,25 @@ static void NAME(back_part)(const void *context, int64_t from, int64_t to, int t
   const Pass *pass = work->pass;
   const LINES *lines = &work->lines;
   const COLUMNS *columns = work->columns + thread;
-  int64_t bands = ratio(pass->height, work->rows), around = 2 * lines->halo, together = TOGETHER(pass->width);
+  int64_t bands = ratio(pass->height, work->rows), around = 2 * lines->halo, at_once = ROWS_AT_ONCE(pass->width);
   char *memory = work->memory + thread * work->each;
   WORD *input = (WORD *)(memory + work->offsets[0]);
   VALUE *d = (VALUE *)(memory + work->offsets[1]);
   char *shifted = memory + work->offsets[2];
   ACC *result = (ACC *)(memory + work->offsets[3]), *weights = work->weights + thread * WEIGHTS(pass);
+  memset(weights, 0, WEIGHTS(pass) * sizeof(ACC));
   for (int64_t task = from; task < to; task++) {
     int64_t image = task / bands, top = task % bands * work->rows, count = least(work->rows, pass->height - top);
-#ifndef NOG
     NAME(gather_words)(pass, columns->s, columns->t, image, top, count, input, INPUT_LINE(pass->width),
                        INPUT_STRIDE(pass->in));
-#endif
     NAME(load_lines)(pass, lines, work->slopes, image, top - lines->halo, count + around, d);
-#ifndef NOW
     NAME(weigh)(pass, lines, input, d, count, shifted, weights);
-#endif
     NAME(begin_products)(pass);
-    for (int64_t row = 0; row < count; row += together) {
-      int64_t now = least(together, count - row);
-#ifndef NOC
+    for (int64_t row = 0; row < count; row += at_once) {
+      int64_t now = least(at_once, count - row);
       NAME(convolve)(pass, lines, d + row * lines->across * lines->stride, now, work->packed, pass->in, result);
-#endif
-#ifndef NOS
       NAME(share_out)(pass, (image * pass->height + top + row) * pass->width, now * pass->width, result,
                       padded(pass->in, WIDE), columns);
-#endif
     }
     NAME(end_products)();
   }
@@ -675,7 +666,7 @@ static void NAME(add_weights)(const void *context, int64_t from, int64_t to, int
     for (int64_t tap = 0; tap < taps; tap++)
       for (int64_t i = 0; i < pass->in; i++) {
         ACC sum = 0;
-        for (int64_t each = 0; each < work->threads; each++)
+        for (int64_t each = 0; each < work->came; each++)
           sum += work->weights[each * WEIGHTS(pass) + WEIGHT_AT(pass, tap, o, i)];
         d_weight[(o * pass->in + i) * taps + tap] = sum;
       }
@@ -692,7 +683,7 @@ int NAME(back)(const Pass *pass) {
   work.rows = band_rows(pass, line * sizeof(WORD) + NAME(shifted_size)(pass, 1), 0);
   size_t sizes[] = {work.rows * line * sizeof(WORD) + INPUT_SLACK(pass), NAME(lines_size)(&work.lines, work.rows + around),
                     NAME(shifted_size)(pass, work.rows + around),
-                    TOGETHER(pass->width) * pass->width * padded(pass->in, WIDE) * sizeof(ACC)};
+                    ROWS_AT_ONCE(pass->width) * pass->width * padded(pass->in, WIDE) * sizeof(ACC)};
   for (int i = 0; i < 4; i++) work.offsets[i + 1] = work.offsets[i] + padded(sizes[i], 64);
   work.each = work.offsets[4];
   char *memory = NULL;
@@ -705,10 +696,9 @@ int NAME(back)(const Pass *pass) {
     if (memory) break;
     if (!(memory = scratch(total))) return 1;
   }
-  memset(work.weights, 0, work.threads * WEIGHTS(pass) * sizeof(ACC)); /* some threads may not come */
   if (pass->x) NAME(find_slopes)(pass, work.slopes);
   share_work(NAME(pack), &packing, NAME(packs)(&packing));
-  share_work(NAME(back_part), &work, pass->images * ratio(pass->height, work.rows));
+  work.came = share_work(NAME(back_part), &work, pass->images * ratio(pass->height, work.rows));
   share_work(NAME(add_weights), &work, pass->out);
   NAME(close)(pass, work.columns, work.threads);
   return 0;
@@ -757,7 +747,6 @@ int NAME(correct)(const Pass *pass) {
 }
 
 #undef LOAD
-#undef SAVE
 #undef PAIR
 #undef TO_VALUE
 #undef VALUE
@@ -772,9 +761,10 @@ int NAME(correct)(const Pass *pass) {
 #undef MOMENTS
 #undef COLUMNS
 #undef SLACK
+#undef LANES
 #undef DEEP
 #undef WIDE
-#undef TOGETHER
+#undef ROWS_AT_ONCE
 #undef INPUT_LINE
 #undef INPUT_STRIDE
 #undef INPUT_SLACK

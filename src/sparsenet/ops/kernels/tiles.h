@@ -6,12 +6,12 @@
  */
 #define DEEP 32 /* the reduction is padded to a multiple of this */
 #define WIDE 16 /* and columns of sums to one of this */
-#define TOGETHER(width) ((width) > 16 ? 1 : 2) /* rows of an image that are convolved at a time */
+#define ROWS_AT_ONCE(width) ((width) > 16 ? 1 : 2) /* rows of an image that are convolved at a time */
 
 /* Rows of the image in 32 pixels of the gradient of a weight. */
-INLINE int64_t rows_together(int64_t width) { return padded(width, 2) > 16 ? 1 : 32 / padded(width, 2); }
+INLINE int64_t rows_in_32(int64_t width) { return padded(width, 2) > 16 ? 1 : 32 / padded(width, 2); }
 /* Positions of a row of the input's words. */
-INLINE int64_t input_line(int64_t width) { return rows_together(width) > 1 ? padded(width, 2) : padded(width, 32); }
+INLINE int64_t input_line(int64_t width) { return rows_in_32(width) > 1 ? padded(width, 2) : padded(width, 32); }
 #define INPUT_LINE(width) input_line(width)
 #define INPUT_STRIDE(in) padded(in, 16)
 #define INPUT_SLACK(pass) (16 * INPUT_STRIDE((pass)->in) * sizeof(WORD))
@@ -74,7 +74,7 @@ static void NAME(convolve)(const Pass *pass, const LINES *lines, const VALUE *va
       int64_t inside = least(2, (wide - column) / 16);
       o.b_step = inside * 1024;
       tile_product(a[1] ? 2 : 1, inside, &o, a[0], a[1], (const char *)(packed + column / 16 * taps * chunks * 512),
-                   c[0] + column, c[1] + column, 0);
+                   c[0] + column, a[1] ? c[1] + column : NULL, 0);
     }
   }
 }
@@ -124,7 +124,7 @@ INLINE void NAME(copy_line)(VALUE *to, const VALUE *from, int64_t count) {
  * each tap column. */
 static void NAME(shift)(const Pass *pass, const LINES *lines, const VALUE *turned, int64_t length, int64_t count,
                         VALUE *to) {
-  int64_t together = rows_together(pass->width), line = together > 1 ? input_line(pass->width) : 32;
+  int64_t together = rows_in_32(pass->width), line = together > 1 ? input_line(pass->width) : 32;
   for (int64_t across = 0; across < pass->kernel; across++)
     for (int64_t y = 0; y < count; y++)
       for (int64_t x = 0; x < (together > 1 ? 1 : pass->width); x += 32)
@@ -140,7 +140,7 @@ static void NAME(shift)(const Pass *pass, const LINES *lines, const VALUE *turne
 static void NAME(weigh)(const Pass *pass, const LINES *lines, WORD *input, const VALUE *d, int64_t count, void *shifted,
                         ACC *weights) {
   int64_t kernel = pass->kernel, taps = kernel * kernel, around = 2 * lines->halo, all = count + around;
-  int64_t together = rows_together(pass->width), line = input_line(pass->width), stride = INPUT_STRIDE(pass->in);
+  int64_t together = rows_in_32(pass->width), line = input_line(pass->width), stride = INPUT_STRIDE(pass->in);
   int64_t length = NAME(turned_length)(pass, all), of_line = ratio(pass->width, 32), out = pass->out;
   VALUE *turned = shifted, *tiles = turned + length * out;
   NAME(turn)(d, lines->stride, out, length, turned);

@@ -16,11 +16,11 @@ typedef ACC NAME(Sum) __attribute__((vector_size(BYTES)));
 typedef NAME(Sum) NAME(Unaligned) __attribute__((aligned(sizeof(ACC))));
 #define VECTOR NAME(Vector)
 #define SUM NAME(Sum)
-#define LANES ((int64_t)(sizeof(SUM) / sizeof(ACC)))
+#define LANES ((int64_t)(sizeof(NAME(Sum)) / sizeof(ACC)))
 
 #define DEEP PAIR  /* the reduction is padded to a multiple of this */
-#define WIDE ((int64_t)(sizeof(NAME(Sum)) / sizeof(ACC))) /* and columns of sums to one of this */
-#define TOGETHER(width) 1 /* rows of an image that are convolved at a time */
+#define WIDE LANES /* and columns of sums to one of this */
+#define ROWS_AT_ONCE(width) 1 /* rows of an image that are convolved at a time */
 #define INPUT_LINE(width) padded(width, PAIR) /* positions of a row of the input's words */
 #define INPUT_STRIDE(in) (in)
 #define INPUT_SLACK(pass) 0
@@ -161,4 +161,3 @@ static void NAME(weigh)(const Pass *pass, const LINES *lines, WORD *input, const
 #undef DOT
 #undef VECTOR
 #undef SUM
-#undef LANES
