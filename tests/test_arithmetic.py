@@ -105,7 +105,7 @@ def test_the_log_says_which_and_by_how_much(found: Found, monkeypatch):
     steps = "training steps of small layers"
     assert told() == [
         f"cpu, fp32, implementation native, 1.9 times shared, 3.1 times reference here, in {steps}",
-        f"precision fp32: in {steps} bf16 takes 2.00 times as long here",
+        f"precision fp32: {steps} take 2.00 of fp32's time in bf16 here",
     ]
     assert told(precision="fp32", implementation="shared") == ["cpu, fp32, implementation shared"]
     assert told(precision="bf16") == [

@@ -124,6 +124,24 @@ def test_without_a_compiler(tmp_path):
     assert "needs a C compiler" in run(CHOOSE.format("native"), **nowhere)
 
 
+@pytest.mark.parametrize("cache", ["a file", "no home"])
+def test_without_a_cache(tmp_path, cache):
+    """Compiled for this process alone, which leaves nothing behind."""
+    (tmp_path / "file").touch()
+    where = (
+        {"XDG_CACHE_HOME": str(tmp_path / "file")} if cache == "a file" else {"XDG_CACHE_HOME": "", "HOME": "/dev/null"}
+    )
+    (tmp_path / "tmp").mkdir()
+    code = "import torch; from sparsenet.ops import native; print(native.unavailable(torch.device('cpu')))"
+    assert run(code, TMPDIR=str(tmp_path / "tmp"), **where) == "None\n"
+    assert not list((tmp_path / "tmp").rglob("*.so"))
+
+
+def test_a_compiler_that_is_not_there(tmp_path):
+    told = run(CHOOSE.format("native"), CC="nowhere-cc", XDG_CACHE_HOME=str(tmp_path))
+    assert "could not be compiled by nowhere-cc: No such file or directory" in told
+
+
 def test_a_compiler_is_not_asked_again(tmp_path):
     """One that fails is remembered, and one with arguments is understood."""
     count, compiler = tmp_path / "count", tmp_path / "cc"

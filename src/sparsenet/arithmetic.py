@@ -61,9 +61,9 @@ def explain(used: Arithmetic, asked: TrainConfig, device: torch.device) -> Itera
     if figures and used.implementation in figures.training:
         line += f", {fastest.compared(used.implementation, figures.training)} here, in training steps of small layers"
     yield line
-    passed = asked.precision == "auto" and used.precision == "fp32" and computes_in_bf16(device)
-    if passed and (times := ops.slowdown(device, asked.implementation, memory=asked.memory)):
-        yield f"precision fp32: in training steps of small layers bf16 takes {times:.2f} times as long here"
+    compared = asked.precision == "auto" and computes_in_bf16(device)
+    if compared and (times := ops.slowdown(device, asked.implementation, memory=asked.memory)):
+        yield f"precision {used.precision}: training steps of small layers take {times:.2f} of fp32's time in bf16 here"
     if asked.implementation == "auto":
         for name, reason in ops.passed_over(device).items():
             yield f"implementation {name} cannot run here: {reason}"

@@ -6,6 +6,7 @@ memory, neither of activations nor of gradients. Features lie channels-last, raw
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -76,14 +77,27 @@ def _built(compiler: str, more: list[str]) -> ctypes.CDLL | str:
     try:
         sources = [path.read_bytes() for path in sorted(FOLDER.glob("*.[ch]"))]
         key = hashlib.sha256(repr((sources, flags, compiler, processor)).encode()).hexdigest()[:16]
-        target = cache_folder() / f"native-{key}.so"
-        if not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if trouble := _compile(shlex.split(compiler), flags, target):
+        with contextlib.ExitStack() as stack:
+            target = _cached(f"native-{key}.so")
+            if target is None:  # compiled for this process alone: what is loaded stays when its file goes
+                target = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "native.so"
+            if not target.exists() and (trouble := _compile(shlex.split(compiler), flags, target)):
                 return trouble
-        return ctypes.CDLL(str(target))
-    except (OSError, RuntimeError) as error:
+            return ctypes.CDLL(str(target))
+    except OSError as error:
         return f"its kernels could not be compiled and loaded: {error}"
+
+
+def _cached(name: str) -> Path | None:
+    """A file of the user's cache, there already or to be written; ``None`` where nothing can be kept."""
+    try:
+        target = cache_folder() / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.exists():
+            tempfile.TemporaryFile(dir=target.parent).close()
+    except (OSError, RuntimeError):  # RuntimeError: no home
+        return None
+    return target
 
 
 def _processor() -> tuple[str, ...]:
@@ -111,7 +125,11 @@ def _compile(compiler: list[str], flags: list[str], target: Path) -> str | None:
 def _run(command: list[str]) -> str | None:
     """What went wrong. One that takes too long, or that nobody waits for, is ended with all that it has started."""
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, errors="replace", start_new_session=True) as running:
+    try:
+        started = subprocess.Popen(command, stdout=pipe, stderr=pipe, errors="replace", start_new_session=True)
+    except OSError as error:
+        return error.strerror
+    with started as running:
         try:
             _, said = running.communicate(timeout=PATIENCE)
         except BaseException as error:  # it has a session of its own, so Ctrl-C does not reach it
