@@ -323,7 +323,7 @@ piece fast-15-seed0 515 train 15 "${fast[@]}" "${tiny_train[@]}" --seed 0
 piece profile "$limit" profiled reference-bf16-nhwc $engine-bf16-captured $engine-bf16
 if grep -qsE 'CUDA error|illegal memory' "$out/correctness.log"; then piece sanitizer "$limit" sanitized; fi
 
-# Later quarters of an hour.
+# Later calls.
 [ -n "$quick" ] || least=60
 for seed in "${seeds[@]}"; do
     piece fast-15-seed$seed "$limit" train 15 "${fast[@]}" "${tiny_train[@]}" --seed $seed

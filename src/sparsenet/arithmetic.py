@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -48,7 +48,7 @@ def settle(asked: TrainConfig, before: Mapping[str, str], device: torch.device) 
     autos = [name for name in ("implementation", "precision") if getattr(asked, name) == "auto"]
     kept = bool(autos) and all(name in before for name in autos) and implementation == before.get("implementation")
     found = Arithmetic(precision, implementation, kept)
-    return Arithmetic(precision, ops.choose(implementation, device, found.dtype, memory=asked.memory), kept)
+    return replace(found, implementation=ops.choose(implementation, device, found.dtype, memory=asked.memory))
 
 
 def explain(used: Arithmetic, asked: TrainConfig, device: torch.device) -> Iterator[str]:

@@ -20,8 +20,9 @@ from sparsenet import weights
 from sparsenet.device import computes_in_bf16
 from sparsenet.evaluate import evaluate
 from sparsenet.extras import require
+from sparsenet.files import write_atomic
 from sparsenet.model import SparseNet
-from sparsenet.run import version, write_atomic
+from sparsenet.run import version
 
 if TYPE_CHECKING:
     from sparsenet.data import Dataset

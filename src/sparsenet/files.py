@@ -1,9 +1,10 @@
-"""The user's cache folder, and files fetched over the network."""
+"""The user's cache folder, files written whole, and files fetched over the network."""
 
 from __future__ import annotations
 
 import math
 import os
+import tempfile
 from http.client import HTTPMessage, HTTPResponse
 from pathlib import Path
 from typing import IO
@@ -14,6 +15,28 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 def cache_folder() -> Path:
     """Where this library keeps what it can make or fetch again; it need not exist yet."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsenet"
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Writes a whole file or nothing: temporary file, fsync, rename, fsync of the folder."""
+    data = content.encode() if isinstance(content, str) else content
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    if os.name == "posix":
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def fetch(url: str, file: Path, timeout: float = 30.0, limit: float = math.inf) -> None:

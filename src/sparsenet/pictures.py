@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparsenet.architecture import Node
 from sparsenet.extras import require
-from sparsenet.run import write_atomic
+from sparsenet.files import write_atomic
 
 INK, FAINT, GRID = "#22272e", "#8a929c", "#e3e6ea"
 COLOURS = {"train": "#0072b2", "val": "#e69f00", "test": "#d55e00"}  # Okabe and Ito's, for any colour vision

@@ -13,7 +13,8 @@ from statistics import fmean, median, stdev
 from typing import Any
 
 from sparsenet.config import RunConfig
-from sparsenet.run import Run, write_atomic
+from sparsenet.files import write_atomic
+from sparsenet.run import Run
 
 COLUMNS = {
     "platform": "platform",

@@ -10,9 +10,10 @@ from html import escape
 from pathlib import Path
 from shlex import quote
 
+from sparsenet.files import write_atomic
 from sparsenet.pictures import KINDS, draw_comparison
 from sparsenet.records import COLUMNS, Row, cell, columns, rank, read_json, read_metrics, read_rows
-from sparsenet.run import version, write_atomic
+from sparsenet.run import version
 
 PICTURES = {
     "curves.png": "Loss and error",

@@ -11,7 +11,6 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from sparsenet.config import RunConfig, load
 from sparsenet.data.images import Preprocessing
 from sparsenet.device import device_name, place
 from sparsenet.extras import require
+from sparsenet.files import write_atomic
 from sparsenet.model import SparseNet
 
 COLUMNS = (
@@ -42,28 +42,6 @@ KEPT = {"last": 2, "best": 1}  # checkpoints of each kind that stay on disk
 
 class RunError(ValueError):
     """A run folder that cannot be used; the message says what was expected, found, and what to do."""
-
-
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Writes a whole file or nothing: temporary file, fsync, rename, fsync of the folder."""
-    data = content.encode() if isinstance(content, str) else content
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def write_json(path: Path, value: Any) -> None:

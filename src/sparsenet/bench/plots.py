@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from sparsenet.bench.tables import report
+from sparsenet.files import write_atomic
 from sparsenet.pictures import FAINT, KINDS, picture
-from sparsenet.run import write_atomic, write_json
+from sparsenet.run import write_json
 
 BARS = {
     "train_seconds": "training step (s)",

@@ -13,7 +13,7 @@ from torch import Tensor
 from sparsenet.device import computes_in_bf16
 from sparsenet.extras import MissingExtra
 from sparsenet.ops import fastest, reference, shared  # noqa: F401 - always loaded
-from sparsenet.ops.plan import MEMORY, Plan, Reader, Statistics
+from sparsenet.ops.plan import MEMORY, Plan, Reader, Statistics, stands_for_another
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -138,7 +138,7 @@ def aggregate(
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
     if (traced and implementation in ("auto", *OPAQUE)) or not x.numel():
         return reference.aggregate(plan, x, readers, statistics, training)
-    if implementation == "auto" and type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+    if implementation == "auto" and stands_for_another(x):
         return reference.aggregate(plan, x, readers, statistics, training)
     name = choose(implementation, x.device, x.dtype, training or torch.is_grad_enabled(), plan.memory)
     return _load(name).aggregate(plan, x, readers, statistics, training)

@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from sparsenet.architecture import Architecture, Stage
 from sparsenet.device import device_name
-from sparsenet.files import cache_folder
+from sparsenet.files import cache_folder, write_atomic
 from sparsenet.ops.plan import Plan, Reader, Statistics
 
 Clock = Callable[[], float]
@@ -196,10 +195,7 @@ def keep(key: Mapping[str, Any], figures: Figures) -> None:
     with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: no home
         target = _file(key)
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            written = Path(folder) / target.name
-            written.write_text(json.dumps({"of": key, **figures._asdict()}, indent=2) + "\n")
-            written.replace(target)
+        write_atomic(target, json.dumps({"of": key, **figures._asdict()}, indent=2) + "\n")
 
 
 def _read(key: Mapping[str, Any]) -> Figures | None:

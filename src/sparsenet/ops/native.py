@@ -26,7 +26,7 @@ from torch import Tensor
 from sparsenet.files import cache_folder
 from sparsenet.ops import engine
 from sparsenet.ops.blocks import Block
-from sparsenet.ops.plan import EPS, MOMENTUM, Plan, Reader, Statistics
+from sparsenet.ops.plan import EPS, MOMENTUM, Plan, Reader, Statistics, stands_for_another
 
 FOLDER = Path(__file__).with_name("kernels")
 SOURCE = FOLDER / "native.c"
@@ -158,11 +158,14 @@ class Pass(ctypes.Structure):
     )
 
 
+NO_DATA = "implementation 'native': expected tensors with data, found one without; ask for 'reference'"
+
+
 def _address(tensor: Tensor) -> int:
-    stands_for_another = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
-    if stands_for_another or (tensor.numel() and not tensor.data_ptr()):
-        raise ValueError("implementation 'native': expected tensors with data, found one without; ask for 'reference'")
-    return tensor.data_ptr()
+    address = tensor.data_ptr()
+    if not address and tensor.numel():
+        raise ValueError(NO_DATA)
+    return address
 
 
 class Native(engine.Engine):
@@ -322,5 +325,7 @@ def aggregate(
         raise ValueError(
             f"implementation 'native': expected fp64, fp32 or bf16, found {x.dtype}; 'shared' and 'reference' take it"
         )
+    if stands_for_another(x):
+        raise ValueError(NO_DATA)
     _address(x)
     return engine.aggregate(Native, plan, x, readers, statistics, training)

@@ -16,6 +16,11 @@ EPS = 1e-5  # added to the variance
 MEMORY = ("normal", "lean")  # what a user can ask to be kept for backward
 
 
+def stands_for_another(tensor: Tensor) -> bool:
+    """Whether it has no data of its own to compute with, as fake tensors and other wrappers."""
+    return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
 class Reader(NamedTuple):
     """The parameters that belong to one reader: BN-ReLU, then a convolution unless it is the stage output."""
 

@@ -52,9 +52,7 @@
 #endif
 #define MOST 3 /* vectors of columns in one product */
 #define FEWEST 8
-#ifndef CACHE
 #define CACHE (384 * 1024) /* scratch memory of a band of rows, in bytes: part of a core's second-level cache */
-#endif
 
 /* One pass of a reader, or over a feature. What a pass does not use is null. Numbers are at the precision of sums. */
 typedef struct {

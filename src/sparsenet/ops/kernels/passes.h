@@ -1,10 +1,4 @@
 /* The passes for one type of feature: STORE in memory, ACC in sums, SUFFIX in the names of functions. */
-#ifdef HALF
-#define LOAD from_bf16
-#else
-#define LOAD
-#endif
-
 #define SLACK(halo) (64 + 2 * (halo)) /* pixels after the last line that may be read */
 /* What is multiplied: VALUEs, of which a WORD holds PAIR that follow one another in the reduction. */
 #if defined(HALF) && (MATRIX || defined(PAIRS))
@@ -58,24 +52,6 @@ INLINE NAME(Bits) NAME(rounded)(BLOCK values) {
 }
 #endif
 
-INLINE BLOCK NAME(read)(const STORE *from, int64_t lanes) {
-#if MASKED && defined(HALF)
-  __mmask16 mask = (1u << lanes) - 1;
-  return (BLOCK)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from)), 16);
-#elif defined(HALF)
-  NAME(Halves) halves = {0};
-  memcpy(&halves, from, lanes * sizeof(STORE));
-  return (BLOCK)(__builtin_convertvector(halves, NAME(Bits)) << 16);
-#elif MASKED
-  if (sizeof(ACC) == 8) return (BLOCK)_mm512_maskz_loadu_pd((1u << lanes) - 1, from);
-  return (BLOCK)_mm512_maskz_loadu_ps((1u << lanes) - 1, from);
-#else
-  BLOCK values = {0};
-  memcpy(&values, from, lanes * sizeof(STORE));
-  return values;
-#endif
-}
-
 INLINE BLOCK NAME(read_sum)(const ACC *from, int64_t lanes) {
 #if MASKED
   if (sizeof(ACC) == 8) return (BLOCK)_mm512_maskz_loadu_pd((1u << lanes) - 1, from);
@@ -84,6 +60,19 @@ INLINE BLOCK NAME(read_sum)(const ACC *from, int64_t lanes) {
   BLOCK values = {0};
   memcpy(&values, from, lanes * sizeof(ACC));
   return values;
+#endif
+}
+
+INLINE BLOCK NAME(read)(const STORE *from, int64_t lanes) {
+#if MASKED && defined(HALF)
+  __mmask16 mask = (1u << lanes) - 1;
+  return (BLOCK)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from)), 16);
+#elif defined(HALF)
+  NAME(Halves) halves = {0};
+  memcpy(&halves, from, lanes * sizeof(STORE));
+  return (BLOCK)(__builtin_convertvector(halves, NAME(Bits)) << 16);
+#else
+  return NAME(read_sum)(from, lanes);
 #endif
 }
 
@@ -369,7 +358,7 @@ INLINE void NAME(save)(int64_t lanes, int64_t c, const ACC *sums, int64_t stride
     NAME(write)(to + p * width + c, NAME(read_sum)(sums + p * stride + c, lanes), lanes);
 }
 
-/* What `make` works with. */
+/* What `make`, `activate` and `measure` work with. */
 typedef struct {
   const Pass *pass;
   ACC *s, *t;
@@ -431,13 +420,8 @@ int NAME(make)(const Pass *pass) {
   return 0;
 }
 
-typedef struct {
-  const Pass *pass;
-  ACC *s, *t;
-} NAME(Affine);
-
 static void NAME(activate_part)(const void *context, int64_t from, int64_t to, int thread) {
-  const NAME(Affine) *work = context;
+  const NAME(Making) *work = context;
   const Pass *pass = work->pass;
   const STORE *block = pass->block;
   for (int64_t row = from; row < to; row++)
@@ -452,7 +436,7 @@ static void NAME(activate_part)(const void *context, int64_t from, int64_t to, i
 int NAME(activate)(const Pass *pass) {
   ACC *s = (ACC *)scratch(2 * pass->in * sizeof(ACC));
   if (!s) return 1;
-  NAME(Affine) work = {pass, s, s + pass->in};
+  NAME(Making) work = {.pass = pass, .s = s, .t = s + pass->in};
   NAME(fold)(pass, work.s, work.t);
   share_work(NAME(activate_part), &work, pass->images * pass->height);
   return 0;
@@ -543,7 +527,7 @@ static void NAME(close)(const Pass *pass, const COLUMNS *columns, int64_t thread
     }
 }
 
-/* What `collect` and `back` work with. */
+/* What `collect`, `back` and `correct` work with. */
 typedef struct {
   const Pass *pass;
   COLUMNS *columns;
@@ -556,14 +540,18 @@ typedef struct {
   size_t each, offsets[5];
 } NAME(Sending);
 
+/* A block of values as sums. */
+INLINE void NAME(widen)(int64_t lanes, int64_t c, const STORE *from, ACC *to) {
+  NAME(write_sum)(to + c, NAME(read)(from + c, lanes), lanes);
+}
+
 static void NAME(collect_part)(const void *context, int64_t from, int64_t to, int thread) {
   const NAME(Sending) *work = context;
   const Pass *pass = work->pass;
   int64_t count = pass->width * pass->in;
   ACC *line = (ACC *)(work->memory + thread * work->each);
   for (int64_t row = from; row < to; row++) {
-    const STORE *d = (const STORE *)pass->d + row * count;
-    for (int64_t i = 0; i < count; i++) line[i] = LOAD(d[i]);
+    BLOCKS(count, NAME(widen), (const STORE *)pass->d + row * count, line)
     NAME(share_out)(pass, row * pass->width, pass->width, line, pass->in, work->columns + thread);
   }
 }
@@ -746,7 +734,6 @@ int NAME(correct)(const Pass *pass) {
   return 0;
 }
 
-#undef LOAD
 #undef PAIR
 #undef TO_VALUE
 #undef VALUE
