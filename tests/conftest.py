@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import dataclasses
 import io
 import os
 import shutil
@@ -19,36 +20,44 @@ import numpy as np
 import pytest
 import torch
 
-from sparsenet import ops
+from sparsenet import capture, device
 from sparsenet.files import cache_folder
-from sparsenet.ops import fastest
+from sparsenet.ops import dispatch, measured
 
 TINY = ("--depth", "7", "--growth-rate", "4")  # the smallest network: one layer a stage
 CLASSES = ("ant", "bee")
 IMAGES = 20  # of each CIFAR batch file
 
-hypothesis.settings.register_profile("plain", deadline=None)  # no test depends on how fast the machine is
+hypothesis.settings.register_profile(
+    "plain", deadline=None
+)  # no test depends on how fast the machine is
 hypothesis.settings.load_profile("plain")
 if not torch.cuda.is_available():
     with pytest.MonkeyPatch.context() as environment, contextlib.suppress(ImportError):
-        environment.setenv("TRITON_INTERPRET", "1")  # read when Triton is first imported: kernels become Python
+        environment.setenv(
+            "TRITON_INTERPRET", "1"
+        )  # read when Triton is first imported: kernels become Python
         import_module("sparsenet.ops.triton")
 
-MEASURE = fastest.measure  # the real one
+MEASURE = measured.measure  # the real one
 CPU = torch.device("cpu")
 Seconds = dict[str, float]
 SECONDS = {"native": 1.0, "shared": 2.0, "reference": 3.0}
 
 
-def _assumed(device: torch.device, dtype: torch.dtype, implementations: Iterable[str]) -> fastest.Figures:
+def _assumed(
+    device: torch.device, dtype: torch.dtype, implementations: Iterable[str]
+) -> measured.Figures:
     """What a measurement finds in tests."""
-    seconds = {name: SECONDS[name] * (0.5 if dtype == torch.bfloat16 else 1.0) for name in implementations}
-    return fastest.Figures(seconds, seconds)
+    seconds = {
+        name: SECONDS[name] * (0.5 if dtype == torch.bfloat16 else 1.0) for name in implementations
+    }
+    return measured.Figures(seconds, seconds)
 
 
 def linked_kernels(folder: Path) -> Path:
     """*folder* as a user's cache that holds the compiled kernels and nothing else."""
-    ops.unavailable("native", CPU)  # compiled now, if they are not yet
+    dispatch.unavailable("native", CPU)  # compiled now, if they are not yet
     mine = folder / "sparsenet"
     mine.mkdir(parents=True)
     for kernels in cache_folder().glob("native-*"):
@@ -61,11 +70,11 @@ def _assume_figures() -> None:
     folder = Path(tempfile.mkdtemp(prefix="sparsenet-tests-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     os.environ["XDG_CACHE_HOME"] = str(linked_kernels(folder))
-    fastest.measure = _assumed
+    measured.measure = _assumed
     for threads in {1, 2, torch.get_num_threads()}:
         torch.set_num_threads(threads)
-        for dtype in ops.MEASURED:
-            ops.figures(CPU, dtype)
+        for dtype in dispatch.MEASURED:
+            dispatch.figures(CPU, dtype)
 
 
 _assume_figures()
@@ -87,7 +96,9 @@ class Outcome:
     @property
     def error(self) -> str:
         """The one line on stderr."""
-        assert self.err.count("\n") == 1 and self.err.endswith("\n"), f"expected one line, found {self.err!r}"
+        assert self.err.count("\n") == 1 and self.err.endswith("\n"), (
+            f"expected one line, found {self.err!r}"
+        )
         assert self.err.startswith("sparsenet"), self.err
         assert "Traceback" not in self.err
         return self.err.strip()
@@ -107,6 +118,16 @@ def signals_put_back() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def record_on_cpu(
+    monkeypatch: pytest.MonkeyPatch, recorder: Callable[[torch.device], object]
+) -> None:
+    """Steps on the CPU are recorded by what *recorder* makes, as those on CUDA are by graphs."""
+    monkeypatch.setitem(
+        device.TRAITS, "cpu", dataclasses.replace(device.TRAITS["cpu"], records=True)
+    )
+    monkeypatch.setattr(capture, "CudaGraphs", recorder)
+
+
 class Found:
     """What a measurement finds from now on, in seconds by implementation; *inference*: where that is other."""
 
@@ -115,18 +136,20 @@ class Found:
 
     def __call__(self, seconds: Seconds, bf16: Seconds | None = None, **inference: float) -> None:
         """And nothing has been measured before."""
-        self.monkeypatch.setattr(fastest, "_known", {})
+        self.monkeypatch.setattr(measured, "_known", {})
         self.monkeypatch.setenv("XDG_CACHE_HOME", tempfile.mkdtemp(dir=self.folder))
         self.anew(seconds, bf16, **inference)
 
     def anew(self, seconds: Seconds, bf16: Seconds | None = None, **inference: float) -> None:
         """What was measured before stays as it is."""
 
-        def measure(device: torch.device, dtype: torch.dtype, able: Iterable[str]) -> fastest.Figures:
+        def measure(
+            device: torch.device, dtype: torch.dtype, able: Iterable[str]
+        ) -> measured.Figures:
             training = bf16 if bf16 and dtype == torch.bfloat16 else seconds
-            return fastest.Figures(dict(training), inference or dict(training))
+            return measured.Figures(dict(training), inference or dict(training))
 
-        self.monkeypatch.setattr(fastest, "measure", measure)
+        self.monkeypatch.setattr(measured, "measure", measure)
 
 
 @pytest.fixture
@@ -135,7 +158,9 @@ def found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Found:
 
 
 @pytest.fixture
-def call(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
+def call(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Call:
     """Runs the program in this process, in an empty folder of its own."""
     from sparsenet import cli
 
@@ -221,4 +246,7 @@ def write_cifar10(root: Path) -> Path:
 def snapshot(folder: Path) -> dict[str, bytes | None]:
     """Every file of a folder, byte for byte, and its folders; the lock, which has no content, left out."""
     paths = (path for path in folder.rglob("*") if path.name != ".lock")
-    return {str(path.relative_to(folder)): None if path.is_dir() else path.read_bytes() for path in paths}
+    return {
+        str(path.relative_to(folder)): None if path.is_dir() else path.read_bytes()
+        for path in paths
+    }

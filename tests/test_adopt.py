@@ -35,31 +35,43 @@ class Layer(nn.Module):
 
     def __init__(self, style, width, growth, factor):
         super().__init__()
-        self.narrow = nn.Sequential(*normed(style, width), nn.Conv2d(width, factor * growth, 1, bias=False))
+        self.narrow = nn.Sequential(
+            *normed(style, width), nn.Conv2d(width, factor * growth, 1, bias=False)
+        )
         self.wide = nn.Sequential(
             *normed(style, factor * growth), nn.Conv2d(factor * growth, growth, 3, 1, 1, bias=False)
         )
         self.saves_memory = style == "checkpointed"
 
     def forward(self, x):
-        narrow = checkpoint(self.narrow, x, use_reentrant=False) if self.saves_memory else self.narrow(x)
+        narrow = (
+            checkpoint(self.narrow, x, use_reentrant=False) if self.saves_memory else self.narrow(x)
+        )
         return torch.cat([x, self.wide(narrow)], 1)
 
 
 class Peer(nn.Module):
     """DenseNet-BC by its definition (arXiv:1608.06993), with the parts of each library as modules."""
 
-    def __init__(self, style="torchvision", blocks=(2, 3, 1), growth=4, stem=6, factor=4, classes=3, chans=3):
+    def __init__(
+        self, style="torchvision", blocks=(2, 3, 1), growth=4, stem=6, factor=4, classes=3, chans=3
+    ):
         super().__init__()
         rates = growth if isinstance(growth, tuple) else (growth,) * len(blocks)
-        parts = [nn.Conv2d(chans, stem, 7, 2, 3, bias=False), *normed(style, stem), nn.MaxPool2d(3, 2, 1)]
+        parts = [
+            nn.Conv2d(chans, stem, 7, 2, 3, bias=False),
+            *normed(style, stem),
+            nn.MaxPool2d(3, 2, 1),
+        ]
         width = stem
         for number, (depth, rate) in enumerate(zip(blocks, rates, strict=True)):
             if number:
                 half = nn.Conv2d(width, width // 2, 1, bias=False)
                 parts.append(nn.Sequential(*normed(style, width), half, nn.AvgPool2d(2, 2)))
                 width //= 2
-            parts.append(nn.Sequential(*(Layer(style, width + i * rate, rate, factor) for i in range(depth))))
+            parts.append(
+                nn.Sequential(*(Layer(style, width + i * rate, rate, factor) for i in range(depth)))
+            )
             width += depth * rate
         last = normed(style, width)
         self.features = nn.Sequential(*parts, last[0])
@@ -177,7 +189,10 @@ def test_what_is_kept():
     assert all(torch.equal(value, before[name]) for name, value in theirs.state_dict().items())
     assert ours.implementation == "reference" and not ours.training
     assert {p.dtype for p in ours.parameters()} == {torch.float32}
-    assert {name for name, p in ours.named_parameters() if not p.requires_grad} == {"stem.0.weight", "classifier.bias"}
+    assert {name for name, p in ours.named_parameters() if not p.requires_grad} == {
+        "stem.0.weight",
+        "classifier.bias",
+    }
     with torch.no_grad():
         ours.stem[0].weight.zero_()
     assert theirs.features[0].weight.any()
@@ -309,7 +324,9 @@ def test_a_forward_that_does_something_else_is_refused(kind, expected):
         adopt(model)
 
 
-@pytest.mark.parametrize("thing", [{}, None, nn.Sequential(), nn.ReLU(), SparseNet, create_model("densenet_40_12")])
+@pytest.mark.parametrize(
+    "thing", [{}, None, nn.Sequential(), nn.ReLU(), SparseNet, create_model("densenet_40_12")]
+)
 def test_other_things_are_refused(thing):
     with pytest.raises(ValueError, match=r"^adopt: "):
         adopt(thing)
@@ -331,7 +348,9 @@ def small(**names):
 def test_torchvisions_own():
     densenet = pytest.importorskip("torchvision.models.densenet", exc_type=ImportError)
     same_as_the_peer(densenet.densenet121(), 3)
-    same_as_the_peer(densenet.DenseNet(**small(num_init_features=6, num_classes=3, memory_efficient=True)), 3)
+    same_as_the_peer(
+        densenet.DenseNet(**small(num_init_features=6, num_classes=3, memory_efficient=True)), 3
+    )
     with pytest.raises(ValueError, match="drop_rate=0"):
         adopt(densenet.DenseNet(**small(drop_rate=0.1)))
 
@@ -342,7 +361,12 @@ def test_timms_own():
     same_as_the_peer(timm.create_model("densenet121", in_chans=1, num_classes=0), 1)
     densenet = pytest.importorskip("timm.models.densenet").DenseNet
     same_as_the_peer(densenet(**small(num_classes=3)), 3)
-    for settings in ({"stem_type": "deep"}, {"proj_drop_rate": 0.1}, {"act_layer": "silu"}, {"global_pool": "max"}):
+    for settings in (
+        {"stem_type": "deep"},
+        {"proj_drop_rate": 0.1},
+        {"act_layer": "silu"},
+        {"global_pool": "max"},
+    ):
         with pytest.raises(ValueError, match=r"^adopt: "):
             adopt(densenet(**small(**settings)))
 
@@ -352,6 +376,11 @@ def test_monais_own():
     densenet = pytest.importorskip("monai.networks.nets.densenet", exc_type=ImportError)
     same_as_the_peer(densenet.DenseNet121(2, 1, 5), 1)
     same_as_the_peer(densenet.DenseNet(2, 2, 3, **small(init_features=6)), 2)
-    for dims, settings in ((3, {}), (2, {"dropout_prob": 0.1}), (2, {"act": "prelu"}), (2, {"norm": "instance"})):
+    for dims, settings in (
+        (3, {}),
+        (2, {"dropout_prob": 0.1}),
+        (2, {"act": "prelu"}),
+        (2, {"norm": "instance"}),
+    ):
         with pytest.raises(ValueError, match=r"^adopt: "):
             adopt(densenet.DenseNet(dims, 1, 2, **small(**settings)))

@@ -35,11 +35,15 @@ IMAGENET = {
 }  # fmt: skip
 
 ODD = [
-    Architecture(fetch="harmonic", depth=22, growth_rate=5, bottleneck=True, in_chans=1, num_classes=7),
+    Architecture(
+        fetch="harmonic", depth=22, growth_rate=5, bottleneck=True, in_chans=1, num_classes=7
+    ),
     Architecture(fetch="windowed:2", depth=13, growth_rate=(3, 5, 7), reduction=0.3),
     Architecture(aggregation="sum", depth=22, growth_rate=(8, 16, 24)),
     Architecture(aggregation="sum", depth=22, growth_rate=8, bottleneck=True, fetch="dense"),
-    Architecture(blocks=(2, 3), growth_rate=4, stem="imagenet", bottleneck=True, stem_width=6, num_classes=3),
+    Architecture(
+        blocks=(2, 3), growth_rate=4, stem="imagenet", bottleneck=True, stem_width=6, num_classes=3
+    ),
 ]
 
 
@@ -60,7 +64,9 @@ def test_every_named_network_is_counted():
         assert min(count(architecture(name), image_size(name))) > 0
 
 
-@pytest.mark.parametrize("arch", [*ODD, architecture("sparsenet_bc_100_24"), architecture("densenet_40_12")])
+@pytest.mark.parametrize(
+    "arch", [*ODD, architecture("sparsenet_bc_100_24"), architecture("densenet_40_12")]
+)
 @pytest.mark.parametrize("size", [16, 19])
 def test_counts_are_those_of_the_modules(arch, size):
     with torch.device("meta"):

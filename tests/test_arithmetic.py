@@ -7,10 +7,11 @@ import torch
 from conftest import CPU, Call, Found
 from test_train import assert_same, finished, outcome, tiny
 
-from sparsenet import arithmetic, ops
+from sparsenet import arithmetic
 from sparsenet.arithmetic import Arithmetic, explain, settle
 from sparsenet.config import TrainConfig
 from sparsenet.events import Message
+from sparsenet.ops import dispatch
 from sparsenet.run import Run
 from sparsenet.train import train
 
@@ -20,7 +21,7 @@ FAST, SLOW = {"shared": 1.0, "reference": 2.0}, {"shared": 4.0, "reference": 3.0
 @pytest.fixture(autouse=True)
 def computes_in_bf16(monkeypatch):
     """The CPU does, or says so."""
-    for module in (ops, arithmetic):
+    for module in (dispatch, arithmetic):
         monkeypatch.setattr(module, "computes_in_bf16", lambda device: True)
 
 
@@ -69,27 +70,37 @@ def test_a_run_without_the_record_goes_on_with_what_is_best(lost, found, tmp_pat
 
 def test_a_recorded_implementation_that_cannot_run_here(found, monkeypatch, call: Call, tmp_path):
     found(FAST)
-    assert call("train", "--out", "run", "--depth", 7, "--growth_rate", 4, "--max_epoch", 1).code == 0
+    assert (
+        call("train", "--out", "run", "--depth", 7, "--growth_rate", 4, "--max_epoch", 1).code == 0
+    )
     file = tmp_path / "run" / "environment.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"implementation": "triton"}))
-    monkeypatch.setattr(ops, "unavailable", lambda name, device: "no such device" if name == "triton" else None)
+    monkeypatch.setattr(
+        dispatch, "unavailable", lambda name, device: "no such device" if name == "triton" else None
+    )
     outcome = call("train", "--resume", "run", "--max_epoch", 2)
     assert outcome.code == 2
     for word in ("run began with", "'triton'", "no such device", "--implementation shared"):
         assert word in outcome.error
-    assert call("train", "--resume", "run", "--max_epoch", 2, "--implementation", "shared").code == 0
+    assert (
+        call("train", "--resume", "run", "--max_epoch", 2, "--implementation", "shared").code == 0
+    )
     assert recorded(Run(tmp_path / "run"))[1] == "shared"
 
 
 def test_what_is_asked_for_is_used(found):
     found(FAST, bf16=FAST)
     asked = TrainConfig(precision="fp32", implementation="reference")
-    assert settle(asked, {"precision": "bf16", "implementation": "shared"}, CPU) == Arithmetic("fp32", "reference")
+    assert settle(asked, {"precision": "bf16", "implementation": "shared"}, CPU) == Arithmetic(
+        "fp32", "reference"
+    )
     assert settle(TrainConfig(memory="lean"), {}, CPU).implementation == "shared"
     assert settle(TrainConfig(), {}, CPU).dtype == torch.bfloat16
     began = {"precision": "bf16", "implementation": "reference"}
     assert settle(TrainConfig(), began, CPU) == Arithmetic("bf16", "reference", kept=True)
-    assert not settle(TrainConfig(implementation="shared"), began, CPU).kept  # the user has changed it
+    assert not settle(
+        TrainConfig(implementation="shared"), began, CPU
+    ).kept  # the user has changed it
     assert not settle(TrainConfig(), {"precision": "bf16"}, CPU).kept
     with pytest.raises(ValueError, match=r"^implementation: 'triton' cannot run here"):
         settle(TrainConfig(implementation="triton"), {}, torch.device("meta"))
@@ -100,8 +111,11 @@ def test_the_log_says_which_and_by_how_much(found: Found, monkeypatch):
         config = TrainConfig(**asked)
         return list(explain(settle(config, {}, CPU), config, CPU))
 
-    monkeypatch.setattr(ops, "unavailable", lambda name, device: None)
-    found({"native": 1.0, "shared": 1.9, "reference": 3.1}, bf16={"native": 2.0, "shared": 2.5, "reference": 5.0})
+    monkeypatch.setattr(dispatch, "unavailable", lambda name, device: None)
+    found(
+        {"native": 1.0, "shared": 1.9, "reference": 3.1},
+        bf16={"native": 2.0, "shared": 2.5, "reference": 5.0},
+    )
     steps = "training steps of small layers"
     assert told() == [
         f"cpu, fp32, implementation native, 1.9 times shared, 3.1 times reference here, in {steps}",

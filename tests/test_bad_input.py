@@ -20,9 +20,9 @@ import torch
 from conftest import CLASSES, TINY, Call, snapshot, write_cifar10, write_classes
 from safetensors.torch import load_file
 
-from sparsenet import optim
-from sparsenet import run as run_folder
-from sparsenet.run import Run, load_trained
+from sparsenet import files, optim
+from sparsenet.run import Run
+from sparsenet.trained import load_trained
 
 SHORT = (*TINY, "--max_epoch", "1", "--batch_size", "4")
 LAST, BEFORE, BEST = "last-00000046", "last-00000023", "best-00000046"
@@ -89,7 +89,11 @@ def test_a_corrupt_image_is_named(refused: Callable[..., str], content: bytes) -
     root = write_classes(Path("data"))
     (root / "bee" / "3.png").write_bytes(content)
     line = refused("train", "--dataset_dir", root, *SHORT)
-    assert str(root / "bee" / "3.png") in line and "expected an image" in line and "--skip_corrupt" in line
+    assert (
+        str(root / "bee" / "3.png") in line
+        and "expected an image" in line
+        and "--skip_corrupt" in line
+    )
 
 
 def test_corrupt_images_can_be_skipped_and_are_counted(call: Call) -> None:
@@ -152,7 +156,12 @@ def test_a_label_out_of_range(refused: Callable[..., str]) -> None:
     records[4 * 3073] = 77
     file.write_bytes(records)
     line = refused("train", "--dataset", "c10", "--dataset_dir", "data")
-    assert "data_batch_3.bin" in line and "4" in line and "expected a label below 10" in line and "77" in line
+    assert (
+        "data_batch_3.bin" in line
+        and "4" in line
+        and "expected a label below 10" in line
+        and "77" in line
+    )
 
 
 class Malicious:
@@ -239,7 +248,9 @@ def test_a_wrong_topology_names_the_layer(
         ("other.py:chain", "other.py"),
     ],
 )
-def test_a_wrong_function_as_topology(refused: Callable[..., str], fetch: str, expected: str) -> None:
+def test_a_wrong_function_as_topology(
+    refused: Callable[..., str], fetch: str, expected: str
+) -> None:
     Path("mine.py").write_text(
         "number = 3\ndef too_many(i): return range(i + 1)\ndef nothing(i): return []\ndef broken(i): return 1 // 0\n"
     )
@@ -248,10 +259,14 @@ def test_a_wrong_function_as_topology(refused: Callable[..., str], fetch: str, e
     assert "sparse[:BASE]" not in line or "FILE.py:FUNCTION" in line
 
 
-@pytest.mark.parametrize("device", ["gpu", "meta", "cuda" if not torch.cuda.is_available() else "xpu"])
-@pytest.mark.parametrize("command", ["train", "eval", "predict", "bench"])
-def test_a_device_that_is_not_there(refused: Callable[..., str], trained: Path, device: str, command: str) -> None:
-    arguments = {"train": TINY, "eval": (trained,), "predict": (trained, "x.png"), "bench": ()}[command]
+@pytest.mark.parametrize(
+    "device", ["gpu", "meta", "cuda" if not torch.cuda.is_available() else "xpu"]
+)
+@pytest.mark.parametrize("command", ["train", "eval", "predict"])
+def test_a_device_that_is_not_there(
+    refused: Callable[..., str], trained: Path, device: str, command: str
+) -> None:
+    arguments = {"train": TINY, "eval": (trained,), "predict": (trained, "x.png")}[command]
     line = refused(command, *arguments, "--device", device)
     assert "--device" in line and f"'{device}'" in line and "cpu" in line
 
@@ -259,9 +274,18 @@ def test_a_device_that_is_not_there(refused: Callable[..., str], trained: Path, 
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (("onnxruntime", "--precision", "bf16"), ("--precision", "expected fp32 for onnxruntime", "found bf16")),
-        (("onnxruntime", "--device", "cuda"), ("--device", "cpu with --engine onnxruntime", "found 'cuda'")),
-        (("openvino", "--device", "cuda"), ("--device", "cpu with --engine openvino", "found 'cuda'")),
+        (
+            ("onnxruntime", "--precision", "bf16"),
+            ("--precision", "expected fp32 for onnxruntime", "found bf16"),
+        ),
+        (
+            ("onnxruntime", "--device", "cuda"),
+            ("--device", "cpu with --engine onnxruntime", "found 'cuda'"),
+        ),
+        (
+            ("openvino", "--device", "cuda"),
+            ("--device", "cpu with --engine openvino", "found 'cuda'"),
+        ),
     ],
 )
 def test_an_engine_asked_for_what_it_cannot(
@@ -317,8 +341,12 @@ def test_a_second_run_into_the_same_folder(refused: Callable[..., str], trained:
     assert snapshot(trained) == before
 
 
-def test_a_folder_with_other_content_is_left_alone(refused: Callable[..., str], copied: Path) -> None:
-    (copied / "config.json").unlink()  # no run folder any more, but checkpoints and metrics that someone may need
+def test_a_folder_with_other_content_is_left_alone(
+    refused: Callable[..., str], copied: Path
+) -> None:
+    (
+        copied / "config.json"
+    ).unlink()  # no run folder any more, but checkpoints and metrics that someone may need
     before = snapshot(copied)
     assert str(copied) in refused("train", *TINY, "--max_epoch", 1, "--out", copied)
     assert snapshot(copied) == before
@@ -362,13 +390,23 @@ def run_is_a_file(run: Path) -> None:
     run.write_text("")
 
 
-UNREADABLE = [no_config, config_is_a_folder, config_is_no_json, config_is_binary, run_is_a_file, shutil.rmtree]
+UNREADABLE = [
+    no_config,
+    config_is_a_folder,
+    config_is_no_json,
+    config_is_binary,
+    run_is_a_file,
+    shutil.rmtree,
+]
 
 
 @pytest.mark.parametrize("damage", UNREADABLE)
 @pytest.mark.parametrize("command", [("eval",), ("train", "--resume")])
 def test_an_unreadable_run_folder(
-    refused: Callable[..., str], copied: Path, damage: Callable[[Path], None], command: tuple[str, ...]
+    refused: Callable[..., str],
+    copied: Path,
+    damage: Callable[[Path], None],
+    command: tuple[str, ...],
 ) -> None:
     damage(copied)
     line = refused(*command, copied)
@@ -412,8 +450,12 @@ def test_resuming_with_changed_settings_shows_the_difference(
     assert snapshot(trained) == before
 
 
-@pytest.mark.parametrize("flags", [("--batch_size", 5000), ("--dataset_dir", "not-here"), ("--image_size", 2)])
-def test_a_refused_run_leaves_no_folder_behind(refused: Callable[..., str], flags: tuple[object, ...]) -> None:
+@pytest.mark.parametrize(
+    "flags", [("--batch_size", 5000), ("--dataset_dir", "not-here"), ("--image_size", 2)]
+)
+def test_a_refused_run_leaves_no_folder_behind(
+    refused: Callable[..., str], flags: tuple[object, ...]
+) -> None:
     refused("train", *TINY, *flags)
     refused("train", *TINY, *flags, "--out", "mine")
     assert not list(Path("runs").glob("*")) and not Path("mine").exists()
@@ -428,7 +470,11 @@ def test_a_resumed_run_stays_in_its_folder(refused: Callable[..., str], trained:
     [((*CLASSES, "cat"), 6, "3 classes"), (("ant", "wasp"), 6, "classes"), (CLASSES, 12, "images")],
 )
 def test_resuming_on_other_data_is_refused(
-    refused: Callable[..., str], trained_on_folder: Path, classes: tuple[str, ...], images: int, expected: str
+    refused: Callable[..., str],
+    trained_on_folder: Path,
+    classes: tuple[str, ...],
+    images: int,
+    expected: str,
 ) -> None:
     run = Path(shutil.copytree(trained_on_folder, "copy"))
     other = write_classes(Path("other"), classes, images)
@@ -441,11 +487,15 @@ def test_resuming_on_other_data_is_refused(
 def test_evaluating_on_other_classes_is_refused(
     refused: Callable[..., str], trained: Path, trained_on_folder: Path, folder_data: Path
 ) -> None:
-    line = refused("eval", trained_on_folder, "--dataset_dir", write_classes(Path("other"), (*CLASSES, "cat")))
+    line = refused(
+        "eval", trained_on_folder, "--dataset_dir", write_classes(Path("other"), (*CLASSES, "cat"))
+    )
     assert "2 classes" in line and "3 classes" in line
     line = refused("eval", trained_on_folder, "--dataset", "digits")
     assert "2 classes" in line and "10 classes" in line
-    line = refused("eval", trained, "--dataset_dir", folder_data)  # not: the digits' error as if it were this folder's
+    line = refused(
+        "eval", trained, "--dataset_dir", folder_data
+    )  # not: the digits' error as if it were this folder's
     assert "10 classes" in line and "2 classes" in line
 
 
@@ -523,7 +573,11 @@ def test_no_intact_checkpoint_is_one_clear_line_and_nothing_changes(
         damage(copied, name)
     before = snapshot(copied)
     line = refused("train", "--resume", copied, "--max_epoch", 3)
-    assert str(copied) in line and "expected an intact 'last' checkpoint" in line and "2 damaged" in line
+    assert (
+        str(copied) in line
+        and "expected an intact 'last' checkpoint" in line
+        and "2 damaged" in line
+    )
     assert snapshot(copied) == before
 
 
@@ -572,7 +626,9 @@ def test_a_loss_that_is_lost_later_keeps_what_was_before(
     rate = optim.learning_rate
     with monkeypatch.context() as patch:
         patch.setattr(
-            optim, "learning_rate", lambda config, step, *rest: 1e30 if step >= 30 else rate(config, step, *rest)
+            optim,
+            "learning_rate",
+            lambda config, step, *rest: 1e30 if step >= 30 else rate(config, step, *rest),
         )
         outcome = call("train", *TINY, "--max_epoch", 2, "--out", "run")
     assert outcome.code == 1
@@ -591,7 +647,9 @@ def test_weights_that_a_step_of_finite_loss_has_lost_are_not_saved(
     rate = optim.learning_rate
     with monkeypatch.context() as patch:
         patch.setattr(
-            optim, "learning_rate", lambda config, step, *rest: math.inf if step >= 30 else rate(config, step, *rest)
+            optim,
+            "learning_rate",
+            lambda config, step, *rest: math.inf if step >= 30 else rate(config, step, *rest),
         )
         outcome = call("train", *TINY, "--max_epoch", 2, "--save_every", 0, "--out", "run")
     assert outcome.code == 1
@@ -614,7 +672,7 @@ def test_weights_that_are_lost_in_the_last_step_of_an_epoch_are_not_the_best(cal
 def test_a_full_disk_fails_the_run_and_loses_nothing(
     call: Call, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = run_folder.write_atomic
+    write = files.write_atomic
 
     def full(path: Path, content: str | bytes) -> None:
         if path.name.startswith(LAST):
@@ -622,7 +680,7 @@ def test_a_full_disk_fails_the_run_and_loses_nothing(
         write(path, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_folder, "write_atomic", full)
+        patch.setattr(files, "write_atomic", full)
         outcome = call("train", *TINY, "--max_epoch", 2, "--out", "run")
     assert outcome.code == 1
     assert "No space left" in outcome.error
@@ -647,7 +705,10 @@ def test_a_run_that_ends_before_an_epoch_is_evaluated_loses_no_epoch(
     assert call("train", "--resume", "run").code == 0
     times = ("seconds", "images_per_second", "eval_seconds", "peak_memory_mb")
     ours, theirs = (
-        [{name: value for name, value in row.items() if name not in times} for row in Run(run).metrics()]
+        [
+            {name: value for name, value in row.items() if name not in times}
+            for row in Run(run).metrics()
+        ]
         for run in (Path("run"), trained)
     )
     assert ours == theirs

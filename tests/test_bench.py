@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import tarfile
 import tempfile
@@ -12,21 +13,32 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import record_on_cpu
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsenet import ops, step, zoo
+from benchmarks.bench import BenchConfig, bench, depth, equality, measure, memory, plots, tables
+from benchmarks.bench.epoch import epochs, trained, write_images
+from benchmarks.bench.equality import check
+from benchmarks.bench.variants import Variant, Workload, defaults
+from sparsenet import zoo
 from sparsenet.architecture import Architecture
-from sparsenet.bench import BenchConfig, bench, depth, equality, measure, memory, plots, tables
-from sparsenet.bench.epoch import epochs, trained, write_images
-from sparsenet.bench.equality import check
-from sparsenet.bench.variants import Variant, Workload, defaults
-from sparsenet.data import DataConfig, load_dataset
+from sparsenet.data.config import DataConfig
+from sparsenet.data.load import load_dataset
+from sparsenet.ops import dispatch
+from sparsenet.ops.implementations import IMPLEMENTATIONS
+from sparsenet.ops.plan import EPS, Plan
 
 CPU = torch.device("cpu")
 TINY = Architecture(depth=10, growth_rate=4)  # two layers a stage
 REFERENCE, SHARED = Variant("reference", "fp32"), Variant("shared", "fp32")
-SMALL = {"model": ("sparsenet_40_12",), "batch_size": 2, "image_size": 8, "steps": 2, "device": "cpu"}
+SMALL = {
+    "model": ("sparsenet_40_12",),
+    "batch_size": 2,
+    "image_size": 8,
+    "steps": 2,
+    "device": "cpu",
+}
 
 
 def workload(name, batch_size=4, image_size=8, architecture=TINY):
@@ -34,14 +46,16 @@ def workload(name, batch_size=4, image_size=8, architecture=TINY):
 
 
 def checked(*names, batch_size=4):
-    return check({Variant.parse(name): workload(name, batch_size) for name in names}, TINY, batch_size, 8)
+    return check(
+        {Variant.parse(name): workload(name, batch_size) for name in names}, TINY, batch_size, 8
+    )
 
 
 # --- variants ------------------------------------------------------------------------------------------------
 
 
 @given(
-    st.sampled_from(list(ops.IMPLEMENTATIONS)),
+    st.sampled_from(list(IMPLEMENTATIONS)),
     st.sampled_from(["fp32", "bf16"]),
     st.permutations(["nhwc", "lean", "captured", "compiled"]),
     st.integers(0, 4),
@@ -59,15 +73,21 @@ def test_a_name_is_its_variant_in_any_order_of_options(implementation, precision
 def test_by_default_every_implementation_is_compared_with_the_reference_first():
     found = list(defaults(("fp32", "bf16"), False, CPU))
     assert found[0] == REFERENCE
-    assert {v.implementation for v in found} == set(ops.IMPLEMENTATIONS)
+    assert {v.implementation for v in found} == set(IMPLEMENTATIONS)
     assert Variant("reference", "fp32", ("compiled",)) in defaults(("fp32",), True, CPU)
 
 
 def test_what_cannot_run_is_told_and_only_refused_where_it_was_asked_for(monkeypatch):
-    monkeypatch.setattr(ops, "unavailable", lambda name, device: "of the moon" if name == "shared" else None)
+    monkeypatch.setattr(
+        dispatch, "unavailable", lambda name, device: "of the moon" if name == "shared" else None
+    )
     with pytest.raises(ValueError, match=r"--variants: shared-fp32 cannot run here: of the moon"):
         bench(BenchConfig(**SMALL, variants=("reference-fp32", "shared-fp32")))
-    monkeypatch.setattr(ops, "IMPLEMENTATIONS", {name: ops.IMPLEMENTATIONS[name] for name in ("reference", "shared")})
+    monkeypatch.setattr(
+        dispatch,
+        "IMPLEMENTATIONS",
+        {name: IMPLEMENTATIONS[name] for name in ("reference", "shared")},
+    )
     found = bench(BenchConfig(**SMALL, measures=("step",)))
     assert found["absent"] == {"shared-fp32": "of the moon"}
     assert [row["variant"] for row in found["rows"]] == ["reference-fp32"]
@@ -89,7 +109,9 @@ def test_after_the_check_the_network_is_a_new_one_again():
     before = {name: tensor.clone() for name, tensor in work.model.state_dict().items()}
     images, labels = work.images.clone(), work.labels.clone()
     check({SHARED: work}, TINY, 4, 8)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in work.model.state_dict().items())
+    assert all(
+        torch.equal(tensor, before[name]) for name, tensor in work.model.state_dict().items()
+    )
     assert torch.equal(work.images, images) and torch.equal(work.labels, labels)
 
 
@@ -116,26 +138,28 @@ def test_an_error_by_chance_varies_as_much_as_is_derived(share):
     squares = torch.randn(2, 1000, relus, generator=random).prod(0).square()
     flipped = torch.rand(squares.shape, generator=random) < share
     errors = ((squares * flipped).sum(1) / squares.sum(1)).sqrt()
-    assert errors.std() <= equality.SPREAD / relus**0.5 <= 1.3 * errors.std()  # 1.2 times for 0.2: 1 / (1 - share)**.5
+    assert (
+        errors.std() <= equality.SPREAD / relus**0.5 <= 1.3 * errors.std()
+    )  # 1.2 times for 0.2: 1 / (1 - share)**.5
 
 
 def _without_a_gradient(plan, x, readers, statistics, training):
     readers = [reader._replace(scale=reader.scale.detach().requires_grad_()) for reader in readers]
-    return ops.reference.aggregate(plan, x, readers, statistics, training)
+    return dispatch.reference.aggregate(plan, x, readers, statistics, training)
 
 
 def _without_shifts(plan, x, readers, statistics, training):
     readers = [reader._replace(shift=0 * reader.shift) for reader in readers]
-    return ops.reference.aggregate(plan, x, readers, statistics, training)
+    return dispatch.reference.aggregate(plan, x, readers, statistics, training)
 
 
 def _with_another_order(plan, x, readers, statistics, training):
-    plan = ops.Plan(tuple(read[::-1] for read in plan.reads))
-    return ops.reference.aggregate(plan, x, readers, statistics, training)
+    plan = Plan(tuple(read[::-1] for read in plan.reads))
+    return dispatch.reference.aggregate(plan, x, readers, statistics, training)
 
 
 def _always_as_in_training(plan, x, readers, statistics, training):
-    return ops.reference.aggregate(plan, x, readers, statistics, True)
+    return dispatch.reference.aggregate(plan, x, readers, statistics, True)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -149,11 +173,17 @@ def _always_as_in_training(plan, x, readers, statistics, training):
     ],
 )
 def test_what_computes_something_else_is_not_timed(monkeypatch, wrong, what, precision):
-    monkeypatch.setattr(ops.shared, "aggregate", wrong)
+    monkeypatch.setattr(dispatch.shared, "aggregate", wrong)
     monkeypatch.setattr(measure, "interleaved", lambda *_: pytest.fail("was timed"))
     name = f"shared-{precision}"
-    with pytest.raises(ValueError, match=f"bench: the {what}.* of {name} differ from reference-fp32's by .*nothing"):
-        bench(BenchConfig(**SMALL | {"batch_size": 4}, variants=("reference-fp32", name), measures=("step",)))
+    with pytest.raises(
+        ValueError, match=f"bench: the {what}.* of {name} differ from reference-fp32's by .*nothing"
+    ):
+        bench(
+            BenchConfig(
+                **SMALL | {"batch_size": 4}, variants=("reference-fp32", name), measures=("step",)
+            )
+        )
 
 
 def _times(factor, tensor):
@@ -167,25 +197,32 @@ def _with_gradients(**factors):
     def aggregate(plan, x, readers, statistics, training):
         if x.shape[-1] == 16:
             changed = [
-                {k: _times(f, getattr(r, k)) for k, f in factors.items() if getattr(r, k) is not None} for r in readers
+                {
+                    k: _times(f, getattr(r, k))
+                    for k, f in factors.items()
+                    if getattr(r, k) is not None
+                }
+                for r in readers
             ]
-            readers = [reader._replace(**each) for reader, each in zip(readers, changed, strict=True)]
-        return ops.reference.aggregate(plan, x, readers, statistics, training)
+            readers = [
+                reader._replace(**each) for reader, each in zip(readers, changed, strict=True)
+            ]
+        return dispatch.reference.aggregate(plan, x, readers, statistics, training)
 
     return aggregate
 
 
 def _as_if_statistics_had_no_gradient(plan, x, readers, statistics, training):
-    right = ops.reference._batch_norm
+    right = dispatch.reference._batch_norm
 
     def wrong(plan, r, joined, reader, statistics, training):
         normed = right(plan, r, joined.detach(), reader, statistics, training)
-        slope = reader.scale / (joined.detach().float().var((0, 2, 3), correction=0) + ops.plan.EPS).sqrt()
+        slope = reader.scale / (joined.detach().float().var((0, 2, 3), correction=0) + EPS).sqrt()
         return normed + (slope.view(-1, 1, 1) * (joined - joined.detach())).to(normed.dtype)
 
     with pytest.MonkeyPatch.context() as changed:
-        changed.setattr(ops.reference, "_batch_norm", wrong)
-        return ops.reference.aggregate(plan, x, readers, statistics, training)
+        changed.setattr(dispatch.reference, "_batch_norm", wrong)
+        return dispatch.reference.aggregate(plan, x, readers, statistics, training)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -202,12 +239,16 @@ def _as_if_statistics_had_no_gradient(plan, x, readers, statistics, training):
     ],
     ids=["weights", "scales", "shifts", "larger", "sign", "sign of shifts", "statistics"],
 )
-def test_a_gradient_that_is_wrong_by_a_tenth_is_found_in_either_precision(monkeypatch, wrong, precision):
+def test_a_gradient_that_is_wrong_by_a_tenth_is_found_in_either_precision(
+    monkeypatch, wrong, precision
+):
     """Though flipped ReLUs make an error of more than a tenth in bf16."""
     architecture, variant = Architecture(depth=13, growth_rate=12), Variant("shared", precision)
     check({variant: Workload(variant, architecture, 32, 16, CPU)}, architecture, 32, 16)
-    monkeypatch.setattr(ops.shared, "aggregate", wrong)
-    with pytest.raises(ValueError, match=r"bench: the (lengths of the )?gradients of st.* of shared-.* differ"):
+    monkeypatch.setattr(dispatch.shared, "aggregate", wrong)
+    with pytest.raises(
+        ValueError, match=r"bench: the (lengths of the )?gradients of st.* of shared-.* differ"
+    ):
         check({variant: Workload(variant, architecture, 32, 16, CPU)}, architecture, 32, 16)
 
 
@@ -228,7 +269,11 @@ class Again:
         def replay():
             self.replays += 1
             made = work()
-            pairs = [(outputs, made)] if isinstance(outputs, torch.Tensor) else zip(outputs, made, strict=True)
+            pairs = (
+                [(outputs, made)]
+                if isinstance(outputs, torch.Tensor)
+                else zip(outputs, made, strict=True)
+            )
             for old, new in pairs:
                 old.copy_(new)
 
@@ -237,19 +282,32 @@ class Again:
 
 def test_what_is_captured_is_checked_and_timed_as_replayed(monkeypatch):
     recorder = Again()
-    monkeypatch.setitem(step.RECORDERS, "cpu", lambda device: recorder)
+    record_on_cpu(monkeypatch, lambda device: recorder)
     monkeypatch.setattr(equality, "ENOUGH", 1)  # one batch
-    found = bench(BenchConfig(**SMALL, variants=("reference-fp32", "shared-fp32-captured"), measures=("step", "infer")))
+    found = bench(
+        BenchConfig(
+            **SMALL, variants=("reference-fp32", "shared-fp32-captured"), measures=("step", "infer")
+        )
+    )
     assert found["rows"][1]["errors"]["logits"]["error"] > 0
     assert recorder.replays == 2 * (1 + measure.WARM_UP + SMALL["steps"])
-    assert [v.options for v in defaults(("fp32",), False, CPU) if v.implementation == "shared"] == [("captured",), ()]
+    assert [v.options for v in defaults(("fp32",), False, CPU) if v.implementation == "shared"] == [
+        ("captured",),
+        (),
+    ]
 
 
 def test_what_cannot_be_captured_is_not_timed_as_if_it_were(monkeypatch):
-    monkeypatch.setitem(step.RECORDERS, "cpu", lambda device: Again(fail=True))
-    with pytest.raises(ValueError, match=r"shared-fp32-captured: the inference pass is not captured: this device is"):
+    record_on_cpu(monkeypatch, lambda device: Again(fail=True))
+    with pytest.raises(
+        ValueError,
+        match=r"shared-fp32-captured: the inference pass is not captured: this device is",
+    ):
         checked("reference-fp32", "shared-fp32-captured")
-    with pytest.raises(ValueError, match="an epoch of shared-fp32-captured: the training step is not captured: this"):
+    with pytest.raises(
+        ValueError,
+        match="an epoch of shared-fp32-captured: the training step is not captured: this",
+    ):
         epochs([Variant("shared", "fp32", ("captured",))], TINY, 4, 8, CPU, 20)
 
 
@@ -258,7 +316,9 @@ def test_what_does_not_compile_is_told_in_one_line(monkeypatch):
         raise RuntimeError("BackendCompilerFailed: no compiler\nand much more")
 
     monkeypatch.setattr(torch, "compile", lambda model, fullgraph: fails)
-    with pytest.raises(ValueError, match=r"^bench: reference-fp32-compiled does not compile: Back.*: no compiler$"):
+    with pytest.raises(
+        ValueError, match=r"^bench: reference-fp32-compiled does not compile: Back.*: no compiler$"
+    ):
         checked("reference-fp32", "reference-fp32-compiled")
 
 
@@ -285,14 +345,22 @@ def test_a_process_of_its_own_measures_from_its_start():
     [
         (-9, "", torch.OutOfMemoryError),
         (1, "…\ntorch.OutOfMemoryError: CUDA out of memory. Tried …", torch.OutOfMemoryError),
-        (1, "RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory: …", torch.OutOfMemoryError),
+        (
+            1,
+            "RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory: …",
+            torch.OutOfMemoryError,
+        ),
         (1, "Traceback\nKeyError: 'x'", ValueError),
         (1, "", ValueError),
     ],
 )
 def test_a_process_that_fails_says_why(monkeypatch, code, said, expected):
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=code, stderr=said, stdout=""))
-    with pytest.raises(expected, match="memory" if expected is torch.OutOfMemoryError else "KeyError|exit code 1"):
+    monkeypatch.setattr(
+        subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=code, stderr=said, stdout="")
+    )
+    with pytest.raises(
+        expected, match="memory" if expected is torch.OutOfMemoryError else "KeyError|exit code 1"
+    ):
         measure.alone("memory", {"variant": "shared-fp32"})
 
 
@@ -302,7 +370,11 @@ def test_a_process_that_fails_says_why(monkeypatch, code, said, expected):
 @pytest.mark.parametrize(
     ("rates", "best", "ended"),
     [
-        ([10, 19, 30, 30.5], 512, "batch 512 gains less than 3%"),  # and is still the best by a little
+        (
+            [10, 19, 30, 30.5],
+            512,
+            "batch 512 gains less than 3%",
+        ),  # and is still the best by a little
         ([10, 19, 18], 128, "batch 256 gains less than 3%"),
         ([10, 19, None], 128, "batch 256 does not fit into memory"),
     ],
@@ -312,12 +384,18 @@ def test_the_best_batch_is_found_by_doubling(monkeypatch, rates, best, ended):
         rate = rates[int(math.log2(work["batch_size"] // 64))]
         if rate is None:
             raise torch.OutOfMemoryError
-        return {"batch_size": work["batch_size"], "train_images_per_second": rate, "peak_memory_mb": 1.0}
+        return {
+            "batch_size": work["batch_size"],
+            "train_images_per_second": rate,
+            "peak_memory_mb": 1.0,
+        }
 
     monkeypatch.setattr(measure, "alone", alone)
     found = measure.best_batch(3, measure.work_of(SHARED, TINY, 64, 8, CPU))
     assert (found["batch_size"], found["ended"]) == (best, ended)
-    assert [trial["batch_size"] for trial in found["trials"]] == [64 * 2**i for i, r in enumerate(rates) if r]
+    assert [trial["batch_size"] for trial in found["trials"]] == [
+        64 * 2**i for i, r in enumerate(rates) if r
+    ]
 
 
 def test_a_batch_that_would_not_fit_into_a_shared_memory_is_not_tried(monkeypatch):
@@ -349,13 +427,17 @@ def test_what_memory_consists_of_is_all_of_it():
     found = memory.parts(work, 100.0)
     parameters = sum(p.nbytes for p in work.model.parameters()) / memory.MB
     assert found["parameters"] == found["optimizer state"] == pytest.approx(parameters, abs=0.05)
-    assert sum(value for name, value in found.items() if name not in memory.BASE) == pytest.approx(100.0, abs=0.5)
+    assert sum(value for name, value in found.items() if name not in memory.BASE) == pytest.approx(
+        100.0, abs=0.5
+    )
     reference = workload("reference-fp32", batch_size=64, image_size=16)
     reference.mode(training=True)
     reference.step()
     plain = memory.parts(reference, 100.0)
     assert plain["features"] == plain["gradient sums"] == plain["readers' buffers"] == 0
-    assert plain["other saved by autograd"] > found["features"] + found["other saved by autograd"] > 0
+    assert (
+        plain["other saved by autograd"] > found["features"] + found["other saved by autograd"] > 0
+    )
 
 
 def test_an_engines_blocks_are_known_by_the_sizes_of_its_plan():
@@ -365,7 +447,11 @@ def test_an_engines_blocks_are_known_by_the_sizes_of_its_plan():
     work.step()
     found, sizes = memory.parts(work, 0.0), sorted(memory.feature_blocks(work))
     # It is highest in the backward pass of the first stage: one block of features, one of their gradients' sums.
-    assert found["features"] == found["gradient sums"] == pytest.approx(sizes[-1] / memory.MB, abs=0.06)
+    assert (
+        found["features"]
+        == found["gradient sums"]
+        == pytest.approx(sizes[-1] / memory.MB, abs=0.06)
+    )
     assert 0 < found["readers' buffers"] < found["features"]
 
 
@@ -393,10 +479,16 @@ def test_an_epoch_of_fewer_images_is_an_estimate():
 # --- depth ---------------------------------------------------------------------------------------------------
 
 
-@given(st.floats(-10, 10), st.floats(-10, 10), st.lists(st.integers(7, 2000), min_size=2, max_size=8, unique=True))
+@given(
+    st.floats(-10, 10),
+    st.floats(-10, 10),
+    st.lists(st.integers(7, 2000), min_size=2, max_size=8, unique=True),
+)
 def test_the_fit_finds_a_logarithm(a, b, depths):
     line = depth.fit([(math.log2(d), a + b * math.log2(d)) for d in depths])
-    assert line["a"] + line["b"] * 7 == pytest.approx(a + b * 7, abs=1e-6 * (1 + abs(a) + abs(b)) / _span(depths))
+    assert line["a"] + line["b"] * 7 == pytest.approx(
+        a + b * 7, abs=1e-6 * (1 + abs(a) + abs(b)) / _span(depths)
+    )
     assert line["b"] == pytest.approx(b, abs=1e-8 * (1 + abs(a) + abs(b)) / _span(depths))
 
 
@@ -414,16 +506,33 @@ def test_growth_is_told_beside_the_logarithms():
 
 def _point(layers, figures, variant="shared-fp32", fetch="sparse"):
     names = ("seconds_per_layer", "mb_per_layer")
-    total = {"train_seconds": dict.fromkeys(("median", "min", "max"), figures[0] * layers), "peak_memory_mb": 9.0}
-    where = {"variant": variant, "fetch": fetch, "depth": layers, "layers": layers, "left_out": None}
+    total = {
+        "train_seconds": dict.fromkeys(("median", "min", "max"), figures[0] * layers),
+        "peak_memory_mb": 9.0,
+    }
+    where = {
+        "variant": variant,
+        "fetch": fetch,
+        "depth": layers,
+        "layers": layers,
+        "left_out": None,
+    }
     return where | total | dict(zip(names, figures, strict=True))
 
 
 def test_a_depth_is_the_nearest_there_is():
-    assert [depth.architecture("dense", d).depth for d in (7, 40, 250, 500, 1000)] == [7, 40, 250, 499, 1000]
+    assert [depth.architecture("dense", d).depth for d in (7, 40, 250, 500, 1000)] == [
+        7,
+        40,
+        250,
+        499,
+        1000,
+    ]
 
 
-@pytest.mark.parametrize("seconds, free, reason", [(1.0, 1e9, "out of memory"), (400.0, 1e9, "s"), (1.0, 1.0, "MB")])
+@pytest.mark.parametrize(
+    "seconds, free, reason", [(1.0, 1e9, "out of memory"), (400.0, 1e9, "s"), (1.0, 1.0, "MB")]
+)
 def test_what_does_not_fit_is_left_out_and_so_is_what_is_deeper(monkeypatch, seconds, free, reason):
     def alone(task, work):
         if sum(Architecture(**work["architecture"]).stage_depths) > 20:
@@ -436,7 +545,9 @@ def test_what_does_not_fit_is_left_out_and_so_is_what_is_deeper(monkeypatch, sec
     for fetch in depth.FETCHES:
         own = [point for point in points if point["fetch"] == fetch]
         assert [point["depth"] for point in own] == [10, 40]
-        assert (own[0]["left_out"] is None and own[1]["left_out"].endswith(reason)) or "free" in own[1]["left_out"]
+        assert (
+            own[0]["left_out"] is None and own[1]["left_out"].endswith(reason)
+        ) or "free" in own[1]["left_out"]
 
 
 # --- what comes out ------------------------------------------------------------------------------------------
@@ -457,16 +568,32 @@ def _row(variant, seconds, megabytes):
 
 @pytest.fixture
 def found():
-    rows = [_row("reference-fp32", 8.0, 3000.0), _row("reference-bf16", 4.0, 1500.0), _row("shared-bf16", 2.0, 750.0)]
+    rows = [
+        _row("reference-fp32", 8.0, 3000.0),
+        _row("reference-bf16", 4.0, 1500.0),
+        _row("shared-bf16", 2.0, 750.0),
+    ]
     points = [_point(d, (0.001 * math.log2(d), 2.0)) for d in (40, 100, 1000)]
-    points.append({"variant": "shared-fp32", "fetch": "dense", "depth": 1000, "layers": 996, "left_out": "about 9 s"})
+    points.append(
+        {
+            "variant": "shared-fp32",
+            "fetch": "dense",
+            "depth": 1000,
+            "layers": 996,
+            "left_out": "about 9 s",
+        }
+    )
     sweep = {"batch_size": 64, "growth_rate": 12, "points": points, "fits": depth.fits(points)}
     environment = {"device_name": "a machine", "threads": 2, "torch": "2", "commit": None}
     return {"steps": 5, "environment": environment, "absent": {}, "rows": rows, "depth": sweep}
 
 
 def test_ratios_are_to_the_first_row_and_to_the_reference_in_the_same_precision(found):
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in tables.report(found) if line.startswith("| ")]
+    cells = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in tables.report(found)
+        if line.startswith("| ")
+    ]
     rows = {each[0]: each[1:] for each in cells[1:4]}
     assert cells[0][:4] == ["batch 64", "training step, s", "ratio", "same precision"]
     assert rows["reference-bf16"][:3] == ["4.00 (3.60–4.40)", "0.50", "1.00"]
@@ -486,21 +613,39 @@ def test_published_figures_are_named_as_such_and_estimates_as_estimates(found):
 
 def test_figures_have_three_digits():
     numbers = (0, 0.00012345, 0.98765, 1.2345, 98.765, 1234.5)
-    assert [tables._number(x) for x in numbers] == ["0", "0.000123", "0.988", "1.23", "98.8", "1,234"]
+    assert [tables._number(x) for x in numbers] == [
+        "0",
+        "0.000123",
+        "0.988",
+        "1.23",
+        "98.8",
+        "1,234",
+    ]
 
 
 def test_everything_is_written(found, tmp_path):
     folder = tmp_path / "out" / "of" / "it"
     plots.write(found, folder)
-    assert {path.name for path in folder.iterdir()} == {"bench.json", "bench.md", "sparsenet_100_24.png", "depth.png"}
+    assert {path.name for path in folder.iterdir()} == {
+        "bench.json",
+        "bench.md",
+        "sparsenet_100_24.png",
+        "depth.png",
+    }
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in folder.glob("*.png"))
     assert json.loads((folder / "bench.json").read_text()) == found
     page = (folder / "bench.md").read_text()
-    assert "](depth.png)" in page and "left out: about 9 s" in page and "×1.50, the logarithm ×1.50" in page
+    assert (
+        "](depth.png)" in page
+        and "left out: about 9 s" in page
+        and "×1.50, the logarithm ×1.50" in page
+    )
 
 
 def test_what_is_measured_is_a_json_value():
-    config = BenchConfig(**SMALL, variants=("reference-fp32", "shared-bf16"), measures=("step", "infer"))
+    config = BenchConfig(
+        **SMALL, variants=("reference-fp32", "shared-bf16"), measures=("step", "infer")
+    )
     found = bench(config)
     assert json.loads(json.dumps(found)) == found
     assert [row["variant"] for row in found["rows"]] == list(config.variants)
@@ -533,28 +678,57 @@ def test_what_is_measured_is_a_json_value():
     ],
 )
 def test_a_bad_call_gets_one_line(call, flags, expected):
-    outcome = call("bench", "--device", "cpu", *flags)
+    outcome = bench_command("--device", "cpu", *flags)
     assert (outcome.code, outcome.out) == (2, "")
     assert all(part in outcome.error for part in expected), outcome.error
 
 
 def test_lists_may_have_commas_or_be_given_again(call):
-    tiny = ("--batch_size", 2, "--image_size", 8, "--steps", 1, "--device", "cpu", "--measures", "step")
-    names = ("--model", "sparsenet_40_12", "--model", "densenet_40_12", "--variants", "reference-fp32,shared-fp32")
-    outcome = call("bench", *tiny, *names, "--out", "there", "--json")
+    tiny = (
+        "--batch_size",
+        2,
+        "--image_size",
+        8,
+        "--steps",
+        1,
+        "--device",
+        "cpu",
+        "--measures",
+        "step",
+    )
+    names = (
+        "--model",
+        "sparsenet_40_12",
+        "--model",
+        "densenet_40_12",
+        "--variants",
+        "reference-fp32,shared-fp32",
+    )
+    outcome = bench_command(*tiny, *names, "--out", "there", "--json")
     assert (outcome.code, outcome.err) == (0, "")
     found = json.loads(outcome.out)
     assert [(row["model"], row["implementation"]) for row in found["rows"]] == [
-        (model, each) for model in ("sparsenet_40_12", "densenet_40_12") for each in ("reference", "shared")
+        (model, each)
+        for model in ("sparsenet_40_12", "densenet_40_12")
+        for each in ("reference", "shared")
     ]
     assert json.loads(Path("there/bench.json").read_text()) == found
 
 
 def test_the_network_of_a_run_can_be_timed(call, trained):
-    flags = ("--variants", "reference-fp32,shared-fp32", "--measures", "step", "--steps", 1, "--batch_size", 2)
-    found = json.loads(call("bench", "--model", trained, *flags, "--device", "cpu", "--json").out)
+    flags = (
+        "--variants",
+        "reference-fp32,shared-fp32",
+        "--measures",
+        "step",
+        "--steps",
+        1,
+        "--batch_size",
+        2,
+    )
+    found = json.loads(bench_command("--model", trained, *flags, "--device", "cpu", "--json").out)
     assert [(row["model"], row["image_size"]) for row in found["rows"]] == [(str(trained), 8)] * 2
-    assert call("bench", "--model", trained.parent, *flags).code == 2  # a folder that is no run
+    assert bench_command("--model", trained.parent, *flags).code == 2  # a folder that is no run
 
 
 def test_the_scripts_are_sound():
@@ -604,11 +778,20 @@ def script(tmp_path):
         (tmp_path / "bin" / name).write_text(PROGRAM)
         (tmp_path / "bin" / name).chmod(0o755)
     folder = Path(__file__).parent.parent / "benchmarks"
-    environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHON": "python", "QUICK": "1"}
+    environment = os.environ | {
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "PYTHON": "python",
+        "QUICK": "1",
+    }
 
     def run(name, *arguments, until=None, **more):
         """*until*: a file and what is in it when the script is told to end."""
-        how = {"env": environment | more, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        how = {
+            "env": environment | more,
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.PIPE,
+            "text": True,
+        }
         with subprocess.Popen([folder / name, *arguments], cwd=tmp_path, **how) as process:
             while until and process.poll() is None:
                 file, text = until
@@ -638,7 +821,9 @@ def test_comparisons_are_made_once_wherever_they_go_and_published_without_paths(
         "config.json", "result.json", "metrics.csv", "requirements.txt", "train.log", "curves.png", "graph.svg",
     }  # fmt: skip
     assert not (tmp_path / "records" / "densenet-22-8-seed1" / "curves.png").exists()
-    assert script("publish.sh", *runs[:2]).returncode == 1  # the last is a run, not a folder of records
+    assert (
+        script("publish.sh", *runs[:2]).returncode == 1
+    )  # the last is a run, not a folder of records
     (runs[0] / "result.json").unlink()
     assert script("publish.sh", runs[0], "records").returncode == 1
 
@@ -672,13 +857,17 @@ def test_the_gpu_s_trainings_go_on_wherever_they_are_carried(script, tmp_path):
     assert script("gpu.sh", "1", EPOCHS="1", SIZE=large, **two).returncode == 3  # of 3
     assert len(list((tmp_path / "1").glob("runs.tar.gz.*"))) == 2
     found = members(tmp_path / "1", "runs")
-    assert "fast-15-seed0/checkpoints/last-1.json" in found and not any("best" in name for name in found)
+    assert "fast-15-seed0/checkpoints/last-1.json" in found and not any(
+        "best" in name for name in found
+    )
     second = script("gpu.sh", "2", "1", EPOCHS="2", **two)
     assert second.returncode == 3 and "--resume" in second.stdout
     assert script("gpu.sh", "2", EPOCHS="3", **two).returncode == 0
     assert members(tmp_path / "2", "runs") == []
     found = members(tmp_path / "2", "done")
-    assert {f"{run}-seed0/checkpoints/best-1.safetensors" for run in ("fast-15", "strong")} < set(found)
+    assert {f"{run}-seed0/checkpoints/best-1.safetensors" for run in ("fast-15", "strong")} < set(
+        found
+    )
     assert not any("last" in name for name in found)
     for path in (tmp_path / "2").glob("done.*"):  # fetched and put away
         path.unlink()
@@ -689,9 +878,15 @@ def test_the_gpu_s_trainings_go_on_wherever_they_are_carried(script, tmp_path):
 def test_a_variant_that_fails_on_the_gpu_takes_nothing_from_the_others(script, tmp_path):
     pieces = {"PIECES": "(step|epoch|compiled)-100-24"}
     outcome = script("gpu.sh", "out", WRONG="shared-fp32", **pieces)
-    assert outcome.returncode == 1 and "FAILED: step-100-24 epoch-100-24 compiled-100-24" in outcome.stdout
+    assert (
+        outcome.returncode == 1
+        and "FAILED: step-100-24 epoch-100-24 compiled-100-24" in outcome.stdout
+    )
     found = records(tmp_path / "out")
-    assert found.keys() == {"step-100-24", "compiled-100-24"}  # an epoch is measured of that variant alone
+    assert found.keys() == {
+        "step-100-24",
+        "compiled-100-24",
+    }  # an epoch is measured of that variant alone
     assert all("reference-fp32-nhwc" in call and "shared" not in call for call in found.values())
     assert script("gpu.sh", "out", **pieces).returncode == 0
     assert all("shared" in call for call in records(tmp_path / "out").values())
@@ -725,3 +920,34 @@ def test_the_gpu_script_is_sound():
     assert subprocess.run(["bash", "-n", script]).returncode == 0
     outcome = subprocess.run([script], capture_output=True, text=True)
     assert outcome.returncode == 2 and outcome.stderr.startswith("usage: ")
+
+
+def test_the_command_prints_one_json_value(bench_command):
+    tiny = ["--batch_size", "2", "--image_size", "8", "--steps", "1", "--device", "cpu"]
+    said = bench_command("--json", "--model", "sparsenet_40_12", *tiny)
+    found = json.loads(said.out)
+    assert (said.code, said.err) == (0, "")
+    assert {"model", "batch_size", "image_size", "precision", "environment", "rows"} <= found.keys()
+    assert {"reference", "shared"} <= {row["implementation"] for row in found["rows"]}
+    assert all(row["train_seconds"]["median"] > 0 for row in found["rows"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--model", "sparsenet_40_21"], "sparsenet_40_12.*'sparsenet_40_21'"),
+        (["--model", "sparsenet_40_12", "--image_size", "3"], "image_size: expected at least 4"),
+        (
+            ["--model", "sparsenet_40_12", "--image_size", "-1"],
+            "--image_size: expected a whole number of at least 0",
+        ),
+        (["--device", "gpu"], "--device.*cpu.*'gpu'"),
+    ],
+)
+def test_a_bad_call_is_one_line(bench_command, flags, expected):
+    said = bench_command(*flags, "--batch_size", "2", "--steps", "1")
+    assert (
+        (said.code, said.out) == (2, "")
+        and said.err.count("\n") == 1
+        and re.search(expected, said.err)
+    ), said.err

@@ -20,11 +20,11 @@ import torch
 from conftest import TINY, Call, Found, snapshot, write_cifar10, write_classes, write_image
 from safetensors.torch import load_file
 
-from sparsenet import cli, zoo
+from sparsenet import cli, commands, zoo
 from sparsenet.config import RunConfig, settings
 from sparsenet.export import RUNTIMES
-from sparsenet.optim import learning_rate
 from sparsenet.run import Run
+from sparsenet.schedule import learning_rate
 
 PROGRAM = [sys.executable, "-m", "sparsenet.cli"]
 FILES = (
@@ -44,7 +44,7 @@ def configured(call: Call, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run
             found.append(config)
             return iter(())
 
-        monkeypatch.setattr("sparsenet.train.train", note)
+        monkeypatch.setattr("sparsenet.commands.train.train", note)
         outcome = call("train", "--out", f"out-{len(list(Path().iterdir()))}", *arguments)
         assert outcome.code == 0, outcome.err
         return found[0]
@@ -65,7 +65,9 @@ def json_of(text: str) -> Any:
 
 
 def test_dash_and_underscore_are_the_same_in_a_flag(configured: Callable[..., RunConfig]) -> None:
-    underscored = configured("--growth_rate", "4", "--max_epoch=3", "--skip_corrupt", "--drop_1", "2")
+    underscored = configured(
+        "--growth_rate", "4", "--max_epoch=3", "--skip_corrupt", "--drop_1", "2"
+    )
     dashed = configured("--growth-rate", "4", "--max-epoch=3", "--skip-corrupt", "--drop-1", "2")
     assert underscored == dashed
     assert underscored.data.skip_corrupt and underscored.train.max_epoch == 3
@@ -97,17 +99,21 @@ def test_a_value_keeps_its_dashes(call: Call, trained: Path) -> None:
         (("eval", "RUN", "--engine", "openvin"), "openvino"),
     ],
 )
-def test_an_unknown_name_is_told_with_the_nearest_one(call: Call, arguments: tuple[str, ...], nearest: str) -> None:
+def test_an_unknown_name_is_told_with_the_nearest_one(
+    call: Call, arguments: tuple[str, ...], nearest: str
+) -> None:
     outcome = call(*arguments)
     assert (outcome.code, outcome.out) == (2, "")
     assert re.search(rf"did you mean '?{re.escape(nearest)}'?\?", outcome.error), outcome.error
-    assert next(a for a in arguments if a not in ("train", "eval", "export", "RUN")).split("=")[0][2:5] in outcome.error
+    assert (
+        next(a for a in arguments if a not in ("train", "eval", "export", "RUN")).split("=")[0][2:5]
+        in outcome.error
+    )
 
 
 def test_an_unknown_network_is_told_with_the_nearest_ones(call: Call) -> None:
-    outcome = call("bench", "--model", "sparsenet_40_21")
-    assert outcome.code == 2
-    assert "sparsenet_40_12" in outcome.error and "'sparsenet_40_21'" in outcome.error
+    with pytest.raises(ValueError, match=r"sparsenet_40_12.* found 'sparsenet_40_21'"):
+        zoo.architecture("sparsenet_40_21")
     outcome = call("models", "resnet*")
     assert outcome.code == 2
     assert "'resnet*'" in outcome.error
@@ -142,7 +148,9 @@ def test_an_unknown_network_is_told_with_the_nearest_ones(call: Call) -> None:
         (("--download",), "c10", "digits"),
     ],
 )
-def test_a_value_out_of_range_names_its_flag(call: Call, arguments: tuple[str, ...], expected: str, found: str) -> None:
+def test_a_value_out_of_range_names_its_flag(
+    call: Call, arguments: tuple[str, ...], expected: str, found: str
+) -> None:
     outcome = call("train", *TINY, "--max_epoch", 1, "--out", "out", *arguments)
     assert outcome.code == 2
     line = outcome.error
@@ -167,21 +175,19 @@ def test_more_bad_calls_are_one_line(call: Call, trained: Path) -> None:
         ("report",),
         ("eval", trained, "--batch_size", "0"),
         ("predict", trained, "x.png", "--top", "none"),
-        ("bench", "--model", "sparsenet_40_12", "--image_size", "3", "--batch_size", "2", "--steps", "1"),
-        ("bench", "--model", "sparsenet_40_12", "--image_size", "-1", "--batch_size", "2", "--steps", "1"),
     ):
         outcome = call(*arguments)
         assert (outcome.code, outcome.out) == (2, ""), arguments
         assert outcome.error
 
 
-@pytest.mark.parametrize("command", ["", *cli.COMMANDS])
+@pytest.mark.parametrize("command", ["", *commands.MODULES])
 def test_help_renders_and_names_what_there_is(call: Call, command: str) -> None:
     outcome = call(*([command] if command else []), "--help")
     assert (outcome.code, outcome.err) == (0, "")
     assert outcome.out.startswith(f"usage: sparsenet {command}".rstrip())
     if not command:
-        assert set(cli.COMMANDS) <= set(outcome.out.split())
+        assert set(commands.MODULES) <= set(outcome.out.split())
     if command == "train":
         text = " ".join(outcome.out.split())
         for setting in settings():
@@ -192,22 +198,63 @@ def test_help_renders_and_names_what_there_is(call: Call, command: str) -> None:
 # --- settings ------------------------------------------------------------------------------------------------
 
 
-def test_the_paper_command_is_the_paper_recipe(configured: Callable[..., RunConfig], tmp_path: Path) -> None:
+def test_the_paper_command_is_the_paper_recipe(
+    configured: Callable[..., RunConfig], tmp_path: Path
+) -> None:
     write_cifar10(tmp_path / "data")
     config = configured(
-        *("--dataset", "c10", "--dataset_dir", tmp_path / "data", "--fetch", "sparse", "--depth", "100"),
-        *("--growth_rate", "24", "--batch_size", "64", "--drop_1", "150", "--drop_2", "225", "--max_epoch", "300"),
+        *(
+            "--dataset",
+            "c10",
+            "--dataset_dir",
+            tmp_path / "data",
+            "--fetch",
+            "sparse",
+            "--depth",
+            "100",
+        ),
+        *(
+            "--growth_rate",
+            "24",
+            "--batch_size",
+            "64",
+            "--drop_1",
+            "150",
+            "--drop_2",
+            "225",
+            "--max_epoch",
+            "300",
+        ),
     )
-    assert dataclasses.replace(config.network, in_chans=3, num_classes=10) == zoo.architecture("sparsenet_100_24")
+    assert dataclasses.replace(config.network, in_chans=3, num_classes=10) == zoo.architecture(
+        "sparsenet_100_24"
+    )
     assert dataclasses.asdict(config.optim) == {
         "lr": 0.1, "schedule": "step", "drop_1": 150, "drop_2": 225, "warmup": 0.0, "momentum": 0.9,
         "weight_decay": 1e-4, "label_smoothing": 0.0, "ema": 0.0, "grad_clip": 0.0,
     }  # fmt: skip
-    rates = [learning_rate(config.optim, epoch * 10, 10, config.train.max_epoch) for epoch in (0, 149, 150, 225, 299)]
+    rates = [
+        learning_rate(config.optim, epoch * 10, 10, config.train.max_epoch)
+        for epoch in (0, 149, 150, 225, 299)
+    ]
     assert rates == pytest.approx([0.1, 0.1, 0.01, 0.001, 0.001])
     assert (config.train.batch_size, config.train.max_epoch) == (64, 300)
-    assert (config.data.dataset, config.data.mirror, config.data.shift, config.data.val_fraction) == ("c10", True, 4, 0)
-    short = ("--dataset", "c10", "--dataset_dir", tmp_path / "data", "--depth", "100", "--growth_rate", "24")
+    assert (
+        config.data.dataset,
+        config.data.mirror,
+        config.data.shift,
+        config.data.val_fraction,
+    ) == ("c10", True, 4, 0)
+    short = (
+        "--dataset",
+        "c10",
+        "--dataset_dir",
+        tmp_path / "data",
+        "--depth",
+        "100",
+        "--growth_rate",
+        "24",
+    )
     assert configured(*short) == config
 
 
@@ -217,7 +264,9 @@ def test_no_flag_at_all_means_the_digits(configured: Callable[..., RunConfig]) -
     assert not config.data.mirror
 
 
-def test_flags_win_over_a_file_and_a_file_over_a_preset(configured: Callable[..., RunConfig]) -> None:
+def test_flags_win_over_a_file_and_a_file_over_a_preset(
+    configured: Callable[..., RunConfig],
+) -> None:
     Path("mine.json").write_text('{"optim": {"lr": 0.3, "momentum": 0.5}}')
     config = configured("--preset", "digits", "--config", "mine.json", "--lr", "0.4")
     assert (config.optim.lr, config.optim.momentum, config.data.dataset) == (0.4, 0.5, "digits")
@@ -251,8 +300,12 @@ def test_the_config_of_a_run_makes_the_same_weights_and_the_folder_is_the_last_l
     outcome = call("train", "--config", trained / "config.json", "--out", tmp_path / "again")
     assert (outcome.code, outcome.err) == (0, "")
     assert outcome.lines[-1] == str(tmp_path / "again")
-    assert json_of((tmp_path / "again" / "config.json").read_text()) == json_of((trained / "config.json").read_text())
-    ours, theirs = (sorted((run / "checkpoints").glob("*.safetensors")) for run in (trained, tmp_path / "again"))
+    assert json_of((tmp_path / "again" / "config.json").read_text()) == json_of(
+        (trained / "config.json").read_text()
+    )
+    ours, theirs = (
+        sorted((run / "checkpoints").glob("*.safetensors")) for run in (trained, tmp_path / "again")
+    )
     assert [path.name for path in ours] == [path.name for path in theirs]
     for mine, other in zip(ours, theirs, strict=True):
         first, second = load_file(mine), load_file(other)
@@ -290,7 +343,9 @@ def test_a_time_limit_ends_the_run_cleanly(call: Call, tmp_path: Path) -> None:
     assert outcome.code == 0 and "resumed at step" in outcome.out
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_anew(call: Call, copied: Path, trained: Path) -> None:
+def test_a_run_killed_before_its_first_checkpoint_starts_anew(
+    call: Call, copied: Path, trained: Path
+) -> None:
     run = Run.open(copied)
     for path in run.checkpoints.iterdir():
         path.unlink()
@@ -308,14 +363,20 @@ def test_a_run_killed_before_its_first_checkpoint_starts_anew(call: Call, copied
 def test_ctrl_c_saves_and_another_process_stays_out(call: Call, tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = [*PROGRAM, "train", *TINY, "--max_epoch", "100000", "--out", str(run)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         try:
             assert process.stdout is not None
             for line in process.stdout:
                 if line.startswith("epoch 1/"):
                     break
             refused = call("train", "--resume", run)
-            assert refused.code == 2 and "another process" in refused.error and str(run) in refused.error
+            assert (
+                refused.code == 2
+                and "another process" in refused.error
+                and str(run) in refused.error
+            )
             refused = call("train", *TINY, "--out", run)
             assert refused.code == 2 and str(run) in refused.error
             process.send_signal(signal.SIGINT)
@@ -337,7 +398,9 @@ def test_sigterm_at_a_terminal_saves_and_exits_143(call: Call, tmp_path: Path) -
     shown, terminal = pty.openpty()
     command = [*PROGRAM, "train", *TINY, "--max_epoch", "100000", "--out", str(run)]
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "200"}
-    with subprocess.Popen(command, stdout=terminal, stderr=subprocess.PIPE, env=environment) as process:
+    with subprocess.Popen(
+        command, stdout=terminal, stderr=subprocess.PIPE, env=environment
+    ) as process:
         try:
             os.close(terminal)
             seen, asked = b"", False
@@ -365,16 +428,23 @@ def test_sigterm_at_a_terminal_saves_and_exits_143(call: Call, tmp_path: Path) -
 
 
 def test_a_reader_that_goes_away_is_no_error_message() -> None:
-    with subprocess.Popen([*PROGRAM, "models"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [*PROGRAM, "models"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
         assert process.stdout is not None and process.stderr is not None
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait(60) == 1
 
 
-@pytest.mark.parametrize(("arguments", "code"), [(["models"], 0), (["models", "no-such"], 2), (["predict"], 2)])
+@pytest.mark.parametrize(
+    ("arguments", "code"), [(["models"], 0), (["models", "no-such"], 2), (["predict"], 2)]
+)
 def test_the_exit_code_is_that_of_the_process(
-    arguments: list[str], code: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    arguments: list[str],
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")  # main() sets it where it is not set
     monkeypatch.setattr(sys, "argv", ["sparsenet", *arguments])
@@ -398,7 +468,10 @@ def test_eval_json(call: Call, trained: Path) -> None:
     assert found["error"] == result["error"]
     plain = call("eval", trained)
     assert plain.code == 0 and f"{found['error']:.2f} %" in plain.out
-    assert json_of(call("eval", trained, "--json", "--checkpoint", "last").out)["error"] == found["error"]
+    assert (
+        json_of(call("eval", trained, "--json", "--checkpoint", "last").out)["error"]
+        == found["error"]
+    )
 
 
 @pytest.mark.parametrize("engine", RUNTIMES)
@@ -418,12 +491,28 @@ def test_eval_by_another_engine_finds_the_same(call: Call, trained: Path, engine
     assert snapshot(trained) == before  # nothing is left behind
 
 
-def test_a_run_finds_its_data_from_any_folder(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_finds_its_data_from_any_folder(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = write_classes(tmp_path / "here" / "insects")
     (tmp_path / "there").mkdir()
     found = []
     for folder, command in (
-        ("here", ("train", *TINY, "--max_epoch", 1, "--batch_size", 4, "--dataset_dir", "insects", "--out", "run")),
+        (
+            "here",
+            (
+                "train",
+                *TINY,
+                "--max_epoch",
+                1,
+                "--batch_size",
+                4,
+                "--dataset_dir",
+                "insects",
+                "--out",
+                "run",
+            ),
+        ),
         ("here", ("eval", "run", "--json")),
         ("there", ("eval", "../here/run", "--json")),
         ("there", ("train", "--config", "../here/run", "--out", "again")),
@@ -437,18 +526,34 @@ def test_a_run_finds_its_data_from_any_folder(call: Call, tmp_path: Path, monkey
     assert found == [found[0]] * 3
     data.rename(tmp_path / "moved")
     outcome = call("eval", "run")
-    assert outcome.code == 2 and "--dataset_dir" in outcome.error and f"nothing at {data}" in outcome.error
+    assert (
+        outcome.code == 2
+        and "--dataset_dir" in outcome.error
+        and f"nothing at {data}" in outcome.error
+    )
     assert call("eval", "run", "--dataset_dir", "../moved").code == 0
 
 
 def test_predict_json_goes_on_after_a_bad_file(call: Call, trained: Path) -> None:
-    good, other = write_image(Path("shown/a.png")), write_image(Path("shown/b.png"), seed=1, size=30)
+    good, other = (
+        write_image(Path("shown/a.png")),
+        write_image(Path("shown/b.png"), seed=1, size=30),
+    )
     bad = Path("shown/c.png")
     bad.write_bytes(b"no image")
-    outcome = call("predict", trained, "shown", "nothing-here.png", "shown/[ab].png", "--json", "--top", 3)
+    outcome = call(
+        "predict", trained, "shown", "nothing-here.png", "shown/[ab].png", "--json", "--top", 3
+    )
     assert outcome.err == ""
     found = json_of(outcome.out)
-    paths = ["shown/a.png", "shown/b.png", "shown/c.png", "nothing-here.png", "shown/a.png", "shown/b.png"]
+    paths = [
+        "shown/a.png",
+        "shown/b.png",
+        "shown/c.png",
+        "nothing-here.png",
+        "shown/a.png",
+        "shown/b.png",
+    ]
     assert [each["path"] for each in found] == paths
     for each in found:
         if each["path"] in (str(good), str(other)):
@@ -476,7 +581,10 @@ def test_models_json(call: Call) -> None:
     assert (outcome.code, outcome.err) == (0, "")
     found = {each["name"]: each for each in json_of(outcome.out)}
     assert list(found) == zoo.list_models()
-    assert (found["sparsenet_100_24"]["parameters"], found["sparsenet_100_24"]["macs"]) == (2509354, 1050072480)
+    assert (found["sparsenet_100_24"]["parameters"], found["sparsenet_100_24"]["macs"]) == (
+        2509354,
+        1050072480,
+    )
     table = call("models", "densenet_bc*")
     assert table.code == 0 and len(table.lines) == 2 and "769,162" in table.out
 
@@ -497,7 +605,9 @@ def test_check_shows_what_auto_takes_and_measures_anew(call: Call, found: Found)
     told = json_of(call("check", "--json").out)["auto"]["cpu"]
     taken = {"training": ("reference", 0.01), "inference": ("shared", 0.01)}
     for kinds in told["implementation"].values():
-        assert {kind: (each["taken"], min(each["seconds"].values())) for kind, each in kinds.items()} == taken
+        assert {
+            kind: (each["taken"], min(each["seconds"].values())) for kind, each in kinds.items()
+        } == taken
     assert set(told["precision"]) == {"training", "inference"}
     found.anew({"shared": 0.01, "reference": 0.04})
     assert json_of(call("check", "--json").out)["auto"]["cpu"] == told
@@ -506,17 +616,9 @@ def test_check_shows_what_auto_takes_and_measures_anew(call: Call, found: Found)
     assert line in call("check", "--measure").out and line in call("check").out
 
 
-def test_bench_json(call: Call) -> None:
-    tiny = ("--batch_size", 2, "--image_size", 8, "--steps", 1, "--device", "cpu")
-    outcome = call("bench", "--json", "--model", "sparsenet_40_12", *tiny)
-    assert (outcome.code, outcome.err) == (0, "")
-    found = json_of(outcome.out)
-    assert {"model", "batch_size", "image_size", "precision", "environment", "rows"} <= found.keys()
-    assert {"reference", "shared"} <= {row["implementation"] for row in found["rows"]}
-    assert all(row["train_seconds"]["median"] > 0 for row in found["rows"])
-
-
-def test_report_compares_runs_on_one_page(call: Call, trained: Path, trained_on_folder: Path) -> None:
+def test_report_compares_runs_on_one_page(
+    call: Call, trained: Path, trained_on_folder: Path
+) -> None:
     outcome = call("report", trained, trained_on_folder, "--out", "page.html")
     assert (outcome.code, outcome.err, outcome.out) == (0, "", "page.html\n")
     page = Path("page.html").read_text()
@@ -533,14 +635,22 @@ def test_export_writes_a_checked_file(call: Call, trained: Path) -> None:
     assert Path("model.onnx").stat().st_size > 0
 
 
-def test_export_writes_weights_into_the_run_folder(call: Call, copied: Path, trained_on_folder: Path) -> None:
+def test_export_writes_weights_into_the_run_folder(
+    call: Call, copied: Path, trained_on_folder: Path
+) -> None:
     outcome = call("export", copied, "--format", "safetensors")
     assert (outcome.code, outcome.err) == (0, "")
     file = copied / "model.safetensors"
-    assert re.fullmatch(rf"{file}: 0\.\d MiB; error \d+\.\d\d % in fp32.* \(359 images of digits\)", outcome.lines[0])
+    assert re.fullmatch(
+        rf"{file}: 0\.\d MiB; error \d+\.\d\d % in fp32.* \(359 images of digits\)",
+        outcome.lines[0],
+    )
     assert len(outcome.lines) == 1 and file.is_file()
     config = Path(shutil.copytree(trained_on_folder, "run")) / "config.json"
     config.write_text(config.read_text().replace("insects", "gone"))
     outcome = call("export", "run", "--format", "safetensors")
-    assert outcome.code == 2 and "--dataset_dir: expected a folder with data, found nothing at" in outcome.error
+    assert (
+        outcome.code == 2
+        and "--dataset_dir: expected a folder with data, found nothing at" in outcome.error
+    )
     assert not Path("run/model.safetensors").exists()

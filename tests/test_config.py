@@ -26,9 +26,25 @@ def test_a_configuration_survives_json(name):
 def test_the_paper_preset_is_the_published_recipe():
     config = from_flags({"depth": "100", "growth_rate": "24"}, preset("paper"))
     network, optim, data, train = config.network, config.optim, config.data, config.train
-    assert (network.fetch, network.depth, network.growth_rate, network.bottleneck) == ("sparse", 100, (24,), False)
-    assert (optim.lr, optim.momentum, optim.weight_decay, optim.drop_1, optim.drop_2) == (0.1, 0.9, 1e-4, 150, 225)
-    assert (optim.schedule, optim.label_smoothing, optim.ema, optim.grad_clip) == ("step", 0.0, 0.0, 0.0)
+    assert (network.fetch, network.depth, network.growth_rate, network.bottleneck) == (
+        "sparse",
+        100,
+        (24,),
+        False,
+    )
+    assert (optim.lr, optim.momentum, optim.weight_decay, optim.drop_1, optim.drop_2) == (
+        0.1,
+        0.9,
+        1e-4,
+        150,
+        225,
+    )
+    assert (optim.schedule, optim.label_smoothing, optim.ema, optim.grad_clip) == (
+        "step",
+        0.0,
+        0.0,
+        0.0,
+    )
     assert (train.batch_size, train.max_epoch, data.mirror, data.shift) == (64, 300, True, 4)
 
 
@@ -55,7 +71,10 @@ def test_the_preset_follows_the_data():
     [
         ({"depth": "ten"}, "--depth: expected a whole number, found 'ten'"),
         ({"lr": "fast"}, "--lr: expected a number, found 'fast'"),
-        ({"growth_rate": "16;32"}, "--growth_rate: expected whole numbers like 16,32,64, found '16;32'"),
+        (
+            {"growth_rate": "16;32"},
+            "--growth_rate: expected whole numbers like 16,32,64, found '16;32'",
+        ),
         ({"mirror": "maybe"}, "--mirror: expected true or false, found 'maybe'"),
         ({"batch_size": "0"}, "batch_size: expected at least 1, found 0"),
         ({"lr": "nan"}, "--lr: expected a number, found 'nan'"),
@@ -96,12 +115,17 @@ def test_differences_name_what_resuming_must_not_change():
     assert differences(old, new) == ["lr 0.1 -> 0.2"]
     assert differences(old, dataclasses.replace(old)) == []
     named = replace(old, {"train": {"implementation": "shared"}})
-    assert differences(old, named) == []  # what auto came to may not run on the machine of the resume
+    assert (
+        differences(old, named) == []
+    )  # what auto came to may not run on the machine of the resume
     assert differences(named, old) == ["implementation 'shared' -> 'auto'"]
 
 
 def test_a_recipe_makes_the_same_settings_again_but_for_the_machine_and_the_network():
-    changes = {"data": {"dataset_dir": "/home/me/photos", "cutout": 8}, "train": {"max_epoch": 7, "device": "cpu"}}
+    changes = {
+        "data": {"dataset_dir": "/home/me/photos", "cutout": 8},
+        "train": {"max_epoch": 7, "device": "cpu"},
+    }
     made = replace(RunConfig(), changes)
     told = recipe(made)
     assert "photos" not in str(told) and "cpu" not in str(told)

@@ -19,8 +19,11 @@ import numpy as np
 import pytest
 import torch
 
-from sparsenet.data import DataConfig, DataError, Dataset, load_dataset
+from sparsenet.data.config import DataConfig
+from sparsenet.data.dataset import Dataset
 from sparsenet.data.download import CIFAR_URL, download
+from sparsenet.data.errors import DataError
+from sparsenet.data.load import load_dataset
 from sparsenet.data.unpickle import load_pickle
 
 PIXELS = 3072
@@ -38,7 +41,11 @@ class Cifar:
         self.archive = f"cifar-{self.classes}-{form}.tar.gz"
         ten = "cifar-10-batches-bin" if self.binary else "cifar-10-batches-py"
         self.folder = ten if self.classes == 10 else f"cifar-100-{form}"
-        stems = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"] if self.classes == 10 else ["train", "test"]
+        stems = (
+            [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
+            if self.classes == 10
+            else ["train", "test"]
+        )
         rng = np.random.default_rng(0)
         self.pixels = [rng.integers(0, 256, (count, PIXELS), dtype=np.uint8) for _ in stems]
         self.labels = [rng.integers(0, self.classes, count) for _ in stems]
@@ -52,7 +59,8 @@ class Cifar:
     def batch(self, pixels: np.ndarray, labels: Any) -> bytes:
         if self.binary:
             rows = [
-                [0] * (self.classes == 100) + [label, *row] for label, row in zip(labels, pixels.tolist(), strict=True)
+                [0] * (self.classes == 100) + [label, *row]
+                for label, row in zip(labels, pixels.tolist(), strict=True)
             ]
             return np.array(rows, np.uint8).tobytes()
         fine = (
@@ -65,7 +73,9 @@ class Cifar:
     def meta(self) -> dict[str, bytes]:
         if self.binary:
             text = "\n".join(self.names) + "\n\n"
-            return {"batches.meta.txt" if self.classes == 10 else "fine_label_names.txt": text.encode()}
+            return {
+                "batches.meta.txt" if self.classes == 10 else "fine_label_names.txt": text.encode()
+            }
         key = b"label_names" if self.classes == 10 else b"fine_label_names"
         name = "batches.meta" if self.classes == 10 else "meta"
         return {name: pickle.dumps({key: [n.encode() for n in self.names]}, self.protocol)}
@@ -107,7 +117,9 @@ def test_packed_and_unpacked_archives_are_read_alike(kind: str, tmp_path: Path) 
     for root in (archive, archive.parent, folder, folder.parent):
         for dataset in ("auto", cifar.dataset):
             cifar.check(load(root, dataset))
-    assert [path.name for path in archive.parent.iterdir()] == [cifar.archive]  # nothing was extracted
+    assert [path.name for path in archive.parent.iterdir()] == [
+        cifar.archive
+    ]  # nothing was extracted
     other = "c100" if cifar.dataset == "c10" else "c10"
     with pytest.raises(DataError, match=r"--dataset_dir: expected cifar-.*--download"):
         load(folder.parent, other)
@@ -201,7 +213,9 @@ def test_memo_index_asks_for_no_memory() -> None:
 
 def test_damaged_pickles_are_read_or_refused_but_nothing_else() -> None:
     chance = random.Random(0)
-    whole = pickle.dumps({b"data": np.zeros((2, 3), np.uint8), b"labels": [1, 2], "n": (1.5, {3}, "s")}, 4)
+    whole = pickle.dumps(
+        {b"data": np.zeros((2, 3), np.uint8), b"labels": [1, 2], "n": (1.5, {3}, "s")}, 4
+    )
     for start in (whole, pickle.dumps({b"data": np.zeros((2, 3), np.uint8), b"labels": [1, 2]}, 0)):
         for _ in range(2000):
             damaged = bytearray(start)
@@ -232,11 +246,23 @@ def damages() -> Iterator[tuple[str, Cifar, str]]:
             broken(fresh(form), fresh(form).file("data_batch_2"), data),
             rf"data_batch_2\S* image 1: .* found {label}",
         )
-    yield "short record", broken(binary, "data_batch_1.bin", bytes(3000)), r"data_batch_1.bin: expected records of 3073"
-    yield "empty", broken(fresh("binary"), "test_batch.bin", b""), r"test_batch.bin: expected records"
+    yield (
+        "short record",
+        broken(binary, "data_batch_1.bin", bytes(3000)),
+        r"data_batch_1.bin: expected records of 3073",
+    )
+    yield (
+        "empty",
+        broken(fresh("binary"), "test_batch.bin", b""),
+        r"test_batch.bin: expected records",
+    )
     yield "missing batch", broken(fresh("python"), "data_batch_4", None), r"found no data_batch_4$"
     yield "missing meta", broken(fresh("python"), "batches.meta", None), r"found no batches.meta$"
-    yield "few names", broken(fresh("binary"), "batches.meta.txt", b"cat\ndog\n"), r"expected 10 class names, found 2"
+    yield (
+        "few names",
+        broken(fresh("binary"), "batches.meta.txt", b"cat\ndog\n"),
+        r"expected 10 class names, found 2",
+    )
     yield (
         "few labels",
         broken(fresh("python"), "test_batch", python.batch(pixels, [1])),
@@ -255,7 +281,9 @@ def damages() -> Iterator[tuple[str, Cifar, str]]:
 
 @pytest.mark.parametrize(("cifar", "message"), [pytest.param(c, m, id=i) for i, c, m in damages()])
 @pytest.mark.parametrize("packed", [True, False])
-def test_damage_is_one_line_that_names_the_file(cifar: Cifar, message: str, packed: bool, tmp_path: Path) -> None:
+def test_damage_is_one_line_that_names_the_file(
+    cifar: Cifar, message: str, packed: bool, tmp_path: Path
+) -> None:
     with pytest.raises(DataError, match=message) as caught:
         load(cifar.pack(tmp_path) if packed else cifar.unpack(tmp_path))
     assert "\n" not in str(caught.value)
@@ -269,7 +297,14 @@ def test_truncated_and_tampered_archives_are_one_line(tmp_path: Path) -> None:
     tampered[len(whole) // 2 : len(whole) // 2 + 64] = bytes(64)
     flipped = bytearray(gzip.compress(inner, 0))
     flipped[-20000] ^= 1  # one bit of one pixel
-    cut = (whole[:10], whole[: len(whole) // 2], whole[:-4], b"", b"no archive", gzip.compress(inner[:90000]))
+    cut = (
+        whole[:10],
+        whole[: len(whole) // 2],
+        whole[:-4],
+        b"",
+        b"no archive",
+        gzip.compress(inner[:90000]),
+    )
     for damaged in (*cut, bytes(tampered), bytes(flipped)):
         archive.write_bytes(damaged)
         with pytest.raises(DataError, match=r"cifar-10-python\.tar\.gz: .*expected") as caught:
@@ -279,7 +314,10 @@ def test_truncated_and_tampered_archives_are_one_line(tmp_path: Path) -> None:
 
 def test_a_member_that_is_no_file_or_too_large_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "cifar-10-python.tar.gz"
-    for kind, size, message in ((tarfile.SYMTYPE, 0, "found no data_batch_1"), (tarfile.REGTYPE, 1 << 40, "at most")):
+    for kind, size, message in (
+        (tarfile.SYMTYPE, 0, "found no data_batch_1"),
+        (tarfile.REGTYPE, 1 << 40, "at most"),
+    ):
         with tarfile.open(path, "w:gz") as archive:
             member = tarfile.TarInfo("cifar-10-batches-py/data_batch_1")
             member.type, member.size, member.linkname = kind, size, "/etc/passwd"
@@ -292,9 +330,9 @@ def test_other_size_and_channels_go_through_the_image_path(tmp_path: Path) -> No
     cifar = Cifar("c10-binary")
     found = load(cifar.pack(tmp_path), image_size=16, in_chans=1)
     assert found.train.pixels.shape == (20, 1, 16, 16)
-    grey = torch.from_numpy(cifar.pixels[0][0].reshape(3, 32, 32)).double().mean((1, 2)) @ torch.tensor(
-        [0.299, 0.587, 0.114], dtype=torch.float64
-    )
+    grey = torch.from_numpy(cifar.pixels[0][0].reshape(3, 32, 32)).double().mean(
+        (1, 2)
+    ) @ torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64)
     assert abs(float(found.train.pixels[0].double().mean()) - float(grey)) < 2
 
 
@@ -302,7 +340,12 @@ class Server:
     """Serves *content*; *ranges*: honours Range; *limit*: hangs up after so many bytes."""
 
     def __init__(self, content: bytes) -> None:
-        self.content, self.ranges, self.limit, self.asked = content, True, len(content), list[str | None]()
+        self.content, self.ranges, self.limit, self.asked = (
+            content,
+            True,
+            len(content),
+            list[str | None](),
+        )
 
     @contextmanager
     def url(self) -> Iterator[str]:
@@ -327,7 +370,10 @@ class Server:
                     return
                 self.send_response(206 if start else 200)
                 if start:
-                    self.send_header("Content-Range", f"bytes {start}-{len(outer.content) - 1}/{len(outer.content)}")
+                    self.send_header(
+                        "Content-Range",
+                        f"bytes {start}-{len(outer.content) - 1}/{len(outer.content)}",
+                    )
                 self.send_header("Content-Length", str(len(outer.content) - start))
                 self.end_headers()
                 self.wfile.write(outer.content[start : outer.limit])
@@ -355,7 +401,9 @@ def test_download_is_whole_checked_and_leaves_nothing_else(served: Server, tmp_p
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_truncated_download_says_so_and_is_resumed(served: Server, ranges: bool, tmp_path: Path) -> None:
+def test_truncated_download_says_so_and_is_resumed(
+    served: Server, ranges: bool, tmp_path: Path
+) -> None:
     target = tmp_path / "file"
     served.limit, served.ranges = 30_000, ranges
     with served.url() as url:
@@ -395,10 +443,9 @@ def test_download_flag_fetches_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     content = cifar.pack(tmp_path).read_bytes()
     served = Server(content)
     with served.url() as url:
-        from sparsenet import data
         from sparsenet.data import archives
 
-        monkeypatch.setattr(data, "CIFAR_URL", url)
+        monkeypatch.setattr(archives, "CIFAR_URL", url)
         real = archives.LAYOUTS[0]
         fake = type(real)(real.classes, real.stem, real.folder, real.names, md5(content))
         monkeypatch.setattr(archives, "LAYOUTS", (fake, *archives.LAYOUTS[1:]))

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
-from sparsenet.data import DataConfig, DataError
 from sparsenet.data.augment import (
     BLEND,
     DROPPED,
@@ -26,6 +25,8 @@ from sparsenet.data.augment import (
     operate,
     shift_and_mirror,
 )
+from sparsenet.data.config import DataConfig
+from sparsenet.data.errors import DataError
 from sparsenet.data.sampling import plan_epoch, stream
 
 EVERYTHING = DataConfig(shift=2, trivial_augment=True, cutout=5, mixup=0.4, cutmix=1.0)
@@ -33,8 +34,12 @@ FILL = torch.tensor([70, 80, 90], dtype=torch.uint8)
 channels = pytest.mark.parametrize("channels", [1, 3])
 
 
-def noise(count: int, channels: int = 3, side: int = 8, seed: int = 0, low: int = 0, high: int = 256) -> Tensor:
-    return torch.randint(low, high, (count, channels, side, side), dtype=torch.uint8, generator=stream(seed))
+def noise(
+    count: int, channels: int = 3, side: int = 8, seed: int = 0, low: int = 0, high: int = 256
+) -> Tensor:
+    return torch.randint(
+        low, high, (count, channels, side, side), dtype=torch.uint8, generator=stream(seed)
+    )
 
 
 def done(name: str, batch: Tensor, strength: float, fill: Tensor = FILL) -> Tensor:
@@ -44,7 +49,9 @@ def done(name: str, batch: Tensor, strength: float, fill: Tensor = FILL) -> Tens
 
 
 def moves_of(count: int, **parts: Tensor) -> Moves:
-    return Moves(torch.zeros(count, 2, dtype=torch.int64), torch.zeros(count, dtype=torch.bool), **parts)
+    return Moves(
+        torch.zeros(count, 2, dtype=torch.int64), torch.zeros(count, dtype=torch.bool), **parts
+    )
 
 
 @settings(max_examples=60)
@@ -59,11 +66,15 @@ def moves_of(count: int, **parts: Tensor) -> Moves:
 def test_shift_and_mirror_equals_pad_crop_mirror_image_by_image(
     count: int, channels: int, height: int, width: int, shift: int, seed: int
 ) -> None:
-    batch = torch.randint(256, (count, channels, height, width), dtype=torch.uint8, generator=stream(seed))
+    batch = torch.randint(
+        256, (count, channels, height, width), dtype=torch.uint8, generator=stream(seed)
+    )
     config = DataConfig(shift=shift)
     moves, fill = plan_epoch(seed, 0, count, config).moves, FILL[:channels]
     found = augment(batch, moves, config, fill)
-    for image, (row, column), flip, result in zip(batch, moves.offsets.tolist(), moves.flips, found, strict=True):
+    for image, (row, column), flip, result in zip(
+        batch, moves.offsets.tolist(), moves.flips, found, strict=True
+    ):
         padded = fill.view(-1, 1, 1).repeat(1, height + 2 * shift, width + 2 * shift)
         padded[:, shift : shift + height, shift : shift + width] = image
         crop = padded[:, row : row + height, column : column + width]
@@ -74,14 +85,19 @@ def test_shift_and_mirror_equals_pad_crop_mirror_image_by_image(
 def test_centre_offset_without_flip_is_the_identity() -> None:
     pixels = noise(4)
     assert torch.equal(
-        shift_and_mirror(pixels, torch.full((4, 2), 3), torch.zeros(4, dtype=torch.bool), 3, FILL), pixels
+        shift_and_mirror(pixels, torch.full((4, 2), 3), torch.zeros(4, dtype=torch.bool), 3, FILL),
+        pixels,
     )
 
 
 @channels
 @pytest.mark.parametrize("size", [1, 3, 20])
 def test_an_image_becomes_the_same_whatever_its_batch(channels: int, size: int) -> None:
-    batch, moves, fill = noise(40, channels), plan_epoch(0, 0, 40, EVERYTHING).moves, FILL[:channels]
+    batch, moves, fill = (
+        noise(40, channels),
+        plan_epoch(0, 0, 40, EVERYTHING).moves,
+        FILL[:channels],
+    )
     whole = augment(batch, moves, EVERYTHING, fill)
     for first in range(0, 40, size):
         part = slice(first, first + size)
@@ -92,16 +108,23 @@ def test_an_image_becomes_the_same_whatever_its_batch(channels: int, size: int) 
 @settings(max_examples=40)
 @given(st.integers(1, 9), st.integers(1, 12), st.integers(0, 999))
 def test_cutout_greys_its_square_and_nothing_else(side: int, cutout: int, seed: int) -> None:
-    batch, centres = noise(3, side=side, seed=seed), torch.rand(3, 2, generator=stream(seed, "centres"))
+    batch, centres = (
+        noise(3, side=side, seed=seed),
+        torch.rand(3, 2, generator=stream(seed, "centres")),
+    )
     found = augment(batch, moves_of(3, holes=centres), DataConfig(shift=0, cutout=cutout), FILL)
     for image, centre, result in zip(batch, (centres * side).int().tolist(), found, strict=True):
-        (top, bottom), (left, right) = ((max(c - cutout // 2, 0), c - cutout // 2 + cutout) for c in centre)
+        (top, bottom), (left, right) = (
+            (max(c - cutout // 2, 0), c - cutout // 2 + cutout) for c in centre
+        )
         image[:, top:bottom, left:right] = FILL.view(-1, 1, 1)
         assert torch.equal(result, image)
 
 
 @channels
-@pytest.mark.parametrize("name", [name for name in OPERATIONS if name not in ("autocontrast", "equalize")])
+@pytest.mark.parametrize(
+    "name", [name for name in OPERATIONS if name not in ("autocontrast", "equalize")]
+)
 @pytest.mark.parametrize("side", [1, 2, 7, 32])
 def test_an_operation_without_strength_is_the_identity(name: str, channels: int, side: int) -> None:
     batch = noise(4, channels, side)
@@ -120,8 +143,13 @@ def test_a_right_angle_is_rot90(channels: int, turns: int) -> None:
 def test_a_translation_by_whole_pixels_is_a_shift(pixels: int) -> None:
     batch, strength = noise(4, side=16), pixels / (TRANSLATION * 16)
     offsets, still = torch.tensor([[3, 3 + pixels]]).expand(4, 2), torch.zeros(4, dtype=torch.bool)
-    assert torch.equal(done("translate_x", batch, strength), shift_and_mirror(batch, offsets, still, 3, FILL))
-    assert torch.equal(done("translate_y", batch, strength), shift_and_mirror(batch, offsets.flip(1), still, 3, FILL))
+    assert torch.equal(
+        done("translate_x", batch, strength), shift_and_mirror(batch, offsets, still, 3, FILL)
+    )
+    assert torch.equal(
+        done("translate_y", batch, strength),
+        shift_and_mirror(batch, offsets.flip(1), still, 3, FILL),
+    )
 
 
 def test_a_shear_shifts_rows_by_their_distance_from_the_middle() -> None:
@@ -139,14 +167,22 @@ def pillow(image: Tensor) -> Image.Image:
 
 def difference(found: Tensor, expected: Image.Image) -> int:
     """Largest, in grey levels."""
-    theirs = torch.from_numpy(np.asarray(expected).astype(int)).view(*found.shape[1:], -1).permute(2, 0, 1)
+    theirs = (
+        torch.from_numpy(np.asarray(expected).astype(int))
+        .view(*found.shape[1:], -1)
+        .permute(2, 0, 1)
+    )
     return int((found - theirs).abs().max())
 
 
 images = st.builds(
     lambda seed, channels, low, span: noise(1, channels, 9, seed, low, low + span),
     *(st.integers(0, 999), st.sampled_from([1, 3]), st.integers(0, 200), st.integers(1, 56)),
-) | st.builds(lambda seed, channels: noise(1, channels, 24, seed), st.integers(0, 999), st.sampled_from([1, 3]))
+) | st.builds(
+    lambda seed, channels: noise(1, channels, 24, seed),
+    st.integers(0, 999),
+    st.sampled_from([1, 3]),
+)
 
 
 @settings(max_examples=40)
@@ -155,7 +191,13 @@ def test_levels_are_those_of_pillow(batch: Tensor, bits: int, threshold: int, si
     image = pillow(batch[0])
     assert difference(done("autocontrast", batch, 0.5)[0], ImageOps.autocontrast(image)) <= 1
     assert difference(done("equalize", batch, 0.5)[0], ImageOps.equalize(image)) == 0
-    assert difference(done("posterize", batch, sign * (8 - bits) / DROPPED)[0], ImageOps.posterize(image, bits)) == 0
+    assert (
+        difference(
+            done("posterize", batch, sign * (8 - bits) / DROPPED)[0],
+            ImageOps.posterize(image, bits),
+        )
+        == 0
+    )
     solarized = done("solarize", batch, sign * (1 - threshold / 256))
     assert difference(solarized[0], ImageOps.solarize(image, threshold)) == 0
 
@@ -172,7 +214,9 @@ ENHANCERS = {
 @given(images, st.sampled_from(sorted(ENHANCERS)), st.floats(-1, 1))
 def test_blends_are_those_of_pillow(batch: Tensor, name: str, strength: float) -> None:
     expected = ENHANCERS[name](pillow(batch[0])).enhance(1 + BLEND * strength)
-    assert difference(done(name, batch, strength)[0], expected) <= 2  # theirs rounds twice, and downwards
+    assert (
+        difference(done(name, batch, strength)[0], expected) <= 2
+    )  # theirs rounds twice, and downwards
 
 
 @given(st.integers(1, 7), st.floats(0, 1), st.integers(0, 999))
@@ -186,15 +230,24 @@ def test_mixup_blends_by_the_shares(count: int, share: float, seed: int) -> None
 
 
 @given(st.integers(1, 7), st.integers(1, 9), st.integers(0, 999))
-def test_the_share_of_cutmix_is_the_part_of_the_pixels_kept(count: int, side: int, seed: int) -> None:
+def test_the_share_of_cutmix_is_the_part_of_the_pixels_kept(
+    count: int, side: int, seed: int
+) -> None:
     images = torch.arange(1.0, count + 1).view(-1, 1, 1, 1).expand(-1, 3, side, side)
-    shares, boxes = torch.rand(count, generator=stream(seed)), torch.rand(count, 2, generator=stream(seed, "boxes"))
+    shares, boxes = (
+        torch.rand(count, generator=stream(seed)),
+        torch.rand(count, 2, generator=stream(seed, "boxes")),
+    )
     found, own = mix(images, moves_of(count, shares=shares, cuts=shares < 2, boxes=boxes))
     kept, partner = found == images, found == images.flip(0)
     assert (kept | partner).all()
-    for number, (share, box) in enumerate(zip(shares.tolist(), (boxes * side).int().tolist(), strict=True)):
+    for number, (share, box) in enumerate(
+        zip(shares.tolist(), (boxes * side).int().tolist(), strict=True)
+    ):
         width = int((1 - share) ** 0.5 * side)
-        (top, bottom), (left, right) = ((max(c - width // 2, 0), c - width // 2 + width) for c in box)
+        (top, bottom), (left, right) = (
+            (max(c - width // 2, 0), c - width // 2 + width) for c in box
+        )
         pasted = torch.zeros(side, side, dtype=torch.bool)
         pasted[top:bottom, left:right] = True
         if 2 * number + 1 != count:  # the middle one is its own partner
@@ -203,7 +256,14 @@ def test_the_share_of_cutmix_is_the_part_of_the_pixels_kept(count: int, side: in
 
 
 @pytest.mark.parametrize(
-    "options", [{"cutout": -1}, {"mixup": -0.1}, {"cutmix": float("nan")}, {"first_size": -4}, {"first_size": 6}]
+    "options",
+    [
+        {"cutout": -1},
+        {"mixup": -0.1},
+        {"cutmix": float("nan")},
+        {"first_size": -4},
+        {"first_size": 6},
+    ],
 )
 def test_a_wrong_option_names_its_flag(options: dict[str, Any]) -> None:
     with pytest.raises(DataError, match=f"^--{next(iter(options))}: expected .*, found "):

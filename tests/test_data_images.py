@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sparsenet.data import DataError, Images, channel_statistics
-from sparsenet.data.dataset import Example
+from sparsenet.data.dataset import Example, Images, channel_statistics
+from sparsenet.data.errors import DataError
 from sparsenet.data.images import BadImage, Preprocessing, common_size, read_image, read_images
 from sparsenet.extras import MissingExtra, require
 
@@ -31,7 +31,9 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
     return stream.getvalue()
 
 
-def read(image: Image.Image, kind: str = "PNG", channels: int = 3, size: int = 0, **options: object) -> np.ndarray:
+def read(
+    image: Image.Image, kind: str = "PNG", channels: int = 3, size: int = 0, **options: object
+) -> np.ndarray:
     return read_image(encoded(image, kind, **options), size, channels)
 
 
@@ -41,9 +43,12 @@ def chw(pixels: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("size", [0, 8])
 @pytest.mark.parametrize(
-    ("kind", "options"), [("PNG", {}), ("BMP", {}), ("TIFF", {}), ("PPM", {}), ("WEBP", {"lossless": True})]
+    ("kind", "options"),
+    [("PNG", {}), ("BMP", {}), ("TIFF", {}), ("PPM", {}), ("WEBP", {"lossless": True})],
 )
-def test_lossless_formats_are_read_to_the_byte(kind: str, options: dict[str, object], size: int) -> None:
+def test_lossless_formats_are_read_to_the_byte(
+    kind: str, options: dict[str, object], size: int
+) -> None:
     assert np.array_equal(read(Image.fromarray(COLOUR), kind, size=size, **options), chw(COLOUR))
     grey = read(Image.fromarray(GREY), kind, size=size, channels=1, **options)
     assert np.array_equal(grey, chw(GREY))
@@ -144,7 +149,9 @@ def test_reducing_averages_instead_of_skipping() -> None:
 def test_large_jpeg_decoded_small_stays_near_the_whole_one() -> None:
     slope = np.linspace(0, 255, 512).astype(np.uint8)
     photo = Image.fromarray(
-        np.dstack([np.tile(slope, (512, 1)), np.tile(slope, (512, 1)).T, np.full((512, 512), 99)]).astype(np.uint8)
+        np.dstack(
+            [np.tile(slope, (512, 1)), np.tile(slope, (512, 1)).T, np.full((512, 512), 99)]
+        ).astype(np.uint8)
     )
     from_jpeg, from_png = (read(photo, kind, size=32).astype(int) for kind in ("JPEG", "PNG"))
     assert np.abs(from_jpeg - from_png).max() <= 4
@@ -156,7 +163,9 @@ def test_array_and_file_take_the_same_path() -> None:
     arrays = Images(torch.from_numpy(chw(COLOUR)[None].copy()), torch.tensor([3]))
     for size, channels in ((8, 1), (5, 3), (13, 1)):
         images, _ = read_images(arrays, size, channels)
-        assert np.array_equal(images.pixels[0].numpy(), read(Image.fromarray(COLOUR), size=size, channels=channels))
+        assert np.array_equal(
+            images.pixels[0].numpy(), read(Image.fromarray(COLOUR), size=size, channels=channels)
+        )
         assert images.labels.tolist() == [3]
 
 
@@ -178,7 +187,9 @@ def test_what_is_no_image_is_named(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
     with pytest.raises(BadImage, match="cell 7"):
         read_image(b"", 8, 3, "cell 7")
-    with pytest.raises(BadImage):  # a program in PostScript, which Pillow would hand to another program
+    with pytest.raises(
+        BadImage
+    ):  # a program in PostScript, which Pillow would hand to another program
         read_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n", 8, 3)
 
 
@@ -260,7 +271,9 @@ def test_channel_statistics_are_those_of_the_floats(count: int, channels: int, s
 
 
 def test_constant_channel_can_be_normalised() -> None:
-    images = Images(torch.full((2, 1, 4, 4), 9, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64))
+    images = Images(
+        torch.full((2, 1, 4, 4), 9, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64)
+    )
     mean, std = channel_statistics(images)
     assert std[0] > 0 and Preprocessing(4, 1, mean, std).normalise(images.pixels).abs().max() < 1e-5
 
@@ -274,7 +287,9 @@ def test_normalise_is_the_textbook_formula(dtype: torch.dtype) -> None:
     assert found.dtype == dtype
     # Values lie below 3: one rounding to dtype, and a few in fp32 before it.
     tolerance = 2 * torch.finfo(dtype).eps + (0 if dtype is torch.float64 else 4 * 2**-23)
-    assert (found.double() - (pixels / 255.0 - m) / s).abs().max() <= 3 * tolerance + 1e-6 * (dtype is torch.float64)
+    assert (found.double() - (pixels / 255.0 - m) / s).abs().max() <= 3 * tolerance + 1e-6 * (
+        dtype is torch.float64
+    )
 
 
 def test_missing_package_is_named_with_its_extra() -> None:

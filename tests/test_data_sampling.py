@@ -11,9 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sparsenet.data import DataConfig, Images
 from sparsenet.data.augment import OPERATIONS, Moves, augment
-from sparsenet.data.sampling import Batches, plan_epoch, resized, stratified_split, stream, training_size
+from sparsenet.data.config import DataConfig
+from sparsenet.data.dataset import Images
+from sparsenet.data.sampling import (
+    Batches,
+    plan_epoch,
+    resized,
+    stratified_split,
+    stream,
+    training_size,
+)
 
 
 def some_images(count: int, side: int = 6) -> Images:
@@ -36,7 +44,9 @@ def test_plan_is_a_permutation_within_bounds() -> None:
     config = DataConfig(shift=4, mirror=True)
     plan = plan_epoch(3, 7, 1000, config)
     assert torch.equal(plan.order.sort().values, torch.arange(1000))
-    assert plan.moves.offsets.shape == (1000, 2) and plan.moves.offsets.unique().tolist() == list(range(9))
+    assert plan.moves.offsets.shape == (1000, 2) and plan.moves.offsets.unique().tolist() == list(
+        range(9)
+    )
     assert 400 < int(plan.moves.flips.sum()) < 600
     assert not plan_epoch(3, 7, 1000, DataConfig(mirror=False)).moves.flips.any()
 
@@ -48,7 +58,9 @@ def test_a_plan_is_a_function_of_seed_and_epoch() -> None:
     plan, again = (plan_epoch(3, 7, 100, EVERYTHING) for _ in range(2))
     assert torch.equal(plan.order, again.order) and all(map(torch.equal, plan.moves, again.moves))
     for other in (plan_epoch(3, 8, 100, EVERYTHING), plan_epoch(4, 7, 100, EVERYTHING)):
-        assert not torch.equal(plan.order, other.order) and not any(map(torch.equal, plan.moves, other.moves))
+        assert not torch.equal(plan.order, other.order) and not any(
+            map(torch.equal, plan.moves, other.moves)
+        )
 
 
 MIXED = ("shares", "cuts")  # what mixup and CutMix draw together
@@ -57,12 +69,18 @@ MIXED = ("shares", "cuts")  # what mixup and CutMix draw together
 @pytest.mark.parametrize("name", ["trivial_augment", "cutout", "mixup", "cutmix"])
 def test_what_is_not_asked_for_is_not_drawn_and_changes_no_other_draw(name: str) -> None:
     """So that a run without it goes on as it would have before there was such a thing."""
-    plan, off = (plan_epoch(3, 7, 100, config) for config in (EVERYTHING, replace(EVERYTHING, **{name: 0})))
+    plan, off = (
+        plan_epoch(3, 7, 100, config) for config in (EVERYTHING, replace(EVERYTHING, **{name: 0}))
+    )
     none = plan_epoch(3, 7, 100, DataConfig(shift=1)).moves
     assert torch.equal(plan.order, off.order)
     for field, whole in plan.moves._asdict().items():
         rest = getattr(off.moves, field)
-        assert torch.equal(rest, whole) or not len(rest) or (name.startswith(("mix", "cutmix")) and field in MIXED)
+        assert (
+            torch.equal(rest, whole)
+            or not len(rest)
+            or (name.startswith(("mix", "cutmix")) and field in MIXED)
+        )
         assert (len(getattr(none, field)) == 0) == (field not in ("offsets", "flips"))
     assert torch.equal(none.flips, torch.rand(100, generator=stream(3, "flips", 7)) < 0.5)
     assert torch.equal(none.offsets, torch.randint(3, (100, 2), generator=stream(3, "offsets", 7)))
@@ -75,7 +93,9 @@ def test_draws_are_in_their_ranges() -> None:
     for places in (moves.holes, moves.boxes, moves.shares):
         assert 0 <= places.min() < 0.1 and 0.9 < places.max() <= 1
     assert 900 < int(moves.cuts.sum()) < 1100
-    assert moves.shares[moves.cuts].std() < 0.35 < moves.shares[~moves.cuts].std()  # Beta(1, 1) and Beta(0.4, 0.4)
+    assert (
+        moves.shares[moves.cuts].std() < 0.35 < moves.shares[~moves.cuts].std()
+    )  # Beta(1, 1) and Beta(0.4, 0.4)
     assert not plan_epoch(0, 0, 100, DataConfig(mixup=0.2)).moves.cuts.any()
     assert plan_epoch(0, 0, 100, DataConfig(cutmix=0.2)).moves.cuts.all()
 
@@ -91,12 +111,15 @@ def test_training_images_grow_to_their_full_size(max_epoch: int, quarter: int, m
     smaller, growing = range(first, full, 4), 3 * max_epoch // 4
     epochs = [sizes[:growing].count(size) for size in smaller]
     assert sum(epochs) == (growing if more else 0)  # no other size is seen before the full one
-    assert sum(map(bool, epochs)) == min(growing, len(smaller))  # all of them, where there is an epoch for each
+    assert sum(map(bool, epochs)) == min(
+        growing, len(smaller)
+    )  # all of them, where there is an epoch for each
     assert max(epochs, default=0) - min(epochs, default=0) <= 1
 
 
 @pytest.mark.parametrize(
-    ("max_epoch", "sizes"), [(5, [16, 20, 24, 32, 32]), (6, [16, 20, 24, 28, 32, 32]), (8, [16, 16, 20, 24, 24, 28])]
+    ("max_epoch", "sizes"),
+    [(5, [16, 20, 24, 32, 32]), (6, [16, 20, 24, 28, 32, 32]), (8, [16, 16, 20, 24, 24, 28])],
 )
 def test_runs_go_on_with_the_sizes_they_began_with(max_epoch: int, sizes: list[int]) -> None:
     """A stopped run may be resumed by a later version: steps of 4 to a size of 32 are where they always were."""
@@ -111,8 +134,12 @@ def test_smaller_images_are_those_of_pillow(size: int) -> None:
     assert found.pixels.shape == (3, 3, size, size) and found.pixels.dtype == torch.uint8
     assert torch.equal(found.labels, images.labels)
     for image, small in zip(images.pixels, found.pixels, strict=True):
-        theirs = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((size, size), Image.Resampling.BILINEAR)
-        assert (small.int() - torch.from_numpy(np.array(theirs)).permute(2, 0, 1).int()).abs().max() <= 1
+        theirs = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(
+            (size, size), Image.Resampling.BILINEAR
+        )
+        assert (
+            small.int() - torch.from_numpy(np.array(theirs)).permute(2, 0, 1).int()
+        ).abs().max() <= 1
     assert resized(images, 32) is images
 
 
@@ -143,7 +170,10 @@ def test_split_is_stratified(labels: list[int], fraction: float, seed: int) -> N
         total, part = labels.count(label), int((tensor[held] == label).sum())
         assert part == 0 if total == 1 else 1 <= part <= total - 1
         assert abs(part - fraction * total) <= 1
-    assert all(torch.equal(a, b) for a, b in zip(stratified_split(tensor, fraction, seed), (kept, held), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(stratified_split(tensor, fraction, seed), (kept, held), strict=True)
+    )
 
 
 def test_batches_without_a_plan_are_the_split() -> None:
@@ -180,7 +210,14 @@ def test_accelerator_gives_the_same_batches(resident: bool) -> None:
     images, plan = some_images(10), plan_epoch(0, 0, 10, DataConfig(shift=2))
     there = Images(images.pixels.to(device), images.labels.to(device)) if resident else images
     fill = torch.tensor([1, 2, 3], dtype=torch.uint8)
-    for here, found in zip(Batches(images, 4, plan), Batches(there, 4, plan, device=device), strict=True):
-        assert all(a.device.type == device.type and torch.equal(a.cpu(), b) for a, b in zip(found, here, strict=True))
+    for here, found in zip(
+        Batches(images, 4, plan), Batches(there, 4, plan, device=device), strict=True
+    ):
+        assert all(
+            a.device.type == device.type and torch.equal(a.cpu(), b)
+            for a, b in zip(found, here, strict=True)
+        )
         pixels = augment(found[0], Moves(*found[2:]), DataConfig(shift=2), fill.to(device))
-        assert torch.equal(pixels.cpu(), augment(here[0], Moves(*here[2:]), DataConfig(shift=2), fill))
+        assert torch.equal(
+            pixels.cpu(), augment(here[0], Moves(*here[2:]), DataConfig(shift=2), fill)
+        )

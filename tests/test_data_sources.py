@@ -17,7 +17,10 @@ import pytest
 import torch
 from PIL import Image
 
-from sparsenet.data import DataConfig, DataError, Dataset, load_dataset
+from sparsenet.data.config import DataConfig
+from sparsenet.data.dataset import Dataset
+from sparsenet.data.errors import DataError
+from sparsenet.data.load import load_dataset
 
 
 def load(root: Path | str = "", **options: Any) -> Dataset:
@@ -57,7 +60,10 @@ def test_digits_are_the_default() -> None:
 def test_folder_of_classes_is_split(tmp_path: Path) -> None:
     found = load(plant(tmp_path / "pets", "dog", "cat"), test_fraction=0.4)
     assert (found.name, found.classes) == ("pets", ("cat", "dog"))
-    assert found.test.labels.tolist() == [0, 0, 1, 1] and found.train.labels.tolist() == [0] * 3 + [1] * 3
+    assert (
+        found.test.labels.tolist() == [0, 0, 1, 1]
+        and found.train.labels.tolist() == [0] * 3 + [1] * 3
+    )
     assert sorted(greys(found.train) + greys(found.test)) == [*range(5), *range(10, 15)]
     assert found.train.pixels.shape[1:] == (3, 12, 12)
     assert load(tmp_path / "pets", dataset_name="Pets").name == "Pets"
@@ -71,7 +77,11 @@ def test_folder_with_splits_is_taken_as_it_is(val: str, tmp_path: Path) -> None:
     assert found.val is None and (len(found.train), len(found.test)) == (6, 4)
     plant(tmp_path / "test", "a", "b", count=1)
     found = load(tmp_path, val_fraction=0.5)
-    assert found.val is not None and [len(found.train), len(found.val), len(found.test)] == [6, 4, 2]
+    assert found.val is not None and [len(found.train), len(found.val), len(found.test)] == [
+        6,
+        4,
+        2,
+    ]
 
 
 def test_train_folder_alone_is_split_and_a_class_may_be_named_train(tmp_path: Path) -> None:
@@ -79,7 +89,9 @@ def test_train_folder_alone_is_split_and_a_class_may_be_named_train(tmp_path: Pa
     assert load(plant(tmp_path / "y", "train", "plane")).classes == ("plane", "train")
 
 
-def test_hidden_and_other_files_are_ignored_and_nested_ones_belong_to_the_class(tmp_path: Path) -> None:
+def test_hidden_and_other_files_are_ignored_and_nested_ones_belong_to_the_class(
+    tmp_path: Path,
+) -> None:
     plant(tmp_path, "a", "b", ".hidden", count=2)
     for name in ("a/notes.txt", "a/.DS_Store", "a/._0.png", "a/.cache/9.png", "readme.md"):
         path = tmp_path / name
@@ -121,12 +133,23 @@ def single_images(root: Path) -> None:
         (single_images, r"expected a class of 2 images or more"),
         (lambda root: plant(root, "only"), r"at least 2 class folders .* found 1$"),
         (lambda root: None, r"--dataset_dir: .* found 0$"),
-        (lambda root: root.rmdir(), r"^--dataset_dir: expected a folder with data, found .*nowhere"),
-        (lambda root: (root / "train-0.parquet").write_bytes(b"PAR1?"), r"train-0.parquet: expected a parquet file"),
-        (lambda root: (root / "extra.parquet").touch(), r"expected train\*\.parquet in .*, found extra.parquet"),
+        (
+            lambda root: root.rmdir(),
+            r"^--dataset_dir: expected a folder with data, found .*nowhere",
+        ),
+        (
+            lambda root: (root / "train-0.parquet").write_bytes(b"PAR1?"),
+            r"train-0.parquet: expected a parquet file",
+        ),
+        (
+            lambda root: (root / "extra.parquet").touch(),
+            r"expected train\*\.parquet in .*, found extra.parquet",
+        ),
     ],
 )
-def test_wrong_folder_is_one_line(make: Callable[[Path], object], message: str, tmp_path: Path) -> None:
+def test_wrong_folder_is_one_line(
+    make: Callable[[Path], object], message: str, tmp_path: Path
+) -> None:
     root = tmp_path / "nowhere"
     root.mkdir()
     make(root)
@@ -149,7 +172,9 @@ def test_corrupt_image_is_named_or_skipped(tmp_path: Path) -> None:
         load(tmp_path, skip_corrupt=True)
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="everything is readable to root")
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() == 0, reason="everything is readable to root"
+)
 def test_unreadable_folder_is_one_line(tmp_path: Path) -> None:
     plant(tmp_path / "x", "a", "b").chmod(0)
     with pytest.raises(DataError, match="--dataset_dir: expected readable data"):
@@ -168,7 +193,10 @@ def test_unreadable_folder_is_one_line(tmp_path: Path) -> None:
         ({"shift": -1}, "--shift"),
         ({"download": True}, "^--download: expected --dataset c10 or c100, found auto$"),
         ({"dataset": "c10"}, "^--dataset_dir: expected a folder with data, found none given$"),
-        ({"dataset": "c10", "download": True}, "^--dataset_dir: expected a folder with data, found none given$"),
+        (
+            {"dataset": "c10", "download": True},
+            "^--dataset_dir: expected a folder with data, found none given$",
+        ),
     ],
 )
 def test_wrong_option_names_its_flag(options: dict[str, Any], message: str) -> None:
@@ -200,22 +228,40 @@ def write_parquet(
     )
     if names is not None:
         features = {image: {"_type": "Image"}, label: {"names": names, "_type": "ClassLabel"}}
-        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+        table = table.replace_schema_metadata(
+            {"huggingface": json.dumps({"info": {"features": features}})}
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, path, row_group_size=4)
 
 
 @pytest.mark.parametrize("names", [["cat", "dog"], {"0": "cat", "1": "dog"}, None])
 @pytest.mark.parametrize(
-    ("folder", "image", "label"), [(".", "img", "label"), ("data", "image", "fine_label"), (".", "pic", "labels")]
+    ("folder", "image", "label"),
+    [(".", "img", "label"), ("data", "image", "fine_label"), (".", "pic", "labels")],
 )
-def test_parquet_in_the_hubs_layout(names: Any, folder: str, image: str, label: str, tmp_path: Path) -> None:
+def test_parquet_in_the_hubs_layout(
+    names: Any, folder: str, image: str, label: str, tmp_path: Path
+) -> None:
     root = tmp_path / "pets"
-    for name, labels in {"train-0-of-2": [0, 1, 0, 1, 1, 0], "train-1-of-2": [1, 1], "test-0-of-1": [0, 1, 0]}.items():
+    for name, labels in {
+        "train-0-of-2": [0, 1, 0, 1, 1, 0],
+        "train-1-of-2": [1, 1],
+        "test-0-of-1": [0, 1, 0],
+    }.items():
         write_parquet(root / folder / f"{name}.parquet", labels, names, image, label)
     found = load(root)
     assert found.name == "pets" and found.classes == (("cat", "dog") if names else ("0", "1"))
-    assert found.train.labels.tolist() == [0, 1, 0, 1, 1, 0, 1, 1] and found.test.labels.tolist() == [0, 1, 0]
+    assert found.train.labels.tolist() == [
+        0,
+        1,
+        0,
+        1,
+        1,
+        0,
+        1,
+        1,
+    ] and found.test.labels.tolist() == [0, 1, 0]
     assert found.train.pixels[:, 2, 3, 4].tolist() == [0, 1, 2, 3, 4, 5, 0, 1]
     assert found.val is None and found.train.pixels.shape[1:] == (3, 12, 12)
 
@@ -240,10 +286,14 @@ def test_parquet_damage_names_file_and_row(tmp_path: Path) -> None:
     assert found.skipped == (f"{path} row 7",) and len(found.train) + len(found.test) == 9
     for label, name in ((2, "2"), (-1, "-1"), (None, "-1")):
         write_parquet(path, [0, 1, label], ["cat", "dog"])
-        with pytest.raises(DataError, match=rf"train-0\.parquet row 2: expected a label from 0 to 1, found {name}$"):
+        with pytest.raises(
+            DataError, match=rf"train-0\.parquet row 2: expected a label from 0 to 1, found {name}$"
+        ):
             load(tmp_path)
     write_parquet(path, [0, 1], label="target")
-    with pytest.raises(DataError, match=r"expected an image column .* found the columns img, target"):
+    with pytest.raises(
+        DataError, match=r"expected an image column .* found the columns img, target"
+    ):
         load(tmp_path)
     write_parquet(path, [0, 1] * 5)
     write_parquet(tmp_path / "train-1.parquet", [0, 1], image="other")
@@ -255,7 +305,9 @@ def test_parquet_damage_names_file_and_row(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-@pytest.mark.skipif("SPARSENET_TEST_PARQUET" not in os.environ, reason="SPARSENET_TEST_PARQUET names no folder")
+@pytest.mark.skipif(
+    "SPARSENET_TEST_PARQUET" not in os.environ, reason="SPARSENET_TEST_PARQUET names no folder"
+)
 def test_real_parquet_folder() -> None:
     found = load(os.environ["SPARSENET_TEST_PARQUET"])
     assert len(found.train) and len(found.test) and not found.skipped

@@ -16,25 +16,31 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsenet import export
 from sparsenet.architecture import Architecture
 from sparsenet.data.images import Preprocessing
-from sparsenet.export import RUNTIMES, ExportReport, Runtime, export_onnx
+from sparsenet.export import RUNTIMES, onnx_file, runtimes
+from sparsenet.export.check import specification
+from sparsenet.export.onnx import ExportReport, export_onnx
+from sparsenet.export.runtimes import Runtime
 from sparsenet.extras import MissingExtra
 from sparsenet.model import SparseNet
-from sparsenet.run import Trained
+from sparsenet.trained import Trained
 
 CLASSES = ("cat", "dog", "größer", '"quoted"')
 
 
 def make(**options: Any) -> Trained:
     torch.manual_seed(0)
-    model = SparseNet(Architecture(depth=0, growth_rate=4, num_classes=len(CLASSES), **options)).eval()
+    model = SparseNet(
+        Architecture(depth=0, growth_rate=4, num_classes=len(CLASSES), **options)
+    ).eval()
     for name, value in model.state_dict().items():
         if name.endswith("running_var"):  # as if trained: statistics that are not the identity
             value.uniform_(0.5, 2)
     preprocessing = Preprocessing(8, 3, (0.5, 0.4, 0.3), (0.2, 0.2, 0.25))
-    return Trained(Path("run"), model, preprocessing, CLASSES, "animals", {"epoch": 3, "error": None})
+    return Trained(
+        Path("run"), model, preprocessing, CLASSES, "animals", {"epoch": 3, "error": None}
+    )
 
 
 def pixels(count: int) -> Tensor:
@@ -59,7 +65,9 @@ def test_the_report_says_what_lies_on_disk(exported: tuple[Trained, ExportReport
     assert "\n" not in report.summary()
 
 
-def test_the_file_alone_classifies_as_the_model_does(exported: tuple[Trained, ExportReport]) -> None:
+def test_the_file_alone_classifies_as_the_model_does(
+    exported: tuple[Trained, ExportReport],
+) -> None:
     trained, report = exported
     session = onnxruntime.InferenceSession(str(report.path), providers=["CPUExecutionProvider"])
     about = session.get_modelmeta().custom_metadata_map
@@ -74,11 +82,15 @@ def test_the_file_alone_classifies_as_the_model_does(exported: tuple[Trained, Ex
         torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_file_tells_nothing_of_its_makers_machine(exported: tuple[Trained, ExportReport]) -> None:
-    assert str(Path(export.__file__).parent).encode() not in exported[1].path.read_bytes()
+def test_the_file_tells_nothing_of_its_makers_machine(
+    exported: tuple[Trained, ExportReport],
+) -> None:
+    assert str(Path(onnx_file.__file__).parent).encode() not in exported[1].path.read_bytes()
 
 
-def test_another_topology_and_opset_in_silence(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_another_topology_and_opset_in_silence(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     trained = make(blocks=(1, 1), aggregation="sum", fetch="dense")
     assert export_onnx(trained, tmp_path / "model.onnx", opset=18).opset == 18
     assert capfd.readouterr() == ("", "")
@@ -87,26 +99,30 @@ def test_another_topology_and_opset_in_silence(tmp_path: Path, capfd: pytest.Cap
 @pytest.fixture
 def wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """An exporter whose file computes something else."""
-    right = export._program
+    right = onnx_file._program
 
     def off(model: SparseNet, images: Tensor, opset: int | None) -> Any:
         changed = copy.deepcopy(model)
         changed.state_dict()["classifier.bias"].add_(0.01)
         return right(changed, images, opset)
 
-    monkeypatch.setattr(export, "_program", off)
+    monkeypatch.setattr(onnx_file, "_program", off)
 
 
 @pytest.mark.usefixtures("wrong")
 def test_a_file_that_computes_something_else_is_not_written(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"within 1\.\de-04 of the model's, found a difference of 1\.0e-02"):
+    with pytest.raises(
+        ValueError, match=r"within 1\.\de-04 of the model's, found a difference of 1\.0e-02"
+    ):
         export_onnx(make(blocks=(1, 1)), tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("opset", [0, 17, 1000])
 def test_an_opset_that_cannot_be_written_is_refused(tmp_path: Path, opset: int) -> None:
-    with pytest.raises(ValueError, match=f"--opset: expected a number from 18 to .*, found {opset}"):
+    with pytest.raises(
+        ValueError, match=f"--opset: expected a number from 18 to .*, found {opset}"
+    ):
         export_onnx(make(blocks=(1, 1)), tmp_path / "model.onnx", opset=opset)
 
 
@@ -122,7 +138,9 @@ def test_a_target_that_cannot_be_written_is_refused_at_once(tmp_path: Path, targ
 @pytest.fixture(params=RUNTIMES)
 def engine(request: pytest.FixtureRequest) -> str:
     """The name of each engine that is installed."""
-    if find_spec(request.param) is None:  # not importorskip, whose import of OpenVINO would be reported
+    if (
+        find_spec(request.param) is None
+    ):  # not importorskip, whose import of OpenVINO would be reported
         pytest.skip(f"no {request.param}")
     return str(request.param)
 
@@ -136,22 +154,27 @@ def test_an_engine_computes_what_the_model_does(engine: str) -> None:
         for layout in (torch.contiguous_format, torch.channels_last):
             found = module(images.contiguous(memory_format=layout))
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    assert not torch.equal(module(images), module(images + 1))  # and an output is not overwritten by the next
+    assert not torch.equal(
+        module(images), module(images + 1)
+    )  # and an output is not overwritten by the next
 
 
 @pytest.mark.usefixtures("wrong")
 def test_an_engine_that_computes_something_else_is_not_used(engine: str) -> None:
     with pytest.raises(
-        ValueError, match=rf"{engine}'s logits within .* of the model's, found a difference of 1\.0e-02"
+        ValueError,
+        match=rf"{engine}'s logits within .* of the model's, found a difference of 1\.0e-02",
     ):
         Runtime(engine).load(make(blocks=(1, 1)), pixels(3))
 
 
 def test_an_engine_computes_in_the_precisions_it_has_or_says_so(engine: str) -> None:
-    able = export._precisions(engine)
+    able = runtimes._precisions(engine)
     assert able[0] == "fp32" and Runtime(engine, "auto").precision == able[-1]
     if "bf16" not in able:
-        with pytest.raises(ValueError, match=f"--precision: expected fp32 for {engine} on this CPU, found bf16"):
+        with pytest.raises(
+            ValueError, match=f"--precision: expected fp32 for {engine} on this CPU, found bf16"
+        ):
             Runtime(engine, "bf16")
         return
     trained = make(blocks=(2, 1, 1))
@@ -161,18 +184,22 @@ def test_an_engine_computes_in_the_precisions_it_has_or_says_so(engine: str) -> 
     exact = trained.model(images)
     found = Runtime(engine, "bf16").load(trained, pixels(12))(images)
     error = (found - exact).abs().max()
-    assert 1e-4 < error <= 2 * (own - exact).abs().max() + 1e-4 * exact.abs().max()  # it is bf16, and no worse
+    assert (
+        1e-4 < error <= 2 * (own - exact).abs().max() + 1e-4 * exact.abs().max()
+    )  # it is bf16, and no worse
 
 
 def test_an_engine_without_its_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, extra in (("onnxruntime", "export"), ("openvino", "openvino")):
         monkeypatch.setitem(sys.modules, name, None)
-        with pytest.raises(MissingExtra, match=rf"expected the package {name}, found none: .*sparsenet\[{extra}\]"):
+        with pytest.raises(
+            MissingExtra, match=rf"expected the package {name}, found none: .*sparsenet\[{extra}\]"
+        ):
             Runtime(name)
 
 
 def test_no_engine_loads_what_would_report_its_use(engine: str) -> None:
-    code = f"import sys; from sparsenet.export import Runtime; Runtime({engine!r})\n"
+    code = f"import sys; from sparsenet.export.runtimes import Runtime; Runtime({engine!r})\n"
     code += "print([name for name, module in sys.modules.items() if 'openvino_telemetry' in name and module])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
@@ -180,9 +207,11 @@ def test_no_engine_loads_what_would_report_its_use(engine: str) -> None:
 
 def test_a_file_that_an_engine_cannot_run_is_one_line(engine: str) -> None:
     trained = make(blocks=(1, 1))
-    file, _ = export._file(export._specification(trained), trained, None)
+    file, _ = onnx_file.onnx_file(specification(trained), trained, None)
     model = onnx.load_from_string(file)
     model.graph.node[0].op_type = "NoSuchOperator"
-    with pytest.raises(ValueError, match=rf"^onnx: {engine} \S+ cannot run the file: .*NoSuchOperator") as found:
-        RUNTIMES[engine](model.SerializeToString(), "fp32")
+    with pytest.raises(
+        ValueError, match=rf"^onnx: {engine} \S+ cannot run the file: .*NoSuchOperator"
+    ) as found:
+        runtimes.PASSES[engine](model.SerializeToString(), "fp32")
     assert "\n" not in str(found.value)

@@ -16,8 +16,12 @@ NETWORKS = {
     "sparse": Architecture(depth=40, growth_rate=3),
     "dense": Architecture(fetch="dense", depth=22, growth_rate=(2, 3, 4)),
     "bottleneck": Architecture(fetch="dense", depth=22, growth_rate=3, bottleneck=True),
-    "own topology": Architecture(fetch=lambda i: [0, i - 1] if i > 1 else [0], blocks=(2, 4, 1, 3), growth_rate=2),
-    "imagenet": Architecture(fetch="harmonic", blocks=(3, 5), growth_rate=2, bottleneck=True, stem="imagenet"),
+    "own topology": Architecture(
+        fetch=lambda i: [0, i - 1] if i > 1 else [0], blocks=(2, 4, 1, 3), growth_rate=2
+    ),
+    "imagenet": Architecture(
+        fetch="harmonic", blocks=(3, 5), growth_rate=2, bottleneck=True, stem="imagenet"
+    ),
 }
 
 
@@ -31,7 +35,10 @@ def readers(model, number):
     """Of a stage: the affine and the first weight of each layer, and of what reads the stage output."""
     stage = model.stages[number]
     last = model.transitions[number].conv if number < len(model.transitions) else model.classifier
-    return [*((layer[0].norm, layer[0].conv.weight) for layer in stage.layers), (stage.norm, last.weight)]
+    return [
+        *((layer[0].norm, layer[0].conv.weight) for layer in stage.layers),
+        (stage.norm, last.weight),
+    ]
 
 
 def constant(stage: int, reader: int, source: int) -> float:
@@ -41,10 +48,16 @@ def constant(stage: int, reader: int, source: int) -> float:
 def test_every_link_has_its_weight_and_nothing_else_has_one(model: SparseNet) -> None:
     """Weights of either sign and one size for each link: where it lies among the channels follows from the widths."""
     for number, stage in enumerate(model.stages):
-        features = stage.statistics[:: len(stage.layers[0])]  # the last unit of each layer makes its feature
+        features = stage.statistics[
+            :: len(stage.layers[0])
+        ]  # the last unit of each layer makes its feature
         sources = model.architecture.stages[number].topology.sources
-        for reader, (read, (_, weight)) in enumerate(zip(sources, readers(model, number), strict=True), start=1):
-            sizes = [torch.full_like(features[j].running_mean, constant(number, reader, j)) for j in read]
+        for reader, (read, (_, weight)) in enumerate(
+            zip(sources, readers(model, number), strict=True), start=1
+        ):
+            sizes = [
+                torch.full_like(features[j].running_mean, constant(number, reader, j)) for j in read
+            ]
             size = torch.cat(sizes).view(1, -1, *[1] * (weight.ndim - 2))
             weight.data.copy_(size * weight.sign())
     for number, found in enumerate(link_weights(model)):
@@ -78,7 +91,10 @@ def test_a_network_without_classifier_has_no_reader_of_its_output() -> None:
 
 def test_a_network_that_sums_is_refused_in_one_line(tmp_path: Path) -> None:
     model = SparseNet(Architecture(aggregation="sum", depth=10, growth_rate=2))
-    with pytest.raises(ValueError, match=r"^filters: expected a network that concatenates, found aggregation 'sum'.*$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^filters: expected a network that concatenates, found aggregation 'sum'.*$",
+    ):
         draw_filters(model, tmp_path / "filters.png")
     assert not list(tmp_path.iterdir())
 
@@ -109,5 +125,9 @@ def test_a_picture_tells_no_link_from_no_weight(tmp_path: Path, fetch: str, dept
 
 def test_networks_of_one_stage_and_of_many(tmp_path: Path) -> None:
     for blocks in ((2,), (1, 2, 3, 2)):
-        draw_filters(SparseNet(Architecture(blocks=blocks, growth_rate=2)), tmp_path / "filters.png", "a title")
+        draw_filters(
+            SparseNet(Architecture(blocks=blocks, growth_rate=2)),
+            tmp_path / "filters.png",
+            "a title",
+        )
         assert len(colours(tmp_path / "filters.png")) > 3

@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sparsenet import cli
 from sparsenet.architecture import Architecture
 from sparsenet.model import SparseNet
-from sparsenet.ops import Plan, Reader, Statistics, aggregate, native
+from sparsenet.ops import native
 from sparsenet.ops.blocks import IDLE, LEAST, Block
-from sparsenet.ops.plan import EPS
+from sparsenet.ops.dispatch import aggregate
+from sparsenet.ops.plan import EPS, Plan, Reader, Statistics
 
 if reason := native.unavailable(torch.device("cpu")):
     pytest.skip(f"native: {reason}", allow_module_level=True)
@@ -48,7 +48,11 @@ def whole_numbers(images, height, width, channels, kernels):
         gathered = sum(channels[j] for j in read)
         scale = torch.randint(0, 2, (gathered,), generator=generator).double() * 2 - 1
         shift = few(generator, gathered, share=0.3)
-        weight = few(generator, out, gathered, kernel, kernel, share=4 / (gathered * kernel**2)) if kernel else None
+        weight = (
+            few(generator, out, gathered, kernel, kernel, share=4 / (gathered * kernel**2))
+            if kernel
+            else None
+        )
         readers.append(Reader(scale, shift, weight))
     x = few(generator, images, channels[0], height, width, share=0.5)
     d = few(generator, images, sum(channels), height, width, share=0.2)
@@ -58,23 +62,48 @@ def whole_numbers(images, height, width, channels, kernels):
 def gradients_of(implementation, dtype, plan, x, readers, d):
     """Output and gradients, with statistics that do not change."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    parameters = [[None if t is None else t.to(wide, copy=True).requires_grad_() for t in reader] for reader in readers]
+    parameters = [
+        [None if t is None else t.to(wide, copy=True).requires_grad_() for t in reader]
+        for reader in readers
+    ]
     widths = [x.shape[1], *(len(reader.weight) for reader in readers[:-1])]
-    statistics = [Statistics(x.new_zeros(w, dtype=wide), x.new_full((w,), 1 - EPS, dtype=wide)) for w in widths]
+    statistics = [
+        Statistics(x.new_zeros(w, dtype=wide), x.new_full((w,), 1 - EPS, dtype=wide))
+        for w in widths
+    ]
     x = x.to(dtype, copy=True).requires_grad_()
-    out = aggregate(implementation, plan, x, [Reader(*each) for each in parameters], statistics, False)
+    out = aggregate(
+        implementation, plan, x, [Reader(*each) for each in parameters], statistics, False
+    )
     out.backward(d.to(dtype))
     return [out, x.grad, *(t.grad for each in parameters for t in each if t is not None)]
 
 
-SIZES = [(1, 1), (2, 3), (3, 7), (5, 8), (7, 12), (9, 14), (4, 16), (3, 17), (2, 24), (20, 32), (3, 33), (2, 70)]
+SIZES = [
+    (1, 1),
+    (2, 3),
+    (3, 7),
+    (5, 8),
+    (7, 12),
+    (9, 14),
+    (4, 16),
+    (3, 17),
+    (2, 24),
+    (20, 32),
+    (3, 33),
+    (2, 70),
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("height, width", SIZES)
 def test_whole_numbers_come_out_exactly(height, width, dtype):
     """Every product, mask and sum of a stage is exact, so a single value out of its place is seen."""
-    for channels, kernels in (((24, 24, 24), (3, 3)), ((5, 33, 12), (1, 3)), ((40, 17, 70), (5, 1))):
+    for channels, kernels in (
+        ((24, 24, 24), (3, 3)),
+        ((5, 33, 12), (1, 3)),
+        ((40, 17, 70), (5, 1)),
+    ):
         stage = whole_numbers(2, height, width, channels, kernels)
         expected = gradients_of("reference", torch.float64, *stage)
         assert max(t.abs().max() for t in expected[:2]) <= 256, "more than bf16 can count to"
@@ -88,7 +117,9 @@ def test_many_images_and_threads_give_whole_numbers():
     try:
         stage = whole_numbers(7, 9, 8, (24, 24, 24), (3, 3))
         expected = gradients_of("reference", torch.float64, *stage)
-        for found, truth in zip(gradients_of("native", torch.bfloat16, *stage), expected, strict=True):
+        for found, truth in zip(
+            gradients_of("native", torch.bfloat16, *stage), expected, strict=True
+        ):
             assert torch.equal(found.double(), truth.round())
     finally:
         torch.set_num_threads(before)
@@ -100,7 +131,10 @@ def laws_hold(environment, more=()):
     wanted = "whole_numbers or (native and (half or shapes or equal or gradcheck))"
     files = [str(tests / "test_kernels.py"), str(tests / "test_ops.py")]
     found = subprocess.run(
-        [*command, wanted, *files, *more], env={**os.environ, **environment}, capture_output=True, text=True
+        [*command, wanted, *files, *more],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
     )
     assert found.returncode == 0, found.stdout + found.stderr
 
@@ -141,16 +175,22 @@ def test_memory_that_cannot_be_had_is_an_error():
     work = native.Native(Plan(((0,),)), x, [torch.ones(4), torch.zeros(4)])
     with pytest.raises(MemoryError, match="no memory for what 'measure' works with"):
         work.call("measure", {"x": x, "found": work.found}, out=1 << 44)
-    work.call("measure", {"x": x.contiguous(memory_format=torch.channels_last), "found": work.found}, out=4)
+    work.call(
+        "measure",
+        {"x": x.contiguous(memory_format=torch.channels_last), "found": work.found},
+        out=4,
+    )
     assert torch.allclose(work.found[0], x.double().mean((0, 2, 3)), atol=1e-6)
 
 
-@pytest.mark.parametrize("said, told", [("no memory for it", "sparsenet: no memory for it"), ("", "out of memory")])
+@pytest.mark.parametrize(
+    "said, told", [("no memory for it", "sparsenet: no memory for it"), ("", "out of memory")]
+)
 def test_the_program_says_so_in_one_line(call, monkeypatch, said, told):
     def full(args):
         raise MemoryError(*filter(None, [said]))
 
-    monkeypatch.setitem(cli.COMMANDS, "models", full)
+    monkeypatch.setattr("sparsenet.commands.models.run", full)
     outcome = call("models")
     assert outcome.code == 1 and told in outcome.error
 

@@ -17,7 +17,9 @@ def scrambled(model, seed=0):
     """*model* in fp64 and evaluation mode with random affines and running statistics."""
     torch.manual_seed(seed)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_floating_point() and ("norm" in name or "bn" in name or "running" in name or "features.0" in name):
+        if tensor.is_floating_point() and (
+            "norm" in name or "bn" in name or "running" in name or "features.0" in name
+        ):
             nn.init.uniform_(tensor.data, 0.5, 1.5)
     return model.double().eval()
 
@@ -53,7 +55,9 @@ def test_list_and_create_by_name():
     assert create_model("sparsenet_40_12", dropout=0.2).architecture.dropout == 0.2
 
 
-@pytest.mark.parametrize("name", [n for n in list_models() if "100" not in n and "2" in n and "4" not in n])
+@pytest.mark.parametrize(
+    "name", [n for n in list_models() if "100" not in n and "2" in n and "4" not in n]
+)
 def test_named_networks_run(name):
     model = create_model(name, num_classes=5).eval()
     size = 32 if name.split("_")[-1] == name else 8
@@ -63,7 +67,9 @@ def test_named_networks_run(name):
 
 def test_the_initialisation_is_the_papers():
     model = create_model("sparsenet_100_24")
-    for conv in (m for m in model.modules() if isinstance(m, nn.Conv2d) and m.weight.numel() > 20_000):
+    for conv in (
+        m for m in model.modules() if isinstance(m, nn.Conv2d) and m.weight.numel() > 20_000
+    ):
         expected = (2 / (conv.kernel_size[0] ** 2 * conv.out_channels)) ** 0.5
         assert conv.weight.std().item() == pytest.approx(expected, rel=0.05)
         assert conv.weight.mean().abs().item() < 5 * expected / conv.weight.numel() ** 0.5
@@ -91,7 +97,9 @@ def test_dense_summation_is_the_pre_activation_resnet(bottleneck):
             for layer in stage.layers:
                 branch = stream
                 for unit in layer:
-                    branch = F.conv2d(normed(branch, unit.norm), unit.conv.weight, padding=unit.conv.padding)
+                    branch = F.conv2d(
+                        normed(branch, unit.norm), unit.conv.weight, padding=unit.conv.padding
+                    )
                 stream = stream + branch  # the identity shortcut
             assert (found - normed(stream, stage.norm)).abs().max() < EXACT * found.abs().max()
 
@@ -129,7 +137,10 @@ class TorchvisionDenseNet(nn.Module):
             width += depth * growth
             if number < len(blocks):
                 transition = nn.Module()
-                transition.norm, transition.conv = nn.BatchNorm2d(width), nn.Conv2d(width, width // 2, 1, bias=False)
+                transition.norm, transition.conv = (
+                    nn.BatchNorm2d(width),
+                    nn.Conv2d(width, width // 2, 1, bias=False),
+                )
                 f.add_module(f"transition{number}", transition)
                 width //= 2
         f.norm5, self.classifier = nn.BatchNorm2d(width), nn.Linear(width, classes)
@@ -168,9 +179,14 @@ def test_torchvision_weights_give_torchvisions_logits(agree):
 
 def test_old_torchvision_names_and_wrong_weights():
     peer = scrambled(TorchvisionDenseNet((2, 2), 4, 8, 3))
-    arch = Architecture(fetch="dense", blocks=(2, 2), growth_rate=4, bottleneck=True, stem="imagenet", num_classes=3)
+    arch = Architecture(
+        fetch="dense", blocks=(2, 2), growth_rate=4, bottleneck=True, stem="imagenet", num_classes=3
+    )
     model = SparseNet(arch).double()
-    state = {k.replace("norm1.", "norm.1.").replace("conv2.", "conv.2."): v for k, v in peer.state_dict().items()}
+    state = {
+        k.replace("norm1.", "norm.1.").replace("conv2.", "conv.2."): v
+        for k, v in peer.state_dict().items()
+    }
     load_torchvision(model, state)
     images = torch.randn(2, 3, 32, 32).double()
     assert (model.eval()(images) - peer(images)).abs().max() < 1e-9
@@ -179,7 +195,9 @@ def test_old_torchvision_names_and_wrong_weights():
     with pytest.raises(ValueError, match="no place for"):
         load_torchvision(model, {**state, "features.conv9.weight": torch.zeros(1)})
     with pytest.raises(ValueError, match="torchvision weights"):
-        load_torchvision(SparseNet(Architecture(blocks=(2, 2), growth_rate=4, bottleneck=True)), state)
+        load_torchvision(
+            SparseNet(Architecture(blocks=(2, 2), growth_rate=4, bottleneck=True)), state
+        )
     with pytest.raises(ValueError, match=r"of shape \[7, 16\], found \[3, 16\]"):
         load_torchvision(SparseNet(dataclasses.replace(arch, num_classes=7)), state)
     wrong_order = dataclasses.replace(arch, fetch=lambda i: range(i - 1, -1, -1))
@@ -200,7 +218,9 @@ def test_pytorchcvs_sparsenet121_where_it_is_installed():
     peers = pytest.importorskip("pytorchcv.models.sparsenet", exc_type=ImportError)
     peer = peers.sparsenet121(pretrained=False)
     torch.manual_seed(0)
-    with torch.no_grad():  # running statistics as training leaves them: the same for every reader of a feature
+    with (
+        torch.no_grad()
+    ):  # running statistics as training leaves them: the same for every reader of a feature
         peer.double().train()(torch.randn(2, 3, 224, 224).double())
     model = create_model("sparsenet121").double()
     model.load_state_dict(from_pytorchcv(model, peer.eval()))

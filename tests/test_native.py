@@ -19,7 +19,10 @@ if reason := native.unavailable(torch.device("cpu")):
 
 def run(code, **environment):
     found = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
     )
     assert found.returncode == 0, found.stderr
     return found.stdout
@@ -60,7 +63,10 @@ print(repr(sum(p.grad.abs().sum().item() for p in model.parameters())))
 
 @pytest.mark.parametrize("way", ["compile", "export", "trace"])
 def test_tracers_are_shown_the_reference(way):
-    model, images = SparseNet(Architecture(depth=7, growth_rate=3), "native").eval(), torch.randn(2, 3, 8, 8)
+    model, images = (
+        SparseNet(Architecture(depth=7, growth_rate=3), "native").eval(),
+        torch.randn(2, 3, 8, 8),
+    )
     ways = {
         "compile": lambda: torch.compile(model, backend="eager"),
         "export": lambda: torch.export.export(model, (images,)).module(),
@@ -85,7 +91,9 @@ def test_what_it_does_not_take():
 def test_tensors_without_data_are_refused(images):
     with FakeTensorMode():
         model = SparseNet(Architecture(depth=7, growth_rate=12), "native").train()
-        with pytest.raises(ValueError, match="expected tensors with data, found one without; ask for 'reference'"):
+        with pytest.raises(
+            ValueError, match="expected tensors with data, found one without; ask for 'reference'"
+        ):
             model(torch.randn(images, 3, 32, 32))
 
 
@@ -108,8 +116,8 @@ def test_bands_of_rows_join_without_a_seam():
 
 
 CHOOSE = """
-from sparsenet.ops import choose
 import torch
+from sparsenet.ops.dispatch import choose
 try:
     print(choose({!r}, torch.device("cpu")))
 except ValueError as error:
@@ -129,7 +137,9 @@ def test_without_a_cache(tmp_path, cache):
     """Compiled for this process alone, which leaves nothing behind."""
     (tmp_path / "file").touch()
     where = (
-        {"XDG_CACHE_HOME": str(tmp_path / "file")} if cache == "a file" else {"XDG_CACHE_HOME": "", "HOME": "/dev/null"}
+        {"XDG_CACHE_HOME": str(tmp_path / "file")}
+        if cache == "a file"
+        else {"XDG_CACHE_HOME": "", "HOME": "/dev/null"}
     )
     (tmp_path / "tmp").mkdir()
     code = "import torch; from sparsenet.ops import native; print(native.unavailable(torch.device('cpu')))"
@@ -148,7 +158,10 @@ def test_a_compiler_is_not_asked_again(tmp_path):
     compiler.write_text(f"#!/bin/sh\necho $@ >> {count}\nexit 1\n")
     compiler.chmod(0o755)
     twice = CHOOSE.format("auto") * 2
-    assert run(twice, CC=f"{compiler} -pipe", XDG_CACHE_HOME=str(tmp_path)) in ("shared\n" * 2, "reference\n" * 2)
+    assert run(twice, CC=f"{compiler} -pipe", XDG_CACHE_HOME=str(tmp_path)) in (
+        "shared\n" * 2,
+        "reference\n" * 2,
+    )
     asked = count.read_text().splitlines()
     assert len(asked) == 1 and asked[0].startswith("-pipe")
 

@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from sparsenet import ops
+from benchmarks.bench.equality import chance, fewest_relus
 from sparsenet.architecture import Architecture
-from sparsenet.bench.equality import chance, fewest_relus
 from sparsenet.model import SparseNet
-from sparsenet.ops import Plan, Reader, Statistics, aggregate, choose, unavailable
+from sparsenet.ops import dispatch
+from sparsenet.ops.dispatch import aggregate, choose, unavailable
 from sparsenet.ops.engine import Engine
+from sparsenet.ops.plan import Plan, Reader, Statistics
 
 EXACT = 1e-10  # relative, in fp64
 FETCHES = ["sparse", "sparse:3", "dense", "harmonic", "windowed:2"]
@@ -62,7 +63,9 @@ def assert_equal_networks(reference, shared, images):
     found, d_found, found_gradients = forward_backward(shared, images, d_logits)
     close(found, logits)
     close(d_found, d_images, max(g.abs().max() for g in gradients.values()))
-    scale = max(g.abs().max() for g in gradients.values())  # some true gradients are 0 and have no scale of their own
+    scale = max(
+        g.abs().max() for g in gradients.values()
+    )  # some true gradients are 0 and have no scale of their own
     for name, gradient in gradients.items():
         close(found_gradients[name], gradient, scale)
     for (name, buffer), other in zip(reference.named_buffers(), shared.buffers(), strict=True):
@@ -75,13 +78,20 @@ def assert_equal_networks(reference, shared, images):
 @pytest.mark.parametrize("aggregation", ["concat", "sum"])
 def test_engines_equal_the_reference(engine, aggregation, fetch, bottleneck, training):
     depth, width = (28, 3) if aggregation == "concat" else (31, 4) if bottleneck else (34, 3)
-    settings = {"fetch": fetch, "aggregation": aggregation, "bottleneck": bottleneck, "depth": depth}
+    settings = {
+        "fetch": fetch,
+        "aggregation": aggregation,
+        "bottleneck": bottleneck,
+        "depth": depth,
+    }
     reference, shared = pair(engine, **settings, growth_rate=width, num_classes=4)
     images = torch.randn(3, 3, 9, 11, dtype=torch.float64)
     assert_equal_networks(reference.train(training), shared.train(training), images)
 
 
-@pytest.mark.parametrize(("growth", "batch", "size"), [(1, 1, 8), (2, 8, 9), (7, 2, 13), (48, 1, 8), (24, 5, 11)])
+@pytest.mark.parametrize(
+    ("growth", "batch", "size"), [(1, 1, 8), (2, 8, 9), (7, 2, 13), (48, 1, 8), (24, 5, 11)]
+)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_shapes_and_layouts(engine, growth, batch, size, layout):
     reference, shared = pair(engine, depth=16, growth_rate=growth)
@@ -151,7 +161,9 @@ def test_no_feature_lies_where_another_is_still_needed(reads, memory, data):
     plan = Plan(reads, memory=memory)
     widths = data.draw(st.tuples(*(st.integers(1, 3) for _ in reads)))
     columns = plan.columns(widths)
-    spans = [set(range(first, first + width)) for first, width in zip(columns.first, widths, strict=True)]
+    spans = [
+        set(range(first, first + width)) for first, width in zip(columns.first, widths, strict=True)
+    ]
     assert max(max(span) for span in spans) < columns.total <= sum(widths)
     for r, read in enumerate(reads):
         last = plan.topology.last_reader
@@ -166,9 +178,13 @@ def test_no_feature_lies_where_another_is_still_needed(reads, memory, data):
 def test_features_nobody_reads(engine, aggregation):
     skipping = lambda i: [max(i - 2, 0)]  # noqa: E731
     depth = 19 if aggregation == "concat" else 34
-    reference, shared = pair(engine, fetch=skipping, aggregation=aggregation, depth=depth, growth_rate=3)
+    reference, shared = pair(
+        engine, fetch=skipping, aggregation=aggregation, depth=depth, growth_rate=3
+    )
     images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
-    results = [forward_backward(m.train(), images, torch.ones(2, 10).double()) for m in (reference, shared)]
+    results = [
+        forward_backward(m.train(), images, torch.ones(2, 10).double()) for m in (reference, shared)
+    ]
     close(results[1][0], results[0][0])
     for name, gradient in results[0][2].items():
         found = results[1][2][name]
@@ -183,7 +199,9 @@ def test_memory_that_is_read_was_written(engine, monkeypatch, settings):
     reference, poisoned = pair(engine, fetch="sparse", growth_rate=5, **settings)
     empty = Engine.empty
     monkeypatch.setattr(Engine, "empty", lambda self, width: empty(self, width).fill_(float("nan")))
-    assert_equal_networks(reference.train(), poisoned.train(), torch.randn(2, 3, 7, 8, dtype=torch.float64))
+    assert_equal_networks(
+        reference.train(), poisoned.train(), torch.randn(2, 3, 7, 8, dtype=torch.float64)
+    )
 
 
 @pytest.mark.parametrize("bottleneck", [False, True])
@@ -192,7 +210,9 @@ def test_twenty_training_steps(engine, bottleneck):
     batches = [(torch.randn(4, 3, 8, 8).double(), torch.randint(10, (4,))) for _ in range(20)]
     for model in models:
         model.train()
-        optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, nesterov=True, weight_decay=1e-4)
+        optimizer = torch.optim.SGD(
+            model.parameters(), 0.05, momentum=0.9, nesterov=True, weight_decay=1e-4
+        )
         for images, labels in batches:
             optimizer.zero_grad()
             F.cross_entropy(model(images), labels).backward()
@@ -208,7 +228,11 @@ def stage(reads=((0,), (1, 0), (2, 0, 1)), growth=2, width=3, kernel=3, aggregat
     readers = []
     for r, read in enumerate(reads):
         gathered = sum(widths[j] for j in read) if aggregation == "concat" else growth
-        weight = torch.randn(growth, gathered, kernel, kernel).double() * 0.3 if r < len(reads) - 1 else None
+        weight = (
+            torch.randn(growth, gathered, kernel, kernel).double() * 0.3
+            if r < len(reads) - 1
+            else None
+        )
         scale, shift = torch.rand(gathered).double() + 0.5, torch.randn(gathered).double()
         readers.append(Reader(scale, shift, weight))
     statistics = [Statistics(torch.zeros(w).double(), torch.ones(w).double()) for w in widths]
@@ -225,7 +249,9 @@ def test_gradcheck(engine, training, kernel):
 
     def run(x, *tensors):
         given = iter(tensors)
-        again = [Reader(*(None if t is None else next(given) for t in reader)) for reader in readers]
+        again = [
+            Reader(*(None if t is None else next(given) for t in reader)) for reader in readers
+        ]
         return aggregate(engine, plan, x, again, statistics, training)
 
     assert torch.autograd.gradcheck(run, (x, *tensors))
@@ -239,13 +265,19 @@ def test_any_topology_gives_what_the_reference_does(reads, aggregation, training
     x = torch.randn(3, 2, 2, 2, dtype=torch.float64, requires_grad=True)
     tensors = [x, *(t.requires_grad_() for reader in readers for t in reader if t is not None)]
     results = {}
-    for implementation in ("reference", *(e for e in ("shared", "native") if not unavailable(e, x.device))):
+    for implementation in (
+        "reference",
+        *(e for e in ("shared", "native") if not unavailable(e, x.device)),
+    ):
         kept = copy.deepcopy(statistics)
         out = aggregate(implementation, plan, x, readers, kept, training)
         gradients = torch.autograd.grad(out, tensors, out.detach().sin(), allow_unused=True)
         results[implementation] = [out, *gradients, *(t for each in kept for t in each)]
         with torch.no_grad():
-            close(aggregate(implementation, plan, x, readers, copy.deepcopy(statistics), training), out)
+            close(
+                aggregate(implementation, plan, x, readers, copy.deepcopy(statistics), training),
+                out,
+            )
     expected = results.pop("reference")
     scale = max(t.abs().max() for t in expected if t is not None)
     for found in results.values():
@@ -270,7 +302,9 @@ def test_what_backward_keeps_grows_with_features_not_with_links(engine):
     """Bytes saved for backward: the features once, where the textbook saves every concatenation."""
     saved = {}
     for implementation in ("reference", engine):
-        model = SparseNet(Architecture(fetch="dense", depth=40, growth_rate=4), implementation).train()
+        model = SparseNet(
+            Architecture(fetch="dense", depth=40, growth_rate=4), implementation
+        ).train()
         kept = {}
 
         def pack(tensor, kept=kept):
@@ -294,14 +328,21 @@ def test_half_precision_errs_no_more_than_the_textbook(engine, more):
     for seed in range(16):
         truth, _ = pair(engine, seed=seed, **settings)
         start = copy.deepcopy(truth.state_dict())
-        images, d_logits = torch.randn(8, 3, 16, 16).bfloat16().double(), torch.randn(8, 10).double()
+        images, d_logits = (
+            torch.randn(8, 3, 16, 16).bfloat16().double(),
+            torch.randn(8, 10).double(),
+        )
         expected = forward_backward(truth.train(), images, d_logits)
         for implementation, found in errors.items():
             model = SparseNet(truth.architecture, implementation)
             model.load_state_dict(start)
             with torch.autocast("cpu", torch.bfloat16):
-                logits, _, gradients = forward_backward(model.train(), images.float(), d_logits.float())
-            pairs = [(logits, expected[0])] + [(gradients[name], g) for name, g in expected[2].items()]
+                logits, _, gradients = forward_backward(
+                    model.train(), images.float(), d_logits.float()
+                )
+            pairs = [(logits, expected[0])] + [
+                (gradients[name], g) for name, g in expected[2].items()
+            ]
             found.append(torch.stack([(f.double() - e).norm() / e.norm() for f, e in pairs]))
     own, found = (torch.stack(each).mean(0) for each in errors.values())
     luck = torch.full_like(own, 5**0.5 * chance(16 * fewest_relus(truth.architecture, 8, 16)))
@@ -313,7 +354,9 @@ def test_a_second_backward_over_a_kept_graph_gives_the_same(engine):
     _, shared = pair(engine, depth=13, growth_rate=2)
     logits = shared.train()(torch.randn(2, 3, 8, 8).double())
     weight = shared.stages[0].layers[0][0].conv.weight
-    first, second = (torch.autograd.grad(logits.sum(), weight, retain_graph=True)[0] for _ in range(2))
+    first, second = (
+        torch.autograd.grad(logits.sum(), weight, retain_graph=True)[0] for _ in range(2)
+    )
     assert torch.equal(first, second)
 
 
@@ -321,7 +364,9 @@ def test_lean_memory_allows_a_second_backward(engine):
     _, model = pair(engine, depth=16, growth_rate=2, bottleneck=True, dropout=0.2)
     logits = remembering(model, "lean").train()(torch.randn(2, 3, 8, 8).double())
     weight = model.stages[0].layers[0][0].conv.weight
-    first, second = (torch.autograd.grad(logits.sum(), weight, retain_graph=True)[0] for _ in range(2))
+    first, second = (
+        torch.autograd.grad(logits.sum(), weight, retain_graph=True)[0] for _ in range(2)
+    )
     assert torch.equal(first, second)
 
 
@@ -337,14 +382,18 @@ def test_auto_picks_by_device_what_can_run_there(monkeypatch):
     assert choose("auto") == "auto"  # until the device is known
     assert choose("auto", torch.device("meta")) == "shared"
     assert SparseNet(Architecture(depth=7, growth_rate=2)).to("meta").implementation == "shared"
-    monkeypatch.setattr(ops, "unavailable", lambda implementation, device: None)
+    monkeypatch.setattr(dispatch, "unavailable", lambda implementation, device: None)
     assert choose("auto", torch.device("cuda")) == "triton"
-    monkeypatch.setattr(ops, "unavailable", lambda name, device: "no reason" if name == "triton" else None)
+    monkeypatch.setattr(
+        dispatch, "unavailable", lambda name, device: "no reason" if name == "triton" else None
+    )
     assert choose("auto", torch.device("cuda")) == "shared"
 
 
 def test_asking_for_what_cannot_run_says_why():
-    with pytest.raises(ValueError, match=r"expected one of auto, reference, shared, .*found 'fast'"):
+    with pytest.raises(
+        ValueError, match=r"expected one of auto, reference, shared, .*found 'fast'"
+    ):
         choose("fast")
 
 

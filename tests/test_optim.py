@@ -9,20 +9,32 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sparsenet import create_model
-from sparsenet.optim import OptimConfig, average_share, learning_rate, schedule, sgd, update_average
+from sparsenet.optim import schedule, sgd, update_average
+from sparsenet.schedule import OptimConfig, average_share, learning_rate
 
 
 def test_the_papers_schedule():
     config = OptimConfig()
-    rates = [learning_rate(config, epoch * 782 + step, 782, 300) for epoch in range(300) for step in (0, 781)]
+    rates = [
+        learning_rate(config, epoch * 782 + step, 782, 300)
+        for epoch in range(300)
+        for step in (0, 781)
+    ]
     assert rates[:300] == [0.1] * 300
     assert rates[300:450] == pytest.approx([0.01] * 150)
     assert rates[450:] == pytest.approx([0.001] * 150)
 
 
-@given(st.sampled_from(["step", "cosine", "onecycle"]), st.integers(1, 50), st.integers(1, 40), st.floats(0, 5))
+@given(
+    st.sampled_from(["step", "cosine", "onecycle"]),
+    st.integers(1, 50),
+    st.integers(1, 40),
+    st.floats(0, 5),
+)
 def test_rates_stay_between_0_and_the_peak(schedule, steps, epochs, warmup):
-    config = OptimConfig(schedule=schedule, lr=0.3, drop_1=epochs // 2, drop_2=epochs, warmup=warmup)
+    config = OptimConfig(
+        schedule=schedule, lr=0.3, drop_1=epochs // 2, drop_2=epochs, warmup=warmup
+    )
     rates = [learning_rate(config, step, steps, epochs) for step in range(steps * epochs)]
     assert all(0 <= rate <= 0.3 * (1 + 1e-9) for rate in rates)
 
@@ -42,7 +54,9 @@ def test_smooth_schedules_rise_then_fall_to_nothing(steps, epochs):
 def test_an_epochs_schedule_is_that_of_its_steps():
     config = OptimConfig(schedule="onecycle", ema=0.9)
     rates, shares = schedule(config, 2, 7, 5, torch.device("cpu"))
-    assert rates.tolist() == pytest.approx([learning_rate(config, step, 7, 5) for step in range(14, 21)])
+    assert rates.tolist() == pytest.approx(
+        [learning_rate(config, step, 7, 5) for step in range(14, 21)]
+    )
     assert shares.tolist() == pytest.approx([average_share(0.9, step) for step in range(14, 21)])
 
 
@@ -91,7 +105,14 @@ def test_the_average_is_the_exponential_one_and_includes_running_statistics():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"lr": 0}, {"schedule": "linear"}, {"drop_1": 9, "drop_2": 3}, {"momentum": 1.0}, {"ema": 1.0}]
+    "wrong",
+    [
+        {"lr": 0},
+        {"schedule": "linear"},
+        {"drop_1": 9, "drop_2": 3},
+        {"momentum": 1.0},
+        {"ema": 1.0},
+    ],
 )
 def test_out_of_range_settings_are_named(wrong):
     with pytest.raises(ValueError, match=rf"^{next(reversed(wrong))}: expected .*found"):

@@ -27,16 +27,33 @@ def is_picture(file: Path) -> bool:
 def run(epochs: int, drop: bool = True, test_every: int = 1) -> Rows:
     rows: Rows = []
     for epoch in range(1, epochs + 1):
-        lr = (0.1 if epoch <= epochs / 2 else 0.01) if drop else 0.1 * (1 + cos(pi * epoch / epochs))
-        row: dict[str, float | None] = {"epoch": epoch, "lr": lr, "train_loss": 1 / epoch, "train_error": 90 / epoch}
+        lr = (
+            (0.1 if epoch <= epochs / 2 else 0.01) if drop else 0.1 * (1 + cos(pi * epoch / epochs))
+        )
+        row: dict[str, float | None] = {
+            "epoch": epoch,
+            "lr": lr,
+            "train_loss": 1 / epoch,
+            "train_error": 90 / epoch,
+        }
         tested = epoch % test_every == 0
-        rows.append(row | {"test_error": 95 / epoch if tested else None, "test_loss": 2.0 if tested else None})
+        rows.append(
+            row
+            | {"test_error": 95 / epoch if tested else None, "test_loss": 2.0 if tested else None}
+        )
     return rows
 
 
 @pytest.mark.parametrize(
     "rows",
-    [[], run(1), run(12), run(5, drop=False), run(300, test_every=10), [{"epoch": 1, "lr": 0.1, "val_error": 0.0}]],
+    [
+        [],
+        run(1),
+        run(12),
+        run(5, drop=False),
+        run(300, test_every=10),
+        [{"epoch": 1, "lr": 0.1, "val_error": 0.0}],
+    ],
     ids=["none", "one", "step", "smooth", "long", "perfect"],
 )
 def test_curves_of_any_run(tmp_path: Path, rows: Rows) -> None:
@@ -59,7 +76,9 @@ def test_samples(tmp_path: Path, channels: int, wrong: int) -> None:
     labels = torch.arange(50) % 2
     predicted = torch.where(torch.arange(50) < wrong, 1 - labels, labels)
     pixels = torch.randint(0, 256, (50, channels, 8, 8), dtype=torch.uint8)
-    draw_samples(pixels, labels, predicted, torch.rand(50), ["$a", "b" * 40], tmp_path / "samples.png")
+    draw_samples(
+        pixels, labels, predicted, torch.rand(50), ["$a", "b" * 40], tmp_path / "samples.png"
+    )
     assert is_picture(tmp_path / "samples.png")
 
 
@@ -77,7 +96,9 @@ def test_the_graph_has_an_arc_for_every_link(tmp_path: Path, fetch: str, depth: 
     text = (tmp_path / "graph.svg").read_text()
     drawing = ElementTree.fromstring(text)
     space = "{http://www.w3.org/2000/svg}"
-    assert len(drawing.findall(f".//{space}path")) == sum(stage.topology.edges for stage in architecture.stages)
+    assert len(drawing.findall(f".//{space}path")) == sum(
+        stage.topology.edges for stage in architecture.stages
+    )
     assert len(drawing.findall(f".//{space}circle")) == sum(architecture.stage_depths)
     assert drawing.get("aria-label") == '<&"> a name'
     assert not re.search("https?://(?!www.w3.org/2000/svg)", text)

@@ -13,7 +13,7 @@ from sparsenet.architecture import Architecture
 from sparsenet.data.images import Preprocessing, read_image
 from sparsenet.model import SparseNet
 from sparsenet.predict import find_images, predict
-from sparsenet.run import Trained
+from sparsenet.trained import Trained
 
 CLASSES = tuple("abcdef")
 
@@ -69,7 +69,9 @@ def test_predictions_are_the_models(trained: Trained, folder: Path) -> None:
 def test_one_bad_file_spoils_no_other(trained: Trained, folder: Path) -> None:
     (folder / "empty").mkdir()
     patterns = ["b.png", "broken.png", "gone.png", "notes.txt", "none/*.png", "empty", "a.webp"]
-    found = list(predict(trained, find_images([str(folder / p) for p in patterns]), top=2, batch_size=3))
+    found = list(
+        predict(trained, find_images([str(folder / p) for p in patterns]), top=2, batch_size=3)
+    )
     assert [Path(p.path) for p in found] == [folder / p for p in patterns]
     assert [p.error is None for p in found] == [True, False, False, False, False, False, True]
     for prediction in found[1:-1]:
@@ -86,7 +88,9 @@ def test_one_bad_file_spoils_no_other(trained: Trained, folder: Path) -> None:
 @pytest.mark.parametrize("batch_size", [1, 2, 100])
 def test_the_batch_size_changes_nothing(trained: Trained, folder: Path, batch_size: int) -> None:
     paths = find_images([str(folder)])
-    for one, other in zip(predict(trained, paths), predict(trained, paths, batch_size=batch_size), strict=True):
+    for one, other in zip(
+        predict(trained, paths), predict(trained, paths, batch_size=batch_size), strict=True
+    ):
         assert (one.path, one.classes, one.error) == (other.path, other.classes, other.error)
         assert one.probabilities == pytest.approx(other.probabilities, rel=1e-5)
 

@@ -26,9 +26,17 @@ METRICS = """epoch,lr,train_error,val_error,test_error,seconds,eval_seconds,peak
 """
 
 
-def make(path: Path, error: float | None, fetch: str = "sparse", depth: int = 40, seed: int = 7) -> Path:
+def make(
+    path: Path, error: float | None, fetch: str = "sparse", depth: int = 40, seed: int = 7
+) -> Path:
     path.mkdir()
-    network = {"fetch": fetch, "aggregation": "concat", "depth": depth, "growth_rate": [12], "bottleneck": True}
+    network = {
+        "fetch": fetch,
+        "aggregation": "concat",
+        "depth": depth,
+        "growth_rate": [12],
+        "bottleneck": True,
+    }
     files: dict[str, Any] = {
         "config": {
             "network": network,
@@ -50,7 +58,9 @@ def make(path: Path, error: float | None, fetch: str = "sparse", depth: int = 40
     for name, value in files.items():
         (path / f"{name}.json").write_text(json.dumps(value))
     (path / "metrics.csv").write_text(METRICS)
-    (path / "graph.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg"><title>net</title></svg>')
+    (path / "graph.svg").write_text(
+        '<svg xmlns="http://www.w3.org/2000/svg"><title>net</title></svg>'
+    )
     return path
 
 
@@ -120,9 +130,15 @@ def test_the_default_settings_are_called_the_paper_s(tmp_path: Path) -> None:
 
 
 def test_the_table_is_markdown_with_the_best_first_and_no_empty_column(tmp_path: Path) -> None:
-    runs = [make(tmp_path / name, error, name) for name, error in (("dense", 9.25), ("sparse", 5.5))]
-    lines = markdown_table([*read_rows(runs), *read_rows([make(tmp_path / "other", 7.0, seed=8)])]).splitlines()
-    assert [line.replace(r"\|", "").count("|") for line in lines] == [len(lines[0].split("|")) - 1] * 5 + [0, 0]
+    runs = [
+        make(tmp_path / name, error, name) for name, error in (("dense", 9.25), ("sparse", 5.5))
+    ]
+    lines = markdown_table(
+        [*read_rows(runs), *read_rows([make(tmp_path / "other", 7.0, seed=8)])]
+    ).splitlines()
+    assert [line.replace(r"\|", "").count("|") for line in lines] == [
+        len(lines[0].split("|")) - 1
+    ] * 5 + [0, 0]
     assert [*map(str.strip, lines[0].split("|")[1:-1])] == [
         name for key, name in COLUMNS.items() if key not in ("step_seconds", "dataset", "recipe")
     ]
@@ -133,14 +149,18 @@ def test_the_table_is_markdown_with_the_best_first_and_no_empty_column(tmp_path:
 
 
 def test_what_all_rows_agree_in_is_said_once_below_the_table(tmp_path: Path) -> None:
-    runs = [make(tmp_path / name, error, name) for name, error in (("dense", 9.25), ("sparse", 5.5))]
+    runs = [
+        make(tmp_path / name, error, name) for name, error in (("dense", 9.25), ("sparse", 5.5))
+    ]
     recipe = "3 of 9 epochs, batch size 32, lr 0.2, onecycle, no mirror"
     table = markdown_table(read_rows(runs))
     assert table.endswith(f"|\n\nAll rows: data: CIFAR-10 (JPEG); recipe: {recipe}; seed: 7.\n")
     assert table.count(recipe) == table.count("CIFAR-10 (JPEG)") == 1
     alone = markdown_table(read_rows(runs[:1]))
     assert "All rows" not in alone and recipe in alone
-    (runs[0] / "result.json").write_text(json.dumps({"dataset": "photos", "error": 9.25, "epochs": 3}))
+    (runs[0] / "result.json").write_text(
+        json.dumps({"dataset": "photos", "error": 9.25, "epochs": 3})
+    )
     table = markdown_table(read_rows(runs))
     assert table.endswith(f"|\n\nAll rows: recipe: {recipe}; seed: 7.\n")
     assert "| photos |" in table and "| CIFAR-10 (JPEG) |" in table
@@ -154,8 +174,14 @@ def test_runs_that_differ_in_the_seed_only_are_one_row(tmp_path: Path) -> None:
         6.0, "1, 2, 3", [5.0, 6.0, 7.0], sorted(runs),
     )  # fmt: skip
     assert "| 6.00 ± 1.00 |" in markdown_table([row])
-    assert read_rows([tmp_path, runs[0], tmp_path / "seed1" / ".." / "seed2"]) == [row]  # however they are named
-    for change in ({"fetch": "dense"}, {"depth": 22}, {"seed": 3}):  # a seed again is not one more seed
+    assert read_rows([tmp_path, runs[0], tmp_path / "seed1" / ".." / "seed2"]) == [
+        row
+    ]  # however they are named
+    for change in (
+        {"fetch": "dense"},
+        {"depth": 22},
+        {"seed": 3},
+    ):  # a seed again is not one more seed
         make(tmp_path / "other", 5.0, **change)
         assert sorted(len(row["runs"]) for row in read_rows([tmp_path])) == [1, 3]
         shutil.rmtree(tmp_path / "other")
@@ -179,9 +205,14 @@ def test_published_rows_come_first_and_say_so(tmp_path: Path) -> None:
     assert len(lines) == 4
     assert lines[2].startswith("| *published:* paper |")
     assert "| 4.44 | 61–70 |" in lines[2]
-    (tmp_path / "published.json").write_text(json.dumps({"published": [*rows, rows[0] | {"error": 8.0}]}))
+    (tmp_path / "published.json").write_text(
+        json.dumps({"published": [*rows, rows[0] | {"error": 8.0}]})
+    )
     lines = markdown_table(read_rows([tmp_path, tmp_path / "published.json"])).splitlines()
-    assert ["| 4.44 |" in lines[2], "| 8.00 |" in lines[3]] == [True, True]  # each stays as it is, and is there once
+    assert ["| 4.44 |" in lines[2], "| 8.00 |" in lines[3]] == [
+        True,
+        True,
+    ]  # each stays as it is, and is there once
     assert sum("*published:*" in line for line in lines) == 2
     for damaged in ([1], {"published": [1]}, {"published": {}}, {"published": [{"error": "4.4"}]}):
         (tmp_path / "published.json").write_text(json.dumps(damaged))
@@ -210,7 +241,9 @@ def write_benchmark(folder: Path, seconds: float, **change: Any) -> None:
         "implementation": None,
         "options": [],
     }
-    row |= {"train_seconds": {"median": seconds}} | {key: value for key, value in change.items() if key in row}
+    row |= {"train_seconds": {"median": seconds}} | {
+        key: value for key, value in change.items() if key in row
+    }
     environment |= {key: value for key, value in change.items() if key in environment}
     folder.mkdir(exist_ok=True)
     (folder / "bench.json").write_text(json.dumps({"environment": environment, "rows": [row]}))
@@ -233,7 +266,9 @@ def test_a_step_s_seconds_are_the_benchmark_s_of_that_run_on_its_platform(tmp_pa
     assert "| 0.125 |" in markdown_table([row])
     write_benchmark(tmp_path / "another", 0.25, implementation="shared")
     write_benchmark(tmp_path / "third", 0.1, implementation="native")
-    [row] = read_rows([tmp_path / "run", tmp_path / "bench", tmp_path / "another"])  # wherever they lie
+    [row] = read_rows(
+        [tmp_path / "run", tmp_path / "bench", tmp_path / "another"]
+    )  # wherever they lie
     assert row["step_seconds"] == 0.125
     [row] = read_rows([tmp_path])
     assert row["step_seconds"] == 0.1  # of whichever implementation is the fastest
@@ -251,10 +286,14 @@ def test_a_step_s_seconds_are_the_benchmark_s_of_that_run_on_its_platform(tmp_pa
 def test_the_tables_of_a_page_are_written_from_records(tmp_path: Path) -> None:
     make(tmp_path / "results", 5.5)
     page = tmp_path / "page.md"
-    page.write_text("before\n<!-- report resul* -->\nanything\n<!-- /report -->\nafter <!-- /report -->\n")
+    page.write_text(
+        "before\n<!-- report resul* -->\nanything\n<!-- /report -->\nafter <!-- /report -->\n"
+    )
     assert update(page) == 1
     table = markdown_table(read_rows([tmp_path / "results"]))
-    expected = f"before\n<!-- report resul* -->\n\n{table}\n<!-- /report -->\nafter <!-- /report -->\n"
+    expected = (
+        f"before\n<!-- report resul* -->\n\n{table}\n<!-- /report -->\nafter <!-- /report -->\n"
+    )
     assert page.read_text() == expected
     assert update(page) == 1
     assert page.read_text() == expected
@@ -265,12 +304,19 @@ def test_a_table_without_an_end_takes_nothing_with_it(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("<!-- report run -->\nkept\n<!-- report run -->\n<!-- /report -->\n")
     assert update(page) == 1
-    assert page.read_text().startswith("<!-- report run -->\nkept\n<!-- report run -->\n\n| platform")
+    assert page.read_text().startswith(
+        "<!-- report run -->\nkept\n<!-- report run -->\n\n| platform"
+    )
 
 
 @pytest.mark.parametrize(
     "text",
-    [None, "no table", "<!-- report nothing -->\n<!-- /report -->", "<!-- report /nothing -->\n<!-- /report -->"],
+    [
+        None,
+        "no table",
+        "<!-- report nothing -->\n<!-- /report -->",
+        "<!-- report /nothing -->\n<!-- /report -->",
+    ],
 )
 def test_a_page_that_cannot_be_updated_is_named_and_kept(tmp_path: Path, text: str | None) -> None:
     page = tmp_path / "page.md"
@@ -286,14 +332,20 @@ def test_the_readme_s_tables_are_those_of_the_records(tmp_path: Path) -> None:
     page = tmp_path / "README.md"
     page.write_text((ROOT / "README.md").read_text())
     assert update(page) > 0
-    assert page.read_text() == (ROOT / "README.md").read_text()  # else: sparsenet report --update README.md
+    assert (
+        page.read_text() == (ROOT / "README.md").read_text()
+    )  # else: sparsenet report --update README.md
 
 
 def test_the_page_compares_error_with_cost(tmp_path: Path) -> None:
     for depth, macs in ((22, 10), (40, 30)):
         for seed in (0, 1):
-            run = make(tmp_path / f"{depth}-{seed}", 9.0 - depth / 10 + seed, depth=depth, seed=seed)
-            (run / "graph.json").write_text(json.dumps({"parameters": 100 * depth, "macs": macs * 1_000_000}))
+            run = make(
+                tmp_path / f"{depth}-{seed}", 9.0 - depth / 10 + seed, depth=depth, seed=seed
+            )
+            (run / "graph.json").write_text(
+                json.dumps({"parameters": 100 * depth, "macs": macs * 1_000_000})
+            )
     page = Page(write_report([tmp_path], tmp_path / "report.html").read_text())
     picture = (tmp_path / "report-comparison.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
@@ -313,7 +365,9 @@ def test_the_costs_shown_are_those_that_all_networks_have(tmp_path: Path) -> Non
     two = width(rows)
     assert width([row | {"step_seconds": 0.1} for row in rows]) > two
     assert width([rows[0] | {"step_seconds": 0.1}, rows[1]]) == two
-    assert width([*rows, *read_rows([make(tmp_path / "58", 3.0, depth=58)])]) > two  # three depths: a sweep
+    assert (
+        width([*rows, *read_rows([make(tmp_path / "58", 3.0, depth=58)])]) > two
+    )  # three depths: a sweep
 
 
 def test_the_page_stands_alone_with_the_best_run_first(tmp_path: Path) -> None:
@@ -325,9 +379,15 @@ def test_the_page_stands_alone_with_the_best_run_first(tmp_path: Path) -> None:
     assert all(source.startswith(("data:", "#")) for source in page.sources)
     assert not {"script", "link", "iframe", "b>best"} & set(page.tags)
     assert page.words.index("<b>best & $1") < page.words.index("worse") < page.words.index("going")
-    assert sum(source.startswith("data:image/png;base64,") for source in page.sources) == 2  # and the comparison
-    assert page.tags.count("svg") == 1  # the chart; each run's network is an image, which cannot do anything
-    assert sum(source.startswith("data:image/svg+xml;base64,") for source in page.sources) == len(runs)
+    assert (
+        sum(source.startswith("data:image/png;base64,") for source in page.sources) == 2
+    )  # and the comparison
+    assert (
+        page.tags.count("svg") == 1
+    )  # the chart; each run's network is an image, which cannot do anything
+    assert sum(source.startswith("data:image/svg+xml;base64,") for source in page.sources) == len(
+        runs
+    )
     assert "still going or was stopped" in page.words
     assert "sparsenet train --config" in page.words
     assert "default-src 'none'" in text

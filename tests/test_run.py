@@ -9,8 +9,11 @@ import pytest
 import torch
 
 from sparsenet.architecture import graph
+from sparsenet.checkpoints import RunError
 from sparsenet.config import RunConfig
-from sparsenet.run import COLUMNS, Run, RunError, environment, installed, write_atomic, write_json
+from sparsenet.environment import environment, installed
+from sparsenet.files import write_atomic, write_json
+from sparsenet.run import COLUMNS, Run
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
@@ -44,7 +47,9 @@ def test_the_newest_checkpoint_comes_back_and_two_are_kept(tmp_path):
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest", "empty manifest"])
 def test_damage_falls_back_to_the_one_before_with_a_warning(tmp_path, damage):
     run = saved(tmp_path)
-    weights, manifest = (run.checkpoints / f"last-00000003.{kind}" for kind in ("safetensors", "json"))
+    weights, manifest = (
+        run.checkpoints / f"last-00000003.{kind}" for kind in ("safetensors", "json")
+    )
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     {
@@ -79,8 +84,12 @@ def test_metrics_come_back_exactly(tmp_path):
 def test_a_folder_is_held_by_one_process_and_freed_by_a_kill(tmp_path):
     run = Run.create(tmp_path / "run")
     holder = "import sys,time; from pathlib import Path; from sparsenet.run import Run\n"
-    holder += f"with Run(Path({str(run.path)!r})).locked(): print('held', flush=True); time.sleep(60)"
-    with subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True) as process:
+    holder += (
+        f"with Run(Path({str(run.path)!r})).locked(): print('held', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout.readline() == "held\n"
         with pytest.raises(RunError, match="another process"), run.locked():
             pass

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from conftest import record_on_cpu
 from hypothesis import given
 from hypothesis import strategies as st
 from test_train import assert_same, outcome, tiny
@@ -13,17 +14,18 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sparsenet import optim, step
+from sparsenet import capture, optim
+from sparsenet.capture import WARM_UP, Captured
 from sparsenet.config import RunConfig, replace
-from sparsenet.data import Images
 from sparsenet.data.augment import augment, mix
+from sparsenet.data.dataset import Images
 from sparsenet.data.images import Preprocessing
 from sparsenet.data.sampling import plan_epoch, training_size
 from sparsenet.evaluate import evaluate, scorer
 from sparsenet.events import Message
 from sparsenet.model import SparseNet
 from sparsenet.run import Run
-from sparsenet.step import WARM_UP, Captured, TrainingStep, judge
+from sparsenet.step import TrainingStep, judge
 from sparsenet.train import train
 
 HOST_READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
@@ -58,7 +60,9 @@ class Tape(TorchDispatchMode):
         @torch.no_grad()
         def replay():
             for function, args, kwargs, made in calls:
-                again = [x for x in tree_leaves(function(*args, **kwargs)) if isinstance(x, torch.Tensor)]
+                again = [
+                    x for x in tree_leaves(function(*args, **kwargs)) if isinstance(x, torch.Tensor)
+                ]
                 for place, tensor in made:
                     tensor.copy_(again[place])
 
@@ -70,13 +74,19 @@ class Tape(TorchDispatchMode):
             raise RuntimeError(f"{REFUSED}\nmore lines")
         if function.namespace == "profiler":
             return function(*args, **kwargs)
-        given = {x.untyped_storage()._cdata: x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        given = {
+            x.untyped_storage()._cdata: x
+            for x in tree_leaves((args, kwargs))
+            if isinstance(x, torch.Tensor)
+        }
         for key in given.keys() - self.own - self.outside.keys():
             storage = given[key].untyped_storage()
             self.outside[key] = storage, storage.clone()
         outputs = function(*args, **kwargs)
         found = [x.detach() for x in tree_leaves(outputs) if isinstance(x, torch.Tensor)]
-        made = [(place, x) for place, x in enumerate(found) if x.untyped_storage()._cdata not in given]
+        made = [
+            (place, x) for place, x in enumerate(found) if x.untyped_storage()._cdata not in given
+        ]
         self.own |= {x.untyped_storage()._cdata for _, x in made}
         self.calls.append((function, args, kwargs, made))
         return outputs
@@ -98,8 +108,14 @@ class Gain:
 def test_captured_equals_the_function_call_by_call(calls):
     plain, recorded, news = Gain(), Gain(), []
     captured = Captured(recorded, "the sum", Tape(), news.append)
-    results = [(captured(*given), plain(*given)) for given in ((torch.arange(n), torch.tensor(f)) for n, f in calls)]
-    for found, expected in results:  # looked at afterwards: a later replay leaves earlier results alone
+    results = [
+        (captured(*given), plain(*given))
+        for given in ((torch.arange(n), torch.tensor(f)) for n, f in calls)
+    ]
+    for (
+        found,
+        expected,
+    ) in results:  # looked at afterwards: a later replay leaves earlier results alone
         assert torch.equal(found[0], expected[0])
     assert torch.equal(recorded.total, plain.total)
     counts = [sum(n == m for m, _ in calls) for n in (1, 2, 3)]
@@ -110,7 +126,10 @@ def test_captured_equals_the_function_call_by_call(calls):
 def test_the_tape_freezes_python_as_a_capture_does():
     numbers = iter(range(99))
     captured = Captured(lambda x: x + next(numbers), recorder=Tape())
-    assert [captured(torch.zeros(())).item() for _ in range(WARM_UP + 3)] == [*range(WARM_UP), *[WARM_UP] * 3]
+    assert [captured(torch.zeros(())).item() for _ in range(WARM_UP + 3)] == [
+        *range(WARM_UP),
+        *[WARM_UP] * 3,
+    ]
 
 
 def test_a_device_that_records_nothing_runs_the_function():
@@ -150,9 +169,18 @@ RECIPES = {
     "everything": {
         "network": {"dropout": 0.2},
         "optim": {"ema": 0.9, "grad_clip": 0.5, "label_smoothing": 0.1, "schedule": "onecycle"},
-        "data": {"trivial_augment": True, "cutout": 3, "mixup": 0.4, "cutmix": 1.0, "first_size": 4},
+        "data": {
+            "trivial_augment": True,
+            "cutout": 3,
+            "mixup": 0.4,
+            "cutmix": 1.0,
+            "first_size": 4,
+        },
     },
-    "sum": {"network": {"aggregation": "sum", "growth_rate": 8, "depth": 10}, "optim": {"ema": 0.5}},
+    "sum": {
+        "network": {"aggregation": "sum", "growth_rate": 8, "depth": 10},
+        "optim": {"ema": 0.5},
+    },
 }
 
 
@@ -169,7 +197,10 @@ def trained(config, precision, wrap, implementation="shared"):
         torch.manual_seed(number)  # a step's dropout continues from here
         count = 3 if number % 4 == 3 else 8
         side = training_size(number, 12, config.data.first_size, 8)
-        pixels, labels = torch.randint(256, (count, 3, side, side), dtype=torch.uint8), torch.randint(10, (count,))
+        pixels, labels = (
+            torch.randint(256, (count, 3, side, side), dtype=torch.uint8),
+            torch.randint(10, (count,)),
+        )
         plan = plan_epoch(number, 0, count, config.data.scaled(side, 8))
         found += act(pixels, labels, rates[number], shares[number], *plan.moves)
     networks = [model] if average is None else [model, average]
@@ -185,11 +216,15 @@ def assert_equal(found, expected):
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("implementation", ["reference", "shared"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_replayed_steps_equal_called_ones_to_the_last_bit(recipe, implementation, precision, monkeypatch):
-    monkeypatch.setattr(step, "WARM_UP", 1)
+def test_replayed_steps_equal_called_ones_to_the_last_bit(
+    recipe, implementation, precision, monkeypatch
+):
+    monkeypatch.setattr(capture, "WARM_UP", 1)
     config, news = replace(CONFIG, RECIPES[recipe]), []
     expected = trained(config, precision, lambda function: function, implementation)
-    found = trained(config, precision, lambda f: Captured(f, "the step", Tape(), news.append), implementation)
+    found = trained(
+        config, precision, lambda f: Captured(f, "the step", Tape(), news.append), implementation
+    )
     assert_equal(found, expected)
     assert news == ["captured the step"]
 
@@ -202,7 +237,9 @@ def test_a_mixed_label_counts_by_its_share(count, smoothing, seed):
     own, other = (nn.functional.one_hot(each, 5) for each in (labels, labels.flip(0)))
     mixture = shares[:, None] * own + (1 - shares[:, None]) * other
     loss, wrong = judge(logits, labels, shares, smoothing)
-    torch.testing.assert_close(loss, nn.functional.cross_entropy(logits, mixture, label_smoothing=smoothing))
+    torch.testing.assert_close(
+        loss, nn.functional.cross_entropy(logits, mixture, label_smoothing=smoothing)
+    )
     assert wrong == (logits.argmax(1) != mixture.argmax(1)).sum()
     loss, wrong = judge(logits, labels, None, smoothing)
     assert torch.equal(loss, nn.functional.cross_entropy(logits, labels, label_smoothing=smoothing))
@@ -215,13 +252,20 @@ AUGMENTED = {"trivial_augment": True, "cutout": 3, "mixup": 0.4, "cutmix": 1.0}
 
 
 @pytest.mark.parametrize("side", [4, 8])
-@pytest.mark.parametrize("changes", [{}, AUGMENTED, *({name: AUGMENTED[name]} for name in AUGMENTED)], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, AUGMENTED, *({name: AUGMENTED[name]} for name in AUGMENTED)], ids=str
+)
 def test_a_step_learns_from_the_images_as_they_are_augmented_and_mixed(changes, side):
     config = replace(CONFIG, {"data": changes, "optim": {"label_smoothing": 0.1}})
     model, seen = SparseNet(config.network, "shared").train(), []
-    model.register_forward_hook(lambda module, inputs, logits: seen.extend((*inputs, logits.detach())))
+    model.register_forward_hook(
+        lambda module, inputs, logits: seen.extend((*inputs, logits.detach()))
+    )
     act = TrainingStep(model, optim.sgd(model, config.optim), None, config, PREPROCESSING, "fp32")
-    pixels, labels = torch.randint(256, (8, 3, side, side), dtype=torch.uint8), torch.randint(10, (8,))
+    pixels, labels = (
+        torch.randint(256, (8, 3, side, side), dtype=torch.uint8),
+        torch.randint(10, (8,)),
+    )
     data = config.data.scaled(side, 8)
     moves = plan_epoch(0, 0, 8, data).moves
     loss, wrong = act(pixels, labels, torch.tensor(0.1), torch.tensor(0.0), *moves)
@@ -231,13 +275,18 @@ def test_a_step_learns_from_the_images_as_they_are_augmented_and_mixed(changes, 
     assert_equal([seen[0], loss, wrong], [images, *judge(seen[1], labels, shares, 0.1)])
 
 
-FUSED_SGD, CONVOLUTION = torch.ops.aten._fused_sgd_.tensor_lr, torch.ops.aten.convolution_backward.default
+FUSED_SGD, CONVOLUTION = (
+    torch.ops.aten._fused_sgd_.tensor_lr,
+    torch.ops.aten.convolution_backward.default,
+)
 
 
 @pytest.mark.parametrize("refused", [FUSED_SGD, CONVOLUTION], ids=["at the update", "in backward"])
 def test_a_capture_that_fails_halfway_leaves_training_as_it_was(refused):
     config, news = replace(CONFIG, RECIPES["everything"]), []
-    found = trained(config, "fp32", lambda f: Captured(f, "the step", Tape(refuses=[refused]), news.append))
+    found = trained(
+        config, "fp32", lambda f: Captured(f, "the step", Tape(refuses=[refused]), news.append)
+    )
     assert_equal(found, trained(config, "fp32", lambda function: function))
     assert news == [f"the step is not captured: {REFUSED}"]
 
@@ -262,8 +311,8 @@ def test_evaluation_is_recorded_once_and_follows_the_weights():
 @pytest.fixture
 def taped(monkeypatch):
     """Training on the CPU that records as on CUDA."""
-    monkeypatch.setattr(step, "WARM_UP", 1)
-    monkeypatch.setitem(step.RECORDERS, "cpu", Tape)
+    monkeypatch.setattr(capture, "WARM_UP", 1)
+    record_on_cpu(monkeypatch, Tape)
 
 
 @pytest.fixture(scope="module")
@@ -279,12 +328,17 @@ def whole(**changes):
 
 
 def captures(events):
-    return [event.text for event in events if isinstance(event, Message) and "captured" in event.text]
+    return [
+        event.text for event in events if isinstance(event, Message) and "captured" in event.text
+    ]
 
 
 def test_a_captured_run_is_the_run(taped, called, tmp_path):
     run = Run.create(tmp_path / "run")
-    assert captures(train(whole(), run)) == ["captured the training step", "captured the evaluation"]
+    assert captures(train(whole(), run)) == [
+        "captured the training step",
+        "captured the evaluation",
+    ]
     assert_same(outcome(run), outcome(called))
 
 
@@ -332,10 +386,17 @@ def test_cuda_replays_random_numbers_by_the_seed():
 @cuda
 def test_cuda_is_usable_after_a_capture_that_failed():
     news, x = [], torch.ones(5, 7, device="cuda")
-    recorder = step.CudaGraphs(x.device)
+    recorder = capture.CudaGraphs(x.device)
     before = Captured(lambda x: x + 1, "the first", recorder, news.append)
-    reading = Captured(lambda x: nn.functional.dropout(x, 0.5) * x.sum().item(), "the second", recorder, news.append)
-    after = Captured(lambda x: nn.functional.dropout(x, 0.5) * 2, "the third", recorder, news.append)
+    reading = Captured(
+        lambda x: nn.functional.dropout(x, 0.5) * x.sum().item(),
+        "the second",
+        recorder,
+        news.append,
+    )
+    after = Captured(
+        lambda x: nn.functional.dropout(x, 0.5) * 2, "the third", recorder, news.append
+    )
     stream = torch.cuda.current_stream()
     for captured in (before, reading, after, before):
         for _ in range(2 * WARM_UP):
@@ -357,5 +418,7 @@ def test_cuda_training_is_captured_and_learns_the_same(on_device, tmp_path, monk
     assert told == ["captured the training step", "captured the evaluation"]
     assert not captures(train(whole(**changes, capture=False), runs[1]))
     first, second = (run.metrics() for run in runs)
-    for row, other in zip(first, second, strict=True):  # as far as the device's sums repeat themselves
+    for row, other in zip(
+        first, second, strict=True
+    ):  # as far as the device's sums repeat themselves
         assert row["train_loss"] == pytest.approx(other["train_loss"], rel=1e-2)

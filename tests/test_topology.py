@@ -8,7 +8,16 @@ from hypothesis import strategies as st
 
 from sparsenet.topology import Topology, dense, harmonic, named_fetch, sparse, windowed
 
-NAMES = ["sparse", "sparse:3", "sparse:7", "dense", "harmonic", "windowed", "windowed:1", "windowed:9"]
+NAMES = [
+    "sparse",
+    "sparse:3",
+    "sparse:7",
+    "dense",
+    "harmonic",
+    "windowed",
+    "windowed:1",
+    "windowed:9",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -56,7 +65,9 @@ def test_paths(depth):
     assert Topology.of(windowed(1), depth).shortest_path == depth + 1
     sparse_topology = Topology.of(sparse(), depth)
     assert sparse_topology.longest_path == depth + 1
-    assert sparse_topology.shortest_path == bin(depth + 1).count("1")  # one link for each binary digit
+    assert sparse_topology.shortest_path == bin(depth + 1).count(
+        "1"
+    )  # one link for each binary digit
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,6 +1,7 @@
 """Training: it learns, it is a function of its settings, and being killed does not change that function."""
 
 import csv
+import dataclasses
 import math
 import random
 import subprocess
@@ -18,9 +19,10 @@ from sparsenet.config import replace
 from sparsenet.evaluate import evaluate
 from sparsenet.events import Concluded, EpochDone, Message, Step, Stopped
 from sparsenet.presets import preset
-from sparsenet.run import TIMES, Run, load_trained
+from sparsenet.run import TIMES, Run
 from sparsenet.step import TrainingStep
 from sparsenet.train import TIME_LIMIT, DivergedError, _finite, train
+from sparsenet.trained import load_trained
 
 TINY = {
     "network": {"depth": 7, "growth_rate": 4, "dropout": 0.1},
@@ -64,7 +66,9 @@ def whole(tmp_path_factory):
 
 
 def test_the_digits_are_learned(tmp_path):
-    config = replace(preset("digits"), {"train": {"max_epoch": 6, "device": "cpu"}, "network": {"depth": 13}})
+    config = replace(
+        preset("digits"), {"train": {"max_epoch": 6, "device": "cpu"}, "network": {"depth": 13}}
+    )
     *_, last = train(config, Run.create(tmp_path / "run"))
     assert isinstance(last, Concluded)
     assert last.result["error"] < 15  # of 90 by chance
@@ -110,7 +114,8 @@ def test_a_run_that_goes_on_has_no_result_until_its_end(tmp_path):
 
 def test_weights_may_lie_otherwise(tmp_path, monkeypatch):
     """As on CUDA; momenta that a checkpoint gives back lie as their weights do, which the fused update asks for."""
-    monkeypatch.setitem(device.WEIGHTS, "cpu", torch.channels_last)
+    traits = dataclasses.replace(device.TRAITS["cpu"], weight_layout=torch.channels_last)
+    monkeypatch.setitem(device.TRAITS, "cpu", traits)
     whole, run = finished(tmp_path / "whole", tiny()), Run.create(tmp_path / "run")
     for event in train(tiny(), run, should_stop=lambda: "a signal"):
         assert not isinstance(event, Concluded)
@@ -134,30 +139,34 @@ def test_killed_before_the_first_checkpoint_starts_from_the_beginning(whole, tmp
     for event in train(tiny(), run):
         if isinstance(event, Step):
             break
-    run.write_metrics(whole.metrics()[:1])  # as a kill between the first row and its checkpoint leaves it
+    run.write_metrics(
+        whole.metrics()[:1]
+    )  # as a kill between the first row and its checkpoint leaves it
     (run.checkpoints / ".last-00000005.safetensors.x").write_bytes(b"half")
     for _ in train(tiny(), run, resume=True):
         pass
     assert_same(outcome(run), outcome(whole))
-    assert len(list(run.checkpoints.iterdir())) == 6  # two of last and one of best, with their manifests
+    assert (
+        len(list(run.checkpoints.iterdir())) == 6
+    )  # two of last and one of best, with their manifests
 
 
 KILLED = """
 import sys, time, random
 from pathlib import Path
-import sparsenet.run as R, sparsenet.train as T
+import sparsenet.files as F, sparsenet.run as R, sparsenet.train as T
 from sparsenet.config import from_dict, RunConfig
 import json, os, signal
 config = from_dict(json.loads(sys.argv[1]), "argument", RunConfig())
 folder, resume, kill_at = Path(sys.argv[2]), sys.argv[3] == "1", int(sys.argv[4])
 import torch; torch.set_num_threads(1)
 writes = 0
-def counting(path, content, write=R.write_atomic):
+def counting(path, content, write=F.write_atomic):
     global writes
     writes += 1
     if writes == kill_at: os.kill(os.getpid(), signal.SIGKILL)
     write(path, content)
-R.write_atomic = counting
+F.write_atomic = counting
 run = R.Run(folder) if resume else R.Run.create(folder)
 for event in T.train(config, run, resume): pass
 """
@@ -172,7 +181,9 @@ def kill_and_resume(config, folder, seed):
         resume = (folder / "config.json").exists()
         kill_at = chance.randint(8, 14) if kills < 4 else 0
         arguments = [json.dumps(config.to_dict()), str(folder), str(int(resume)), str(kill_at)]
-        found = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True)
+        found = subprocess.run(
+            [sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True
+        )
         if found.returncode == 0:
             return kills
         assert found.returncode == -9, found.stderr
@@ -227,7 +238,9 @@ def test_the_time_limit_ends_a_run_with_everything_saved(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tmp_path):
     run = Run.create(tmp_path / "run")
-    config = tiny(optim={"lr": 1e30, "schedule": "step", "grad_clip": 0.0}, train={"save_every": 0.0})
+    config = tiny(
+        optim={"lr": 1e30, "schedule": "step", "grad_clip": 0.0}, train={"save_every": 0.0}
+    )
     with pytest.raises(DivergedError, match=r"the loss of step \d+ is not finite"):
         for _ in train(config, run):
             pass
@@ -250,7 +263,9 @@ def test_only_finite_weights_are_saved():
         if bad == largest:
             assert _finite(tensors, 7) is tensors
         else:
-            with pytest.raises(DivergedError, match=r"the weights of step 7 are not finite; .*--lr"):
+            with pytest.raises(
+                DivergedError, match=r"the weights of step 7 are not finite; .*--lr"
+            ):
                 _finite(tensors, 7)
 
 
@@ -287,9 +302,18 @@ def test_a_batch_larger_than_the_data(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data": {"shift": 8}}, "--shift: expected at most 7 for images of 8 pixels a side, found 8"),
-        ({"data": {"cutout": 9}}, "--cutout: expected at most 8 for images of 8 pixels a side, found 9"),
-        ({"data": {"first_size": 12}}, "--first_size: expected at most 8 for images of 8 pixels a side, found 12"),
+        (
+            {"data": {"shift": 8}},
+            "--shift: expected at most 7 for images of 8 pixels a side, found 8",
+        ),
+        (
+            {"data": {"cutout": 9}},
+            "--cutout: expected at most 8 for images of 8 pixels a side, found 9",
+        ),
+        (
+            {"data": {"first_size": 12}},
+            "--first_size: expected at most 8 for images of 8 pixels a side, found 12",
+        ),
         (
             {"data": {"first_size": 4, "image_size": 32}, "network": {"stem": "imagenet"}},
             "--first_size: expected at least 16 for this network, found 4",

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from test_ops import close
 from torch import nn
 
-from sparsenet import ops
+from benchmarks.bench.equality import chance
 from sparsenet.architecture import Architecture
-from sparsenet.bench.equality import chance
 from sparsenet.model import SparseNet
+from sparsenet.ops import dispatch
+from sparsenet.ops.plan import Plan
 
 triton = pytest.importorskip("sparsenet.ops.triton", exc_type=ImportError)
 GPU = torch.cuda.is_available()
@@ -59,7 +60,9 @@ def stages(layers=4, memory="normal", implementations=("reference", "triton"), *
     for implementation in implementations:
         stage = copy.deepcopy(whole.stages[0])
         stage.implementation = implementation
-        stage.plan = dataclasses.replace(stage.plan, memory=memory if implementation == "triton" else "normal")
+        stage.plan = dataclasses.replace(
+            stage.plan, memory=memory if implementation == "triton" else "normal"
+        )
         made.append(stage)
     return made, whole.architecture.stages[0].in_width
 
@@ -78,7 +81,9 @@ def forward_backward(stage, x, seed=1):
 def assert_equal_stages(pair_of_stages, x, training=True):
     reference, found = (forward_backward(stage.train(training), x) for stage in pair_of_stages)
     close(found[0], reference[0])
-    scale = max(g.abs().max() for g in reference[2].values() if g is not None)  # some true gradients are 0
+    scale = max(
+        g.abs().max() for g in reference[2].values() if g is not None
+    )  # some true gradients are 0
     for name, gradient in {**reference[2], "the input": reference[1]}.items():
         own = found[1] if name == "the input" else found[2][name]
         assert (gradient is None) == (own is None), name
@@ -188,7 +193,11 @@ def test_low_precision_errs_no_more_than_the_textbook(bottleneck, precision, mon
     draws, errors = 16 if GPU else 4, {"reference": [], "triton": []}
     for seed in range(draws):
         (truth, *made), width = stages(
-            3, growth_rate=6, bottleneck=bottleneck, seed=seed, implementations=("reference", *errors)
+            3,
+            growth_rate=6,
+            bottleneck=bottleneck,
+            seed=seed,
+            implementations=("reference", *errors),
         )
         x = random(4, width, 8, 8).to(torch.bfloat16).double()
         expected = forward_backward(truth.train(), x)
@@ -197,8 +206,12 @@ def test_low_precision_errs_no_more_than_the_textbook(bottleneck, precision, mon
                 results = forward_backward(stage.float().train(), x.to(precision))
             found.append(_errors(results, expected))
     own, found = (torch.stack(each).median(0).values for each in errors.values())
-    luck = torch.full_like(own, (5 * math.pi / 2) ** 0.5 * chance(draws * 4 * 8 * 8 * 6))  # π/2: of a median
-    luck[_exact(results) if precision != torch.float32 else slice(None)] = 0  # in fp32 few draws have a ReLU that flips
+    luck = torch.full_like(
+        own, (5 * math.pi / 2) ** 0.5 * chance(draws * 4 * 8 * 8 * 6)
+    )  # π/2: of a median
+    luck[_exact(results) if precision != torch.float32 else slice(None)] = (
+        0  # in fp32 few draws have a ReLU that flips
+    )
     assert (found <= 2 * own + torch.finfo(precision).eps + luck).all()
 
 
@@ -207,13 +220,17 @@ def test_statistics_survive_a_mean_far_from_zero():
     (truth, found), width = stages(1, growth_rate=2)
     x = random(4, width, 9, 9) + 1000
     expected, got = truth.train()(x), found.float().train()(x.float())
-    assert (got - expected).abs().max() < 20 * 1000 * torch.finfo(torch.float32).eps * expected.abs().max()
+    assert (got - expected).abs().max() < 20 * 1000 * torch.finfo(
+        torch.float32
+    ).eps * expected.abs().max()
     close(found.statistics[0].running_var.double(), truth.statistics[0].running_var, tolerance=1e-5)
 
 
 def test_the_same_input_gives_the_same_bits(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    (first, second), width = stages(3, dtype=torch.float32, growth_rate=5, implementations=["triton"] * 2)
+    (first, second), width = stages(
+        3, dtype=torch.float32, growth_rate=5, implementations=["triton"] * 2
+    )
     x = random(3, width, 9, 9, dtype=torch.float32)
     one, other = (forward_backward(stage.train(), x) for stage in (first, second))
     for a, b in zip([*one[:2], *one[2].values()], [*other[:2], *other[2].values()], strict=True):
@@ -230,7 +247,10 @@ def test_nan_stays_nan():
 def test_a_second_backward_over_a_kept_graph_gives_the_same():
     (stage,), width = stages(2, growth_rate=2, implementations=["triton"])
     out = stage.train()(random(2, width, 3, 3))
-    first, second = (torch.autograd.grad(out.sum(), stage.layers[0][0].conv.weight, retain_graph=True) for _ in "ab")
+    first, second = (
+        torch.autograd.grad(out.sum(), stage.layers[0][0].conv.weight, retain_graph=True)
+        for _ in "ab"
+    )
     assert torch.equal(first[0], second[0])
 
 
@@ -247,9 +267,11 @@ def test_every_pixel_is_dealt_out_once(pixels, programs, width, processors, most
     assert (parts - 1) * span < pixels <= parts * span
 
 
-@pytest.mark.parametrize("widths", [(48, 24, 24, 24), (7, 1, 1, 1), (64, 128, 32, 128), (12, 36, 100, 6)])
+@pytest.mark.parametrize(
+    "widths", [(48, 24, 24, 24), (7, 1, 1, 1), (64, 128, 32, 128), (12, 36, 100, 6)]
+)
 def test_pieces_cover_every_column_once(widths):
-    plan = ops.Plan(((0,), (1, 0), (2, 1), (3, 2, 0)))
+    plan = Plan(((0,), (1, 0), (2, 1), (3, 2, 0)))
     tables = triton.Tables.of(plan, widths, DEVICE)
     for read, pieces in zip(plan.reads, tables.readers, strict=True):
         rows = pieces.table.tolist()
@@ -262,24 +284,31 @@ def test_pieces_cover_every_column_once(widths):
 
 def test_asking_for_it_where_it_cannot_run_says_why(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert ops.choose("triton") == "triton"  # the device is not known yet
-    with pytest.raises(ValueError, match=r"'triton' cannot run here: expected a CUDA device.*TRITON_INTERPRET=1"):
-        ops.choose("triton", torch.device("cpu"))
+    assert dispatch.choose("triton") == "triton"  # the device is not known yet
+    with pytest.raises(
+        ValueError, match=r"'triton' cannot run here: expected a CUDA device.*TRITON_INTERPRET=1"
+    ):
+        dispatch.choose("triton", torch.device("cpu"))
 
 
 @pytest.mark.skipif(GPU, reason="about a machine where Triton finds no device")
 def test_a_device_that_triton_cannot_use_is_refused_with_the_reason(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
     device = torch.device("cuda")
-    for capability, reason in (((7, 5), "compute capability 8.0 or later, found 7.5"), ((9, 0), "which Triton needs")):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+    for capability, reason in (
+        ((7, 5), "compute capability 8.0 or later, found 7.5"),
+        ((9, 0), "which Triton needs"),
+    ):
+        monkeypatch.setattr(
+            torch.cuda, "get_device_capability", lambda device, found=capability: found
+        )
         with pytest.raises(ValueError, match=f"'triton' cannot run here: expected .*{reason}"):
-            ops.choose("triton", device)
-        assert ops.choose("auto", device) == "shared"
+            dispatch.choose("triton", device)
+        assert dispatch.choose("auto", device) == "shared"
 
 
 def test_without_triton_installed_the_extra_is_named():
-    code = "import sys; sys.modules['triton'] = None; from sparsenet import ops; ops.choose('triton')"
+    code = "import sys; sys.modules['triton'] = None; from sparsenet.ops import dispatch; dispatch.choose('triton')"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "ValueError" in found.stderr
     assert "pip install 'sparsenet[triton]'" in found.stderr
@@ -287,11 +316,16 @@ def test_without_triton_installed_the_extra_is_named():
 
 @on_a_gpu
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("growth", "size", "bottleneck"), [(24, 32, False), (24, 8, False), (32, 28, True)])
+@pytest.mark.parametrize(
+    ("growth", "size", "bottleneck"), [(24, 32, False), (24, 8, False), (32, 28, True)]
+)
 def test_at_full_size(growth, size, bottleneck, precision):
     """Many programs and parts: the error of ``reference`` at the same precision, or less than twice that."""
     made, width = stages(
-        8, growth_rate=growth, bottleneck=bottleneck, implementations=("reference", "reference", "triton")
+        8,
+        growth_rate=growth,
+        bottleneck=bottleneck,
+        implementations=("reference", "reference", "triton"),
     )
     x = random(64, width, size, size).to(torch.bfloat16)
     truth = forward_backward(made[0].train(), x.double())
@@ -302,14 +336,19 @@ def test_at_full_size(growth, size, bottleneck, precision):
     own, found = (_errors(each, truth) for each in results)
     luck = 5**0.5 * chance(64 * size * size * growth)
     # Of one draw a single tensor's error is a matter of luck, all of them vary less; and a wrong one is off by 1.
-    assert found.square().mean().sqrt() <= 2 * own.square().mean().sqrt() + torch.finfo(precision).eps + luck
+    assert (
+        found.square().mean().sqrt()
+        <= 2 * own.square().mean().sqrt() + torch.finfo(precision).eps + luck
+    )
     assert found[:2].max() <= 2 * own[:2].max() + torch.finfo(precision).eps + luck
 
 
 def _errors(results, truth):
     """Relative, of each tensor."""
     pairs = zip(_flat(results), _flat(truth), strict=True)
-    return torch.stack([((found.double() - exact).norm() / exact.norm()).cpu() for found, exact in pairs])
+    return torch.stack(
+        [((found.double() - exact).norm() / exact.norm()).cpu() for found, exact in pairs]
+    )
 
 
 def _exact(results):
@@ -326,7 +365,9 @@ def _flat(results):
 @on_a_gpu
 def test_a_captured_step_is_the_step():
     (stage, captured), width = stages(4, growth_rate=12, implementations=["triton"] * 2)
-    x = random(8, width, 16, 16)  # fp64: algorithms may differ and round differently, and then a ReLU may flip
+    x = random(
+        8, width, 16, 16
+    )  # fp64: algorithms may differ and round differently, and then a ReLU may flip
     given = torch.zeros_like(x).requires_grad_()
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

@@ -20,10 +20,12 @@ from safetensors.torch import load_file, save
 from test_data_archives import Server
 
 import sparsenet
-from sparsenet import Architecture, SparseNet, files, weights, zoo
-from sparsenet.data import load_dataset
-from sparsenet.export import ExportReport, export_weights
-from sparsenet.run import Run, load_trained
+from sparsenet import Architecture, SparseNet, downloads, weights, zoo
+from sparsenet.data.load import load_dataset
+from sparsenet.export.onnx import ExportReport
+from sparsenet.export.safetensors import export_weights
+from sparsenet.run import Run
+from sparsenet.trained import load_trained
 
 NAME = "sparsenet_7_4"
 ROOT = Path(__file__).parent.parent
@@ -38,7 +40,10 @@ def passed(outcome: Outcome) -> Outcome:
 @pytest.fixture(scope="module")
 def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The digits run as a weights file. Read only."""
-    path, data = tmp_path_factory.mktemp("exported") / "mine.safetensors", Run.open(trained).config().data
+    path, data = (
+        tmp_path_factory.mktemp("exported") / "mine.safetensors",
+        Run.open(trained).config().data,
+    )
     export_weights(load_trained(trained), path, load_dataset(data))
     return path
 
@@ -71,7 +76,11 @@ def changed(file: Path) -> Callable[..., Path]:
             said = json.loads(opened.metadata()["sparsenet"])
         for name, value in about.items():
             said[name] = said[name] | value if isinstance(value, dict) else value
-        all_tensors = {name: value for name, value in (load_file(file) | (tensors or {})).items() if value is not None}
+        all_tensors = {
+            name: value
+            for name, value in (load_file(file) | (tensors or {})).items()
+            if value is not None
+        }
         path = Path("changed.safetensors").absolute()
         path.write_bytes(save(all_tensors, {"sparsenet": json.dumps(said)}))
         return path
@@ -102,14 +111,19 @@ def test_what_is_given_back_is_what_is_in_the_file(file: Path) -> None:
     stored, found = load_file(file), weights.load(file).tensors
     assert {value.dtype for value in found.values()} == {torch.float32}
     assert all(torch.equal(found[name], stored[name].float()) for name in stored)
-    assert all(torch.equal(value, stored[name]) for name, value in weights.rounded(found).items())  # once is enough
+    assert all(
+        torch.equal(value, stored[name]) for name, value in weights.rounded(found).items()
+    )  # once is enough
 
 
 def test_counters_stay_as_they_are() -> None:
     state = SparseNet(Architecture(stem="imagenet", blocks=(1, 1))).state_dict()
     found = weights.rounded(state)
     counters = {name for name, value in state.items() if value.dtype == torch.int64}
-    assert counters == {name for name, value in found.items() if value.dtype == torch.int64} and counters
+    assert (
+        counters == {name for name, value in found.items() if value.dtype == torch.int64}
+        and counters
+    )
 
 
 def test_the_stated_error_is_that_of_the_file(call: Call, file: Path) -> None:
@@ -124,13 +138,25 @@ def test_the_stated_error_is_that_of_the_file(call: Call, file: Path) -> None:
         assert passed(call(*arguments)).lines[-1] == line
 
 
-def test_what_is_measured_is_what_is_written(call: Call, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_measured_is_what_is_written(
+    call: Call, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = weights.rounded
     with monkeypatch.context() as patch:  # a rounding that nobody would overlook
-        patch.setattr(weights, "rounded", lambda tensors: {n: t.sign().half() for n, t in whole(tensors).items()})
+        patch.setattr(
+            weights,
+            "rounded",
+            lambda tensors: {n: t.sign().half() for n, t in whole(tensors).items()},
+        )
         passed(call("export", trained, "--format", "safetensors", "--out", "coarse.safetensors"))
-    found = json.loads(passed(call("eval", "coarse.safetensors", "--dataset", "digits", "--json")).out)
-    assert found["error"] == found["stated_error"] > json.loads((trained / "result.json").read_text())["error"]
+    found = json.loads(
+        passed(call("eval", "coarse.safetensors", "--dataset", "digits", "--json")).out
+    )
+    assert (
+        found["error"]
+        == found["stated_error"]
+        > json.loads((trained / "result.json").read_text())["error"]
+    )
 
 
 def test_the_stated_error_is_on_the_images_that_the_run_was_tested_on(
@@ -140,22 +166,39 @@ def test_the_stated_error_is_on_the_images_that_the_run_was_tested_on(
     half = (*data, "--test_fraction", 0.5, "--batch_size", 4)
     passed(call("train", *TINY, "--max_epoch", 1, *half, "--out", "run"))
     passed(call("export", "run", "--format", "safetensors"))
-    found = json.loads(passed(call("eval", "run/model.safetensors", *data, "--json", "--precision", "fp32")).out)
-    assert found["images"] == json.loads((tmp_path / "run" / "result.json").read_text())["images"] == 6
+    found = json.loads(
+        passed(call("eval", "run/model.safetensors", *data, "--json", "--precision", "fp32")).out
+    )
+    assert (
+        found["images"] == json.loads((tmp_path / "run" / "result.json").read_text())["images"] == 6
+    )
     assert found["error"] == found["stated_error"]
 
 
-def test_the_stated_error_names_the_images_it_was_found_on(call: Call, trained_on_folder: Path, tmp_path: Path) -> None:
+def test_the_stated_error_names_the_images_it_was_found_on(
+    call: Call, trained_on_folder: Path, tmp_path: Path
+) -> None:
     write_classes(tmp_path / "others")
     passed(
         call(
-            "export", trained_on_folder, "--format", "safetensors", "--dataset_dir", "others", "--out", "w.safetensors"
+            "export",
+            trained_on_folder,
+            "--format",
+            "safetensors",
+            "--dataset_dir",
+            "others",
+            "--out",
+            "w.safetensors",
         )
     )
     about = said(tmp_path / "w.safetensors")
     assert {result["dataset"] for result in about["measured"].values()} == {"others"}
     assert about["dataset"] == "insects"
-    assert passed(call("eval", "w.safetensors", "--dataset_dir", "others")).lines[-1].endswith(" images of others")
+    assert (
+        passed(call("eval", "w.safetensors", "--dataset_dir", "others"))
+        .lines[-1]
+        .endswith(" images of others")
+    )
 
 
 def test_a_run_states_no_error(call: Call, trained: Path) -> None:
@@ -163,7 +206,9 @@ def test_a_run_states_no_error(call: Call, trained: Path) -> None:
     assert "stated" not in call("eval", trained).out
 
 
-def test_predictions_are_those_of_the_rounded_weights(call: Call, trained: Path, file: Path) -> None:
+def test_predictions_are_those_of_the_rounded_weights(
+    call: Call, trained: Path, file: Path
+) -> None:
     write_image(Path("a.png"))
     rounded = load_trained(trained)
     rounded.model.load_state_dict(weights.rounded(rounded.model.state_dict()))
@@ -181,7 +226,10 @@ def test_predictions_are_those_of_the_rounded_weights(call: Call, trained: Path,
 def test_numbers_that_fp16_has_not_are_refused(call: Call, copied: Path) -> None:
     run = Run.open(copied)
     checkpoint, _ = run.restore("best")
-    tensors = {**checkpoint.tensors, "model.stem.0.weight": checkpoint.tensors["model.stem.0.weight"] + 1e5}
+    tensors = {
+        **checkpoint.tensors,
+        "model.stem.0.weight": checkpoint.tensors["model.stem.0.weight"] + 1e5,
+    }
     run.save("best", 47, tensors, {"epoch": 2, "about": checkpoint.manifest["about"]})
     outcome = call("export", copied, "--format", "safetensors")
     assert outcome.code == 2 and "stem.0.weight" in outcome.error and "65504" in outcome.error
@@ -198,7 +246,9 @@ def test_weights_of_the_package_are_found_by_name(call: Call, shipped: Path, fil
     assert zoo.list_models(pretrained=True) == [NAME]
     assert zoo.list_models("densenet*", pretrained=True) == []
     stated = said(shipped)["measured"]
-    rows = {row["name"]: row["pretrained"] for row in json.loads(passed(call("models", "--json")).out)}
+    rows = {
+        row["name"]: row["pretrained"] for row in json.loads(passed(call("models", "--json")).out)
+    }
     assert rows.pop(NAME)["measured"] == stated and set(rows.values()) == {None}
     shown = passed(call("models", "sparsenet_*4*")).lines
     assert [line.split()[0] for line in shown if "%" in line] == [NAME]
@@ -212,15 +262,23 @@ def test_a_changed_byte_of_the_packages_weights_is_found(call: Call, shipped: Pa
         damaged[place] ^= 1
         shipped.write_bytes(damaged)
         outcome = call("eval", NAME, "--dataset", "digits")
-        assert outcome.code == 2 and str(shipped) in outcome.error and "install it again" in outcome.error
+        assert (
+            outcome.code == 2
+            and str(shipped) in outcome.error
+            and "install it again" in outcome.error
+        )
         with pytest.raises(ValueError, match="install it again"):
             zoo.create_model(NAME, pretrained=True, **FLAGS)
 
 
-def test_what_is_there_goes_before_a_name(call: Call, shipped: Path, trained_on_folder: Path) -> None:
+def test_what_is_there_goes_before_a_name(
+    call: Call, shipped: Path, trained_on_folder: Path
+) -> None:
     passed(call("export", trained_on_folder, "--format", "safetensors", "--out", NAME))
     assert load_trained(NAME).dataset == "insects"
-    assert zoo.create_model(NAME, pretrained=True, **FLAGS).num_classes == 10  # which asks for the package's
+    assert (
+        zoo.create_model(NAME, pretrained=True, **FLAGS).num_classes == 10
+    )  # which asks for the package's
     Path(NAME).unlink()
     assert load_trained(NAME).dataset == "digits"
 
@@ -233,7 +291,10 @@ def test_what_is_there_goes_before_a_name(call: Call, shipped: Path, trained_on_
             r"not-here: expected a run folder, a weights file, its https:// address or a name .*sparsenet_7_4",
         ),
         ("sparsenet_7_5", r"did you mean sparsenet_7_4\?"),
-        ("http://127.0.0.1/x.safetensors", "expected an address that begins with https://, found http://"),
+        (
+            "http://127.0.0.1/x.safetensors",
+            "expected an address that begins with https://, found http://",
+        ),
         ("ftp://127.0.0.1/x.safetensors", "begins with https://, found ftp://"),
         ("https://127.0.0.1/x#sha256=12ab", "64 hexadecimal digits"),
         ("https://127.0.0.1/x#main", "64 hexadecimal digits"),
@@ -243,7 +304,9 @@ def test_what_is_there_goes_before_a_name(call: Call, shipped: Path, trained_on_
         ("\0", "nothing of that name"),
     ],
 )
-@pytest.mark.parametrize("command", [("eval", "--dataset", "digits"), ("export",), ("predict", "x.png")])
+@pytest.mark.parametrize(
+    "command", [("eval", "--dataset", "digits"), ("export",), ("predict", "x.png")]
+)
 def test_what_names_nothing_is_one_line(
     call: Call, shipped: Path, name: str, expected: str, command: tuple[str, ...]
 ) -> None:
@@ -256,11 +319,26 @@ def test_what_names_nothing_is_one_line(
     ("arguments", "expected"),
     [
         (("eval", "mine.safetensors"), "--dataset_dir: expected the folder of the test images"),
-        (("eval", "mine.safetensors", "--dataset", "c10"), "--dataset_dir: expected the folder of the test images"),
-        (("eval", "mine.safetensors", "--dataset_dir", "DATA"), "expected the 10 classes .* found 2 classes"),
-        (("eval", "mine.safetensors", "--dataset", "digits", "--checkpoint", "last"), "--checkpoint: expected none"),
-        (("export", "mine.safetensors", "--format", "safetensors"), "--dataset_dir: expected the folder"),
-        (("export", "mine.safetensors", "--dataset_dir", "DATA"), "expected the 10 classes .* found 2 classes"),
+        (
+            ("eval", "mine.safetensors", "--dataset", "c10"),
+            "--dataset_dir: expected the folder of the test images",
+        ),
+        (
+            ("eval", "mine.safetensors", "--dataset_dir", "DATA"),
+            "expected the 10 classes .* found 2 classes",
+        ),
+        (
+            ("eval", "mine.safetensors", "--dataset", "digits", "--checkpoint", "last"),
+            "--checkpoint: expected none",
+        ),
+        (
+            ("export", "mine.safetensors", "--format", "safetensors"),
+            "--dataset_dir: expected the folder",
+        ),
+        (
+            ("export", "mine.safetensors", "--dataset_dir", "DATA"),
+            "expected the 10 classes .* found 2 classes",
+        ),
         (("export", "mine.safetensors", "--device", "meta"), "--device: expected auto or cpu"),
         (
             ("export", "mine.safetensors", "--format", "safetensors", "--opset", "20"),
@@ -271,7 +349,16 @@ def test_what_names_nothing_is_one_line(
             "--out: expected another file than the weights",
         ),
         (
-            ("export", "mine.safetensors", "--format", "safetensors", "--dataset", "digits", "--out", "no/x"),
+            (
+                "export",
+                "mine.safetensors",
+                "--format",
+                "safetensors",
+                "--dataset",
+                "digits",
+                "--out",
+                "no/x",
+            ),
             "in a folder that exists",
         ),
     ],
@@ -295,12 +382,16 @@ def test_weights_become_onnx_in_the_folder_where_one_is(
         asked.append(arguments)
         return ExportReport(arguments[1], 20, 0, 0.0, 0.0, 0, 0)
 
-    monkeypatch.setattr("sparsenet.export.export_onnx", export)
+    monkeypatch.setattr("sparsenet.export.onnx.export_onnx", export)
     outcome = call("export", file.rename(shipped.parent / "far.safetensors"))
     assert outcome.code == 0 and "random inputs only" in outcome.error
     passed(call("export", NAME, "--dataset", "digits"))
     passed(call("export", NAME, "--dataset", "digits", "--out", "cat.onnx"))
-    assert [target for _, target, *_ in asked] == [Path("far.onnx"), Path(f"{NAME}.onnx"), Path("cat.onnx")]
+    assert [target for _, target, *_ in asked] == [
+        Path("far.onnx"),
+        Path(f"{NAME}.onnx"),
+        Path("cat.onnx"),
+    ]
     assert [None if real is None else len(real) for _, _, real, _ in asked] == [None, 64, 64]
 
 
@@ -316,7 +407,14 @@ def refused(file: Path, expected: str) -> None:
 
 def test_a_damaged_file_is_one_line(file: Path) -> None:
     content = file.read_bytes()
-    for damaged in (b"", b"no weights", content[:100], content[:-1], content + b"x", b"\xff" * 8 + content[8:]):
+    for damaged in (
+        b"",
+        b"no weights",
+        content[:100],
+        content[:-1],
+        content + b"x",
+        b"\xff" * 8 + content[8:],
+    ):
         file.write_bytes(damaged)
         refused(file, "expected a safetensors file, found another kind or damage")
 
@@ -337,16 +435,30 @@ def test_a_foreign_file_is_one_line(file: Path, trained: Path) -> None:
         ({"measured": {"bf16": 3}}, "'measured'"),
         ({"preprocessing": {"mean": [0.1, 0.1, 0.1]}}, "'preprocessing' does not fit"),
         ({"preprocessing": {"std": [0.0]}}, "'preprocessing' divides by nothing"),
-        ({"preprocessing": {"crop": 7}}, "'preprocessing' has 'crop', which this version does not know"),
-        ({"architecture": {"colour": "red"}}, "an architecture that this version knows, found: .*colour"),
-        ({"architecture": {"fetch": "no_such"}}, "an architecture that this version knows, found: fetch"),
+        (
+            {"preprocessing": {"crop": 7}},
+            "'preprocessing' has 'crop', which this version does not know",
+        ),
+        (
+            {"architecture": {"colour": "red"}},
+            "an architecture that this version knows, found: .*colour",
+        ),
+        (
+            {"architecture": {"fetch": "no_such"}},
+            "an architecture that this version knows, found: fetch",
+        ),
         ({"classes": [*"abcdefghi", "\x1b[2J"]}, "names that cannot be printed"),
         ({"preprocessing": {"size": 10**6}}, "'preprocessing' does not fit"),
         ({"architecture": {"depth": 30004}}, "found: 30000 layers for "),
-        ({"architecture": {"growth_rate": [10**12]}}, "the tensors of its network|architecture that this version"),
+        (
+            {"architecture": {"growth_rate": [10**12]}},
+            "the tensors of its network|architecture that this version",
+        ),
     ],
 )
-def test_a_wrong_description_is_one_line(changed: Callable[..., Path], about: Any, expected: str) -> None:
+def test_a_wrong_description_is_one_line(
+    changed: Callable[..., Path], about: Any, expected: str
+) -> None:
     path = changed(**about)
     with pytest.raises(ValueError, match=expected) as found:
         load_trained(path)
@@ -366,7 +478,9 @@ def test_a_tensor_too_many_too_few_or_of_another_shape_is_named(
     changed: Callable[..., Path], name: str, wrong: torch.Tensor | None
 ) -> None:
     path = changed({name: wrong})
-    with pytest.raises(ValueError, match=f"expected the tensors of its network, found {re.escape(name)} of "):
+    with pytest.raises(
+        ValueError, match=f"expected the tensors of its network, found {re.escape(name)} of "
+    ):
         load_trained(path)
 
 
@@ -395,7 +509,11 @@ def test_other_classes_get_a_new_classifier_and_the_rest_stays(shipped: Path, cl
     model = sparsenet.create_model(NAME, num_classes=classes, pretrained=True, **FLAGS)
     stored, found = load_file(shipped), model.state_dict()
     assert model.num_classes == model.architecture.num_classes == classes
-    same = {name for name in found if torch.equal(found[name].float(), stored[name].float()[: len(found[name])])}
+    same = {
+        name
+        for name in found
+        if torch.equal(found[name].float(), stored[name].float()[: len(found[name])])
+    }
     of_classifier = {"classifier.weight", "classifier.bias"} if classes == 3 else set()
     assert found.keys() - same == of_classifier
     assert model(torch.rand(2, 1, 8, 8)).shape == (2, classes or model.num_features)
@@ -410,20 +528,28 @@ def test_other_classes_get_a_new_classifier_and_the_rest_stays(shipped: Path, cl
         ({"fetch": lambda i: [0]}, "fetch 'sparse' instead of"),
     ],
 )
-def test_weights_of_another_network_are_one_line(shipped: Path, changes: dict[str, Any], expected: str) -> None:
-    with pytest.raises(ValueError, match=f"^{NAME}: expected weights of this network, .*{expected}") as found:
+def test_weights_of_another_network_are_one_line(
+    shipped: Path, changes: dict[str, Any], expected: str
+) -> None:
+    with pytest.raises(
+        ValueError, match=f"^{NAME}: expected weights of this network, .*{expected}"
+    ) as found:
         sparsenet.create_model(NAME, pretrained=True, **(FLAGS | changes))
     assert "\n" not in str(found.value)
 
 
-@pytest.mark.parametrize("changes", [{"growth_rate": 4}, {"growth_rate": (4, 4, 4)}, {"fetch": "sparse:2"}])
+@pytest.mark.parametrize(
+    "changes", [{"growth_rate": 4}, {"growth_rate": (4, 4, 4)}, {"fetch": "sparse:2"}]
+)
 def test_the_same_network_in_other_words_fits(shipped: Path, changes: dict[str, Any]) -> None:
     model = sparsenet.create_model(NAME, pretrained=True, dropout=0.1, **(FLAGS | changes))
     assert model.architecture.dropout == 0.1
 
 
 def test_a_network_without_weights_is_told_those_that_have_some(shipped: Path) -> None:
-    with pytest.raises(ValueError, match=rf"a network that has weights \({NAME}\), found 'densenet121'"):
+    with pytest.raises(
+        ValueError, match=rf"a network that has weights \({NAME}\), found 'densenet121'"
+    ):
         sparsenet.create_model("densenet121", pretrained=True)
     with pytest.raises(ValueError, match="expected a name such as sparsenet_7_4"):
         sparsenet.create_model("sparsenet_7_5", pretrained=True)
@@ -441,29 +567,46 @@ def server(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Serve
 
 
 def kept(tmp_path: Path) -> list[Path]:
-    return [path for path in (tmp_path / "cache").rglob("*") if path.name != "weights" and path.name != "sparsenet"]
+    return [
+        path
+        for path in (tmp_path / "cache").rglob("*")
+        if path.name != "weights" and path.name != "sparsenet"
+    ]
 
 
 def test_an_address_is_fetched_once(server: Server, file: Path, tmp_path: Path) -> None:
     digest = hashlib.sha256(server.content).hexdigest()
     with server.url() as url:
-        for number, address in enumerate((f"{url}a.safetensors", f"{url}a.safetensors#sha256={digest}"), 1):
+        for number, address in enumerate(
+            (f"{url}a.safetensors", f"{url}a.safetensors#sha256={digest}"), 1
+        ):
             for _ in range(2):
-                model = sparsenet.create_model("sparsenet_40_12", depth=7, growth_rate=4, pretrained=address, **FLAGS)
+                model = sparsenet.create_model(
+                    "sparsenet_40_12", depth=7, growth_rate=4, pretrained=address, **FLAGS
+                )
                 assert torch.equal(model.stem[0].weight, load_file(file)["stem.0.weight"].float())
             assert len(server.asked) == len(kept(tmp_path)) == number
         for path in kept(tmp_path):
             path.write_bytes(server.content[:-1])
         assert weights.load(address).about == said(file)  # damaged meanwhile: fetched again
-    assert weights.load(address).about == said(file)  # and the network is not asked for what is kept
+    assert weights.load(address).about == said(
+        file
+    )  # and the network is not asked for what is kept
 
 
-def test_what_is_fetched_and_wrong_is_not_kept(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_fetched_and_wrong_is_not_kept(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = server.content
     with server.url() as url:
         for content, limit, fragment, expected in (
             (whole, len(whole) - 9, "", rf"{len(whole) - 9} of {len(whole)} bytes"),
-            (whole, len(whole), f"#sha256={64 * 'a'}", "expected a file of this SHA-256, found [0-9a-f]{64}; not kept"),
+            (
+                whole,
+                len(whole),
+                f"#sha256={64 * 'a'}",
+                "expected a file of this SHA-256, found [0-9a-f]{64}; not kept",
+            ),
             (b"<html>", 6, "", "expected a safetensors file"),
             (b"", 0, "", "expected a readable weights file"),
         ):
@@ -491,11 +634,11 @@ def test_a_server_that_does_not_say_how_much_comes_is_stopped_at_the_limit(tmp_p
             return bytes(size)
 
     with pytest.raises(OSError, match="more than 3 MiB"):
-        files._append(Endless(), tmp_path / "file", 0, 3 * 2**20)  # type: ignore[arg-type]
+        downloads._append(Endless(), tmp_path / "file", 0, 3 * 2**20)  # type: ignore[arg-type]
 
 
 def test_a_redirection_stays_with_https() -> None:
-    handler = files._StaysSecure()
+    handler = downloads._StaysSecure()
     for start, end in (("https://a/x", "http://b/y"), ("https://a/x", "ftp://b/y")):
         with pytest.raises(OSError, match="not https"):
             handler.redirect_request(Request(start), None, 302, "", {}, end)  # type: ignore[arg-type]
@@ -510,9 +653,14 @@ def test_a_redirection_stays_with_https() -> None:
 def test_the_packages_weights_are_listed_small_and_in_the_wheel() -> None:
     found = {path.stem: path for path in weights.SHIPPED.glob("*.safetensors")}
     assert found.keys() == weights.shipped().keys()
-    assert {path.name for path in weights.SHIPPED.iterdir()} == {"index.json", *(p.name for p in found.values())}
+    assert {path.name for path in weights.SHIPPED.iterdir()} == {
+        "index.json",
+        *(p.name for p in found.values()),
+    }
     assert sum(path.stat().st_size for path in found.values()) <= 12e6
-    packed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["sparsenet"]
+    packed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"][
+        "package-data"
+    ]["sparsenet"]
     package = weights.SHIPPED.parent
     inside = {path for pattern in packed for path in package.glob(pattern)}
     assert set(weights.SHIPPED.iterdir()) <= inside
@@ -522,6 +670,8 @@ def test_every_network_gets_its_weights(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(weights, "fetch", None)  # offline
     for name in weights.shipped():
         about = weights.load_shipped(name).about
-        model = sparsenet.create_model(name, in_chans=about["preprocessing"]["channels"], pretrained=True)
+        model = sparsenet.create_model(
+            name, in_chans=about["preprocessing"]["channels"], pretrained=True
+        )
         assert model.num_classes == len(about["classes"])
         assert all(0 <= result["error"] < 100 for result in about["measured"].values())

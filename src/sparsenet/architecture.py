@@ -91,7 +91,9 @@ class Architecture:
 
     fetch: str | Fetch | Sources = field(
         default="sparse",
-        metadata={"help": "topology: sparse[:BASE], dense, harmonic, windowed[:WIDTH] or FILE.py:FUNCTION"},
+        metadata={
+            "help": "topology: sparse[:BASE], dense, harmonic, windowed[:WIDTH] or FILE.py:FUNCTION"
+        },
     )
     aggregation: str = field(
         default="concat",
@@ -105,10 +107,12 @@ class Architecture:
         default=(), metadata={"help": "layers of each stage, instead of --depth (as 6,12,24,16)"}
     )
     growth_rate: int | tuple[int, ...] = field(
-        default=(12,), metadata={"help": "channels a layer adds; one number, or one a stage (16,32,64)"}
+        default=(12,),
+        metadata={"help": "channels a layer adds; one number, or one a stage (16,32,64)"},
     )
     bottleneck: bool = field(
-        default=False, metadata={"help": "1x1 convolution before the 3x3 one (BC; halves the transitions)"}
+        default=False,
+        metadata={"help": "1x1 convolution before the 3x3 one (BC; halves the transitions)"},
     )
     bottleneck_factor: int = field(
         default=4, metadata={"help": "width of a bottleneck's 1x1 convolution, in growth rates"}
@@ -117,8 +121,12 @@ class Architecture:
         default=0.0, metadata={"help": "transition width factor; 0: 0.5 with --bottleneck, else 1"}
     )
     stem: str = field(default="cifar", metadata={"help": "first layers", "choices": tuple(STEMS)})
-    stem_width: int = field(default=0, metadata={"help": "channels of the stem; 0: twice the growth rate"})
-    dropout: float = field(default=0.0, metadata={"help": "probability of dropping after each convolution"})
+    stem_width: int = field(
+        default=0, metadata={"help": "channels of the stem; 0: twice the growth rate"}
+    )
+    dropout: float = field(
+        default=0.0, metadata={"help": "probability of dropping after each convolution"}
+    )
     in_chans: int = 3
     num_classes: int = 10
 
@@ -164,12 +172,16 @@ class Architecture:
         if self.blocks:
             made = self._depth_of(self.blocks)
             if self.depth not in (0, made):
-                raise ValueError(f"depth: blocks {list(self.blocks)} make {made}, found {self.depth}")
+                raise ValueError(
+                    f"depth: blocks {list(self.blocks)} make {made}, found {self.depth}"
+                )
             return made
         depth, step = self.depth or 40, CIFAR_STAGES * len(self._branch(1))
         if depth < 4 + step or (depth - 4) % step:
             below = 4 + max((depth - 4) // step, 1) * step
-            raise ValueError(f"depth: expected 4 + {step}*n (such as {below} or {below + step}), found {depth}")
+            raise ValueError(
+                f"depth: expected 4 + {step}*n (such as {below} or {below + step}), found {depth}"
+            )
         return depth
 
     def _depth_of(self, blocks: tuple[int, ...]) -> int:
@@ -206,7 +218,9 @@ class Architecture:
             return Topology.of(named_fetch(self.fetch), depth)
         assert not callable(self.fetch)  # a function has become a table
         if len(self.fetch) <= depth:
-            raise ValueError(f"fetch: expected sources for {depth} layers and the output, found {len(self.fetch)}")
+            raise ValueError(
+                f"fetch: expected sources for {depth} layers and the output, found {len(self.fetch)}"
+            )
         return Topology(self.fetch[: depth + 1])
 
     @cached_property
@@ -214,13 +228,17 @@ class Architecture:
         """The stages, first to last."""
         stages: list[Stage] = []
         factor = self.reduction or (0.5 if self.bottleneck else 1.0)
-        for number, (depth, growth) in enumerate(zip(self.stage_depths, self.growth_rates, strict=True)):
+        for number, (depth, growth) in enumerate(
+            zip(self.stage_depths, self.growth_rates, strict=True)
+        ):
             summed = self.aggregation == "sum"
             if number == 0:
                 width = growth if summed else self.stem_width or 2 * growth
             else:
                 width = growth if summed else max(floor(stages[-1].out_width * factor), 1)
-            stages.append(Stage(self.topology(depth), width, self._branch(growth), self.aggregation))
+            stages.append(
+                Stage(self.topology(depth), width, self._branch(growth), self.aggregation)
+            )
         return tuple(stages)
 
     def sizes(self, image_size: int) -> tuple[int, ...]:
@@ -231,7 +249,9 @@ class Architecture:
         sizes = [size // 2**number for number in range(len(self.stages))]
         if sizes[-1] < 1:
             least = 2 ** (len(sizes) - 1) * (4 if self.stem == "imagenet" else 1)
-            raise ValueError(f"image_size: expected at least {least} for this network, found {image_size}")
+            raise ValueError(
+                f"image_size: expected at least {least} for this network, found {image_size}"
+            )
         return tuple(sizes)
 
     def to_dict(self) -> dict[str, Any]:

@@ -7,10 +7,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from sparsenet import ops
 from sparsenet.config import TrainConfig
 from sparsenet.device import computes_in_bf16
-from sparsenet.ops import fastest
+from sparsenet.ops import dispatch, measured
 
 
 @dataclass(frozen=True)
@@ -32,23 +31,34 @@ def settle(asked: TrainConfig, before: Mapping[str, str], device: torch.device) 
 
     Raises ``ValueError`` for an implementation that cannot run on *device*.
     """
-    implementation = before.get("implementation", "auto") if asked.implementation == "auto" else asked.implementation
+    implementation = (
+        before.get("implementation", "auto")
+        if asked.implementation == "auto"
+        else asked.implementation
+    )
     precision = before.get("precision", "auto") if asked.precision == "auto" else asked.precision
     try:
-        ops.choose(implementation, device, memory=asked.memory)
+        dispatch.choose(implementation, device, memory=asked.memory)
     except ValueError as error:
         if implementation == asked.implementation:
             raise
-        other = ops.choose("auto", device, memory=asked.memory)
+        other = dispatch.choose("auto", device, memory=asked.memory)
         raise ValueError(
             f"--resume: the run began with implementation {implementation!r}; {error}. Resume it where that can run, "
             f"or go on with another, no longer bit for bit: --implementation {other}"
         ) from None
-    precision = ops.choose_precision(precision, device, implementation, memory=asked.memory)
+    precision = dispatch.choose_precision(precision, device, implementation, memory=asked.memory)
     autos = [name for name in ("implementation", "precision") if getattr(asked, name) == "auto"]
-    kept = bool(autos) and all(name in before for name in autos) and implementation == before.get("implementation")
+    kept = (
+        bool(autos)
+        and all(name in before for name in autos)
+        and implementation == before.get("implementation")
+    )
     found = Arithmetic(precision, implementation, kept)
-    return replace(found, implementation=ops.choose(implementation, device, found.dtype, memory=asked.memory))
+    return replace(
+        found,
+        implementation=dispatch.choose(implementation, device, found.dtype, memory=asked.memory),
+    )
 
 
 def explain(used: Arithmetic, asked: TrainConfig, device: torch.device) -> Iterator[str]:
@@ -57,13 +67,13 @@ def explain(used: Arithmetic, asked: TrainConfig, device: torch.device) -> Itera
     if used.kept:
         yield f"{line}, as the run began"
         return
-    figures = ops.figures(device, used.dtype) if asked.implementation == "auto" else None
+    figures = dispatch.figures(device, used.dtype) if asked.implementation == "auto" else None
     if figures and used.implementation in figures.training:
-        line += f", {fastest.compared(used.implementation, figures.training)} here, in training steps of small layers"
+        line += f", {measured.compared(used.implementation, figures.training)} here, in training steps of small layers"
     yield line
     compared = asked.precision == "auto" and computes_in_bf16(device)
-    if compared and (times := ops.slowdown(device, asked.implementation, memory=asked.memory)):
+    if compared and (times := dispatch.slowdown(device, asked.implementation, memory=asked.memory)):
         yield f"precision {used.precision}: training steps of small layers take {times:.2f} of fp32's time in bf16 here"
     if asked.implementation == "auto":
-        for name, reason in ops.passed_over(device).items():
+        for name, reason in dispatch.passed_over(device).items():
             yield f"implementation {name} cannot run here: {reason}"

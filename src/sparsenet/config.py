@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from sparsenet.architecture import Architecture
-from sparsenet.data import DataConfig
-from sparsenet.ops import IMPLEMENTATIONS, MEMORY
-from sparsenet.optim import OptimConfig
+from sparsenet.data.config import DataConfig
+from sparsenet.ops.implementations import IMPLEMENTATIONS, MEMORY
+from sparsenet.schedule import OptimConfig
 from sparsenet.topology import fetch_from_file
 
 
@@ -24,23 +24,39 @@ from sparsenet.topology import fetch_from_file
 class TrainConfig:
     """How the run is driven. Raises ``ValueError`` naming the field."""
 
-    seed: int = field(default=0, metadata={"help": "all randomness is a function of (seed, epoch, position)"})
+    seed: int = field(
+        default=0, metadata={"help": "all randomness is a function of (seed, epoch, position)"}
+    )
     batch_size: int = field(default=64, metadata={"help": "images a step"})
     max_epoch: int = field(default=300, metadata={"help": "epochs in all, resumed ones included"})
-    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, npu, mps, xpu or any device PyTorch knows"})
+    device: str = field(
+        default="auto",
+        metadata={"help": "auto, cpu, cuda, npu, mps, xpu or any device PyTorch knows"},
+    )
     precision: str = field(
         default="auto",
-        metadata={"help": "auto: bf16 where the device is no slower in it", "choices": ("auto", "fp32", "bf16")},
+        metadata={
+            "help": "auto: bf16 where the device is no slower in it",
+            "choices": ("auto", "fp32", "bf16"),
+        },
     )
     implementation: str = field(
-        default="auto", metadata={"help": "engine; auto: the fastest here", "choices": ("auto", *IMPLEMENTATIONS)}
+        default="auto",
+        metadata={"help": "engine; auto: the fastest here", "choices": ("auto", *IMPLEMENTATIONS)},
     )
     memory: str = field(
-        default="normal", metadata={"help": "lean: bottlenecks are computed again in backward", "choices": MEMORY}
+        default="normal",
+        metadata={"help": "lean: bottlenecks are computed again in backward", "choices": MEMORY},
     )
-    capture: bool = field(default=True, metadata={"help": "replay the step as a CUDA graph where the device can"})
-    time_limit: float = field(default=0.0, metadata={"help": "seconds after which the run ends and saves; 0: none"})
-    save_every: float = field(default=120.0, metadata={"help": "seconds between checkpoints within an epoch"})
+    capture: bool = field(
+        default=True, metadata={"help": "replay the step as a CUDA graph where the device can"}
+    )
+    time_limit: float = field(
+        default=0.0, metadata={"help": "seconds after which the run ends and saves; 0: none"}
+    )
+    save_every: float = field(
+        default=120.0, metadata={"help": "seconds between checkpoints within an epoch"}
+    )
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -113,7 +129,9 @@ class Setting:
             try:
                 return tuple(int(part) for part in text.split(","))
             except ValueError:
-                raise ValueError(f"--{self.name}: expected whole numbers like 16,32,64, found {text!r}") from None
+                raise ValueError(
+                    f"--{self.name}: expected whole numbers like 16,32,64, found {text!r}"
+                ) from None
         return text
 
     def check(self, value: Any, source: str) -> None:
@@ -127,7 +145,9 @@ class Setting:
         elif self.kind is str:
             fits, expected = isinstance(value, str), "a text"
         elif self.name == "fetch":
-            fits = isinstance(value, str) or (isinstance(value, list) and all(map(_are_whole, value)))
+            fits = isinstance(value, str) or (
+                isinstance(value, list) and all(map(_are_whole, value))
+            )
             expected = "a name or a list of lists of whole numbers"
         else:
             fits, expected = _is_whole(value) or _are_whole(value), "whole numbers"
@@ -161,9 +181,16 @@ def settings() -> Iterator[Setting]:
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """One flag for each setting, grouped by component; flags not given leave no trace in the namespace."""
-    groups = {name: parser.add_argument_group(f"{name} (defaults without a preset)") for name in COMPONENTS}
+    groups = {
+        name: parser.add_argument_group(f"{name} (defaults without a preset)")
+        for name in COMPONENTS
+    }
     for s in settings():
-        default = ",".join(map(str, s.default)) if isinstance(s.default, tuple) else str(s.default).lower()
+        default = (
+            ",".join(map(str, s.default))
+            if isinstance(s.default, tuple)
+            else str(s.default).lower()
+        )
         shown = s.help if default in ("", "0", "0.0", "false") else f"{s.help} (default {default})"
         if s.choices:
             shown = f"{shown}; one of {', '.join(map(str, s.choices))}"
@@ -194,7 +221,12 @@ def replace(base: RunConfig, changes: Mapping[str, Mapping[str, Any]]) -> RunCon
     elif network.get("blocks", base.network.blocks):
         network["depth"] = 0
     merged = {**changes, "network": network}
-    return RunConfig(**{name: dataclasses.replace(getattr(base, name), **merged.get(name, {})) for name in COMPONENTS})
+    return RunConfig(
+        **{
+            name: dataclasses.replace(getattr(base, name), **merged.get(name, {}))
+            for name in COMPONENTS
+        }
+    )
 
 
 def from_dict(value: Any, source: str, base: RunConfig) -> RunConfig:
@@ -203,10 +235,14 @@ def from_dict(value: Any, source: str, base: RunConfig) -> RunConfig:
         raise ValueError(f"{source}: expected a JSON object, found {type(value).__name__}")
     for component, fields in value.items():
         if component not in COMPONENTS or not isinstance(fields, dict):
-            raise ValueError(f"{source}: expected objects named {', '.join(COMPONENTS)}, found {component!r}")
+            raise ValueError(
+                f"{source}: expected objects named {', '.join(COMPONENTS)}, found {component!r}"
+            )
         known = {f.name for f in dataclasses.fields(COMPONENTS[component])}
         if unknown := sorted(set(fields) - known):
-            raise ValueError(f"{source}: {component} has no setting {unknown[0]!r}{nearest(unknown[0], known)}")
+            raise ValueError(
+                f"{source}: {component} has no setting {unknown[0]!r}{nearest(unknown[0], known)}"
+            )
         for s in settings():
             if s.component == component and s.name in fields:
                 s.check(fields[s.name], source)
@@ -220,7 +256,9 @@ def load(path: Path, base: RunConfig) -> RunConfig:
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: expected a readable configuration, found: {error}") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: expected JSON, found {error.msg} in line {error.lineno}") from None
+        raise ValueError(
+            f"{path}: expected JSON, found {error.msg} in line {error.lineno}"
+        ) from None
     return from_dict(value, str(path), base)
 
 
@@ -229,7 +267,9 @@ def differences(old: RunConfig, new: RunConfig) -> list[str]:
     found = []
     for s in settings():
         before, after = (getattr(getattr(config, s.component), s.name) for config in (old, new))
-        settled = s.name == "implementation" and before == "auto"  # the one it came to may not run here
+        settled = (
+            s.name == "implementation" and before == "auto"
+        )  # the one it came to may not run here
         if before != after and s.name not in MAY_CHANGE and not settled:
             found.append(f"{s.name} {before!r} -> {after!r}")
     return found
@@ -240,4 +280,7 @@ def recipe(config: RunConfig) -> dict[str, dict[str, Any]]:
     given = config.to_dict()
     del given["network"]
     without = set(MAY_CHANGE) - {"max_epoch"}
-    return {part: {name: value for name, value in own.items() if name not in without} for part, own in given.items()}
+    return {
+        part: {name: value for name, value in own.items() if name not in without}
+        for part, own in given.items()
+    }

@@ -7,6 +7,7 @@ import platform
 import resource
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,7 +15,33 @@ import torch
 from torch import nn
 
 Model = TypeVar("Model", bound=nn.Module)
-WEIGHTS = {"cuda": torch.channels_last}  # how weights lie in memory, by type of device
+
+
+@dataclass(frozen=True)
+class DeviceTraits:
+    """What this library does differently on one kind of device."""
+
+    weight_layout: torch.memory_format = (
+        torch.contiguous_format
+    )  # how weights of convolutions lie in memory
+    engines: tuple[str, ...] = ()  # implementations that ``auto`` prefers to ``shared`` there
+    measured: bool = True  # whether ``auto`` goes by timings; not where work is recorded and replayed, or none is done
+    fused_update: bool = False  # whether SGD's update is one kernel, which reads its rate from a tensor on the device
+    records: bool = False  # whether a step can be recorded and replayed: see sparsenet.capture
+
+
+TRAITS = {
+    "cpu": DeviceTraits(engines=("native",), fused_update=True),
+    "cuda": DeviceTraits(
+        torch.channels_last, engines=("triton",), measured=False, fused_update=True, records=True
+    ),
+    "meta": DeviceTraits(measured=False),
+}
+
+
+def traits(device: torch.device) -> DeviceTraits:
+    """Those of the kind of *device*."""
+    return TRAITS.get(device.type, DeviceTraits())
 
 
 def choose_device(name: str) -> torch.device:
@@ -27,7 +54,9 @@ def choose_device(name: str) -> torch.device:
         torch.empty(1, device=device).add_(1).item()  # a value: the meta device has none
     except (RuntimeError, AssertionError, NotImplementedError):
         found = f"cpu and {accelerator}" if accelerator else "only cpu"
-        raise ValueError(f"--device: expected a device of this machine ({found}), found {name!r}") from None
+        raise ValueError(
+            f"--device: expected a device of this machine ({found}), found {name!r}"
+        ) from None
     return device
 
 
@@ -44,7 +73,7 @@ def computes_in_bf16(device: torch.device) -> bool:
 
 def place(model: Model, device: torch.device | str) -> Model:
     """Moves *model* to *device*; on CUDA its weights lie as convolutions of channels-last features read them."""
-    layout = WEIGHTS.get(torch.device(device).type, torch.contiguous_format)
+    layout = traits(torch.device(device)).weight_layout
     return model.to(device, memory_format=layout)  # type: ignore[call-overload,no-any-return]
 
 
@@ -52,7 +81,11 @@ def device_name(device: torch.device) -> str:
     """The device as its maker calls it."""
     if device.type != "cpu":
         module = torch.get_device_module(device)
-        return str(module.get_device_name(device)) if hasattr(module, "get_device_name") else device.type
+        return (
+            str(module.get_device_name(device))
+            if hasattr(module, "get_device_name")
+            else device.type
+        )
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -76,7 +109,11 @@ def peak_memory_mb(device: torch.device) -> float | None:
 
 def memory_mb(device: torch.device) -> float | None:
     """Memory in use now, in MB, counted as :func:`peak_memory_mb` counts it."""
-    return round(_resident("VmRSS") / 1e6, 1) if device.type == "cpu" else _allocated(device, "memory_allocated")
+    return (
+        round(_resident("VmRSS") / 1e6, 1)
+        if device.type == "cpu"
+        else _allocated(device, "memory_allocated")
+    )
 
 
 def _resident(field: str) -> float:

@@ -89,7 +89,9 @@ class _Bar:
 
     def show(self, step: Step) -> None:
         done = (step.epoch - 1) * step.steps + step.step
-        figures = f"loss {step.loss:.4f}  error {step.error:.2f} %  {step.images_per_second:.0f} images/s"
+        figures = (
+            f"loss {step.loss:.4f}  error {step.error:.2f} %  {step.images_per_second:.0f} images/s"
+        )
         shown = {"completed": done, "epoch": f"{step.epoch}/{step.epochs}", "figures": figures}
         if self.task is None:
             self.task = self.progress.add_task("", total=step.epochs * step.steps, **shown)

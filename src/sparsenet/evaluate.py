@@ -11,12 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsenet.data import Images
+from sparsenet.capture import Captured
+from sparsenet.data.dataset import Images
 from sparsenet.data.images import Preprocessing
 from sparsenet.data.sampling import Batches
-from sparsenet.step import Captured
 
-Scorer = Callable[[Tensor, Tensor], tuple[Tensor, ...]]  # pixels and labels to losses, classes, confidences, top-5 hits
+Scorer = Callable[
+    [Tensor, Tensor], tuple[Tensor, ...]
+]  # pixels and labels to losses, classes, confidences, top-5 hits
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,10 @@ class Evaluation:
         counts = self.confusion(len(names)).double()
         totals = counts.sum(1)
         wrong = 100 * (totals - counts.diagonal()) / totals
-        return {name: None if totals[i] == 0 else round(wrong[i].item(), 4) for i, name in enumerate(names)}
+        return {
+            name: None if totals[i] == 0 else round(wrong[i].item(), 4)
+            for i, name in enumerate(names)
+        }
 
 
 def scorer(model: nn.Module, preprocessing: Preprocessing, precision: str) -> Scorer:
@@ -92,7 +97,10 @@ def evaluate(
     was_training = model.training
     model.eval()
     start = time.perf_counter()
-    results = [(labels, *score(pixels, labels)) for pixels, labels in Batches(images, batch_size, device=device)]
+    results = [
+        (labels, *score(pixels, labels))
+        for pixels, labels in Batches(images, batch_size, device=device)
+    ]
     model.train(was_training)
     labels, losses, *others = (torch.cat(column).cpu() for column in zip(*results, strict=True))
     return Evaluation(losses.double().mean().item(), time.perf_counter() - start, labels, *others)

@@ -18,4 +18,6 @@ def require(module: str, extra: str) -> Any:
         package = module.partition(".")[0]
         if error.name is None or error.name.partition(".")[0] != package:
             raise
-        raise MissingExtra(f"expected the package {package}, found none: pip install 'sparsenet[{extra}]'") from None
+        raise MissingExtra(
+            f"expected the package {package}, found none: pip install 'sparsenet[{extra}]'"
+        ) from None

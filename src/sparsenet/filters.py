@@ -53,8 +53,12 @@ def link_weights(model: SparseNet) -> list[Tensor]:
 
 def _stage_weights(model: SparseNet, number: int) -> Tensor:
     stage = model.architecture.stages[number]
-    weights = torch.full((stage.topology.depth + 1, stage.topology.depth + 1), torch.nan, dtype=torch.float64)
-    for column, (read, channels) in enumerate(zip(stage.topology.sources, _channels(model, number), strict=False)):
+    weights = torch.full(
+        (stage.topology.depth + 1, stage.topology.depth + 1), torch.nan, dtype=torch.float64
+    )
+    for column, (read, channels) in enumerate(
+        zip(stage.topology.sources, _channels(model, number), strict=False)
+    ):
         slices = channels.split([stage.widths[j] for j in read])
         weights[list(read), column] = torch.stack([channel.mean() for channel in slices])
     return weights
@@ -63,11 +67,16 @@ def _stage_weights(model: SparseNet, number: int) -> Tensor:
 def _channels(model: SparseNet, number: int) -> list[Tensor]:
     """For each reader of a stage what it weighs the channels with that it gathers, ``(C_read,)``."""
     stage: Any = model.stages[number]
-    last: Any = model.transitions[number].conv if number < len(model.transitions) else model.classifier
+    last: Any = (
+        model.transitions[number].conv if number < len(model.transitions) else model.classifier
+    )
     readers = [(layer[0].norm, layer[0].conv) for layer in stage.layers]
     if hasattr(last, "weight"):
         readers.append((stage.norm, last))
-    return [_magnitude(reader.weight) * norm.weight.detach().cpu().double().abs() for norm, reader in readers]
+    return [
+        _magnitude(reader.weight) * norm.weight.detach().cpu().double().abs()
+        for norm, reader in readers
+    ]
 
 
 def _magnitude(weight: Tensor) -> Tensor:
@@ -89,7 +98,9 @@ def draw_filters(model: SparseNet, target: Path, title: str = "") -> None:
             axis.axis("off")
         for number, (axis, weights) in enumerate(zip(axes, stages, strict=False), start=1):
             axis.set_title(f"stage {number}")
-            mesh = _draw_stage(axis, weights, "classifier" if number == len(stages) else "transition")
+            mesh = _draw_stage(
+                axis, weights, "classifier" if number == len(stages) else "transition"
+            )
         for axis in axes[::columns]:
             axis.set_ylabel("source layer")
         bar = figure.colorbar(mesh, ax=axes, shrink=0.7, pad=0.02, aspect=30 * rows)
@@ -101,7 +112,9 @@ def draw_filters(model: SparseNet, target: Path, title: str = "") -> None:
 def _draw_stage(axis: Any, weights: Tensor, end: str) -> Any:
     side = len(weights)
     shades = weights / weights.nan_to_num().amax(0).clamp_min(TINY)
-    blank = torch.where(weights.isnan().triu(), 0.0, torch.nan)  # above the diagonal a link is possible
+    blank = torch.where(
+        weights.isnan().triu(), 0.0, torch.nan
+    )  # above the diagonal a link is possible
     grey = require("matplotlib.colors", "train").ListedColormap([NO_LINK])
     edges = [*range(side), side - 1 + GAP, side + GAP], range(side + 1)
     style = {"edgecolors": "white" if side < 80 else "none", "linewidth": min(1.0, 12 / side)}
@@ -120,4 +133,6 @@ def _draw_stage(axis: Any, weights: Tensor, end: str) -> Any:
 
 def _set_apart(cells: Tensor) -> Any:
     """The same as an array, an empty column before the last, which is no layer."""
-    return torch.cat([cells[:, :-1], torch.full_like(cells[:, :1], torch.nan), cells[:, -1:]], 1).numpy()
+    return torch.cat(
+        [cells[:, :-1], torch.full_like(cells[:, :1], torch.nan), cells[:, -1:]], 1
+    ).numpy()

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from sparsenet import __version__, presets
 from sparsenet import config as settings
-from sparsenet import presets
-from sparsenet.bench import BenchConfig
 from sparsenet.export import FORMATS, RUNTIMES
-from sparsenet.run import version
 
 
 class Parser(argparse.ArgumentParser):
@@ -51,9 +48,13 @@ def _underscored(argument: str) -> str:
 
 def parser() -> Parser:
     """The program's parser."""
-    parser = Parser(prog="sparsenet", description="Train, evaluate and use sparsely aggregated networks.")
-    parser.add_argument("--version", action="version", version=f"sparsenet {version()}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+    parser = Parser(
+        prog="sparsenet", description="Train, evaluate and use sparsely aggregated networks."
+    )
+    parser.add_argument("--version", action="version", version=f"sparsenet {__version__}")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", parser_class=Parser
+    )
 
     train = commands.add_parser(
         "train",
@@ -64,15 +65,26 @@ def parser() -> Parser:
     )
     train.add_argument("--out", default="", help="the run folder; default: a new one in runs/")
     train.add_argument("--resume", default="", metavar="RUN", help="go on with a run")
-    train.add_argument("--preset", default="", help=f"settings to start from: {', '.join(presets.PRESETS)}")
-    train.add_argument("--config", default="", metavar="RUN", help="settings of another run: its folder or config.json")
+    train.add_argument(
+        "--preset", default="", help=f"settings to start from: {', '.join(presets.PRESETS)}"
+    )
+    train.add_argument(
+        "--config",
+        default="",
+        metavar="RUN",
+        help="settings of another run: its folder or config.json",
+    )
     settings.add_flags(train)
 
     evaluate = commands.add_parser("eval", help="error of a run on its test images")
     _run_flags(evaluate)
     evaluate.add_argument("--batch_size", type=_at_least_1, default=256, help="images at a time")
-    evaluate.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="arithmetic")
-    evaluate.add_argument("--engine", default="torch", choices=("torch", *RUNTIMES), help="what runs the network")
+    evaluate.add_argument(
+        "--precision", default="auto", choices=("auto", "fp32", "bf16"), help="arithmetic"
+    )
+    evaluate.add_argument(
+        "--engine", default="torch", choices=("torch", *RUNTIMES), help="what runs the network"
+    )
     _data_flags(evaluate)
 
     predict = commands.add_parser("predict", help="classes of image files")
@@ -84,24 +96,40 @@ def parser() -> Parser:
 
     report = commands.add_parser("report", help="one HTML page that compares runs")
     report.add_argument("runs", nargs="*", metavar="RUN", help="run folders, or folders of them")
-    report.add_argument("--out", default="", help="the page, its picture beside it; default: in the first run folder")
-    report.add_argument("--filters", action="store_true", help="draw how layers weigh their sources into each folder")
-    report.add_argument("--markdown", action="store_true", help="print the table as Markdown instead")
-    report.add_argument("--update", default="", metavar="PAGE", help="write the tables of a Markdown page anew")
+    report.add_argument(
+        "--out",
+        default="",
+        help="the page, its picture beside it; default: in the first run folder",
+    )
+    report.add_argument(
+        "--filters",
+        action="store_true",
+        help="draw how layers weigh their sources into each folder",
+    )
+    report.add_argument(
+        "--markdown", action="store_true", help="print the table as Markdown instead"
+    )
+    report.add_argument(
+        "--update", default="", metavar="PAGE", help="write the tables of a Markdown page anew"
+    )
     _add_tools(commands)
     return parser
 
 
 def _add_export(commands: Any) -> None:
-    export = commands.add_parser("export", help="write one file that runs elsewhere, or weights to give away")
+    export = commands.add_parser(
+        "export", help="write one file that runs elsewhere, or weights to give away"
+    )
     _run_flags(export, as_json=False)
     export.add_argument(
         "--format",
         default="onnx",
-        choices=FORMATS,
-        help="onnx, checked against the model; or safetensors: weights in fp16, with their error on the test images",
+        choices=tuple(FORMATS),
+        help="; or ".join(kind.help for kind in FORMATS.values()),
     )
-    export.add_argument("--out", default="", help="the file; default: model.FORMAT in the run folder")
+    export.add_argument(
+        "--out", default="", help="the file; default: model.FORMAT in the run folder"
+    )
     export.add_argument("--opset", type=_at_least_1, default=None, help="ONNX operator set")
     _data_flags(export)
 
@@ -112,38 +140,25 @@ def _add_tools(commands: Any) -> None:
     models.add_argument("pattern", nargs="?", default="*", help="such as 'sparsenet*'")
     _json_flag(models)
 
-    bench = commands.add_parser("bench", help="time and memory of the implementations, side by side")
-    _bench_flags(bench)
-    bench.add_argument("--out", default="", metavar="DIR", help="also write bench.json, bench.md and pictures there")
-    _json_flag(bench)
-
     check = commands.add_parser("check", help="what this machine offers")
     check.add_argument("--dataset_dir", default="", help="data to look at")
-    check.add_argument("--measure", action="store_true", help="time the implementations anew, for auto; leave it alone")
+    check.add_argument(
+        "--measure",
+        action="store_true",
+        help="time the implementations anew, for auto; leave it alone",
+    )
     _json_flag(check)
-
-
-def _bench_flags(parser: argparse.ArgumentParser) -> None:
-    """One flag for each setting; flags not given leave no trace in the namespace."""
-    for f in dataclasses.fields(BenchConfig):
-        how: dict[str, Any] = {"action": "store_true"}
-        shown = f.metadata["help"]
-        if isinstance(f.default, tuple):
-            how = {"type": _whole_numbers if f.name == "depths" else _names, "action": "extend", "metavar": "LIST"}
-            shown = f"{shown} (default {','.join(f.default)})" if f.default else shown
-        elif not isinstance(f.default, bool):
-            how = {"type": type(f.default) if isinstance(f.default, str) else _whole_number, "metavar": "VALUE"}
-            shown = shown if f.default in (0, -1) else f"{shown} (default {f.default})"
-        if f.name == "epoch":
-            how |= {"nargs": "?", "const": 0}
-        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=shown, **how)
 
 
 def _run_flags(parser: argparse.ArgumentParser, as_json: bool = True) -> None:
     parser.add_argument(
-        "run", metavar="RUN", help="a run folder; or a weights file, its https address, or its name (sparsenet models)"
+        "run",
+        metavar="RUN",
+        help="a run folder; or a weights file, its https address, or its name (sparsenet models)",
     )
-    parser.add_argument("--checkpoint", default="best", choices=("best", "last"), help="which weights")
+    parser.add_argument(
+        "--checkpoint", default="best", choices=("best", "last"), help="which weights"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, npu, mps, xpu, …")
     if as_json:
         _json_flag(parser)
@@ -155,21 +170,9 @@ def _data_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _json_flag(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="one JSON value on stdout and nothing else")
-
-
-def _whole_number(text: str) -> int:
-    if not text.removeprefix("-").isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a whole number, found {text!r}")
-    return int(text)
-
-
-def _whole_numbers(text: str) -> list[int]:
-    return [_whole_number(part) for part in _names(text)]
-
-
-def _names(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON value on stdout and nothing else"
+    )
 
 
 def _at_least_1(text: str) -> int:

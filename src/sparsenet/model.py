@@ -10,8 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsenet import architecture as arch
-from sparsenet import ops
 from sparsenet.architecture import Architecture
+from sparsenet.ops import dispatch
+from sparsenet.ops.implementations import MEMORY
+from sparsenet.ops.plan import Plan, Reader
+from sparsenet.ops.plan import Statistics as RunningStatistics
 
 
 class Statistics(nn.Module):
@@ -49,19 +52,23 @@ class Stage(nn.Module):
 
     def __init__(self, stage: arch.Stage, dropout: float, implementation: str, memory: str):
         super().__init__()
-        self.plan = ops.Plan(stage.reads, stage.aggregation, dropout, memory)
+        self.plan = Plan(stage.reads, stage.aggregation, dropout, memory)
         self.implementation = implementation
         numbers = range(1, stage.topology.depth + 1)
-        self.layers = nn.ModuleList(nn.Sequential(*(Unit(*unit) for unit in stage.units(i))) for i in numbers)
+        self.layers = nn.ModuleList(
+            nn.Sequential(*(Unit(*unit) for unit in stage.units(i))) for i in numbers
+        )
         self.norm = Affine(stage.out_width)
         self.statistics = nn.ModuleList(Statistics(width) for width in stage.unit_widths)
 
     def forward(self, x: Tensor) -> Tensor:  # (N, in_width, H, W) -> (N, out_width, H, W)
         units = [unit for layer in self.layers for unit in layer]  # type: ignore[attr-defined]
-        readers = [ops.Reader(unit.norm.weight, unit.norm.bias, unit.conv.weight) for unit in units]
-        readers.append(ops.Reader(self.norm.weight, self.norm.bias, None))
-        statistics = [ops.Statistics(s.running_mean, s.running_var) for s in self.statistics]  # type: ignore[arg-type]
-        return ops.aggregate(self.implementation, self.plan, x, readers, statistics, self.training)
+        readers = [Reader(unit.norm.weight, unit.norm.bias, unit.conv.weight) for unit in units]
+        readers.append(Reader(self.norm.weight, self.norm.bias, None))
+        statistics = [RunningStatistics(s.running_mean, s.running_var) for s in self.statistics]  # type: ignore[arg-type]
+        return dispatch.aggregate(
+            self.implementation, self.plan, x, readers, statistics, self.training
+        )
 
 
 class Transition(nn.Module):
@@ -75,7 +82,9 @@ class Transition(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (N, width, H, W) -> (N, out, H // 2, W // 2)
         x = self.conv(x)
         if self.dropout and self.training:
-            x = F.dropout(x.contiguous(), self.dropout)  # in one order whatever the layout: a seed drops the same
+            x = F.dropout(
+                x.contiguous(), self.dropout
+            )  # in one order whatever the layout: a seed drops the same
         return F.avg_pool2d(x, 2)
 
 
@@ -93,18 +102,20 @@ def _stem(kind: str, in_chans: int, width: int) -> nn.Sequential:
 class SparseNet(nn.Module):
     """An aggregated network: images ``(N, in_chans, H, W)``, normalised, to logits ``(N, num_classes)``.
 
-    *implementation* is ``auto`` or one of :data:`sparsenet.ops.IMPLEMENTATIONS`; parameters and state dict are the
+    *implementation* is ``auto`` or one of :data:`sparsenet.IMPLEMENTATIONS`; parameters and state dict are the
     same for all. *memory* ``lean`` computes bottlenecks again in backward instead of keeping them. Raises
     ``ValueError`` for an implementation that cannot run the architecture or is not installed.
     """
 
-    def __init__(self, architecture: Architecture, implementation: str = "auto", memory: str = "normal"):
+    def __init__(
+        self, architecture: Architecture, implementation: str = "auto", memory: str = "normal"
+    ):
         super().__init__()
         self.architecture = architecture
-        self.asked = ops.choose(implementation)
-        if memory not in ops.MEMORY or (memory != "normal" and self.asked == "reference"):
+        self.asked = dispatch.choose(implementation)
+        if memory not in MEMORY or (memory != "normal" and self.asked == "reference"):
             raise ValueError(
-                f"memory: expected one of {', '.join(ops.MEMORY)} ('normal' with the reference, which keeps "
+                f"memory: expected one of {', '.join(MEMORY)} ('normal' with the reference, which keeps "
                 f"everything), found {memory!r}"
             )
         self.memory = memory
@@ -112,7 +123,9 @@ class SparseNet(nn.Module):
         self.stem = _stem(architecture.stem, architecture.in_chans, stages[0].in_width)
         self.stages = nn.ModuleList(Stage(stage, dropout, self.asked, memory) for stage in stages)
         pairs = itertools.pairwise(stages)
-        self.transitions = nn.ModuleList(Transition(a.out_width, b.in_width, dropout) for a, b in pairs)
+        self.transitions = nn.ModuleList(
+            Transition(a.out_width, b.in_width, dropout) for a, b in pairs
+        )
         self.classifier = _classifier(self.num_features, architecture.num_classes)
         self.apply(_initialise)
 
@@ -124,10 +137,14 @@ class SparseNet(nn.Module):
         """
         like = next(self.stem.parameters())
         kind, dtype = like.device.type, like.dtype
-        if dtype == torch.float32 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        if (
+            dtype == torch.float32
+            and torch.amp.is_autocast_available(kind)
+            and torch.is_autocast_enabled(kind)
+        ):
             dtype = torch.get_autocast_dtype(kind)
         training = self.training or torch.is_grad_enabled()
-        return ops.choose(self.asked, like.device, dtype, training, self.memory)
+        return dispatch.choose(self.asked, like.device, dtype, training, self.memory)
 
     @property
     def num_features(self) -> int:

@@ -1,73 +1,12 @@
-"""Parameter groups, the learning rate as a pure function of the step, weight averaging."""
+"""Parameter groups, an epoch's schedule as tensors, weight averaging."""
 
 from __future__ import annotations
-
-import math
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-FUSED = ("cpu", "cuda")  # types of devices on which SGD's update is one kernel that reads its rate from a tensor
-DROP = 0.1  # factor of the step schedule at each drop
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """SGD with Nesterov momentum; the defaults are the paper's. Raises ``ValueError`` naming the field."""
-
-    lr: float = field(default=0.1, metadata={"help": "peak learning rate"})
-    schedule: str = field(
-        default="step",
-        metadata={"help": "how the rate changes over the run", "choices": ("step", "cosine", "onecycle")},
-    )
-    drop_1: int = field(default=150, metadata={"help": "epochs before the first division of the rate by 10"})
-    drop_2: int = field(default=225, metadata={"help": "epochs before the second one"})
-    warmup: float = field(default=0.0, metadata={"help": "epochs of linear warm-up; 0 with onecycle: 30 %% of the run"})
-    momentum: float = field(default=0.9, metadata={"help": "Nesterov momentum"})
-    weight_decay: float = field(default=1e-4, metadata={"help": "on convolution and linear weights only"})
-    label_smoothing: float = field(default=0.0, metadata={"help": "share of the target spread over all classes"})
-    ema: float = field(default=0.0, metadata={"help": "decay of averaged weights, used to evaluate; 0: none"})
-    grad_clip: float = field(default=0.0, metadata={"help": "largest gradient norm; 0: no clipping"})
-
-    def __post_init__(self) -> None:
-        expectations = [
-            ("lr", 0 < self.lr < math.inf, "a positive number"),
-            ("schedule", self.schedule in ("step", "cosine", "onecycle"), "step, cosine or onecycle"),
-            ("drop_1", self.drop_1 >= 0, "a number of epochs"),
-            ("drop_2", self.drop_2 >= self.drop_1, f"at least drop_1 ({self.drop_1})"),
-            ("warmup", self.warmup >= 0, "a number of epochs"),
-            ("momentum", 0 < self.momentum < 1, "a number between 0 and 1"),
-            ("weight_decay", self.weight_decay >= 0, "a number of at least 0"),
-            ("label_smoothing", 0 <= self.label_smoothing < 1, "a share below 1"),
-            ("ema", 0 <= self.ema < 1, "a decay below 1"),
-            ("grad_clip", self.grad_clip >= 0, "a norm of at least 0"),
-        ]
-        for name, holds, expected in expectations:
-            if not holds:
-                raise ValueError(f"{name}: expected {expected}, found {getattr(self, name)!r}")
-
-
-def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, max_epoch: int) -> float:
-    """The rate of optimizer step *step* (from 0) of a run of ``max_epoch * steps_per_epoch`` steps."""
-    epoch, total = step / steps_per_epoch, max_epoch
-    if config.schedule == "step":
-        drops = (epoch >= config.drop_1) + (epoch >= config.drop_2)
-        return config.lr * DROP**drops * min(1.0, (epoch + 1 / steps_per_epoch) / max(config.warmup, 1e-9))
-    rise = config.warmup or (0.3 * total if config.schedule == "onecycle" else 0.0)
-    if epoch < rise:
-        start = 0.04 if config.schedule == "onecycle" else 0.0
-        return config.lr * (start + (1 - start) * min(1.0, (epoch + 1 / steps_per_epoch) / rise))
-    done = (epoch - rise) / max(total - rise, 1e-9)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
-
-
-def average_share(decay: float, step: int) -> float:
-    """How far averaged weights move towards the current ones after step *step* (from 0), as a part of the way.
-
-    The decay rises to *decay* as steps accumulate, so that the initial weights are soon forgotten.
-    """
-    return 1 - min(decay, (1 + step) / (10 + step))
+from sparsenet.device import traits
+from sparsenet.schedule import OptimConfig, average_share, learning_rate
 
 
 def schedule(
@@ -80,7 +19,7 @@ def schedule(
     steps = range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch)
     rates = [learning_rate(config, step, steps_per_epoch, max_epoch) for step in steps]
     shares = [average_share(config.ema, step) for step in steps]
-    home = device if device.type in FUSED else torch.device("cpu")
+    home = device if traits(device).fused_update else torch.device("cpu")
     return torch.tensor(rates, device=home), torch.tensor(shares, device=home)
 
 
@@ -94,8 +33,10 @@ def sgd(model: nn.Module, config: OptimConfig) -> torch.optim.SGD:
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    fused = parameters[0].device.type in FUSED
-    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=True, fused=fused)
+    fused = traits(parameters[0].device).fused_update
+    return torch.optim.SGD(
+        groups, lr=config.lr, momentum=config.momentum, nesterov=True, fused=fused
+    )
 
 
 @torch.no_grad()
@@ -105,7 +46,9 @@ def update_average(average: nn.Module, model: nn.Module, share: Tensor) -> None:
     floating = [pair for pair in pairs if pair[0].is_floating_point()]
     targets, values = ([pair[side] for pair in floating] for side in (0, 1))
     differences = torch._foreach_sub(values, targets)
-    torch._foreach_mul_(differences, share)  # a tensor: in a captured step a number would be that of the capture
+    torch._foreach_mul_(
+        differences, share
+    )  # a tensor: in a captured step a number would be that of the capture
     torch._foreach_add_(targets, differences)
     for target, value in pairs:
         if not target.is_floating_point():

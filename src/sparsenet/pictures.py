@@ -18,11 +18,19 @@ from sparsenet.extras import require
 from sparsenet.files import write_atomic
 
 INK, FAINT, GRID = "#22272e", "#8a929c", "#e3e6ea"
-COLOURS = {"train": "#0072b2", "val": "#e69f00", "test": "#d55e00"}  # Okabe and Ito's, for any colour vision
+COLOURS = {
+    "train": "#0072b2",
+    "val": "#e69f00",
+    "test": "#d55e00",
+}  # Okabe and Ito's, for any colour vision
 LOOK = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), INK),
-    **dict.fromkeys(("xtick.major.size", "ytick.major.size", "legend.borderpad", "legend.borderaxespad"), 0),
-    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "axes.spines.left", "legend.frameon"), False),
+    **dict.fromkeys(
+        ("xtick.major.size", "ytick.major.size", "legend.borderpad", "legend.borderaxespad"), 0
+    ),
+    **dict.fromkeys(
+        ("axes.spines.top", "axes.spines.right", "axes.spines.left", "legend.frameon"), False
+    ),
     "text.parse_math": False,  # a $ in the name of a class is a $
     "grid.color": GRID,
     "axes.titlesize": 11,
@@ -39,7 +47,9 @@ def picture(target: Path, width: float, height: float, title: str = "") -> Itera
     """A figure of *width* by *height* inches to draw on, written to *target* at the end: no window opens."""
     figures = require("matplotlib.figure", "train")
     with require("matplotlib", "train").rc_context(LOOK), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # a class name in a script that the font lacks
+        warnings.filterwarnings(
+            "ignore", "Glyph .* missing"
+        )  # a class name in a script that the font lacks
         figure = figures.Figure((width, height), layout="constrained", facecolor="white")
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
         if title:
@@ -69,7 +79,12 @@ def draw_curves(rows: Sequence[Row], target: Path, title: str = "") -> None:
             for epoch, rate in drops:
                 axis.axvline(epoch - 0.5, color=FAINT, lw=0.8, ls="--", zorder=0)
                 style = {"rotation": 90, "ha": "right", "va": "top", "fontsize": 8, "color": FAINT}
-                axis.annotate(f"lr {rate:.3g} ", (epoch - 0.5, 0.98), xycoords=("data", "axes fraction"), **style)
+                axis.annotate(
+                    f"lr {rate:.3g} ",
+                    (epoch - 0.5, 0.98),
+                    xycoords=("data", "axes fraction"),
+                    **style,
+                )
 
 
 def _points(rows: Sequence[Row], column: str) -> list[tuple[float, float]]:
@@ -81,10 +96,14 @@ def _draw_curves(axis: Any, rows: Sequence[Row], quantity: str, unit: str) -> No
     axis.set(xlabel="epoch", title=f"{quantity} ({unit})")
     axis.grid(axis="y")
     axis.xaxis.get_major_locator().set_params(integer=True)
-    curves = {split: points for split in COLOURS if (points := _points(rows, f"{split}_{quantity}"))}
+    curves = {
+        split: points for split in COLOURS if (points := _points(rows, f"{split}_{quantity}"))
+    }
     if not curves:
         axis.set(xticks=[], yticks=[])
-        axis.text(0.5, 0.5, "no epoch finished yet", transform=axis.transAxes, ha="center", color=FAINT)
+        axis.text(
+            0.5, 0.5, "no epoch finished yet", transform=axis.transAxes, ha="center", color=FAINT
+        )
         return
     for split, points in curves.items():
         style = ".-" if len(points) <= 40 else "-"
@@ -92,8 +111,13 @@ def _draw_curves(axis: Any, rows: Sequence[Row], quantity: str, unit: str) -> No
     values = sorted(value for points in curves.values() for _, value in points)
     # In a long run the first epochs would leave no room for the rest: they may leave the picture at the top.
     top = values[-1] if len(values) < 100 else values[int(0.98 * len(values))]
-    axis.set(ylim=(0, 1.08 * top or 1), xlim=(0, 1.015 * max(points[-1][0] for points in curves.values()) or 1))
-    axis.legend(ncols=3, handlelength=1.2, columnspacing=1.4, loc="lower right", bbox_to_anchor=(1, 1.01))
+    axis.set(
+        ylim=(0, 1.08 * top or 1),
+        xlim=(0, 1.015 * max(points[-1][0] for points in curves.values()) or 1),
+    )
+    axis.legend(
+        ncols=3, handlelength=1.2, columnspacing=1.4, loc="lower right", bbox_to_anchor=(1, 1.01)
+    )
 
 
 def _draw_rates(axis: Any, rates: Sequence[tuple[float, float]]) -> None:
@@ -106,9 +130,16 @@ def _draw_rates(axis: Any, rates: Sequence[tuple[float, float]]) -> None:
 def _annotate_last(axis: Any, rows: Sequence[Row]) -> None:
     split = "test" if _points(rows, "test_error") else "val"
     for epoch, error in _points(rows, f"{split}_error")[-1:]:
-        axis.plot(epoch, error, "o", color=COLOURS[split], ms=7, mec="white", clip_on=False, zorder=5)
+        axis.plot(
+            epoch, error, "o", color=COLOURS[split], ms=7, mec="white", clip_on=False, zorder=5
+        )
         at = (1.015, min(error, axis.get_ylim()[1]))
-        style = {"xycoords": ("axes fraction", "data"), "annotation_clip": False, "va": "center", "weight": "bold"}
+        style = {
+            "xycoords": ("axes fraction", "data"),
+            "annotation_clip": False,
+            "va": "center",
+            "weight": "bold",
+        }
         axis.annotate(f"{split}\n{error:.2f} %", at, color=COLOURS[split], **style)
 
 
@@ -137,8 +168,12 @@ def draw_comparison(rows: Sequence[Mapping[str, Any]], target: Path) -> None:
         for axis, cost in zip(axes, shown, strict=True):
             name, unit = COSTS[cost]
             for number, kind in enumerate(kinds):
-                own = sorted((row for row in rows if row["architecture"] == kind), key=lambda row: row[cost])
-                _draw_kind(axis, [row[cost] / unit for row in own], own, kind, KINDS[number % len(KINDS)])
+                own = sorted(
+                    (row for row in rows if row["architecture"] == kind), key=lambda row: row[cost]
+                )
+                _draw_kind(
+                    axis, [row[cost] / unit for row in own], own, kind, KINDS[number % len(KINDS)]
+                )
             axis.set(xlabel=name, xscale="log")
             axis.margins(y=0.08)
             _plain_ticks(axis, [row[cost] / unit for row in rows])
@@ -148,14 +183,18 @@ def draw_comparison(rows: Sequence[Mapping[str, Any]], target: Path) -> None:
         figure.legend(*legend, loc="outside lower center", ncols=min(len(kinds), 4))
 
 
-def _draw_kind(axis: Any, xs: Sequence[float], rows: Sequence[Mapping[str, Any]], kind: str, colour: str) -> None:
+def _draw_kind(
+    axis: Any, xs: Sequence[float], rows: Sequence[Mapping[str, Any]], kind: str, colour: str
+) -> None:
     ys = [row["error"] for row in rows]
     axis.plot(xs, ys, "-", color=colour, lw=1.2)
     axis.plot(xs, ys, "o", color=colour, mfc="white", ms=8, mew=1.8, label=kind)
     for x, row in zip(xs, rows, strict=True):
         axis.plot([x] * len(row["errors"]), row["errors"], ".", color=colour, ms=4, zorder=3)
         name = f"{row['depth']}-{row['growth']}"
-        axis.annotate(name, (x, row["error"]), (7, 5), textcoords="offset points", fontsize=8, color=colour)
+        axis.annotate(
+            name, (x, row["error"]), (7, 5), textcoords="offset points", fontsize=8, color=colour
+        )
 
 
 def _plain_ticks(axis: Any, values: Sequence[float]) -> None:
@@ -172,14 +211,20 @@ def draw_confusion(counts: Tensor, classes: Sequence[str], target: Path) -> None
     """A PNG of the confusion matrix *counts* ``(C, C)``: true classes in rows, each row in percent of itself."""
     many, images = len(classes), int(counts.sum())
     error = 100 * (images - int(counts.diagonal().sum())) / max(images, 1)
-    shares = 100 * counts.double() / counts.sum(1, keepdim=True)  # NaN, drawn blank, for a class without images
+    shares = (
+        100 * counts.double() / counts.sum(1, keepdim=True)
+    )  # NaN, drawn blank, for a class without images
     side = min(max(6.0, 1.5 + 0.62 * many), 14.0)
-    with picture(target, side + 1, side, f"Confusion: {error:.2f} % of {images:,} images wrong") as figure:
+    with picture(
+        target, side + 1, side, f"Confusion: {error:.2f} % of {images:,} images wrong"
+    ) as figure:
         axis = figure.subplots()
         # Over the square root of the share a confusion of 1 % can be told from none.
         norm = require("matplotlib.colors", "train").PowerNorm(0.5, 0, 100)
         image = axis.imshow(shares.numpy(), cmap="Blues", norm=norm)
-        bar = figure.colorbar(image, ax=axis, ticks=[0, 1, 5, 10, 25, 50, 100], shrink=0.8, pad=0.02, aspect=36)
+        bar = figure.colorbar(
+            image, ax=axis, ticks=[0, 1, 5, 10, 25, 50, 100], shrink=0.8, pad=0.02, aspect=36
+        )
         bar.set_label("% of the true class")
         bar.outline.set_visible(False)
         _name_classes(axis, classes)
@@ -192,7 +237,12 @@ def _name_classes(axis: Any, classes: Sequence[str]) -> None:
     step = 1 + (many - 1) // 100
     names, size = [_short(name, 20) for name in classes[::step]], min(10.0, 660 / many * step)
     upright = many <= 20 and max(map(len, names)) <= 2
-    turned = {"rotation": 45 if many <= 20 else 90, "ha": "right", "va": "center", "rotation_mode": "anchor"}
+    turned = {
+        "rotation": 45 if many <= 20 else 90,
+        "ha": "right",
+        "va": "center",
+        "rotation_mode": "anchor",
+    }
     axis.set_xticks(range(0, many, step), names, fontsize=size, **({} if upright else turned))
     axis.set_yticks(range(0, many, step), names, fontsize=size)
     axis.set(xlabel="predicted", ylabel="true")
@@ -203,19 +253,29 @@ def _write_shares(axis: Any, shares: Tensor) -> None:
     for y, row in enumerate(shares.tolist()):
         for x, share in enumerate(row):
             if share > 0:
-                text, colour = f"{share:.{0 if share >= 9.95 else 1}f}", "white" if share > 30 else INK
+                text, colour = (
+                    f"{share:.{0 if share >= 9.95 else 1}f}",
+                    "white" if share > 30 else INK,
+                )
                 axis.text(x, y, text, ha="center", va="center", fontsize=8, color=colour)
 
 
 def draw_samples(
-    pixels: Tensor, labels: Tensor, predicted: Tensor, confidence: Tensor, classes: Sequence[str], target: Path
+    pixels: Tensor,
+    labels: Tensor,
+    predicted: Tensor,
+    confidence: Tensor,
+    classes: Sequence[str],
+    target: Path,
 ) -> None:
     """A PNG of the images that the network gets wrong with the most confidence, at most 32.
 
     *pixels* uint8 ``(N, C, H, W)``; *labels*, *predicted* int64 and *confidence* (0 to 1) ``(N,)``; on the CPU.
     """
     wrong = (predicted != labels).nonzero()[:, 0]
-    worst = wrong[confidence[wrong].argsort(descending=True, stable=True)][: SHEET[0] * SHEET[1]].tolist()
+    worst = wrong[confidence[wrong].argsort(descending=True, stable=True)][
+        : SHEET[0] * SHEET[1]
+    ].tolist()
     if not worst:
         with picture(target, 8, 2.4) as figure:
             text = f"No mistakes: all {len(labels):,} images are classified correctly."
@@ -246,8 +306,17 @@ def _short(name: str, length: int) -> str:
     return name if len(name) <= length else name[: length - 1] + "…"
 
 
-MARGIN, BOX, WIDTH = 24, 104, 1100  # of the drawn network, in SVG units; a box is BOX wide and 36 high
-STAGE_COLOURS = ("#0072b2", "#009e73", "#b8548c", "#d55e00")  # four of Okabe and Ito's, one darkened for white
+MARGIN, BOX, WIDTH = (
+    24,
+    104,
+    1100,
+)  # of the drawn network, in SVG units; a box is BOX wide and 36 high
+STAGE_COLOURS = (
+    "#0072b2",
+    "#009e73",
+    "#b8548c",
+    "#d55e00",
+)  # four of Okabe and Ito's, one darkened for white
 MOST_LINKS = 6000
 STYLE = (
     ".sparsenet{font-family:system-ui,sans-serif;font-size:12px;text-anchor:middle}.sparsenet path{fill:none}"
@@ -294,14 +363,20 @@ def _row(stage: Sequence[Node], before: Node, y: float, pitch: float, stride: in
     end, colour = stage[-1], STAGE_COLOURS[stage[0].stage % len(STAGE_COLOURS)]
     xs = [MARGIN + BOX + pitch * index for index in range(end.index + 1)]
     yield from (_layer(node, xs, y, pitch, colour, node.index % stride == 0) for node in stage)
-    yield _box(before, MARGIN, y, "stem" if before.kind == "stem" else f"transition {before.stage + 1}")
-    yield _box(end, xs[-1], y, end.kind if end.kind == "classifier" else f"transition {end.stage + 1}")
+    yield _box(
+        before, MARGIN, y, "stem" if before.kind == "stem" else f"transition {before.stage + 1}"
+    )
+    yield _box(
+        end, xs[-1], y, end.kind if end.kind == "classifier" else f"transition {end.stage + 1}"
+    )
     made, size = stage[0].shape[0], "×".join(map(str, stage[0].shape[1:]))
     note = f"stage {end.stage + 1}: {len(stage) - 1} layers of {made} channels at {size}"
     yield _text(MARGIN + BOX, y + 36, note, f"text-anchor:start;fill:{colour};font-weight:600")
 
 
-def _layer(node: Node, xs: Sequence[float], y: float, pitch: float, colour: str, linked: bool) -> str:
+def _layer(
+    node: Node, xs: Sequence[float], y: float, pitch: float, colour: str, linked: bool
+) -> str:
     arcs, x = [], xs[node.index]
     for source in node.sources if linked or node.kind != "layer" else ():
         distance, half = node.index - source, (x - xs[source]) / 2
@@ -332,9 +407,15 @@ def _text(x: float, y: float, text: str, style: str) -> str:
 
 def _describe(node: Node) -> str:
     many = len(node.sources)
-    read = f" reads {', '.join(map(str, node.sources)) if many <= 40 else f'{many} features'}" if many else ""
+    read = (
+        f" reads {', '.join(map(str, node.sources)) if many <= 40 else f'{many} features'}"
+        if many
+        else ""
+    )
     shape = "×".join(map(str, node.shape))
-    return f"{node.name}{read}, makes {shape}: {node.parameters:,} parameters, {_millions(node.macs)}"
+    return (
+        f"{node.name}{read}, makes {shape}: {node.parameters:,} parameters, {_millions(node.macs)}"
+    )
 
 
 def _millions(macs: int) -> str:

@@ -10,16 +10,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from sparsenet.data.dataset import Example, Images
 from sparsenet.data.errors import BadImage
 from sparsenet.data.images import SUFFIXES, read_image, read_images
-
-if TYPE_CHECKING:
-    from sparsenet.run import Trained
+from sparsenet.trained import Trained
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,11 @@ def find_images(patterns: Sequence[str]) -> list[Path]:
     for pattern in patterns:
         path = os.path.expanduser(pattern)
         matches = [path] if os.path.lexists(path) else sorted(glob.glob(path, recursive=True))
-        images = [image for match in matches for image in (_inside(match) if os.path.isdir(match) else [Path(match)])]
+        images = [
+            image
+            for match in matches
+            for image in (_inside(match) if os.path.isdir(match) else [Path(match)])
+        ]
         found += images or [Path(path)]
     return found
 
@@ -62,7 +64,9 @@ def _inside(folder: str) -> list[Path]:
     return sorted(found)
 
 
-def predict(trained: Trained, paths: Iterable[Path], top: int = 5, batch_size: int = 64) -> Iterator[Prediction]:
+def predict(
+    trained: Trained, paths: Iterable[Path], top: int = 5, batch_size: int = 64
+) -> Iterator[Prediction]:
     """The *top* classes of the images at *paths*, one :class:`Prediction` a path and in their order.
 
     It runs where the model lies and holds one batch of images at a time. A file that cannot be read gives a
@@ -81,16 +85,22 @@ def _predict_batch(trained: Trained, paths: list[Path], top: int) -> list[Predic
     examples = [Example(str(path), path, place) for place, path in enumerate(paths)]
     preprocessing = trained.preprocessing
     images, _ = read_images(examples, preprocessing.size, preprocessing.channels, skip_corrupt=True)
-    predictions = dict(zip(images.labels.tolist(), _classify(trained, images, paths, top), strict=True))
+    predictions = dict(
+        zip(images.labels.tolist(), _classify(trained, images, paths, top), strict=True)
+    )
     return [predictions.get(place) or _failure(trained, path) for place, path in enumerate(paths)]
 
 
 @torch.inference_mode()
-def _classify(trained: Trained, images: Images, paths: list[Path], top: int) -> Iterator[Prediction]:
+def _classify(
+    trained: Trained, images: Images, paths: list[Path], top: int
+) -> Iterator[Prediction]:
     if not len(images):
         return
     device = next(trained.model.parameters()).device
-    logits = trained.model(trained.preprocessing.normalise(images.pixels.to(device)))  # (N, classes)
+    logits = trained.model(
+        trained.preprocessing.normalise(images.pixels.to(device))
+    )  # (N, classes)
     best = logits.float().softmax(1).topk(min(top, len(trained.classes)), 1)
     rows = zip(images.labels.tolist(), best.indices.tolist(), best.values.tolist(), strict=True)
     for place, indices, probabilities in rows:

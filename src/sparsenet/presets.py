@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sparsenet.config import RunConfig, nearest, replace
+from sparsenet.data.registry import KINDS, resolve
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # arXiv:1801.05895, section 4: 300 epochs, batch 64, 0.1 -> 0.01 -> 0.001. It is the settings' own default.
@@ -13,7 +14,13 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "digits": {
         "network": {"depth": 22, "growth_rate": 12},
         "data": {"dataset": "digits", "mirror": False, "shift": 1},
-        "optim": {"schedule": "onecycle", "lr": 0.2, "weight_decay": 5e-4, "label_smoothing": 0.05, "ema": 0.97},
+        "optim": {
+            "schedule": "onecycle",
+            "lr": 0.2,
+            "weight_decay": 5e-4,
+            "label_smoothing": 0.05,
+            "ema": 0.97,
+        },
         "train": {"max_epoch": 30, "batch_size": 64},
     },
     # A short budget on images of one's own.
@@ -34,12 +41,13 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 def preset(name: str) -> RunConfig:
     """The settings of a preset; ``ValueError`` with the known names."""
     if name not in PRESETS:
-        raise ValueError(f"--preset: expected one of {', '.join(PRESETS)}, found {name!r}{nearest(name, PRESETS)}")
+        raise ValueError(
+            f"--preset: expected one of {', '.join(PRESETS)}, found {name!r}{nearest(name, PRESETS)}"
+        )
     return replace(RunConfig(), PRESETS[name])
 
 
 def preset_for(dataset: str, dataset_dir: str) -> str:
-    """The preset used where none is named: by the dataset, the paper's for the paper's data."""
-    if dataset in ("c10", "c100"):
-        return "paper"
-    return "digits" if dataset == "digits" or not dataset_dir else "short"
+    """The preset used where none is named: that of the kind of data set, else the one for images of one's own."""
+    kind = KINDS.get(resolve(dataset, dataset_dir))
+    return kind.preset if kind else "short"

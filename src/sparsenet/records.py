@@ -35,9 +35,16 @@ COLUMNS = {
 }
 MEASURED = ("error", "train_seconds", "test_seconds", "step_seconds", "duration", "peak_memory_mb")
 ONCE = ("dataset", "recipe", "seed")  # said once below a table where all of its rows agree
-SAME = (*(key for key in COLUMNS if key not in (*MEASURED, "seed")), "network")  # in the runs of one row
+SAME = (
+    *(key for key in COLUMNS if key not in (*MEASURED, "seed")),
+    "network",
+)  # in the runs of one row
 BENCH = "bench.json"  # what sparsenet bench --out writes
-MADE_ON = ("machine", "batch_size", "image_size")  # in which a run and a row of the benchmark must agree
+MADE_ON = (
+    "machine",
+    "batch_size",
+    "image_size",
+)  # in which a run and a row of the benchmark must agree
 PUBLISHED = "published.json"  # rows that others measured: {"published": [{"platform": ..., "error": ...}, ...]}
 FILES = ("config.json", "metrics.csv", "result.json")  # any of them makes a folder a run
 PAPER = dataclasses.asdict(RunConfig())
@@ -52,8 +59,13 @@ OF_DATA = (
     "first_size",
     "val_fraction",
 )
-NOTHING, BAR = "–", r"\|"  # in the cell of a Markdown table: no value, and the character that would end it
-BLOCK = re.compile(r"(<!-- report (?P<runs>[^\n]*?) -->\n)(?:(?!<!-- report ).)*?(<!-- /report -->)", re.S)
+NOTHING, BAR = (
+    "–",
+    r"\|",
+)  # in the cell of a Markdown table: no value, and the character that would end it
+BLOCK = re.compile(
+    r"(<!-- report (?P<runs>[^\n]*?) -->\n)(?:(?!<!-- report ).)*?(<!-- /report -->)", re.S
+)
 
 Row = dict[str, Any]
 
@@ -82,7 +94,9 @@ def read_rows(paths: Iterable[Path]) -> list[Row]:
         known.add(row["runs"][0].resolve())
         row["step_seconds"] = steps.get((row["runs"][0].name, *(row[key] for key in MADE_ON)))
         key = json.dumps([row[key] for key in (*SAME, "final")])
-        while row["seed"] in (other["seed"] for other in groups.get(key, ())):  # a seed again is not one more seed
+        while row["seed"] in (
+            other["seed"] for other in groups.get(key, ())
+        ):  # a seed again is not one more seed
             key += " again"
         groups.setdefault(key, []).append(row)
     return published + [_joined(rows) for rows in groups.values()]
@@ -94,18 +108,31 @@ def _found(path: Path) -> list[Row]:
     if any((path / name).is_file() for name in FILES):
         return [summarise(path)]
     below = sorted({file.parent for name in FILES for file in path.rglob(name)})
-    rows = [row for file in sorted(path.rglob(PUBLISHED)) for row in _published(file)] + [*map(summarise, below)]
-    if not rows and not any(path.rglob(BENCH)):  # a record of the benchmark, which has tables of its own
-        raise ValueError(f"{path}: expected a run folder with {', '.join(FILES[:-1])} or {FILES[-1]}, found none")
+    rows = [row for file in sorted(path.rglob(PUBLISHED)) for row in _published(file)] + [
+        *map(summarise, below)
+    ]
+    if not rows and not any(
+        path.rglob(BENCH)
+    ):  # a record of the benchmark, which has tables of its own
+        raise ValueError(
+            f"{path}: expected a run folder with {', '.join(FILES[:-1])} or {FILES[-1]}, found none"
+        )
     return rows
 
 
 def _published(file: Path) -> list[Row]:
     rows = read_json(file).get("published")
     rows = rows if isinstance(rows, list) else [None]
-    if not all(isinstance(row, dict) and isinstance(row.get("error"), int | float | None) for row in rows):
-        raise ValueError(f"{file}: expected an object with a list of rows named published, their errors being numbers")
-    return [dict.fromkeys(COLUMNS) | row | {"published": True, "final": True, "runs": []} for row in rows]
+    if not all(
+        isinstance(row, dict) and isinstance(row.get("error"), int | float | None) for row in rows
+    ):
+        raise ValueError(
+            f"{file}: expected an object with a list of rows named published, their errors being numbers"
+        )
+    return [
+        dict.fromkeys(COLUMNS) | row | {"published": True, "final": True, "runs": []}
+        for row in rows
+    ]
 
 
 def _benchmarked(paths: Iterable[Path]) -> dict[tuple[Any, ...], float]:
@@ -115,12 +142,16 @@ def _benchmarked(paths: Iterable[Path]) -> dict[tuple[Any, ...], float]:
         record = read_json(file)
         try:
             for row in record.get("rows", []):
-                if "train_seconds" in row and not row["options"]:  # options are not how a run was trained
+                if (
+                    "train_seconds" in row and not row["options"]
+                ):  # options are not how a run was trained
                     made_on = row | {"machine": _machine(record["environment"], row)}
                     key = Path(row["model"]).name, *(made_on[key] for key in MADE_ON)
                     found[key] = min(row["train_seconds"]["median"], found.get(key, math.inf))
         except (AttributeError, LookupError, TypeError) as error:
-            raise ValueError(f"{file}: expected a record of sparsenet bench, found another file ({error})") from None
+            raise ValueError(
+                f"{file}: expected a record of sparsenet bench, found another file ({error})"
+            ) from None
     return found
 
 
@@ -133,7 +164,9 @@ def summarise(run: Path) -> Row:
     try:
         return _summarised(run)
     except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
-        raise ValueError(f"{run}: expected files as a run writes them, found others ({error})") from None
+        raise ValueError(
+            f"{run}: expected files as a run writes them, found others ({error})"
+        ) from None
 
 
 def _summarised(run: Path) -> Row:
@@ -141,7 +174,9 @@ def _summarised(run: Path) -> Row:
     config, environment, graph, result = (read_json(run / f"{name}.json") for name in names)
     rows = read_metrics(run)
     if not (config or result or rows):
-        raise ValueError(f"{run}: expected a run folder with config.json, metrics.csv or result.json, found none")
+        raise ValueError(
+            f"{run}: expected a run folder with config.json, metrics.csv or result.json, found none"
+        )
     network, train = config.get("network", {}), config.get("train", {})
     tested = _column(rows, "test_error") or _column(rows, "val_error")
     rates, data = network.get("growth_rate"), config.get("data", {})
@@ -174,14 +209,22 @@ def _summarised(run: Path) -> Row:
 
 def _platform(environment: Mapping[str, Any], train: Mapping[str, Any]) -> str:
     implementation = environment.get("implementation") or train.get("implementation")
-    return _machine(environment, train) + f", {implementation}" * (implementation not in (None, "auto"))
+    return _machine(environment, train) + f", {implementation}" * (
+        implementation not in (None, "auto")
+    )
 
 
 def _machine(environment: Mapping[str, Any], train: Mapping[str, Any]) -> str:
     """The platform, whatever the implementation."""
-    device, threads = environment.get("device_name") or environment.get("device"), environment.get("threads")
+    device, threads = (
+        environment.get("device_name") or environment.get("device"),
+        environment.get("threads"),
+    )
     precision = environment.get("precision") or train.get("precision")
-    parts = [device, f"{threads} thread{'s' * (threads != 1)}" if environment.get("device") == "cpu" else None]
+    parts = [
+        device,
+        f"{threads} thread{'s' * (threads != 1)}" if environment.get("device") == "cpu" else None,
+    ]
     parts += [f"torch {environment['torch']}" if "torch" in environment else None, precision]
     return ", ".join(str(part) for part in parts if part not in (None, "auto"))
 
@@ -189,8 +232,16 @@ def _machine(environment: Mapping[str, Any], train: Mapping[str, Any]) -> str:
 def _architecture(network: Mapping[str, Any]) -> str:
     fetch = network.get("fetch", "sparse")
     kinds = {"sparse": "SparseNet", "dense": "DenseNet", "harmonic": "HarDNet"}
-    name = kinds.get(fetch, f"SparseNet ({fetch})") if isinstance(fetch, str) else "SparseNet (own topology)"
-    return name + "-BC" * bool(network.get("bottleneck")) + " (sum)" * (network.get("aggregation") == "sum")
+    name = (
+        kinds.get(fetch, f"SparseNet ({fetch})")
+        if isinstance(fetch, str)
+        else "SparseNet (own topology)"
+    )
+    return (
+        name
+        + "-BC" * bool(network.get("bottleneck"))
+        + " (sum)" * (network.get("aggregation") == "sum")
+    )
 
 
 def _recipe(config: Mapping[str, Any], done: int | None) -> str | None:
@@ -204,7 +255,10 @@ def _recipe(config: Mapping[str, Any], done: int | None) -> str | None:
     changed = {name: given[name] for part, name in settings if given[name] != PAPER[part][name]}
     if given["schedule"] == "step" and planned == PAPER["train"]["max_epoch"] and not changed:
         return f"the paper's, {epochs} epochs"
-    words = [f"{epochs} epoch{'s' * (epochs != '1')}", *(_setting(name, value) for name, value in changed.items())]
+    words = [
+        f"{epochs} epoch{'s' * (epochs != '1')}",
+        *(_setting(name, value) for name, value in changed.items()),
+    ]
     return ", ".join(words) if train else None
 
 
@@ -221,7 +275,11 @@ def _joined(rows: Sequence[Row]) -> Row:
     joined = {key: fmean(found) if (found := _column(rows, key)) else None for key in MEASURED}
     seeds = [row["seed"] for row in rows if row["seed"] is not None]
     runs = [run for row in rows for run in row["runs"]]
-    return rows[0] | joined | {"errors": _column(rows, "error"), "seed": ", ".join(map(str, seeds)), "runs": runs}
+    return (
+        rows[0]
+        | joined
+        | {"errors": _column(rows, "error"), "seed": ", ".join(map(str, seeds)), "runs": runs}
+    )
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -234,8 +292,14 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
     texts = {key: [cell(row, key) for row in ordered] for key in columns(rows)}
     once = [key for key in ONCE if key in texts and len(rows) > 1 and len(set(texts[key])) == 1]
     said = "; ".join(f"{COLUMNS[key]}: {texts.pop(key)[0]}" for key in once)
-    lines = [[COLUMNS[key] for key in texts], ["---"] * len(texts), *zip(*texts.values(), strict=True)]
-    table = "".join(f"| {' | '.join(text.replace('|', BAR) for text in line)} |\n" for line in lines)
+    lines = [
+        [COLUMNS[key] for key in texts],
+        ["---"] * len(texts),
+        *zip(*texts.values(), strict=True),
+    ]
+    table = "".join(
+        f"| {' | '.join(text.replace('|', BAR) for text in line)} |\n" for line in lines
+    )
     return table + (f"\nAll rows: {said}.\n" if said else "")
 
 
@@ -264,7 +328,13 @@ def cell(row: Mapping[str, Any], key: str) -> str:
     if key == "macs":
         return f"{value / 1e6:,.1f}"
     if key == "duration":
-        return f"{value:.0f} s" if value < 120 else f"{value / 60:.0f} min" if value < 7200 else f"{value / 3600:.1f} h"
+        return (
+            f"{value:.0f} s"
+            if value < 120
+            else f"{value / 60:.0f} min"
+            if value < 7200
+            else f"{value / 3600:.1f} h"
+        )
     if key.endswith("seconds"):
         return f"{value:.3f}" if value < 1 else f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
     return f"{value:,.0f}" if key in ("parameters", "peak_memory_mb") else str(value)
@@ -280,9 +350,13 @@ def update(page: Path) -> int:
         text = page.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{page}: expected a page of text, found: {error}") from None
-    updated, count = BLOCK.subn(lambda found: found[1] + _table(page.parent, found["runs"]) + found[3], text)
+    updated, count = BLOCK.subn(
+        lambda found: found[1] + _table(page.parent, found["runs"]) + found[3], text
+    )
     if not count:
-        raise ValueError(f"{page}: expected a table between <!-- report RUN... --> and <!-- /report -->, found none")
+        raise ValueError(
+            f"{page}: expected a table between <!-- report RUN... --> and <!-- /report -->, found none"
+        )
     if updated != text:
         write_atomic(page, updated)
     return count
@@ -314,7 +388,9 @@ def read_metrics(run: Path) -> list[dict[str, float | None]]:
     try:
         return Run(run).metrics()
     except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{run / 'metrics.csv'}: expected a table of numbers, found: {error}") from None
+        raise ValueError(
+            f"{run / 'metrics.csv'}: expected a table of numbers, found: {error}"
+        ) from None
 
 
 def _column(rows: Sequence[Mapping[str, Any]], name: str) -> list[float]:

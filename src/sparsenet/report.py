@@ -10,10 +10,10 @@ from html import escape
 from pathlib import Path
 from shlex import quote
 
+from sparsenet import __version__
 from sparsenet.files import write_atomic
 from sparsenet.pictures import KINDS, draw_comparison
 from sparsenet.records import COLUMNS, Row, cell, columns, rank, read_json, read_metrics, read_rows
-from sparsenet.run import version
 
 PICTURES = {
     "curves.png": "Loss and error",
@@ -55,7 +55,11 @@ def write_report(paths: Sequence[Path], target: Path) -> Path:
     ``ValueError`` where there is no run, for a damaged file, or for a *target* that cannot be written.
     """
     rows = sorted(read_rows(paths), key=rank)
-    coloured = [(run, row, KINDS[number % len(KINDS)]) for number, row in enumerate(rows) for run in row["runs"]]
+    coloured = [
+        (run, row, KINDS[number % len(KINDS)])
+        for number, row in enumerate(rows)
+        for run in row["runs"]
+    ]
     runs = [_Shown(f"run{number}", *one) for number, one in enumerate(coloured)]
     try:
         compared = _comparison(rows, target.with_name(f"{target.stem}-comparison.png"))
@@ -65,12 +69,14 @@ def write_report(paths: Sequence[Path], target: Path) -> Path:
             f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>SparseNet runs</title>'
             f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
             f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body>'
-            f"<h1>SparseNet runs</h1><p class=faint>{len(runs)} compared by sparsenet {escape(version())}; "
+            f"<h1>SparseNet runs</h1><p class=faint>{len(runs)} compared by sparsenet {escape(__version__)}; "
             f"seconds are medians over the epochs, then means over the seeds; ± is the seeds' standard deviation</p>"
             f"{''.join(parts)}</body></html>\n",
         )
     except OSError as error:
-        raise ValueError(f"{target}: expected a file that can be written, found: {error.strerror}") from None
+        raise ValueError(
+            f"{target}: expected a file that can be written, found: {error.strerror}"
+        ) from None
     return target
 
 
@@ -101,13 +107,19 @@ def _table(rows: Sequence[Row], runs: Sequence[_Shown]) -> str:
         own = [run for run in runs if run.row is row]
         dot = f'<i style="background:{own[0].colour}"></i>' if own else ""
         body += f"<tr><td>{dot}{'<br>'.join(run.link for run in own)}{cells}"
-    note = "" if all(row["final"] for row in rows) else "<p class=faint>* last epoch so far, no final result</p>"
+    note = (
+        ""
+        if all(row["final"] for row in rows)
+        else "<p class=faint>* last epoch so far, no final result</p>"
+    )
     return f"<div class=scroll><table><thead><tr>{head}<tbody>{body}</table></div>{note}"
 
 
 def _comparison(rows: Sequence[Row], target: Path) -> str:
     """Error against what networks cost, where there are two or more that saw the same data in the same way."""
-    measured = [row for row in rows if row["runs"] and row["final"] and row["parameters"] and row["macs"]]
+    measured = [
+        row for row in rows if row["runs"] and row["final"] and row["parameters"] and row["macs"]
+    ]
     if len(measured) < 2 or len({(row["dataset"], row["recipe"]) for row in measured}) > 1:
         return ""
     draw_comparison(measured, target)
@@ -129,21 +141,27 @@ def _chart(runs: Sequence[_Shown]) -> str:
     parts = []
     for error in (step * tick for tick in range(int(top / step) + 1)):
         parts.append(f'<polyline points="{place(0, error)} {place(last, error)}" class="grid"/>')
-        parts.append(f'<text x="32" y="{294 - 270 * error / top:.1f}" text-anchor="end">{error:g}</text>')
+        parts.append(
+            f'<text x="32" y="{294 - 270 * error / top:.1f}" text-anchor="end">{error:g}</text>'
+        )
     for run, curve in reversed(curves):  # the best run is drawn last, on top
-        places = " ".join(place(*point) for point in [*curve, *curve[-1:]])  # an end twice: one epoch is a dot
-        parts.append(f'<polyline points="{places}" stroke="{run.colour}"><title>{escape(run.name)}</title></polyline>')
+        places = " ".join(
+            place(*point) for point in [*curve, *curve[-1:]]
+        )  # an end twice: one epoch is a dot
+        parts.append(
+            f'<polyline points="{places}" stroke="{run.colour}"><title>{escape(run.name)}</title></polyline>'
+        )
     parts.append('<text x="40" y="310">epoch 0</text>')
     parts.append(f'<text x="980" y="310" text-anchor="end">epoch {last:g}</text>')
-    return (
-        f'<h3>Error in %</h3><div class=scroll><svg class="chart" viewBox="0 0 1000 316">{"".join(parts)}</svg></div>'
-    )
+    return f'<h3>Error in %</h3><div class=scroll><svg class="chart" viewBox="0 0 1000 316">{"".join(parts)}</svg></div>'
 
 
 def _curve(rows: Sequence[Mapping[str, float | None]]) -> list[tuple[float, float]]:
     for column in ("test_error", "val_error", "train_error"):
         cells = [(row.get("epoch"), row.get(column)) for row in rows]
-        if curve := [(epoch, error) for epoch, error in cells if epoch is not None and error is not None]:
+        if curve := [
+            (epoch, error) for epoch, error in cells if epoch is not None and error is not None
+        ]:
             return curve
     return []
 
@@ -151,18 +169,33 @@ def _curve(rows: Sequence[Mapping[str, float | None]]) -> list[tuple[float, floa
 def _section(shown: _Shown) -> str:
     run = shown.path
     pictures = {name: run / name for name in PICTURES if (run / name).is_file()}
-    wanted = ("config.json", "environment.json", "graph.json", "metrics.csv", "result.json", *PICTURES)
+    wanted = (
+        "config.json",
+        "environment.json",
+        "graph.json",
+        "metrics.csv",
+        "result.json",
+        *PICTURES,
+    )
     missing = [name for name in wanted if not (run / name).is_file() and name not in ON_DEMAND]
-    parts = [f'<h2 id="{shown.anchor}">{escape(shown.name)}</h2><p class=faint>{escape(str(run))}</p>']
+    parts = [
+        f'<h2 id="{shown.anchor}">{escape(shown.name)}</h2><p class=faint>{escape(str(run))}</p>'
+    ]
     if not (run / "result.json").is_file():
-        parts.append("<p><b>This run is still going or was stopped: it has no final result.</b></p>")
+        parts.append(
+            "<p><b>This run is still going or was stopped: it has no final result.</b></p>"
+        )
     if missing:
         parts.append(f"<p class=faint>Not in the folder: {', '.join(missing)}</p>")
-    figures = "".join(_figure(file, PICTURES[name], name in WIDE) for name, file in pictures.items())
+    figures = "".join(
+        _figure(file, PICTURES[name], name in WIDE) for name, file in pictures.items()
+    )
     parts.append(f"<div class=pictures>{figures}</div>")
     if config := read_json(run / "config.json"):
         command = f"sparsenet train --config {quote(str(run / 'config.json'))}"
-        parts.append(_details("Command and configuration", f"{command}\n\n{json.dumps(config, indent=2)}"))
+        parts.append(
+            _details("Command and configuration", f"{command}\n\n{json.dumps(config, indent=2)}")
+        )
     for name, title in (("environment", "Environment"), ("result", "Result")):
         if value := read_json(run / f"{name}.json"):
             parts.append(_details(title, json.dumps(value, indent=2)))
@@ -170,10 +203,14 @@ def _section(shown: _Shown) -> str:
 
 
 def _figure(file: Path, title: str, wide: bool) -> str:
-    kind = "svg+xml" if file.suffix == ".svg" else "png"  # as an image, an SVG can neither run nor load anything
+    kind = (
+        "svg+xml" if file.suffix == ".svg" else "png"
+    )  # as an image, an SVG can neither run nor load anything
     data = b64encode(file.read_bytes()).decode()
     drawn = f'<img src="data:image/{kind};base64,{data}" alt="{title}">'
-    return f"<figure{' class=wide' if wide else ''}><figcaption>{title}</figcaption>{drawn}</figure>"
+    return (
+        f"<figure{' class=wide' if wide else ''}><figcaption>{title}</figcaption>{drawn}</figure>"
+    )
 
 
 def _details(title: str, text: str) -> str:

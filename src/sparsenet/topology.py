@@ -77,7 +77,9 @@ def fetch_from_file(name: str) -> Fetch:
     try:
         found = runpy.run_path(path).get(function)
     except Exception as error:  # noqa: BLE001  somebody else's code can raise anything
-        raise ValueError(f"fetch: expected a Python file that runs, found {path}: {error!r}") from None
+        raise ValueError(
+            f"fetch: expected a Python file that runs, found {path}: {error!r}"
+        ) from None
     if not callable(found):
         raise ValueError(f"fetch: expected a function {function!r} in {path}, found none")
 
@@ -85,7 +87,9 @@ def fetch_from_file(name: str) -> Fetch:
         try:
             return tuple(found(i))
         except Exception as error:  # noqa: BLE001
-            raise ValueError(f"fetch: expected {name} to give the sources of layer {i}, found {error!r}") from None
+            raise ValueError(
+                f"fetch: expected {name} to give the sources of layer {i}, found {error!r}"
+            ) from None
 
     return sources
 
@@ -103,10 +107,14 @@ class Topology:
         for i, read in enumerate(self.sources, start=1):
             layer = f"layer {i}" if i <= self.depth else "the stage output"
             if not read:
-                raise ValueError(f"topology: {layer} reads nothing; expected at least one earlier feature")
+                raise ValueError(
+                    f"topology: {layer} reads nothing; expected at least one earlier feature"
+                )
             for j in read:
                 if not 0 <= j < i:
-                    raise ValueError(f"topology: {layer} reads feature {j}; expected one of 0 to {i - 1}")
+                    raise ValueError(
+                        f"topology: {layer} reads feature {j}; expected one of 0 to {i - 1}"
+                    )
             if len(set(read)) < len(read):
                 raise ValueError(f"topology: {layer} reads a feature twice: {list(read)}")
 

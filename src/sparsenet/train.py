@@ -14,18 +14,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsenet import architecture, ops, optim, pictures
+from sparsenet import __version__, architecture, optim, pictures
 from sparsenet.arithmetic import Arithmetic, explain, settle
+from sparsenet.capture import Captures
+from sparsenet.checkpoints import Checkpoint, RunError
 from sparsenet.config import RunConfig, recipe
-from sparsenet.data import Dataset, Images, channel_statistics, load_dataset
+from sparsenet.data.dataset import Dataset, Images, channel_statistics
 from sparsenet.data.images import Preprocessing
+from sparsenet.data.load import load_dataset
 from sparsenet.data.sampling import Batches, plan_epoch, resized, stream, training_size
 from sparsenet.device import choose_device, free_memory, peak_memory_mb, place
+from sparsenet.environment import environment
 from sparsenet.evaluate import Evaluation, Scorer, evaluate, scorer
 from sparsenet.events import Concluded, EpochDone, Event, Message, Step, Stopped
+from sparsenet.files import write_json
 from sparsenet.model import SparseNet
-from sparsenet.run import Checkpoint, Run, RunError, environment, load_trained, version, write_json
-from sparsenet.step import Captures, TrainingStep
+from sparsenet.ops import dispatch
+from sparsenet.run import Run
+from sparsenet.schedule import learning_rate
+from sparsenet.step import TrainingStep
+from sparsenet.trained import load_trained
 
 ADVICE = "start again with a lower --lr, with --grad_clip or with --precision fp32"
 LOOK_EVERY = 1.0  # seconds between looks at the loss where a look makes the device wait
@@ -119,7 +127,7 @@ class Session:
     def about(self) -> dict[str, Any]:
         """What weights say of themselves."""
         return {
-            "sparsenet": version(),
+            "sparsenet": __version__,
             "architecture": self.config.network.to_dict(),
             "preprocessing": dataclasses.asdict(self.preprocessing),
             "classes": list(self.data.classes),
@@ -132,7 +140,7 @@ def prepare(config: RunConfig) -> tuple[RunConfig, Dataset, Preprocessing, torch
     """Loads the data and settles what only the data can say. Raises ``ValueError`` in one line."""
     device = choose_device(config.train.device)
     if config.train.implementation != "auto":
-        ops.choose(config.train.implementation, device)
+        dispatch.choose(config.train.implementation, device)
     data = load_dataset(config.data)
     channels, size = data.train.pixels.shape[1], data.train.pixels.shape[-1]
     if config.train.batch_size > len(data.train):
@@ -143,7 +151,9 @@ def prepare(config: RunConfig) -> tuple[RunConfig, Dataset, Preprocessing, torch
     network.sizes(size)
     for flag, most in (("shift", size - 1), ("cutout", size), ("first_size", size)):
         if (found := getattr(config.data, flag)) > most:
-            raise ValueError(f"--{flag}: expected at most {most} for images of {size} pixels a side, found {found}")
+            raise ValueError(
+                f"--{flag}: expected at most {most} for images of {size} pixels a side, found {found}"
+            )
     if config.data.first_size:
         try:
             network.sizes(config.data.first_size)
@@ -159,7 +169,10 @@ def prepare(config: RunConfig) -> tuple[RunConfig, Dataset, Preprocessing, torch
 
 
 def train(
-    config: RunConfig, run: Run, resume: bool = False, should_stop: Callable[[], str | None] = lambda: None
+    config: RunConfig,
+    run: Run,
+    resume: bool = False,
+    should_stop: Callable[[], str | None] = lambda: None,
 ) -> Iterator[Event]:
     """Trains into *run*, yielding what happens; ``should_stop`` is asked after every :class:`Step`.
 
@@ -171,7 +184,9 @@ def train(
     config, data, preprocessing, device = prepare(config)
     arithmetic = settle(config.train, run.resolved() if resume else {}, device)
     captures = Captures(device, config.train.capture)
-    session = Session(config, run, _on_device(data, device), preprocessing, device, arithmetic, captures)
+    session = Session(
+        config, run, _on_device(data, device), preprocessing, device, arithmetic, captures
+    )
     state = _new_state(session)
     resumed = list(_resume(session, state)) if resume else []  # refused before anything is written
     nodes = architecture.graph(config.network, preprocessing.size)
@@ -183,7 +198,9 @@ def train(
     run.write_metrics(state.rows)
     (run.path / "result.json").unlink(missing_ok=True)  # of fewer epochs
     steps = len(state.losses)
-    step = TrainingStep(state.model, state.optimizer, state.average, config, preprocessing, arithmetic.precision)
+    step = TrainingStep(
+        state.model, state.optimizer, state.average, config, preprocessing, arithmetic.precision
+    )
     act, score = captures(step, "the training step"), session.scorer(state.evaluated)
     saved = time.monotonic()
     stop: str | None = None
@@ -192,8 +209,12 @@ def train(
             yield event
             yield from map(Message, captures.tell())
             limit = config.train.time_limit
-            stop = should_stop() or (TIME_LIMIT if limit and time.monotonic() - began > limit else None)
-            within = state.step % steps > 0  # the end of an epoch is saved with its row, or not at all
+            stop = should_stop() or (
+                TIME_LIMIT if limit and time.monotonic() - began > limit else None
+            )
+            within = (
+                state.step % steps > 0
+            )  # the end of an epoch is saved with its row, or not at all
             if within and (stop or time.monotonic() - saved >= config.train.save_every):
                 _save_last(session, state)
                 saved = time.monotonic()
@@ -209,14 +230,18 @@ def train(
         yield from _conclude(session, state)
 
 
-def _train_epoch(session: Session, state: State, act: Callable[..., tuple[Tensor, ...]]) -> Iterator[Step]:
+def _train_epoch(
+    session: Session, state: State, act: Callable[..., tuple[Tensor, ...]]
+) -> Iterator[Step]:
     config, full, steps = session.config, session.preprocessing.size, len(state.losses)
     (epoch, start), seed = divmod(state.step, steps), config.train.seed
     size = training_size(epoch, config.train.max_epoch, config.data.first_size, full)
     images, batch_size = session.training_images(size), config.train.batch_size
     plan = plan_epoch(seed, epoch, len(images), config.data.scaled(size, full))
     batches = Batches(images, batch_size, plan, start, session.device)
-    rates, shares = optim.schedule(config.optim, epoch, steps, config.train.max_epoch, session.device)
+    rates, shares = optim.schedule(
+        config.optim, epoch, steps, config.train.max_epoch, session.device
+    )
     state.model.train()
     clock, before = time.perf_counter(), state.seconds
     looked = clock
@@ -226,7 +251,11 @@ def _train_epoch(session: Session, state: State, act: Callable[..., tuple[Tensor
         loss, wrong = act(pixels, labels, rates[number - 1], shares[number - 1], *moves)
         state.losses[number - 1], state.wrongs[number - 1] = loss, wrong
         state.step += 1
-        if session.device.type == "cpu" or number == steps or time.perf_counter() - looked > LOOK_EVERY:
+        if (
+            session.device.type == "cpu"
+            or number == steps
+            or time.perf_counter() - looked > LOOK_EVERY
+        ):
             mean, error = _progress(state, number, batch_size, len(images))
             looked = time.perf_counter()
             state.seconds = before + looked - clock
@@ -251,8 +280,10 @@ def _finish_epoch(session: Session, state: State, score: Scorer) -> EpochDone:
     tested = _evaluate(session, state.evaluated, data.test, score)
     validated = None if data.val is None else _evaluate(session, state.evaluated, data.val, score)
     if not all(math.isfinite(each.loss) for each in (tested, validated) if each):
-        raise DivergedError(f"the weights of step {state.step} give a loss that is not finite; {ADVICE}")
-    rate = optim.learning_rate(config.optim, state.step - 1, steps, config.train.max_epoch)
+        raise DivergedError(
+            f"the weights of step {state.step} give a loss that is not finite; {ADVICE}"
+        )
+    rate = learning_rate(config.optim, state.step - 1, steps, config.train.max_epoch)
     row: dict[str, float | None] = {
         "epoch": state.step // steps, "step": state.step, "lr": rate, "train_loss": loss, "train_error": error,
         "val_loss": validated.loss if validated else None, "val_error": validated.error if validated else None,
@@ -274,11 +305,22 @@ def _finish_epoch(session: Session, state: State, score: Scorer) -> EpochDone:
 
 
 def _evaluate(session: Session, model: nn.Module, images: Images, score: Scorer) -> Evaluation:
-    return evaluate(model, images, session.preprocessing, session.device, precision=session.precision, score=score)
+    return evaluate(
+        model,
+        images,
+        session.preprocessing,
+        session.device,
+        precision=session.precision,
+        score=score,
+    )
 
 
 def _save_last(session: Session, state: State) -> None:
-    manifest = {"epoch": state.step // len(state.losses), "about": session.about, **state.manifest()}
+    manifest = {
+        "epoch": state.step // len(state.losses),
+        "about": session.about,
+        **state.manifest(),
+    }
     session.run.save("last", state.step, _finite(state.tensors(), state.step), manifest)
 
 
@@ -291,7 +333,9 @@ def _save_best(session: Session, state: State) -> None:
 
 def _finite(tensors: dict[str, Tensor], step: int) -> dict[str, Tensor]:
     """The same *tensors*: a finite loss may have had gradients that were not, and nothing would undo a save."""
-    largest = nn.utils.get_total_norm([t for t in tensors.values() if t.is_floating_point()], math.inf)
+    largest = nn.utils.get_total_norm(
+        [t for t in tensors.values() if t.is_floating_point()], math.inf
+    )
     if not largest.isfinite():
         raise DivergedError(f"the weights of step {step} are not finite; {ADVICE}")
     return tensors
@@ -313,7 +357,9 @@ def _conclude(session: Session, state: State) -> Iterator[Event]:
     write_json(run.path / "result.json", result)
     title = f"{run.path.name} on {data.name}"
     pictures.draw_curves(state.rows, run.path / "curves.png", title)
-    pictures.draw_confusion(found.confusion(len(data.classes)), data.classes, run.path / "confusion.png")
+    pictures.draw_confusion(
+        found.confusion(len(data.classes)), data.classes, run.path / "confusion.png"
+    )
     pictures.draw_samples(
         data.test.pixels.cpu(),
         found.labels,
@@ -328,7 +374,9 @@ def _conclude(session: Session, state: State) -> Iterator[Event]:
 def _new_state(session: Session) -> State:
     config, device = session.config, session.device
     torch.manual_seed(stream(config.train.seed, "weights").initial_seed())
-    model = place(SparseNet(config.network, session.arithmetic.implementation, config.train.memory), device)
+    model = place(
+        SparseNet(config.network, session.arithmetic.implementation, config.train.memory), device
+    )
     average = copy.deepcopy(model) if config.optim.ema else None
     steps = -(-len(session.data.train) // config.train.batch_size)
     losses = torch.zeros(steps, device=device)
@@ -349,7 +397,9 @@ def _resume(session: Session, state: State) -> Iterator[Message]:
             f"found {len(session.data.classes)} classes in the data"
         )
     if Preprocessing(**checkpoint.manifest["about"]["preprocessing"]) != session.preprocessing:
-        raise RunError(f"{checkpoint.path}: expected the images it was trained on, found others (mean or size differ)")
+        raise RunError(
+            f"{checkpoint.path}: expected the images it was trained on, found others (mean or size differ)"
+        )
     steps = len(checkpoint.tensors["epoch.losses"])
     if steps != len(state.losses):
         raise RunError(
@@ -361,7 +411,11 @@ def _resume(session: Session, state: State) -> Iterator[Message]:
 
 
 def _introduce(session: Session, state: State, nodes: list[architecture.Node]) -> Iterator[Message]:
-    data, parameters, macs = session.data, sum(n.parameters for n in nodes), sum(n.macs for n in nodes)
+    data, parameters, macs = (
+        session.data,
+        sum(n.parameters for n in nodes),
+        sum(n.macs for n in nodes),
+    )
     held = f", {len(data.val)} validation" if data.val else ""
     yield Message(
         f"{data.name}: {len(data.train)} training{held} and {len(data.test)} test images, "

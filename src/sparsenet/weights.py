@@ -25,12 +25,20 @@ from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as serialise_tensors
 from torch import Tensor
 
-from sparsenet.files import cache_folder, fetch
+from sparsenet.downloads import fetch
+from sparsenet.files import cache_folder
 
-SHIPPED = Path(__file__).with_name("pretrained")  # NAME.safetensors, and index.json: NAME to SHA-256
+SHIPPED = Path(__file__).with_name(
+    "pretrained"
+)  # NAME.safetensors, and index.json: NAME to SHA-256
 SCHEME = "https://"
 LIMIT = 512 * 2**20  # bytes of a weights file
-RESULT = {"error": float, "top5_error": float, "images": int, "dataset": str}  # errors in percent; of which images
+RESULT = {
+    "error": float,
+    "top5_error": float,
+    "images": int,
+    "dataset": str,
+}  # errors in percent; of which images
 LARGEST = 4096  # side of images in pixels
 # What a file says of its network: a name to a type, to names that an object has, or to a list's kind of entries.
 ABOUT: dict[str, Any] = {
@@ -40,7 +48,10 @@ ABOUT: dict[str, Any] = {
     "classes": [str],
     "dataset": str,
     "recipe": {  # sparsenet.config.recipe
-        "data": {"test_fraction": float, "skip_corrupt": bool},  # which decide which images are the test images
+        "data": {
+            "test_fraction": float,
+            "skip_corrupt": bool,
+        },  # which decide which images are the test images
         "optim": dict,
         "train": {"seed": int},
     },
@@ -72,7 +83,9 @@ def load(source: str | Path, also: str = "") -> Weights:
     if name.startswith(SCHEME):
         return _downloaded(name)
     if "://" in name:
-        raise ValueError(f"{name}: expected an address that begins with {SCHEME}, found {name.split('://')[0]}://")
+        raise ValueError(
+            f"{name}: expected an address that begins with {SCHEME}, found {name.split('://')[0]}://"
+        )
     if name in shipped():
         return load_shipped(name)
     near = difflib.get_close_matches(name, shipped(), 1, 0.5)
@@ -100,7 +113,9 @@ def shipped() -> dict[str, str]:
 def pack(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> bytes:
     """A weights file of :func:`rounded` *tensors*; ``ValueError`` where *about* has not what :data:`ABOUT` lists."""
     if wrong := _wrong(about):
-        raise ValueError(f"weights: expected what a weights file says of its network, found {wrong}")
+        raise ValueError(
+            f"weights: expected what a weights file says of its network, found {wrong}"
+        )
     whole = {name: value.cpu().contiguous() for name, value in tensors.items()}
     return serialise_tensors(whole, {"sparsenet": json.dumps(about)})
 
@@ -112,7 +127,9 @@ def rounded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         wanted = torch.float16 if value.ndim >= 2 else torch.float32
         found[name] = value.detach().to(wanted) if value.is_floating_point() else value
         if not found[name].isfinite().all():
-            raise ValueError(f"{name}: expected numbers within ±65504, which fp16 has, found others")
+            raise ValueError(
+                f"{name}: expected numbers within ±65504, which fp16 has, found others"
+            )
     return found
 
 
@@ -120,11 +137,15 @@ def load_shipped(name: str) -> Weights:
     """The weights of a network that come with the package; ``ValueError`` in one line where it has none."""
     if name not in shipped():
         names = ", ".join(shipped()) or "none has any yet"
-        raise ValueError(f"pretrained: expected the name of a network that has weights ({names}), found {name!r}")
+        raise ValueError(
+            f"pretrained: expected the name of a network that has weights ({names}), found {name!r}"
+        )
     path = SHIPPED / f"{name}.safetensors"
     data = _read(path, name)
     if hashlib.sha256(data).hexdigest() != shipped()[name]:
-        raise ValueError(f"{path}: expected the weights that the package came with, found others: install it again")
+        raise ValueError(
+            f"{path}: expected the weights that the package came with, found others: install it again"
+        )
     return _parse(data, name, path)
 
 
@@ -132,8 +153,12 @@ def _downloaded(address: str) -> Weights:
     url, _, fragment = address.partition("#")
     pinned = re.fullmatch(r"(?:sha256=([0-9a-f]{64}))?", fragment.lower())
     if not pinned:
-        raise ValueError(f"{address}: expected #sha256= and 64 hexadecimal digits at its end, found #{fragment}")
-    key = hashlib.sha256(address.encode()).hexdigest()[:32]  # with the hash: a kept file is the one asked for
+        raise ValueError(
+            f"{address}: expected #sha256= and 64 hexadecimal digits at its end, found #{fragment}"
+        )
+    key = hashlib.sha256(address.encode()).hexdigest()[
+        :32
+    ]  # with the hash: a kept file is the one asked for
     kept = cache_folder() / "weights" / f"{key}.safetensors"
     if kept.exists():
         with suppress(ValueError):  # damaged meanwhile: fetched again
@@ -146,7 +171,9 @@ def _downloaded(address: str) -> Weights:
             found = _checked(part, address, pinned[1])
             part.replace(kept)
     except OSError as error:
-        raise ValueError(f"{address}: expected a cache that can be written, found: {error}") from None
+        raise ValueError(
+            f"{address}: expected a cache that can be written, found: {error}"
+        ) from None
     return Weights(address, kept, found.tensors, found.about)
 
 
@@ -154,7 +181,9 @@ def _fetch(url: str, part: Path, address: str) -> None:
     try:
         fetch(url, part, limit=LIMIT)
     except (OSError, HTTPException, ValueError) as error:  # ValueError: no such address can be
-        raise ValueError(f"{address}: expected a weights file, found: {error or type(error).__name__}") from None
+        raise ValueError(
+            f"{address}: expected a weights file, found: {error or type(error).__name__}"
+        ) from None
 
 
 def _checked(path: Path, address: str, sha256: str | None) -> Weights:
@@ -168,10 +197,14 @@ def _checked(path: Path, address: str, sha256: str | None) -> Weights:
 def _read(path: Path, where: str) -> bytes:
     try:
         if path.stat().st_size > LIMIT:
-            raise ValueError(f"{where}: expected at most {LIMIT / 2**20:.0f} MiB of weights, found more")
+            raise ValueError(
+                f"{where}: expected at most {LIMIT / 2**20:.0f} MiB of weights, found more"
+            )
         return path.read_bytes()
     except OSError as error:
-        raise ValueError(f"{where}: expected a readable weights file, found: {error.strerror}") from None
+        raise ValueError(
+            f"{where}: expected a readable weights file, found: {error.strerror}"
+        ) from None
 
 
 def description(data: bytes) -> Any:
@@ -184,10 +217,21 @@ def _parse(data: bytes, where: str, path: Path) -> Weights:
     try:
         stored = parse_tensors(data)
         about = description(data)
-    except (SafetensorError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-        raise ValueError(f"{where}: expected a safetensors file, found another kind or damage ({error})") from None
+    except (
+        SafetensorError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise ValueError(
+            f"{where}: expected a safetensors file, found another kind or damage ({error})"
+        ) from None
     if wrong := _wrong(about):
-        raise ValueError(f"{where}: expected a file from sparsenet export --format safetensors, found {wrong}")
+        raise ValueError(
+            f"{where}: expected a file from sparsenet export --format safetensors, found {wrong}"
+        )
     # Copied: what safetensors gives does not begin where kernels expect a tensor to begin.
     tensors = {
         name: value.to(torch.float32 if value.is_floating_point() else value.dtype, copy=True)
@@ -212,7 +256,11 @@ def _wrong(about: Any) -> str | None:
         return "names that cannot be printed"
     network, images = about["architecture"], about["preprocessing"]
     channels = {network["in_chans"], images["channels"], len(images["mean"]), len(images["std"])}
-    if len(channels) > 1 or not 1 <= images["size"] <= LARGEST or not all(map(math.isfinite, images["mean"])):
+    if (
+        len(channels) > 1
+        or not 1 <= images["size"] <= LARGEST
+        or not all(map(math.isfinite, images["mean"]))
+    ):
         return "a description whose 'preprocessing' does not fit the network"
     if not all(0 < std < math.inf for std in images["std"]):
         return "a description whose 'preprocessing' divides by nothing"
@@ -223,7 +271,9 @@ def _wrong(about: Any) -> str | None:
 
 def _fits(value: Any, kind: Any) -> bool:
     if isinstance(kind, dict):
-        return isinstance(value, dict) and all(_fits(value.get(name), inner) for name, inner in kind.items())
+        return isinstance(value, dict) and all(
+            _fits(value.get(name), inner) for name, inner in kind.items()
+        )
     if isinstance(kind, list):
         return isinstance(value, list) and all(_fits(entry, kind[0]) for entry in value)
     return isinstance(value, kind) and isinstance(value, bool) == (kind is bool)

@@ -35,7 +35,11 @@ def _networks() -> dict[str, dict[str, Any]]:
         fetch = "dense" if family.startswith("densenet") else "sparse"
         for depth, *growth in rows:
             name = "_".join(map(str, (family, depth, *growth)))
-            settings = {"depth": depth, "growth_rate": tuple(growth), "bottleneck": family.endswith("_bc")}
+            settings = {
+                "depth": depth,
+                "growth_rate": tuple(growth),
+                "bottleneck": family.endswith("_bc"),
+            }
             found[name] = {"fetch": fetch, **settings}
     for fetch in ("sparse", "dense"):
         for number, blocks in IMAGENET_BLOCKS.items():
@@ -65,7 +69,9 @@ def known(name: str) -> str:
     """*name*, if a network has it; ``ValueError`` with the nearest names otherwise."""
     if name not in NETWORKS:
         near = difflib.get_close_matches(name, NETWORKS, 3, 0.5) or list(NETWORKS)[:3]
-        raise ValueError(f"model: expected a name such as {', '.join(near)}, found {name!r} (see list_models())")
+        raise ValueError(
+            f"model: expected a name such as {', '.join(near)}, found {name!r} (see list_models())"
+        )
     return name
 
 
@@ -109,21 +115,27 @@ def stored_architecture(found: Weights) -> Architecture:
     """The architecture that a weights file is of; ``ValueError`` for one that this version does not know."""
     try:
         stored = Architecture(**found.about["architecture"])
-        if sum(stored.stage_depths) > len(found.tensors):  # no network is built for a file that cannot fill it
+        if sum(stored.stage_depths) > len(
+            found.tensors
+        ):  # no network is built for a file that cannot fill it
             raise ValueError(f"{sum(stored.stage_depths)} layers for {len(found.tensors)} tensors")
         return stored
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise _unknown(found, error) from None
 
 
-def filled(wanted: Architecture, found: Weights, implementation: str = "auto", memory: str = "normal") -> SparseNet:
+def filled(
+    wanted: Architecture, found: Weights, implementation: str = "auto", memory: str = "normal"
+) -> SparseNet:
     """A network with the tensors of a weights file; ``ValueError`` naming one that does not fit."""
     try:
         with torch.device("meta"):  # shapes alone: a file that does not fit takes no memory
             model = SparseNet(wanted, implementation, memory)
     except (RuntimeError, TypeError) as error:  # widths that no tensor has
         raise _unknown(found, error) from None
-    expected, kinds = ({n: (*t.shape, t.dtype) for n, t in d.items()} for d in (model.state_dict(), found.tensors))
+    expected, kinds = (
+        {n: (*t.shape, t.dtype) for n, t in d.items()} for d in (model.state_dict(), found.tensors)
+    )
     for name in sorted(expected.keys() | kinds.keys()):
         if expected.get(name) != kinds.get(name):
             raise ValueError(
@@ -136,15 +148,31 @@ def filled(wanted: Architecture, found: Weights, implementation: str = "auto", m
 
 def _unknown(found: Weights, error: Exception) -> ValueError:
     first = str(error).partition("\n")[0]
-    return ValueError(f"{found.source}: expected an architecture that this version knows, found: {first}")
+    return ValueError(
+        f"{found.source}: expected an architecture that this version knows, found: {first}"
+    )
 
 
 def _fitting(wanted: Architecture, found: Weights) -> Architecture:
     """*wanted* with the classes of the weights; ``ValueError`` where they are of another network."""
     theirs = stored_architecture(found)
-    if (wanted.stages, wanted.stem, wanted.in_chans) != (theirs.stages, theirs.stem, theirs.in_chans):
-        names = [f.name for f in dataclasses.fields(Architecture) if f.name not in ("dropout", "num_classes")]
+    if (wanted.stages, wanted.stem, wanted.in_chans) != (
+        theirs.stages,
+        theirs.stem,
+        theirs.in_chans,
+    ):
+        names = [
+            f.name
+            for f in dataclasses.fields(Architecture)
+            if f.name not in ("dropout", "num_classes")
+        ]
         pairs = ((name, getattr(theirs, name), getattr(wanted, name)) for name in names)
-        other = ", ".join(f"{name} {reprlib.repr(a)} instead of {reprlib.repr(b)}" for name, a, b in pairs if a != b)
-        raise ValueError(f"{found.source}: expected weights of this network, found those of one with {other}")
+        other = ", ".join(
+            f"{name} {reprlib.repr(a)} instead of {reprlib.repr(b)}"
+            for name, a, b in pairs
+            if a != b
+        )
+        raise ValueError(
+            f"{found.source}: expected weights of this network, found those of one with {other}"
+        )
     return dataclasses.replace(wanted, num_classes=theirs.num_classes)

@@ -14,14 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsenet.data.dataset import DataConfig
+from sparsenet.data.config import DataConfig
 
 OPERATIONS = (  # of TrivialAugment, arXiv:2103.10158
     "identity", "shear_x", "shear_y", "translate_x", "translate_y", "rotate", "brightness", "colour", "contrast",
     "sharpness", "posterize", "solarize", "autocontrast", "equalize",
 )  # fmt: skip
 # Its "wide" ranges, but for the translation: 32 pixels would move a small image out of sight.
-SHEAR, ROTATION, TRANSLATION = 0.99, math.radians(135), 10 / 32  # the translation as a part of the side
+SHEAR, ROTATION, TRANSLATION = (
+    0.99,
+    math.radians(135),
+    10 / 32,
+)  # the translation as a part of the side
 BLEND = 0.99  # how far the factor of a blend goes from 1
 DROPPED = 6  # low bits, of 8
 
@@ -37,7 +41,9 @@ class Moves(NamedTuple):
     offsets: Tensor  # (N, 2) int64: row and column of the crop, each from 0 to 2 * shift
     flips: Tensor  # (N,) bool
     operations: Tensor = _NONE  # (N,) int64: places in OPERATIONS
-    strengths: Tensor = _NONE  # (N,) float32: how far the operation goes, from -1 to 1; 0: not at all
+    strengths: Tensor = (
+        _NONE  # (N,) float32: how far the operation goes, from -1 to 1; 0: not at all
+    )
     holes: Tensor = _NONE  # (N, 2) float32: centre of what is greyed out
     shares: Tensor = _NONE  # (N,) float32: of the image itself, the rest being its partner's
     cuts: Tensor = _NONE  # (N,) bool: the partner's share is a square of it, not a faint whole
@@ -58,7 +64,9 @@ def augment(batch: Tensor, moves: Moves, config: DataConfig, fill: Tensor) -> Te
     return batch
 
 
-def shift_and_mirror(batch: Tensor, offsets: Tensor, flips: Tensor, shift: int, fill: Tensor) -> Tensor:
+def shift_and_mirror(
+    batch: Tensor, offsets: Tensor, flips: Tensor, shift: int, fill: Tensor
+) -> Tensor:
     """Pads images uint8 ``(N, C, H, W)`` by *shift* with *fill*, crops each at its offsets, mirrors the flipped."""
     n, channels, height, width = batch.shape
     padded = batch.new_zeros(n, channels, height + 2 * shift, width + 2 * shift)
@@ -67,7 +75,9 @@ def shift_and_mirror(batch: Tensor, offsets: Tensor, flips: Tensor, shift: int, 
     columns = torch.arange(width, device=batch.device)
     columns = torch.where(flips[:, None], columns.flip(0), columns) + offsets[:, 1:]  # (N, W)
     rows = torch.arange(height, device=batch.device) + offsets[:, :1]  # (N, H)
-    source = rows[:, :, None] * padded.shape[3] + columns[:, None, :]  # (N, H, W), into the padded image
+    source = (
+        rows[:, :, None] * padded.shape[3] + columns[:, None, :]
+    )  # (N, H, W), into the padded image
     source = source.view(n, 1, height * width).expand(-1, channels, -1)
     return padded.flatten(2).gather(2, source).view_as(batch)
 
@@ -93,8 +103,13 @@ def _move(batch: Tensor, amounts: dict[str, Tensor], fill: Tensor) -> Tensor:
     angles = amounts["rotate"] * ROTATION
     columns = angles.cos() * x + (amounts["shear_x"] * SHEAR - angles.sin()) * y
     rows = angles.cos() * y + (amounts["shear_y"] * SHEAR + angles.sin()) * x
-    columns, rows = columns + 2 * TRANSLATION * amounts["translate_x"], rows + 2 * TRANSLATION * amounts["translate_y"]
-    return F.grid_sample(batch - ground, torch.stack((columns, rows), 3), align_corners=False) + ground
+    columns, rows = (
+        columns + 2 * TRANSLATION * amounts["translate_x"],
+        rows + 2 * TRANSLATION * amounts["translate_y"],
+    )
+    return (
+        F.grid_sample(batch - ground, torch.stack((columns, rows), 3), align_corners=False) + ground
+    )
 
 
 def _blend(images: Tensor, amounts: dict[str, Tensor]) -> Tensor:
@@ -102,7 +117,9 @@ def _blend(images: Tensor, amounts: dict[str, Tensor]) -> Tensor:
     red, green, blue = images.expand(-1, 3, -1, -1).split(1, 1)
     grey = 0.299 * red + 0.587 * green + 0.114 * blue
     smooth = images.clone()  # at the edge, where a pixel lacks neighbours, it stays
-    smooth[:, :, 1:-1, 1:-1] = ((9 * F.avg_pool2d(images, 3, 1, 1) + 4 * images) / 13)[:, :, 1:-1, 1:-1]
+    smooth[:, :, 1:-1, 1:-1] = ((9 * F.avg_pool2d(images, 3, 1, 1) + 4 * images) / 13)[
+        :, :, 1:-1, 1:-1
+    ]
     change = amounts["brightness"][:, None] * images
     change += amounts["colour"][:, None] * (images - grey)
     change += amounts["contrast"][:, None] * (images - grey.mean((2, 3), keepdim=True).round())
@@ -112,7 +129,9 @@ def _blend(images: Tensor, amounts: dict[str, Tensor]) -> Tensor:
 
 def _levels(pixels: Tensor, amounts: dict[str, Tensor], chosen: dict[str, Tensor]) -> Tensor:
     """What the levels of pixels int64 ``(N, C, P)`` become: int64 ``(N, C, 256)``."""
-    counts = pixels.new_zeros(*pixels.shape[:2], 256).scatter_add_(2, pixels, torch.ones_like(pixels))
+    counts = pixels.new_zeros(*pixels.shape[:2], 256).scatter_add_(
+        2, pixels, torch.ones_like(pixels)
+    )
     below = counts.cumsum(2) - counts
     low, high = pixels.amin(2, keepdim=True), pixels.amax(2, keepdim=True)
     step = below.gather(2, high) // 255

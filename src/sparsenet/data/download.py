@@ -7,7 +7,7 @@ from http.client import HTTPException
 from pathlib import Path
 
 from sparsenet.data.errors import DataError, reason
-from sparsenet.files import fetch
+from sparsenet.downloads import fetch
 
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/"
 
@@ -22,11 +22,15 @@ def download(url: str, target: Path, md5: str, timeout: float = 30.0) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         fetch(url, part, timeout)
         with part.open("rb") as file:
-            found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+            found = hashlib.file_digest(
+                file, lambda: hashlib.md5(usedforsecurity=False)
+            ).hexdigest()
     except (OSError, HTTPException) as error:
         todo = f"run again to resume, or put {target.name} into --dataset_dir"
         raise DataError(f"--download: expected {url}, found {reason(error)}: {todo}") from error
     if found != md5:
         part.unlink()
-        raise DataError(f"--download: expected MD5 {md5} of {url}, found {found}: deleted; run again")
+        raise DataError(
+            f"--download: expected MD5 {md5} of {url}, found {found}: deleted; run again"
+        )
     return part.replace(target)

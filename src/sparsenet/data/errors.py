@@ -31,7 +31,9 @@ def reason(error: BaseException) -> str:
 
 
 @contextmanager
-def decoding(where: str, expected: str, *damage: type[Exception], error: type[DataError] = DataError) -> Iterator[None]:
+def decoding(
+    where: str, expected: str, *damage: type[Exception], error: type[DataError] = DataError
+) -> Iterator[None]:
     """Turns what a decoder raises, :data:`DAMAGE` and *damage*, into an *error* that names *where*."""
     try:
         yield

@@ -21,8 +21,28 @@ from sparsenet.data.dataset import Example, Images, Split
 from sparsenet.data.errors import DAMAGE, BadImage, decoding
 from sparsenet.extras import require
 
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # none for which Pillow runs a program (EPS)
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
+FORMATS = (
+    "BMP",
+    "GIF",
+    "JPEG",
+    "PNG",
+    "PPM",
+    "TIFF",
+    "WEBP",
+)  # none for which Pillow runs a program (EPS)
+SUFFIXES = (
+    ".bmp",
+    ".gif",
+    ".jpeg",
+    ".jpg",
+    ".pgm",
+    ".png",
+    ".pnm",
+    ".ppm",
+    ".tif",
+    ".tiff",
+    ".webp",
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +69,9 @@ class Preprocessing:
 def _affine(
     mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    means, deviations = (torch.tensor(v, dtype=torch.float64).view(1, -1, 1, 1) for v in (mean, std))
+    means, deviations = (
+        torch.tensor(v, dtype=torch.float64).view(1, -1, 1, 1) for v in (mean, std)
+    )
     return (1 / (255 * deviations)).to(device, dtype), (-means / deviations).to(device, dtype)
 
 
@@ -65,7 +87,9 @@ def read_image(source: Path | bytes, size: int, channels: int, name: str = "") -
         return _read(example, size, channels)
 
 
-def read_images(split: Split, size: int, channels: int, skip_corrupt: bool = False) -> tuple[Images, tuple[str, ...]]:
+def read_images(
+    split: Split, size: int, channels: int, skip_corrupt: bool = False
+) -> tuple[Images, tuple[str, ...]]:
     """A split's images, read by several threads but in the split's order, and the names of those skipped."""
     if isinstance(split, Images) and split.pixels.shape[1:] == (channels, size, size):
         return split, ()
@@ -86,7 +110,9 @@ def read_images(split: Split, size: int, channels: int, skip_corrupt: bool = Fal
                     skipped.append(example.name)
                 else:
                     raise BadImage(f"{image}; --skip_corrupt leaves such images out")
-    return Images(torch.from_numpy(pixels[: len(labels)]), torch.tensor(labels).long()), tuple(skipped)
+    return Images(torch.from_numpy(pixels[: len(labels)]), torch.tensor(labels).long()), tuple(
+        skipped
+    )
 
 
 def _waves(split: Split) -> Iterator[list[list[Example]]]:
@@ -101,7 +127,10 @@ def common_size(split: Split) -> int:
     sizes: set[tuple[int, int]] = set()
     with _bombs_are_errors():
         for example in split:
-            with suppress(BadImage), _opened(example) as image:  # a bad one is reported when it is decoded
+            with (
+                suppress(BadImage),
+                _opened(example) as image,
+            ):  # a bad one is reported when it is decoded
                 sizes.add(image.size)
             if len(sizes) > 1:
                 return 64
@@ -130,9 +159,13 @@ def _opened(example: Example) -> Iterator[Any]:
             yield pillow.fromarray(source[0] if len(source) == 1 else source.transpose(1, 2, 0))
             return
         try:
-            image = pillow.open(BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
+            image = pillow.open(
+                BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS
+            )
         except pillow.UnidentifiedImageError:
-            raise BadImage(f"{name}: expected an image ({', '.join(FORMATS)}), found none") from None
+            raise BadImage(
+                f"{name}: expected an image ({', '.join(FORMATS)}), found none"
+            ) from None
         with image:
             yield image
 
@@ -145,10 +178,15 @@ def _attempt(example: Example, size: int, channels: int) -> np.ndarray | BadImag
 
 
 def _read(example: Example, size: int, channels: int) -> np.ndarray:
-    ops, bilinear = require("PIL.ImageOps", "train"), require("PIL.Image", "train").Resampling.BILINEAR
+    ops, bilinear = (
+        require("PIL.ImageOps", "train"),
+        require("PIL.Image", "train").Resampling.BILINEAR,
+    )
     with _opened(example) as image:
         if size:
-            image.draft(None, (2 * size, 2 * size))  # lets a large JPEG decode at 1/2, 1/4 or 1/8 of its size
+            image.draft(
+                None, (2 * size, 2 * size)
+            )  # lets a large JPEG decode at 1/2, 1/4 or 1/8 of its size
         image.load()
         with suppress(*DAMAGE):  # bad metadata spoil no image
             ops.exif_transpose(image, in_place=True)

@@ -23,22 +23,37 @@ def parquet_files(root: Path, split: str = "") -> list[Path]:
     return sorted(root.glob(f"{split}*.parquet")) or sorted(root.glob(f"data/{split}*.parquet"))
 
 
+def holds(root: Path, name: str) -> bool:
+    """Whether there is a parquet file in *root* or its folder ``data``."""
+    return bool(parquet_files(root))
+
+
+def open_source(root: Path, name: str) -> Source:
+    return open_parquet(root)
+
+
 def open_parquet(root: Path) -> Source:
     """The splits train, test and validation in *root*. Raises :class:`DataError` naming file, column or row.
 
     The image column is a struct with the field ``bytes``, the label column integer; class names come from
     the ``huggingface`` metadata. A validation split without a test split is the test split.
     """
-    files = {split: paths for split in ("train", "val", "test") if (paths := parquet_files(root, split))}
+    files = {
+        split: paths for split in ("train", "val", "test") if (paths := parquet_files(root, split))
+    }
     if "train" not in files:
         found = ", ".join(path.name for path in parquet_files(root)[:5]) or "none"
         raise DataError(f"--dataset_dir: expected train*.parquet in {root}, found {found}")
     if "test" not in files and "val" in files:
         files["test"] = files.pop("val")
     image, column, classes = _columns(files["train"][0])
-    labels = {s: np.concatenate([_labels(path, column, len(classes)) for path in files[s]]) for s in files}
+    labels = {
+        s: np.concatenate([_labels(path, column, len(classes)) for path in files[s]]) for s in files
+    }
     if not classes:
-        classes = tuple(map(str, range(1 + max(int(part.max(initial=0)) for part in labels.values()))))
+        classes = tuple(
+            map(str, range(1 + max(int(part.max(initial=0)) for part in labels.values())))
+        )
     splits: dict[str, Split] = {s: ParquetSplit(tuple(files[s]), image, labels[s]) for s in files}
     return Source(root.resolve().name, classes, 3, splits)
 
@@ -61,12 +76,17 @@ class ParquetSplit:
                 batches = file.iter_batches(batch_size=1024, columns=[self.image])
                 cells = (cell for batch in batches for cell in batch.column(self.image).to_pylist())
                 for row, cell in enumerate(cells):
-                    yield Example(f"{path} row {row}", (cell or {}).get("bytes") or b"", next(labels))
+                    yield Example(
+                        f"{path} row {row}", (cell or {}).get("bytes") or b"", next(labels)
+                    )
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    with decoding(str(path), "a parquet file"), require("pyarrow.parquet", "train").ParquetFile(path) as file:
+    with (
+        decoding(str(path), "a parquet file"),
+        require("pyarrow.parquet", "train").ParquetFile(path) as file,
+    ):
         yield file
 
 
@@ -76,10 +96,16 @@ def _columns(path: Path) -> tuple[str, str, tuple[str, ...]]:
     with _opened(path) as file:
         schema = file.schema_arrow
         kinds = dict(zip(schema.names, schema.types, strict=True))
-        images = [name for name in kinds if types.is_struct(kinds[name]) and kinds[name].get_field_index("bytes") >= 0]
+        images = [
+            name
+            for name in kinds
+            if types.is_struct(kinds[name]) and kinds[name].get_field_index("bytes") >= 0
+        ]
         labels = [name for name in LABELS if name in kinds and types.is_integer(kinds[name])]
         if not images or not labels:
-            expected = f"an image column (struct with bytes) and an integer column {' or '.join(LABELS)}"
+            expected = (
+                f"an image column (struct with bytes) and an integer column {' or '.join(LABELS)}"
+            )
             raise DataError(f"{path}: expected {expected}, found the columns {', '.join(kinds)}")
         metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
         names = metadata.get("info", {}).get("features", {}).get(labels[0], {}).get("names") or ()

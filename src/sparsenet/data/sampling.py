@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsenet.data.augment import OPERATIONS, Moves
-from sparsenet.data.dataset import DataConfig, Images
+from sparsenet.data.config import DataConfig
+from sparsenet.data.dataset import Images
 
 
 def stream(seed: int, *key: int | str) -> torch.Generator:
@@ -36,17 +37,23 @@ def plan_epoch(seed: int, epoch: int, count: int, config: DataConfig) -> EpochPl
         return torch.rand(count, *shape, generator=stream(seed, purpose, epoch))
 
     order = torch.randperm(count, generator=stream(seed, "order", epoch))
-    offsets = torch.randint(2 * config.shift + 1, (count, 2), generator=stream(seed, "offsets", epoch))
+    offsets = torch.randint(
+        2 * config.shift + 1, (count, 2), generator=stream(seed, "offsets", epoch)
+    )
     moves = Moves(offsets, (uniform("flips") < 0.5) & config.mirror)
     if config.trivial_augment:
-        operations = torch.randint(len(OPERATIONS), (count,), generator=stream(seed, "operations", epoch))
+        operations = torch.randint(
+            len(OPERATIONS), (count,), generator=stream(seed, "operations", epoch)
+        )
         moves = moves._replace(operations=operations, strengths=2 * uniform("strengths") - 1)
     if config.cutout:
         moves = moves._replace(holes=uniform("holes", 2))
     if config.mixup or config.cutmix:
         cuts = uniform("cuts") < bool(config.cutmix) / (bool(config.mixup) + bool(config.cutmix))
         alphas = np.where(cuts, config.cutmix, config.mixup)
-        random = np.random.default_rng(stream(seed, "shares", epoch).initial_seed())  # torch's takes no generator
+        random = np.random.default_rng(
+            stream(seed, "shares", epoch).initial_seed()
+        )  # torch's takes no generator
         shares = torch.from_numpy(random.beta(alphas, alphas)).float()
         moves = moves._replace(shares=shares, cuts=cuts, boxes=uniform("boxes", 2))
     return EpochPlan(order, moves)
@@ -72,7 +79,9 @@ def resized(images: Images, size: int) -> Images:
         return images
     pixels = images.pixels.new_empty(*images.pixels.shape[:2], size, size)
     for part, small in zip(images.pixels.split(256), pixels.split(256), strict=True):
-        small.copy_(F.interpolate(part.float(), (size, size), mode="bilinear", antialias=True).round())
+        small.copy_(
+            F.interpolate(part.float(), (size, size), mode="bilinear", antialias=True).round()
+        )
     return Images(pixels, images.labels)
 
 
@@ -85,7 +94,9 @@ def stratified_split(labels: Tensor, fraction: float, seed: int = 0) -> tuple[Te
     for label in torch.bincount(labels).nonzero().flatten().tolist():
         members = (labels == label).nonzero().flatten()
         count = min(max(round(fraction * len(members)), 1), len(members) - 1)
-        held[members[torch.randperm(len(members), generator=stream(seed, "split", label))[:count]]] = True
+        held[
+            members[torch.randperm(len(members), generator=stream(seed, "split", label))[:count]]
+        ] = True
     return (~held).nonzero().flatten(), held.nonzero().flatten()
 
 
@@ -121,5 +132,7 @@ class Batches:
 
 def _move(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)  # from other memory a copy waits for the device
+        return tensor.pin_memory().to(
+            device, non_blocking=True
+        )  # from other memory a copy waits for the device
     return tensor.to(device)

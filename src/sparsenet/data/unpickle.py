@@ -27,7 +27,9 @@ def load_pickle(data: bytes, name: str) -> dict[bytes, Any]:
         loaded = _Reader(BytesIO(data), name).load()
     if not isinstance(loaded, dict):
         raise DataError(f"{name}: expected a pickled dictionary, found {type(loaded).__name__}")
-    return {key: value.array if isinstance(value, _Array) else value for key, value in loaded.items()}
+    return {
+        key: value.array if isinstance(value, _Array) else value for key, value in loaded.items()
+    }
 
 
 class _Dtype:
@@ -62,7 +64,9 @@ class _Bytes(bytes):
     def __new__(cls, text: str, encoding: str) -> _Bytes:
         return super().__new__(cls, text.encode("latin-1"))
 
-    def __setstate__(self, state: object) -> None:  # without it, a pickle could set attributes of this class
+    def __setstate__(
+        self, state: object
+    ) -> None:  # without it, a pickle could set attributes of this class
         raise TypeError("bytes have no state")
 
 
@@ -84,4 +88,6 @@ class _Reader(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> type:
         if stand_in := _STAND_INS.get(f"{module}.{name}"):
             return stand_in
-        raise DataError(f"{self.name}: expected arrays and numbers only, found a call of {module}.{name}: refused")
+        raise DataError(
+            f"{self.name}: expected arrays and numbers only, found a call of {module}.{name}: refused"
+        )

@@ -43,6 +43,8 @@ class Block:
             kept, self.memory = self.memory, None
             return kept if kept is not None and size <= len(kept) <= self.wanted else None
 
-    def _give_back(self, memory: Tensor) -> None:  # takes no lock, since it may be called at any moment
+    def _give_back(
+        self, memory: Tensor
+    ) -> None:  # takes no lock, since it may be called at any moment
         if len(memory) >= self.wanted:
             self.memory = memory

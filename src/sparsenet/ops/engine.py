@@ -48,7 +48,11 @@ class Engine(ABC):
 
     def take(self, parameters: Sequence[Tensor]) -> None:
         n = len(self.plan.reads)
-        self.scales, self.shifts, self.weights = parameters[:n], parameters[n : 2 * n], parameters[2 * n :]
+        self.scales, self.shifts, self.weights = (
+            parameters[:n],
+            parameters[n : 2 * n],
+            parameters[2 * n :],
+        )
 
     def empty(self, width: int) -> Tensor:
         """Uninitialised memory for *width* channels, flat."""
@@ -77,13 +81,22 @@ class Engine(ABC):
     @cached_property
     def kept(self) -> tuple[Tensor, ...]:
         """What backward needs besides the parameters: the features' block, ``mean, rstd`` of all channels, casts."""
-        return self.empty(self.columns.total), self.scales[0].new_empty(2, sum(self.widths)), *self.cast_weights()
+        return (
+            self.empty(self.columns.total),
+            self.scales[0].new_empty(2, sum(self.widths)),
+            *self.cast_weights(),
+        )
 
     def cast_weights(self) -> list[Tensor]:
         """The weights in the features' precision and layout, once a step; none where they are so already."""
-        if all(w.dtype == self.dtype and w.is_contiguous(memory_format=self.layout) for w in self.weights):
+        if all(
+            w.dtype == self.dtype and w.is_contiguous(memory_format=self.layout)
+            for w in self.weights
+        ):
             return []
-        casts = [torch.empty_like(w, dtype=self.dtype, memory_format=self.layout) for w in self.weights]
+        casts = [
+            torch.empty_like(w, dtype=self.dtype, memory_format=self.layout) for w in self.weights
+        ]
         torch._foreach_copy_(casts, list(self.weights))
         return casts
 
@@ -113,7 +126,9 @@ class Engine(ABC):
     def _views(self, block: Tensor) -> list[Tensor]:
         starts = [self.pixels * first for first in self.columns.first]
         pairs = zip(starts, self.widths, strict=True)
-        return [self.view(block[start : start + self.pixels * width], width) for start, width in pairs]
+        return [
+            self.view(block[start : start + self.pixels * width], width) for start, width in pairs
+        ]
 
     def view(self, flat: Tensor, width: int) -> Tensor:
         """``(N, width, H, W)`` in the engine's layout."""
@@ -233,14 +248,18 @@ class Joined:
         found = reduce(torch.add, before + [self.made[k] for k in terms])
         if len(self.plan.terms[j]) > 1:
             self.total = found
-        self.made = {k: tensor for k, tensor in self.made.items() if self.plan.last_added.get(k, 0) > j}
+        self.made = {
+            k: tensor for k, tensor in self.made.items() if self.plan.last_added.get(k, 0) > j
+        }
         return found
 
     def share_out(self, j: int, gradient: Callable[[], Tensor]) -> Tensor | None:
         """Adds that of sum *j* to its terms', and gives what has come together for *j*; from the last *j* to 0."""
         goes_on, terms = self.plan.additions[j]
         parts = [gradient()] if self.read else []
-        if len(self.plan.terms[j]) > 1 and self.total is not None:  # of the sum that went on from this one
+        if (
+            len(self.plan.terms[j]) > 1 and self.total is not None
+        ):  # of the sum that went on from this one
             parts.append(self.total)
             self.total = None
         if parts:
@@ -266,9 +285,15 @@ def aggregate(
     Raises ``ValueError`` for one value per channel in training, which has no variance.
     """
     if training and x.numel() == x.shape[1]:
-        raise ValueError(f"batch norm: expected more than 1 value per channel in training, found {list(x.shape)}")
+        raise ValueError(
+            f"batch norm: expected more than 1 value per channel in training, found {list(x.shape)}"
+        )
     weights = [reader.weight for reader in readers if reader.weight is not None]
-    parameters = [*(reader.scale for reader in readers), *(reader.shift for reader in readers), *weights]
+    parameters = [
+        *(reader.scale for reader in readers),
+        *(reader.shift for reader in readers),
+        *weights,
+    ]
     if torch.is_grad_enabled():
         return _Aggregate.apply(engine, plan, statistics, training, x, *parameters)  # type: ignore[no-any-return,no-untyped-call]
     work = engine(plan.without_gradient, x, parameters)
@@ -304,10 +329,18 @@ class _Aggregate(torch.autograd.Function):
         # The same memory under another version: lean backward writes to it, and a second one may follow.
         work.kept = tuple(tensor.data for tensor in saved[parameters : parameters + kept])
         with torch.autocast(work.device.type, enabled=False):
-            return None, None, None, None, *_backward(work, d_activated, saved[parameters + kept :], ctx.training)
+            return (
+                None,
+                None,
+                None,
+                None,
+                *_backward(work, d_activated, saved[parameters + kept :], ctx.training),
+            )
 
 
-def _forward(work: Engine, x: Tensor, statistics: Sequence[Statistics], training: bool) -> tuple[Tensor, list[Tensor]]:
+def _forward(
+    work: Engine, x: Tensor, statistics: Sequence[Statistics], training: bool
+) -> tuple[Tensor, list[Tensor]]:
     """The stage output and the masks of dropout."""
     masks = []
     work.training = training
@@ -326,7 +359,9 @@ def _forward(work: Engine, x: Tensor, statistics: Sequence[Statistics], training
         return work.output(), masks
 
 
-def _backward(work: Engine, d_activated: Tensor, masks: Sequence[Tensor], training: bool) -> list[Tensor | None]:
+def _backward(
+    work: Engine, d_activated: Tensor, masks: Sequence[Tensor], training: bool
+) -> list[Tensor | None]:
     """Gradients of the stage input and all parameters; ``None`` where nobody reads what they make."""
     n, share = len(work.scales), 1 / (1 - work.plan.dropout)
     d_scales, d_shifts, d_weights = [None] * n, [None] * n, [None] * (n - 1)  # type: list[Any], list[Any], list[Any]
@@ -348,7 +383,9 @@ def _backward(work: Engine, d_activated: Tensor, masks: Sequence[Tensor], traini
 def _match(gradients: list[Any], like: Sequence[Tensor]) -> None:
     """Casts, in place and in one call, the gradients whose precision or strides are not those of the weights."""
     pairs = enumerate(zip(gradients, like, strict=True))
-    other = [i for i, (d, w) in pairs if d is not None and (d.dtype, d.stride()) != (w.dtype, w.stride())]
+    other = [
+        i for i, (d, w) in pairs if d is not None and (d.dtype, d.stride()) != (w.dtype, w.stride())
+    ]
     if other:
         casts = [torch.empty_like(like[i]) for i in other]
         torch._foreach_copy_(casts, [gradients[i] for i in other])

@@ -64,7 +64,9 @@ def _library() -> ctypes.CDLL | str:
     if not compiler:
         return "it needs a C compiler (GCC or Clang, or $CC), found none"
     found = _built(compiler, [])
-    if not isinstance(found, str) and not found.matrix_unit():  # compiled for, but the kernel does not grant it
+    if (
+        not isinstance(found, str) and not found.matrix_unit()
+    ):  # compiled for, but the kernel does not grant it
         found = _built(compiler, ["-DMATRIX=0"])
     return found
 
@@ -72,14 +74,18 @@ def _library() -> ctypes.CDLL | str:
 def _built(compiler: str, more: list[str]) -> ctypes.CDLL | str:
     """The library, from the cache or compiled; what went wrong."""
     processor = _processor()
-    fast = next((flags for maker, flags in FAST.items() if any(maker in line for line in processor)), ())
+    fast = next(
+        (flags for maker, flags in FAST.items() if any(maker in line for line in processor)), ()
+    )
     flags = [*FLAGS, *fast, *more, *os.environ.get("CFLAGS", "").split()]
     try:
         sources = [path.read_bytes() for path in sorted(FOLDER.glob("*.[ch]"))]
         key = hashlib.sha256(repr((sources, flags, compiler, processor)).encode()).hexdigest()[:16]
         with contextlib.ExitStack() as stack:
             target = _cached(f"native-{key}.so")
-            if target is None:  # compiled for this process alone: what is loaded stays when its file goes
+            if (
+                target is None
+            ):  # compiled for this process alone: what is loaded stays when its file goes
                 target = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "native.so"
             if not target.exists() and (trouble := _compile(shlex.split(compiler), flags, target)):
                 return trouble
@@ -126,7 +132,9 @@ def _run(command: list[str]) -> str | None:
     """What went wrong. One that takes too long, or that nobody waits for, is ended with all that it has started."""
     pipe = subprocess.PIPE
     try:
-        started = subprocess.Popen(command, stdout=pipe, stderr=pipe, errors="replace", start_new_session=True)
+        started = subprocess.Popen(
+            command, stdout=pipe, stderr=pipe, errors="replace", start_new_session=True
+        )
     except OSError as error:
         return error.strerror
     with started as running:
@@ -137,7 +145,9 @@ def _run(command: list[str]) -> str | None:
             if isinstance(error, subprocess.TimeoutExpired):
                 return f"nothing after {PATIENCE} s"
             raise
-    errors = [line for line in said.splitlines() if "error" in line] or [f"exit {running.returncode}"]
+    errors = [line for line in said.splitlines() if "error" in line] or [
+        f"exit {running.returncode}"
+    ]
     return errors[0] if running.returncode else None
 
 
@@ -148,17 +158,25 @@ class Pass(ctypes.Structure):
     """``Pass`` of native.c."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("images", "height", "width", "in_", "out", "kernel", "links")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("images", "height", "width", "in_", "out", "kernel", "links")
+        ),
         *((name, ctypes.c_int64) for name in ("statistics", "place", "training")),
         ("eps", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in ("first", "widths", "statistic", "begun")),
-        *((name, ctypes.c_void_p) for name in ("block", "scale", "shift", "mean", "rstd", "weight")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("block", "scale", "shift", "mean", "rstd", "weight")
+        ),
         *((name, ctypes.c_void_p) for name in ("made", "found", "d", "x")),
         *((name, ctypes.c_void_p) for name in ("sums", "d_scale", "d_shift", "d_weight", "totals")),
     )
 
 
-NO_DATA = "implementation 'native': expected tensors with data, found one without; ask for 'reference'"
+NO_DATA = (
+    "implementation 'native': expected tensors with data, found one without; ask for 'reference'"
+)
 
 
 def _address(tensor: Tensor) -> int:
@@ -217,14 +235,23 @@ class Native(engine.Engine):
             setattr(found, name, _address(tensor))
         found.mean, found.rstd = map(_address, self.kept[1])
         if getattr(library(), f"{function}_{SUFFIXES[self.dtype]}")(ctypes.byref(found)):
-            raise MemoryError(f"implementation 'native': no memory for what '{function}' works with")
+            raise MemoryError(
+                f"implementation 'native': no memory for what '{function}' works with"
+            )
 
-    def call_reader(self, function: str, r: int, tensors: dict[str, Tensor], **numbers: int) -> None:
+    def call_reader(
+        self, function: str, r: int, tensors: dict[str, Tensor], **numbers: int
+    ) -> None:
         """The same for what reader *r* gathers: the features, its scale and shift, all means and deviations."""
         read = self.plan.reads[r]
         if r not in self.links:
-            lists = [[values[j] for j in read] for values in (self.columns.first, self.widths, self.channels)]
-            begun = torch.tensor([self.plan.sent_first[j] != r for j in read], dtype=torch.uint8, device="cpu")
+            lists = [
+                [values[j] for j in read]
+                for values in (self.columns.first, self.widths, self.channels)
+            ]
+            begun = torch.tensor(
+                [self.plan.sent_first[j] != r for j in read], dtype=torch.uint8, device="cpu"
+            )
             self.links[r] = torch.tensor(lists, device="cpu"), begun
         places, begun = self.links[r]
         tensors |= {
@@ -233,7 +260,11 @@ class Native(engine.Engine):
         }  # fmt: skip
         if "weight" in tensors:
             numbers |= {"out": len(tensors["weight"]), "kernel": tensors["weight"].shape[-1]}
-        self.call(function, tensors, **{"in_": len(self.scales[r]), "links": len(read), "kernel": 1, **numbers})
+        self.call(
+            function,
+            tensors,
+            **{"in_": len(self.scales[r]), "links": len(read), "kernel": 1, **numbers},
+        )
 
     def exact(self, parameter: Tensor) -> Tensor:
         return parameter.detach().to(self.wide).contiguous()
@@ -246,7 +277,12 @@ class Native(engine.Engine):
         if statistics is None or not training:
             return
         if not measured:
-            self.call("measure", {"x": feature, "found": self.found}, out=self.widths[j], place=self.channels[j])
+            self.call(
+                "measure",
+                {"x": feature, "found": self.found},
+                out=self.widths[j],
+                place=self.channels[j],
+            )
         self.running[j] = statistics
 
     def output(self) -> Tensor:
@@ -254,10 +290,16 @@ class Native(engine.Engine):
         if self.running:
             features, statistics = list(self.running), list(self.running.values())
             unbiased = self.pixels / (self.pixels - 1)
-            found = (self.found * self.found.new_tensor([[1.0], [unbiased]])).to(statistics[0].mean.dtype)
+            found = (self.found * self.found.new_tensor([[1.0], [unbiased]])).to(
+                statistics[0].mean.dtype
+            )
             means, variances = (row.split(self.widths) for row in found)
-            torch._foreach_lerp_([each.mean for each in statistics], [means[j] for j in features], MOMENTUM)
-            torch._foreach_lerp_([each.var for each in statistics], [variances[j] for j in features], MOMENTUM)
+            torch._foreach_lerp_(
+                [each.mean for each in statistics], [means[j] for j in features], MOMENTUM
+            )
+            torch._foreach_lerp_(
+                [each.var for each in statistics], [variances[j] for j in features], MOMENTUM
+            )
         return super().output()
 
     def recall(self, statistics: Sequence[Statistics]) -> None:
@@ -268,7 +310,9 @@ class Native(engine.Engine):
     def make(self, r: int) -> Tensor:
         made = self.features[r + 1]
         tensors = {"weight": self.exact(self.weights[r]), "made": made}
-        if self.training and not (self.plan.dropout or self.plan.terms):  # what is made is the feature
+        if self.training and not (
+            self.plan.dropout or self.plan.terms
+        ):  # what is made is the feature
             tensors["found"], self.measured = self.found, r + 1
         self.call_reader("make", r, tensors, place=self.channels[r + 1])
         return made
@@ -283,7 +327,12 @@ class Native(engine.Engine):
     def gradient(self, j: int, training: bool) -> Tensor | None:
         """As it is to be used by :meth:`back` next, which corrects it on the way where nothing lies between."""
         self.uncorrected = None
-        if j and not self.plan.terms and not self.plan.dropout and self.plan.sent_first[j] is not None:
+        if (
+            j
+            and not self.plan.terms
+            and not self.plan.dropout
+            and self.plan.sent_first[j] is not None
+        ):
             self.uncorrected = j, training
             return self.sums[j]
         return super().gradient(j, training)
@@ -293,11 +342,16 @@ class Native(engine.Engine):
         if self.uncorrected:
             j, training = self.uncorrected
             assert j == r + 1, "a gradient is used by the reader that made its feature"
-            tensors["x"], numbers = self.features[j], {"place": self.channels[j], "training": int(training)}
+            tensors["x"], numbers = (
+                self.features[j],
+                {"place": self.channels[j], "training": int(training)},
+            )
         d_scale, d_shift, d_weight = self._share_out(r, "back", d_made, tensors, **numbers)
         return d_scale, d_shift, d_weight.to(self.weights[r].dtype)
 
-    def _share_out(self, r: int, function: str, d: Tensor, tensors: dict[str, Tensor], **numbers: int) -> list[Tensor]:
+    def _share_out(
+        self, r: int, function: str, d: Tensor, tensors: dict[str, Tensor], **numbers: int
+    ) -> list[Tensor]:
         """Adds to the sums; gradients of scale and shift, and of the weight where one is given."""
         d_scale, d_shift = torch.empty(2, len(self.scales[r]), dtype=self.wide, device="cpu")
         tensors |= {
@@ -313,12 +367,18 @@ class Native(engine.Engine):
     def corrected(self, j: int, training: bool) -> Tensor:
         d_made = self.view(self.empty(self.widths[j]), self.widths[j])
         tensors = {"d": self.sums[j], "x": self.features[j], "made": d_made, "totals": self.totals}
-        self.call("correct", tensors, out=self.widths[j], place=self.channels[j], training=int(training))
+        self.call(
+            "correct", tensors, out=self.widths[j], place=self.channels[j], training=int(training)
+        )
         return d_made
 
 
 def aggregate(
-    plan: Plan, x: Tensor, readers: Sequence[Reader], statistics: Sequence[Statistics], training: bool
+    plan: Plan,
+    x: Tensor,
+    readers: Sequence[Reader],
+    statistics: Sequence[Statistics],
+    training: bool,
 ) -> Tensor:
     """The stage output; ``ValueError`` for features in another precision than fp64, fp32 or bf16."""
     if x.dtype not in SUFFIXES:

@@ -13,7 +13,6 @@ from sparsenet.topology import Topology
 
 MOMENTUM = 0.1  # weight of the new batch in the running statistics
 EPS = 1e-5  # added to the variance
-MEMORY = ("normal", "lean")  # what a user can ask to be kept for backward
 
 
 def stands_for_another(tensor: Tensor) -> bool:
@@ -56,7 +55,9 @@ class Plan:
     dropout: float = 0.0
     memory: str = "normal"  # what is kept: "normal" all features, "lean" not the recomputed, "live" none that is read
     reuse: bool = True  # whether an engine may keep memory for the next pass
-    terms: tuple[tuple[int, ...], ...] = ()  # where features are sums: of which things made before (see ``stored``)
+    terms: tuple[
+        tuple[int, ...], ...
+    ] = ()  # where features are sums: of which things made before (see ``stored``)
 
     @cached_property
     def topology(self) -> Topology:
@@ -72,7 +73,12 @@ class Plan:
         """
         if self.aggregation == "concat":
             return self
-        return replace(self, reads=tuple((r,) for r in range(len(self.reads))), aggregation="concat", terms=self.reads)
+        return replace(
+            self,
+            reads=tuple((r,) for r in range(len(self.reads))),
+            aggregation="concat",
+            terms=self.reads,
+        )
 
     @cached_property
     def additions(self) -> tuple[tuple[bool, tuple[int, ...]], ...]:
@@ -126,7 +132,9 @@ class Plan:
         return replace(self, memory="live", reuse=self.memory != "lean")
 
     def _lay_out(self, widths: Sequence[int]) -> Columns:
-        freed: dict[int, list[int]] = {}  # reader, counted from 1, to the features that it reads last
+        freed: dict[
+            int, list[int]
+        ] = {}  # reader, counted from 1, to the features that it reads last
         for i in range(len(widths)):
             if self.memory == "live" or i in self.recomputed:
                 freed.setdefault(max(self.topology.last_reader[i], i), []).append(i)

@@ -17,13 +17,19 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def aggregate(
-    plan: Plan, x: Tensor, readers: Sequence[Reader], statistics: Sequence[Statistics], training: bool
+    plan: Plan,
+    x: Tensor,
+    readers: Sequence[Reader],
+    statistics: Sequence[Statistics],
+    training: bool,
 ) -> Tensor:
     """The activated stage output ``(N, C_out, H, W)`` for a stage input ``(N, C_0, H, W)``."""
     features = {0: x}
     for r, (read, reader) in enumerate(zip(plan.reads, readers, strict=True)):
         gathered = [features[j] for j in read]
-        joined = torch.cat(gathered, 1) if plan.aggregation == "concat" else reduce(torch.add, gathered)
+        joined = (
+            torch.cat(gathered, 1) if plan.aggregation == "concat" else reduce(torch.add, gathered)
+        )
         normed = _batch_norm(plan, r, joined, reader, statistics, training)
         activated = F.relu(normed, inplace=True)
         if reader.weight is None:
@@ -34,18 +40,27 @@ def aggregate(
         features[r + 1] = made
         for j in read:
             if plan.topology.last_reader[j] == r + 1:
-                del features[j]  # nobody reads it any more: inference needs no more than the live features
+                del features[
+                    j
+                ]  # nobody reads it any more: inference needs no more than the live features
     raise ValueError("plan: expected a last reader without a convolution")
 
 
 def _batch_norm(
-    plan: Plan, r: int, joined: Tensor, reader: Reader, statistics: Sequence[Statistics], training: bool
+    plan: Plan,
+    r: int,
+    joined: Tensor,
+    reader: Reader,
+    statistics: Sequence[Statistics],
+    training: bool,
 ) -> Tensor:
     owners = plan.reads[r] if plan.aggregation == "concat" else (r,)
     mean = torch.cat([statistics[j].mean for j in owners])
     var = torch.cat([statistics[j].var for j in owners])
     normed = F.batch_norm(joined, mean, var, reader.scale, reader.shift, training, MOMENTUM, EPS)
-    if training:  # every reader of a feature sees the same batch: the first one keeps the statistics
+    if (
+        training
+    ):  # every reader of a feature sees the same batch: the first one keeps the statistics
         widths = [len(statistics[j].mean) for j in owners]
         for j, new_mean, new_var in zip(owners, mean.split(widths), var.split(widths), strict=True):
             if plan.aggregation == "sum" or plan.topology.first_reader[j] == r + 1:

@@ -20,7 +20,11 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def aggregate(
-    plan: Plan, x: Tensor, readers: Sequence[Reader], statistics: Sequence[Statistics], training: bool
+    plan: Plan,
+    x: Tensor,
+    readers: Sequence[Reader],
+    statistics: Sequence[Statistics],
+    training: bool,
 ) -> Tensor:
     """The stage output; without a gradient to come there is nothing to share, and the reference is as lean."""
     if training or torch.is_grad_enabled():
@@ -38,7 +42,14 @@ class Shared(engine.Engine):
             self._normalise(made, mean, rstd**-2, 0.0, self.features[j])
         elif training:
             torch.native_batch_norm(
-                made, None, None, *statistics, True, MOMENTUM, EPS, out=(self.features[j], mean, rstd)
+                made,
+                None,
+                None,
+                *statistics,
+                True,
+                MOMENTUM,
+                EPS,
+                out=(self.features[j], mean, rstd),
             )
         else:
             self._normalise(made, *statistics, EPS, self.features[j])
@@ -68,7 +79,9 @@ class Shared(engine.Engine):
             self.activate(r, activated)
         last = r == len(self.scales) - 1  # its gradient is the caller's
         target = torch.empty_like(activated) if last else d_activated
-        d_affine = torch.ops.aten.threshold_backward.grad_input(d_activated, activated, 0, grad_input=target)
+        d_affine = torch.ops.aten.threshold_backward.grad_input(
+            d_activated, activated, 0, grad_input=target
+        )
         scale = self.scales[r]
         zero, one = _standard(scale)
         _, d_scale, d_shift = torch.ops.aten.native_batch_norm_backward(
@@ -88,7 +101,16 @@ class Shared(engine.Engine):
         _, rstd = self.mean_and_rstd(j)
         zero, one = _standard(rstd)
         d_made: Tensor = torch.ops.aten.native_batch_norm_backward(
-            self.sums[j], self.features[j], rstd, zero, one, zero, one, training, 0.0, [True, False, False]
+            self.sums[j],
+            self.features[j],
+            rstd,
+            zero,
+            one,
+            zero,
+            one,
+            training,
+            0.0,
+            [True, False, False],
         )[0]
         return d_made
 

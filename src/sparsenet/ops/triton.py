@@ -75,11 +75,25 @@ class Tables(NamedTuple):
                 for channel in range(0, widths[j], width):
                     count = min(width, widths[j] - channel)
                     begun = reader is not None and plan.sent_first[j] != reader
-                    found.append((first[j], widths[j], channel, count, column, columns, index[j] + channel, begun))
+                    found.append(
+                        (
+                            first[j],
+                            widths[j],
+                            channel,
+                            count,
+                            column,
+                            columns,
+                            index[j] + channel,
+                            begun,
+                        )
+                    )
                     column += count
             return found
 
-        lists = [*(pieces((j,)) for j in range(len(widths))), *(pieces(read, r) for r, read in enumerate(plan.reads))]
+        lists = [
+            *(pieces((j,)) for j in range(len(widths))),
+            *(pieces(read, r) for r, read in enumerate(plan.reads)),
+        ]
         rows = torch.tensor([row for each in lists for row in each], dtype=torch.int32).to(device)
         cut = [Pieces(table, len(table)) for table in rows.split([len(each) for each in lists])]
         return cls(cut[: len(widths)], cut[len(widths) :], math.gcd(8, *widths), width)
@@ -87,7 +101,9 @@ class Tables(NamedTuple):
 
 def piece_width(widths: tuple[int, ...]) -> int:
     """Columns of a piece, a power of two: few idle lanes, but not for many more pieces, each with its addresses."""
-    return min((32, 64, 16), key=lambda lanes: sum(-(-width // lanes) * (lanes + 4) for width in widths))
+    return min(
+        (32, 64, 16), key=lambda lanes: sum(-(-width // lanes) * (lanes + 4) for width in widths)
+    )
 
 
 class Spread(NamedTuple):
@@ -98,7 +114,9 @@ class Spread(NamedTuple):
     parts: int  # programs for one piece
 
     @classmethod
-    def over(cls, pixels: int, programs: int, width: int, processors: int, most: int | None = None) -> Spread:
+    def over(
+        cls, pixels: int, programs: int, width: int, processors: int, most: int | None = None
+    ) -> Spread:
         """For so many *programs* a part, *most* parts: tiles of 2,048 elements, or 512 where processors would idle."""
         rows = 2048 // width
         if programs * -(-pixels // rows) < processors:
@@ -110,7 +128,11 @@ class Spread(NamedTuple):
 
 @cache
 def processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return (
+        torch.cuda.get_device_properties(device).multi_processor_count
+        if device.type == "cuda"
+        else 1
+    )
 
 
 class Triton(engine.Engine):
@@ -164,28 +186,47 @@ class Triton(engine.Engine):
         return d_made
 
     def spread(self, pieces: Pieces, most: int | None = None) -> Spread:
-        return Spread.over(self.pixels, pieces.number, self.tables.width, processors(self.device), most)
+        return Spread.over(
+            self.pixels, pieces.number, self.tables.width, processors(self.device), most
+        )
 
     def partials(self, pieces: Pieces, columns: int) -> tuple[Spread, Tensor]:
         """How to deal the pixels out for sums of so many *columns*, and memory for each part's two."""
         spread = self.spread(pieces, PARTS)
         return spread, torch.empty(spread.parts, 2, columns, dtype=self.wide, device=self.device)
 
-    def launch(self, kernel: Any, pieces: Pieces, spread: Spread, *tensors: Tensor, **constants: Any) -> None:
+    def launch(
+        self, kernel: Any, pieces: Pieces, spread: Spread, *tensors: Tensor, **constants: Any
+    ) -> None:
         """Runs a kernel over the pixels: a program for each part of each piece."""
         arguments = *tensors, pieces.table, pieces.number
-        self._run(kernel, pieces.number * spread.parts, spread.rows, arguments, spread.span, constants)
+        self._run(
+            kernel, pieces.number * spread.parts, spread.rows, arguments, spread.span, constants
+        )
 
-    def settle(self, kernel: Any, pieces: Pieces, spread: Spread, *tensors: Tensor, **constants: Any) -> None:
+    def settle(
+        self, kernel: Any, pieces: Pieces, spread: Spread, *tensors: Tensor, **constants: Any
+    ) -> None:
         """Runs a kernel that adds up the parts: a program for each piece."""
-        arguments, rows = (*tensors, pieces.table, spread.parts), triton.next_power_of_2(spread.parts)
+        arguments, rows = (
+            (*tensors, pieces.table, spread.parts),
+            triton.next_power_of_2(spread.parts),
+        )
         self._run(kernel, pieces.number, rows, arguments, spread.span, constants)
 
     def _run(
-        self, kernel: Any, programs: int, rows: int, arguments: tuple[Any, ...], span: int, constants: dict[str, Any]
+        self,
+        kernel: Any,
+        programs: int,
+        rows: int,
+        arguments: tuple[Any, ...],
+        span: int,
+        constants: dict[str, Any],
     ) -> None:
         width = self.tables.width
-        warps = min(16, max(1, rows * width // 512))  # 16 elements a thread: two 16-byte loads of bf16
+        warps = min(
+            16, max(1, rows * width // 512)
+        )  # 16 elements a thread: two 16-byte loads of bf16
         with torch.cuda.device_of(self.kept[0]):
             kernel[(programs,)](
                 *arguments, self.pixels, sum(self.widths), span,

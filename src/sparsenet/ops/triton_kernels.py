@@ -52,7 +52,9 @@ def load_statistics(statistics, channels, index, lane, held, UNIT: tl.constexpr)
     """Two rows of ``statistics`` or ``totals``, ``(1, WIDTH)`` each, for a piece."""
     place = statistics + index + lane
     other = place + channels // UNIT * UNIT  # the same number, now known to be a multiple
-    return tl.load(place, mask=held, other=0.0)[None, :], tl.load(other, mask=held, other=0.0)[None, :]
+    return tl.load(place, mask=held, other=0.0)[None, :], tl.load(other, mask=held, other=0.0)[
+        None, :
+    ]
 
 
 @_kernel
@@ -62,7 +64,9 @@ def activate(
 ):  # fmt: skip
     """``activated[m, c] = relu((x[m, c] - mean[c]) * rstd[c] * scale[c] + shift[c])`` of what a reader gathers."""
     program = tl.program_id(0)
-    first, width, channel, count, column, columns, index, _ = read_piece(table, program % pieces, UNIT)
+    first, width, channel, count, column, columns, index, _ = read_piece(
+        table, program % pieces, UNIT
+    )
     lane = tl.arange(0, WIDTH)
     held = lane < count
     mean, rstd = load_statistics(statistics, channels, index, lane, held, UNIT)
@@ -76,7 +80,9 @@ def activate(
         x = tl.load(place + row * width + lane[None, :], mask=mask, other=0.0).to(PRECISION)
         y = (x - mean) * rstd * gain + offset
         target = activated + start * columns.to(tl.int64) + column
-        tl.store(target + row * columns + lane[None, :], tl.where(y <= 0, 0.0, y), mask=mask)  # NaN stays
+        tl.store(
+            target + row * columns + lane[None, :], tl.where(y <= 0, 0.0, y), mask=mask
+        )  # NaN stays
 
 
 @_kernel
@@ -141,7 +147,9 @@ def settle_statistics(
     old = tl.load(running_mean + channel + lane, mask=held, other=0.0).to(PRECISION)
     tl.store(running_mean + channel + lane, old + (mean - old) * MOMENTUM, mask=held)
     old = tl.load(running_var + channel + lane, mask=held, other=0.0).to(PRECISION)
-    tl.store(running_var + channel + lane, old + (square / (pixels - 1) - old) * MOMENTUM, mask=held)
+    tl.store(
+        running_var + channel + lane, old + (square / (pixels - 1) - old) * MOMENTUM, mask=held
+    )
 
 
 @_kernel
@@ -154,7 +162,9 @@ def collect(
     The first reader of a feature writes its sum, the others add. ``partials = sum(g), sum(g * (x - mean))``.
     """
     program = tl.program_id(0)
-    first, width, channel, count, column, columns, index, begun = read_piece(table, program % pieces, UNIT)
+    first, width, channel, count, column, columns, index, begun = read_piece(
+        table, program % pieces, UNIT
+    )
     lane = tl.arange(0, WIDTH)
     held = lane < count
     mean, rstd = load_statistics(statistics, channels, index, lane, held, UNIT)
@@ -204,7 +214,9 @@ def settle_gradients(
     tl.store(d_scale + column + lane, sum_gz, mask=held)
     place = totals + index + lane
     tl.store(place, tl.load(place, mask=held, other=0.0) + gain * sum_g, mask=held)
-    tl.store(place + channels, tl.load(place + channels, mask=held, other=0.0) + gain * sum_gz, mask=held)
+    tl.store(
+        place + channels, tl.load(place + channels, mask=held, other=0.0) + gain * sum_gz, mask=held
+    )
 
 
 @_kernel

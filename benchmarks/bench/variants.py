@@ -11,14 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsenet import ops, step
+from sparsenet import capture
 from sparsenet.architecture import Architecture
 from sparsenet.config import nearest
+from sparsenet.device import traits
 from sparsenet.extras import require
 from sparsenet.model import SparseNet
+from sparsenet.ops import dispatch
+from sparsenet.ops.implementations import IMPLEMENTATIONS, OPAQUE
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}  # of the weights
-THEIRS = ("torchvision", "torchvision_efficient")  # its DenseNet, for comparison; the second recomputes (checkpoints)
+THEIRS = (
+    "torchvision",
+    "torchvision_efficient",
+)  # its DenseNet, for comparison; the second recomputes (checkpoints)
 OPTIONS = {
     "nhwc": "images and weights channels-last",
     "lean": "bottlenecks computed again in backward, as with train --memory lean",
@@ -44,7 +50,7 @@ class Variant:
         implementation, _, rest = text.partition("-")
         precision, *options = rest.split("-")
         for what, found, known in (
-            ("an implementation", implementation, (*ops.IMPLEMENTATIONS, *THEIRS)),
+            ("an implementation", implementation, (*IMPLEMENTATIONS, *THEIRS)),
             ("a precision", precision, ("fp32", "bf16")),
             *(("an option", option, tuple(OPTIONS)) for option in options),
         ):
@@ -53,19 +59,21 @@ class Variant:
                     f"--variants: expected names like reference-fp32 or shared-bf16-captured, found {text!r}: "
                     f"{found!r} is not {what} of {', '.join(known)}{nearest(found, known)}"
                 )
-        return cls(implementation, precision, tuple(option for option in OPTIONS if option in options))
+        return cls(
+            implementation, precision, tuple(option for option in OPTIONS if option in options)
+        )
 
     def absent(self, device: torch.device) -> str | None:
         """Why it cannot run on *device*; ``None`` where it can."""
-        if "captured" in self.options and device.type not in step.RECORDERS:
-            return f"only {', '.join(step.RECORDERS)} records its work, found {device.type}"
+        if "captured" in self.options and not traits(device).records:
+            return f"only CUDA devices record their work, found {device.type}"
         if "lean" in self.options and self.implementation in ("reference", *THEIRS):
             return "lean is for this library's engines, the others keep everything"
-        if "compiled" in self.options and self.implementation in ops.OPAQUE:
+        if "compiled" in self.options and self.implementation in OPAQUE:
             return "a compiler cannot look into kernels of their own and is shown the reference"
         if self.implementation in THEIRS:
             return _not_importable("torchvision")
-        return ops.unavailable(self.implementation, device)
+        return dispatch.unavailable(self.implementation, device)
 
 
 def _not_importable(package: str) -> str | None:
@@ -78,16 +86,20 @@ def _not_importable(package: str) -> str | None:
     return None
 
 
-def defaults(precisions: Sequence[str], compile_too: bool, device: torch.device) -> Iterator[Variant]:
+def defaults(
+    precisions: Sequence[str], compile_too: bool, device: torch.device
+) -> Iterator[Variant]:
     """All there is to compare, the yardstick first; some may not be able to run on *device*."""
-    accelerated, records = device.type != "cpu", device.type in step.RECORDERS
+    accelerated, records = device.type != "cpu", traits(device).records
     for precision in precisions:
         yield Variant("reference", precision)
         if accelerated:
             yield Variant("reference", precision, ("nhwc",))
         if compile_too:
-            yield Variant("reference", precision, ("nhwc", "compiled") if accelerated else ("compiled",))
-        for implementation in [name for name in ops.IMPLEMENTATIONS if name != "reference"]:
+            yield Variant(
+                "reference", precision, ("nhwc", "compiled") if accelerated else ("compiled",)
+            )
+        for implementation in [name for name in IMPLEMENTATIONS if name != "reference"]:
             if records:
                 yield Variant(implementation, precision, ("captured",))
             yield Variant(implementation, precision)
@@ -101,18 +113,28 @@ class Workload:
     """
 
     def __init__(
-        self, variant: Variant, architecture: Architecture, batch_size: int, image_size: int, device: torch.device
+        self,
+        variant: Variant,
+        architecture: Architecture,
+        batch_size: int,
+        image_size: int,
+        device: torch.device,
     ):
         self.variant, self.device = variant, device
         self.dtype = PRECISIONS[variant.precision]
         self.layout = torch.channels_last if "nhwc" in variant.options else torch.contiguous_format
-        self.shape, self.classes = (batch_size, architecture.in_chans, image_size, image_size), architecture.num_classes
+        self.shape, self.classes = (
+            (batch_size, architecture.in_chans, image_size, image_size),
+            architecture.num_classes,
+        )
         torch.manual_seed(0)
         self.model = _built(variant, architecture).to(device, self.dtype)
         self.model.to(memory_format=self.layout)  # type: ignore[call-overload]
         self.draw(0)
         # With weight decay PyTorch's SGD leaves the gradients as they were.
-        self.optimizer = torch.optim.SGD(self.model.parameters(), 0.0, 0.9, weight_decay=1e-4, nesterov=True)
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(), 0.0, 0.9, weight_decay=1e-4, nesterov=True
+        )
         self.network: Callable[[Tensor], Tensor] = self.model
         if "compiled" in variant.options:
             self.network = _compiled(self.model)
@@ -120,8 +142,8 @@ class Workload:
         self._infer: Callable[..., Tensor] = self._forward
         self.failures: list[str] = []
         if "captured" in variant.options:
-            self._step = step.Captured(self._step, "the training step", tell=self._told)
-            self._infer = step.Captured(self._infer, "the inference pass", tell=self._told)
+            self._step = capture.Captured(self._step, "the training step", tell=self._told)
+            self._infer = capture.Captured(self._infer, "the inference pass", tell=self._told)
 
     def draw(self, number: int) -> None:
         """Takes another random batch; number 0 is the one that is measured."""
@@ -146,13 +168,15 @@ class Workload:
     def settle(self, act: Callable[[], Tensor]) -> Tensor:
         """*act* once, or as often as it takes until it is recorded; ``ValueError`` where that, or compiling, fails."""
         try:
-            for _ in range(step.WARM_UP * ("captured" in self.variant.options)):
+            for _ in range(capture.WARM_UP * ("captured" in self.variant.options)):
                 act()
             found = act()
         except RuntimeError as error:
             if "compiled" not in self.variant.options or isinstance(error, torch.OutOfMemoryError):
                 raise
-            raise ValueError(f"bench: {self.variant} does not compile: {str(error).strip().splitlines()[0]}") from error
+            raise ValueError(
+                f"bench: {self.variant} does not compile: {str(error).strip().splitlines()[0]}"
+            ) from error
         if self.failures:
             raise ValueError(f"bench: {self.variant}: {self.failures[0]}")
         return found
@@ -188,7 +212,9 @@ class Workload:
             self.failures.append(line)
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.variant.precision == "bf16")
+        return torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.variant.precision == "bf16"
+        )
 
     def _forward(self, images: Tensor) -> Tensor:
         with self._autocast():
@@ -196,7 +222,9 @@ class Workload:
 
     def _forward_backward_update(self, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         logits = self._forward(images)
-        loss = F.cross_entropy(logits if self.variant.precision == "fp64" else logits.float(), labels)
+        loss = F.cross_entropy(
+            logits if self.variant.precision == "fp64" else logits.float(), labels
+        )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
@@ -206,7 +234,9 @@ class Workload:
 def _built(variant: Variant, architecture: Architecture) -> nn.Module:
     if variant.implementation in THEIRS:
         return torchvision_densenet(architecture, variant.implementation == "torchvision_efficient")
-    return SparseNet(architecture, variant.implementation, "lean" if "lean" in variant.options else "normal")
+    return SparseNet(
+        architecture, variant.implementation, "lean" if "lean" in variant.options else "normal"
+    )
 
 
 def _compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -221,7 +251,9 @@ def torchvision_densenet(architecture: Architecture, efficient: bool) -> nn.Modu
     """torchvision's network of the same architecture; ``ValueError`` where it has none."""
     dense = all(stage.topology.is_dense for stage in architecture.stages)
     if not (dense and architecture.stem == "imagenet" and architecture.bottleneck):
-        raise ValueError("--variants: torchvision has the networks densenet121, 161, 169, 201 and the like only")
+        raise ValueError(
+            "--variants: torchvision has the networks densenet121, 161, 169, 201 and the like only"
+        )
     settings: dict[str, Any] = {
         "growth_rate": architecture.growth_rates[0],
         "block_config": architecture.stage_depths,

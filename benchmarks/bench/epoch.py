@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.bench.measure import Spread, spread
+from benchmarks.bench.variants import THEIRS, Variant
 from sparsenet.architecture import Architecture
-from sparsenet.bench.measure import Spread, spread
-from sparsenet.bench.variants import THEIRS, Variant
 from sparsenet.config import RunConfig, TrainConfig
-from sparsenet.data import DataConfig
+from sparsenet.data.config import DataConfig
 from sparsenet.events import EpochDone, Event, Message
 from sparsenet.run import Run
 from sparsenet.train import train
@@ -43,7 +43,9 @@ def epochs(
     """
     with tempfile.TemporaryDirectory() as folder:
         write_images(Path(folder, "data"), images, -(-images * TEST // TRAIN))
-        data = DataConfig(dataset="c10", dataset_dir=str(Path(folder, "data")), image_size=image_size)
+        data = DataConfig(
+            dataset="c10", dataset_dir=str(Path(folder, "data")), image_size=image_size
+        )
         runs = {}
         for variant in variants:
             how = TrainConfig(
@@ -67,7 +69,11 @@ def _next_row(variant: Variant, events: Iterator[Event]) -> dict[str, Any]:
     for event in events:
         if isinstance(event, EpochDone):
             return event.row
-        if isinstance(event, Message) and "captured" in variant.options and "not captured" in event.text:
+        if (
+            isinstance(event, Message)
+            and "captured" in variant.options
+            and "not captured" in event.text
+        ):
             raise ValueError(f"bench: an epoch of {variant}: {event.text}")
     raise AssertionError("training ended before its last epoch")
 
@@ -85,7 +91,10 @@ def write_images(folder: Path, train_images: int, test_images: int) -> None:
     """Random pixels and labels in the binary layout of CIFAR-10, unpacked."""
     target, random = folder / "cifar-10-batches-bin", np.random.default_rng(0)
     target.mkdir(parents=True)
-    counts = {f"data_batch_{i}": len(part) for i, part in enumerate(np.array_split(np.empty(train_images), 5), 1)}
+    counts = {
+        f"data_batch_{i}": len(part)
+        for i, part in enumerate(np.array_split(np.empty(train_images), 5), 1)
+    }
     for name, count in (counts | {"test_batch": test_images}).items():
         records = random.integers(0, 256, (count, RECORD), dtype=np.uint8)
         records[:, 0] %= 10

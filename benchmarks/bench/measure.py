@@ -16,15 +16,19 @@ from typing import Any, TypeVar
 
 import torch
 
+from benchmarks.bench import memory
+from benchmarks.bench.variants import Variant, Workload
 from sparsenet.architecture import Architecture
-from sparsenet.bench import memory
-from sparsenet.bench.variants import Variant, Workload
 from sparsenet.device import memory_mb, peak_memory_mb
 
 WARM_UP = 1  # rounds, after those of the check
 SAMPLE = 0.05  # seconds that a sample takes at least on an accelerator, whose clock is read by waiting for it
 GAIN = 1.03  # of images a second, below which a batch of twice the size is not worth it
-FULL = ("OutOfMemoryError", "can't allocate memory", "MemoryError")  # how a process says that memory is full
+FULL = (
+    "OutOfMemoryError",
+    "can't allocate memory",
+    "MemoryError",
+)  # how a process says that memory is full
 CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME")
 
 Key = TypeVar("Key")
@@ -51,7 +55,9 @@ def wait(device: torch.device) -> None:
         torch.get_device_module(device).synchronize(device)
 
 
-def interleaved(acts: Mapping[Key, Callable[[], object]], rounds: int, device: torch.device) -> dict[Key, Spread]:
+def interleaved(
+    acts: Mapping[Key, Callable[[], object]], rounds: int, device: torch.device
+) -> dict[Key, Spread]:
     """Seconds of each act, which take turns, so that all see the same machine; warm-up rounds do not count."""
     repeats = dict.fromkeys(acts, 1)
     found: dict[Key, list[float]] = {key: [] for key in acts}
@@ -71,8 +77,10 @@ def alone(task: str, work: Mapping[str, Any], environment: Mapping[str, str] | N
     Raises ``torch.OutOfMemoryError``, or ``ValueError`` with the last line of any other failure.
     """
     call = json.dumps([task, torch.get_num_threads(), work])
-    command = [sys.executable, "-m", "sparsenet.bench", call]
-    found = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(environment or {})})
+    command = [sys.executable, "-m", "benchmarks.bench.worker", call]
+    found = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, **(environment or {})}
+    )
     if found.returncode:
         said = (found.stderr.strip().splitlines() or [f"exit code {found.returncode}"])[-1]
         if found.returncode == -signal.SIGKILL or any(word in found.stderr for word in FULL):
@@ -81,7 +89,9 @@ def alone(task: str, work: Mapping[str, Any], environment: Mapping[str, str] | N
     return json.loads(found.stdout.splitlines()[-1])
 
 
-def work_of(variant: Variant, architecture: Architecture, batch_size: int, size: int, device: torch.device) -> Any:
+def work_of(
+    variant: Variant, architecture: Architecture, batch_size: int, size: int, device: torch.device
+) -> Any:
     """The keywords that make a workload in another process."""
     return {
         "variant": str(variant), "architecture": architecture.to_dict(), "batch_size": batch_size,
@@ -89,10 +99,14 @@ def work_of(variant: Variant, architecture: Architecture, batch_size: int, size:
     }  # fmt: skip
 
 
-def made(variant: str, architecture: Mapping[str, Any], batch_size: int, image_size: int, device: str) -> Workload:
+def made(
+    variant: str, architecture: Mapping[str, Any], batch_size: int, image_size: int, device: str
+) -> Workload:
     """The workload that :func:`work_of` described."""
     where = torch.device(device)
-    return Workload(Variant.parse(variant), Architecture(**architecture), batch_size, image_size, where)
+    return Workload(
+        Variant.parse(variant), Architecture(**architecture), batch_size, image_size, where
+    )
 
 
 def measure_memory(parts: bool = False, **description: Any) -> dict[str, Any]:
@@ -106,7 +120,11 @@ def measure_memory(parts: bool = False, **description: Any) -> dict[str, Any]:
     work.settle(work.step)
     work.step()
     peak = _peak_above(base, work.device)
-    if parts and peak is not None and not {"captured", "compiled"}.intersection(work.variant.options):
+    if (
+        parts
+        and peak is not None
+        and not {"captured", "compiled"}.intersection(work.variant.options)
+    ):
         return {"peak_memory_mb": peak, "memory_parts": memory.parts(work, peak)}
     return {"peak_memory_mb": peak}
 
@@ -131,7 +149,9 @@ def first_step(work: Mapping[str, Any]) -> dict[str, float]:
     """Seconds from the start of a process to the end of the first training step: caches empty, and filled."""
     with tempfile.TemporaryDirectory() as folder:
         caches = {name: str(Path(folder, name)) for name in CACHES}
-        cold, warm = (alone("first", {**work, "since": time.time()}, caches)["seconds"] for _ in range(2))
+        cold, warm = (
+            alone("first", {**work, "since": time.time()}, caches)["seconds"] for _ in range(2)
+        )
     return {"cold": cold, "warm": warm}
 
 
@@ -171,7 +191,11 @@ def best_batch(steps: int, work: Mapping[str, Any]) -> dict[str, Any]:
         batch *= 2
     if not trials:
         raise torch.OutOfMemoryError(f"bench: {work['variant']}: {reason}")
-    return {**max(trials, key=lambda trial: trial["train_images_per_second"]), "trials": trials, "ended": reason}
+    return {
+        **max(trials, key=lambda trial: trial["train_images_per_second"]),
+        "trials": trials,
+        "ended": reason,
+    }
 
 
 def _too_large(trials: list[dict[str, Any]], device: str) -> str | None:

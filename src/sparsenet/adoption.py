@@ -28,8 +28,21 @@ from sparsenet.ops.plan import EPS, MOMENTUM
 
 NORM = {"eps": EPS, "momentum": MOMENTUM, "affine": True, "bias": True, "track_running_stats": True}
 CONV = {"dilation": 1, "groups": 1, "bias": False, "padding_mode": "zeros"}
-MAX_POOL = {"kernel_size": 3, "stride": 2, "padding": 1, "dilation": 1, "ceil_mode": False, "return_indices": False}
-AVERAGE_POOL = {"kernel_size": 2, "stride": 2, "padding": 0, "ceil_mode": False, "divisor_override": None}
+MAX_POOL = {
+    "kernel_size": 3,
+    "stride": 2,
+    "padding": 1,
+    "dilation": 1,
+    "ceil_mode": False,
+    "return_indices": False,
+}
+AVERAGE_POOL = {
+    "kernel_size": 2,
+    "stride": 2,
+    "padding": 0,
+    "ceil_mode": False,
+    "divisor_override": None,
+}
 HEAD: tuple[tuple[type[nn.Module], dict[str, int]], ...] = (
     (nn.ReLU, {}), (nn.AdaptiveAvgPool2d, {"output_size": 1}), (nn.Flatten, {"start_dim": 1, "end_dim": -1}),
 )  # fmt: skip
@@ -63,7 +76,10 @@ def adopt(model: nn.Module, implementation: str = "auto", memory: str = "normal"
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.inference_mode(False):
         _check_behaviour(model, architecture, names)
         adopted = SparseNet(architecture, implementation, memory).to("cpu", torch.float64)
-        theirs = {name: value.detach().to("cpu", torch.float64) for name, value in model.state_dict().items()}
+        theirs = {
+            name: value.detach().to("cpu", torch.float64)
+            for name, value in model.state_dict().items()
+        }
         _load(adopted, names, theirs, "adopt", WIDTHS)
         _warn_of_absorbed(adopted, names, theirs)
         adopted = adopted.to(device, dtype)
@@ -86,12 +102,17 @@ def load_torchvision(model: SparseNet, state_dict: Mapping[str, Tensor]) -> None
             "torchvision weights: expected a densely concatenating network with stem 'imagenet', found fetch "
             f"{found.fetch!r}, aggregation {found.aggregation!r}, stem {found.stem!r}"
         )
-    theirs = {re.sub(r"(norm|conv)\.(\d)\.", r"\1\2.", name): value for name, value in state_dict.items()}
+    theirs = {
+        re.sub(r"(norm|conv)\.(\d)\.", r"\1\2.", name): value for name, value in state_dict.items()
+    }
     names = [("features.conv0", "features.norm0")]
     for s, stage in enumerate(found.stages, start=1):
         for layer in range(1, stage.topology.depth + 1):
             prefix = f"features.denseblock{s}.denselayer{layer}."
-            names += [(f"{prefix}conv{unit}", f"{prefix}norm{unit}") for unit in range(1, len(stage.branch) + 1)]
+            names += [
+                (f"{prefix}conv{unit}", f"{prefix}norm{unit}")
+                for unit in range(1, len(stage.branch) + 1)
+            ]
         names.append((f"features.transition{s}.conv", f"features.transition{s}.norm"))
     names[-1] = ("classifier", "features.norm5")
     _load(model, names, theirs, "torchvision weights")
@@ -118,7 +139,9 @@ def _read(model: nn.Module) -> tuple[Architecture, Names]:
     norm, linear = leaves.norm(), leaves.head()
     names.append((linear[0] if linear else "", norm))
     if not all(stages):
-        raise ValueError(f"adopt: expected layers before and after each transition, found {[len(s) for s in stages]}")
+        raise ValueError(
+            f"adopt: expected layers before and after each transition, found {[len(s) for s in stages]}"
+        )
     rates = tuple(layers[0][1] for layers in stages)
     architecture = Architecture(
         fetch="dense",
@@ -140,7 +163,11 @@ class _Leaves:
     def __init__(self, model: nn.Module):
         # A batch norm may hold its activation, as timm's do: it comes first, then what it holds.
         named = model.named_modules(remove_duplicate=False)
-        self.left = deque((name, module) for name, module in named if _is_leaf(module) and not _does_nothing(module))
+        self.left = deque(
+            (name, module)
+            for name, module in named
+            if _is_leaf(module) and not _does_nothing(module)
+        )
 
     def next_is(self, kind: type[nn.Module]) -> bool:
         return bool(self.left) and isinstance(self.left[0][1], kind)
@@ -155,11 +182,15 @@ class _Leaves:
         name, module = self.left.popleft()
         # Subclasses compute something else, but for batch norms with an activation, whose behaviour is compared.
         if type(module) is not kind and not (kind is nn.BatchNorm2d and isinstance(module, kind)):
-            raise ValueError(f"adopt: {name or 'model'}: expected {kind.__name__}, found {_described(module)}")
+            raise ValueError(
+                f"adopt: {name or 'model'}: expected {kind.__name__}, found {_described(module)}"
+            )
         for setting, value in expected.items():
             found = _setting(module, setting)
             if found != value:
-                raise ValueError(f"adopt: {name}: expected {kind.__name__} with {setting}={value}, found {found}")
+                raise ValueError(
+                    f"adopt: {name}: expected {kind.__name__} with {setting}={value}, found {found}"
+                )
         return name, module
 
     def norm(self) -> str:
@@ -214,14 +245,24 @@ def _check_uniform(model: nn.Module) -> tuple[torch.device, torch.dtype]:
         place = f"adopt: {name or 'model'}: expected"
         rate = getattr(module, "drop_rate", 0)
         if isinstance(rate, int | float) and rate:
-            raise ValueError(f"{place} drop_rate=0 (dropout here follows every convolution or none), found {rate}")
+            raise ValueError(
+                f"{place} drop_rate=0 (dropout here follows every convolution or none), found {rate}"
+            )
         if any(getattr(module, kind) for kind in HOOKS):
             raise ValueError(f"{place} no hooks, found some; remove them first")
         if module.training != model.training:
-            raise ValueError(f"{place} one mode for all submodules, found both; call train() or eval() first")
+            raise ValueError(
+                f"{place} one mode for all submodules, found both; call train() or eval() first"
+            )
     if len(list(model.parameters())) < len(list(model.named_parameters(remove_duplicate=False))):
-        raise ValueError("adopt: expected parameters of their own for each submodule, found shared ones")
-    kinds = {(value.device, value.dtype) for value in model.state_dict().values() if value.is_floating_point()}
+        raise ValueError(
+            "adopt: expected parameters of their own for each submodule, found shared ones"
+        )
+    kinds = {
+        (value.device, value.dtype)
+        for value in model.state_dict().values()
+        if value.is_floating_point()
+    }
     device, dtype = next(iter(kinds))
     if len(kinds) > 1 or device.type == "meta":
         found = " and ".join(sorted(f"{dtype} on {device}" for device, dtype in kinds))
@@ -244,9 +285,16 @@ def _check_behaviour(model: nn.Module, architecture: Architecture, names: Names)
     for training in (False, True):
         _randomise(peer, agree=training)
         _load(twin, names, peer.state_dict(), "adopt", WIDTHS)
-        pairs = zip(_response(twin.train(training), images), _response(peer.train(training), images), strict=True)
+        pairs = zip(
+            _response(twin.train(training), images),
+            _response(peer.train(training), images),
+            strict=True,
+        )
         for what, (ours, theirs) in zip(("outputs", "input gradients"), pairs, strict=True):
-            if ours.shape != theirs.shape or not (ours - theirs).abs().max() <= TOLERANCE * theirs.abs().max():
+            if (
+                ours.shape != theirs.shape
+                or not (ours - theirs).abs().max() <= TOLERANCE * theirs.abs().max()
+            ):
                 raise ValueError(
                     f"adopt: expected {type(model).__name__} to compute the DenseNet that its submodules make, found "
                     f"other {what} in {'training' if training else 'evaluation'}: its forward does something else"
@@ -294,9 +342,15 @@ def _places(architecture: Architecture) -> Names:
     places = [("stem.0", "stem.1")]
     stages = architecture.stages
     for s, stage in enumerate(stages):
-        units = [f"stages.{s}.layers.{i}.{u}" for i in range(stage.topology.depth) for u in range(len(stage.branch))]
+        units = [
+            f"stages.{s}.layers.{i}.{u}"
+            for i in range(stage.topology.depth)
+            for u in range(len(stage.branch))
+        ]
         places += [(f"{unit}.conv", f"{unit}.norm") for unit in units]
-        places.append(("classifier" if s + 1 == len(stages) else f"transitions.{s}.conv", f"stages.{s}.norm"))
+        places.append(
+            ("classifier" if s + 1 == len(stages) else f"transitions.{s}.conv", f"stages.{s}.norm")
+        )
     return places
 
 
@@ -308,13 +362,20 @@ def _parameters(model: SparseNet, names: Names) -> Iterator[tuple[str, str, torc
                 yield f"{place}.{part}", f"{name}.{part}", parameter.shape
 
 
-def _load(model: SparseNet, names: Names, theirs: Mapping[str, Tensor], what: str, why: str = "") -> None:
+def _load(
+    model: SparseNet, names: Names, theirs: Mapping[str, Tensor], what: str, why: str = ""
+) -> None:
     """Loads tensors that go by *names* into *model*; ``ValueError`` before anything is changed."""
     take = _Taker(
-        {name: value for name, value in theirs.items() if not name.endswith("num_batches_tracked")}, what, why
+        {name: value for name, value in theirs.items() if not name.endswith("num_batches_tracked")},
+        what,
+        why,
     )
     ours = {place: take(name, shape) for place, name, shape in _parameters(model, names)}
-    norms = ((place, name) for (_, place), (_, name) in zip(_places(model.architecture), names, strict=True))
+    norms = (
+        (place, name)
+        for (_, place), (_, name) in zip(_places(model.architecture), names, strict=True)
+    )
     stem, name = next(norms)
     for part in ("running_mean", "running_var"):
         ours[f"{stem}.{part}"] = take(f"{name}.{part}", ours[f"{stem}.weight"].shape)
@@ -323,9 +384,14 @@ def _load(model: SparseNet, names: Names, theirs: Mapping[str, Tensor], what: st
         readers = zip(stage.reads, islice(norms, len(stage.reads)), strict=True)
         kept: dict[int, tuple[Tensor, Tensor]] = {}  # mean and variance of each feature
         for read, (place, name) in readers:
-            _share_statistics(take, ours, place, name, kept, {j: stage.unit_widths[j] for j in read})
+            _share_statistics(
+                take, ours, place, name, kept, {j: stage.unit_widths[j] for j in read}
+            )
         for j, (mean, var) in kept.items():
-            ours[f"stages.{s}.statistics.{j}.running_mean"], ours[f"stages.{s}.statistics.{j}.running_var"] = mean, var
+            (
+                ours[f"stages.{s}.statistics.{j}.running_mean"],
+                ours[f"stages.{s}.statistics.{j}.running_var"],
+            ) = mean, var
     if take.left:
         raise ValueError(f"{what}: this network has no place for {sorted(take.left)[0]!r}")
     model.load_state_dict(ours)
@@ -340,7 +406,10 @@ def _share_statistics(
     widths: dict[int, int],
 ) -> None:
     """Makes a reader use the statistics *kept* of the features that it reads, or keeps its own where there are none."""
-    mean, var = (take(f"{name}.{part}", ours[f"{place}.weight"].shape) for part in ("running_mean", "running_var"))
+    mean, var = (
+        take(f"{name}.{part}", ours[f"{place}.weight"].shape)
+        for part in ("running_mean", "running_var")
+    )
     split = list(widths.values())
     for j, own_mean, own_var in zip(widths, mean.split(split), var.split(split), strict=True):
         kept.setdefault(j, (own_mean, own_var))

@@ -46,8 +46,16 @@ def _network(rows: Sequence[Row]) -> Iterator[str]:
     columns: list[tuple[str, Callable[[Row], Any], Callable[[Any], str]]] = [
         ("training step, s", lambda row: row.get("train_seconds"), _spread),
         ("inference, s", lambda row: row.get("infer_seconds"), _spread),
-        ("peak memory above base, MB", lambda row: row.get("peak_memory_mb"), lambda mb: f"{mb:,.0f}"),
-        ("first step, s, caches empty", lambda row: row.get("first_step_seconds", {}).get("cold"), _number),
+        (
+            "peak memory above base, MB",
+            lambda row: row.get("peak_memory_mb"),
+            lambda mb: f"{mb:,.0f}",
+        ),
+        (
+            "first step, s, caches empty",
+            lambda row: row.get("first_step_seconds", {}).get("cold"),
+            _number,
+        ),
         ("caches filled", lambda row: row.get("first_step_seconds", {}).get("warm"), _number),
     ]
     columns = [column for column in columns if any(column[1](row) is not None for row in rows)]
@@ -60,12 +68,16 @@ def _network(rows: Sequence[Row]) -> Iterator[str]:
             yield from ("", *lines)
 
 
-def _ratio_cells(row: Row, rows: Sequence[Row], columns: Sequence[tuple[str, Callable[..., Any], Any]]) -> list[str]:
+def _ratio_cells(
+    row: Row, rows: Sequence[Row], columns: Sequence[tuple[str, Callable[..., Any], Any]]
+) -> list[str]:
     cells = [row["variant"]]
     for _, value, shown in columns:
         own = value(row)
         cells.append("–" if own is None else shown(own))
-        cells += [_ratio(own, base and value(base)) for base in (rows[0], same_precision(row, rows))]
+        cells += [
+            _ratio(own, base and value(base)) for base in (rows[0], same_precision(row, rows))
+        ]
     return cells
 
 
@@ -96,7 +108,16 @@ def _best(rows: Sequence[Row]) -> Iterator[str]:
         for row in own for best in [row["best_batch"]]
     ]  # fmt: skip
     yield from table(
-        ["", "batch", "training, images/s", "ratio", "inference, images/s", "ratio", "peak memory, MB", "search ended"],
+        [
+            "",
+            "batch",
+            "training, images/s",
+            "ratio",
+            "inference, images/s",
+            "ratio",
+            "peak memory, MB",
+            "search ended",
+        ],
         cells,
     )
 
@@ -105,8 +126,14 @@ def _epoch(rows: Sequence[Row]) -> Iterator[str]:
     own = [(row, row[key]) for key in ("epoch", "best_epoch") for row in rows if key in row]
     if not own:
         return
-    yield from ("A whole epoch of `sparsenet train`, data included, and the pass over the test images:", "")
-    cells = [[name, "64", train, "", test, "", "50,000"] for name, train, test in PUBLISHED.get(rows[0]["model"], ())]
+    yield from (
+        "A whole epoch of `sparsenet train`, data included, and the pass over the test images:",
+        "",
+    )
+    cells = [
+        [name, "64", train, "", test, "", "50,000"]
+        for name, train, test in PUBLISHED.get(rows[0]["model"], ())
+    ]
     for row, epoch in own:
         steps = epoch["estimated_from_steps"]
         cells.append(
@@ -117,29 +144,45 @@ def _epoch(rows: Sequence[Row]) -> Iterator[str]:
                 f"{epoch['images']:,}" if steps is None else f"estimated from {steps} steps",
             ]
         )  # fmt: skip
-    yield from table(["", "batch", "training epoch, s", "ratio", "test pass, s", "ratio", "images"], cells)
+    yield from table(
+        ["", "batch", "training epoch, s", "ratio", "test pass, s", "ratio", "images"], cells
+    )
 
 
 def _parts(rows: Sequence[Row]) -> Iterator[str]:
     own = [row for row in rows if "memory_parts" in row]
     if not own:
         return
-    yield from ("What the peak of memory consists of, MB (what comes before the gradients is in the base):", "")
+    yield from (
+        "What the peak of memory consists of, MB (what comes before the gradients is in the base):",
+        "",
+    )
     names = list(own[0]["memory_parts"])
     cells = [[name, *(f"{row['memory_parts'][name]:,.1f}" for row in own)] for name in names]
     yield from table(["", *(row["variant"] for row in own)], cells)
 
 
 def _depth(found: Mapping[str, Any]) -> Iterator[str]:
-    yield from ("", f"### Depth: growth rate {found['growth_rate']}, batch {found['batch_size']}", "")
+    yield from (
+        "",
+        f"### Depth: growth rate {found['growth_rate']}, batch {found['batch_size']}",
+        "",
+    )
     cells = []
     for point in found["points"]:
         figures = [f"left out: {point['left_out']}", "", "", ""]
         if not point["left_out"]:
             memory = [_number(point["peak_memory_mb"]), _number(point["mb_per_layer"])]
-            figures = [_spread(point["train_seconds"]), _number(1000 * point["seconds_per_layer"]), *memory]
+            figures = [
+                _spread(point["train_seconds"]),
+                _number(1000 * point["seconds_per_layer"]),
+                *memory,
+            ]
         cells.append([point["variant"], point["fetch"], str(point["depth"]), *figures])
-    yield from table(["", "topology", "depth", "training step, s", "ms/layer", "peak memory, MB", "MB/layer"], cells)
+    yield from table(
+        ["", "topology", "depth", "training step, s", "ms/layer", "peak memory, MB", "MB/layer"],
+        cells,
+    )
     yield ""
     for fit in found["fits"]:
         unit, scale = ("ms", 1000) if fit["quantity"] == "seconds_per_layer" else ("MB", 1)

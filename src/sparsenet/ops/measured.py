@@ -42,7 +42,13 @@ ROUNDS = (3, 12)  # least and most, after one to warm up
 SECONDS = 0.8  # after which no further round is begun but the least
 LIMIT = 10.0  # seconds, after which none is
 BUSY = 0.8  # the share of its time that a thread gets on a machine left alone, at least
-SETTINGS = ("CC", "CFLAGS", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE")
+SETTINGS = (
+    "CC",
+    "CFLAGS",
+    "ATEN_CPU_CAPABILITY",
+    "ONEDNN_MAX_CPU_ISA",
+    "ONEDNN_DEFAULT_FPMATH_MODE",
+)
 
 
 class Figures(NamedTuple):
@@ -50,7 +56,9 @@ class Figures(NamedTuple):
 
     training: dict[str, float]
     inference: dict[str, float]
-    busy: bool = False  # whether other work had the cores: then the time that one thread has had to itself
+    busy: bool = (
+        False  # whether other work had the cores: then the time that one thread has had to itself
+    )
 
     def of(self, training: bool) -> dict[str, float]:
         return self.training if training else self.inference
@@ -64,15 +72,24 @@ def fastest(seconds: Mapping[str, float]) -> str:
 
 def compared(name: str, seconds: Mapping[str, float]) -> str:
     """``1.9 times shared, 3.1 times reference``: how many times as fast as the others *name* is."""
-    return ", ".join(f"{each / seconds[name]:.1f} times {other}" for other, each in seconds.items() if other != name)
+    return ", ".join(
+        f"{each / seconds[name]:.1f} times {other}"
+        for other, each in seconds.items()
+        if other != name
+    )
 
 
-_known: dict[tuple[torch.device, torch.dtype, int], Figures] = {}  # by this process: every forward asks
+_known: dict[
+    tuple[torch.device, torch.dtype, int], Figures
+] = {}  # by this process: every forward asks
 _one_at_a_time = threading.Lock()
 
 
 def figures(
-    device: torch.device, dtype: torch.dtype, able: Callable[[], Mapping[str, Aggregate]], anew: bool = False
+    device: torch.device,
+    dtype: torch.dtype,
+    able: Callable[[], Mapping[str, Aggregate]],
+    anew: bool = False,
 ) -> Figures:
     """Of the implementations that are *able* to run on *device*, those that take *dtype*, in order of preference.
 
@@ -89,13 +106,17 @@ def figures(
             found = None if anew else _read(key)
             if found is None:
                 measured = measure(device, dtype, implementations)
-                found = (None if anew else _read(key)) or measured  # processes that begin together agree
+                found = (
+                    None if anew else _read(key)
+                ) or measured  # processes that begin together agree
                 keep(key, found)
             _known[place] = found
     return _known[place]
 
 
-def measure(device: torch.device, dtype: torch.dtype, implementations: Mapping[str, Aggregate]) -> Figures:
+def measure(
+    device: torch.device, dtype: torch.dtype, implementations: Mapping[str, Aggregate]
+) -> Figures:
     """Times each, in turns; of several rounds the least. What raises an error for *dtype* is left out.
 
     On a CPU that other work keeps busy it is the time of one thread, which the other work hardly changes.
@@ -107,16 +128,23 @@ def measure(device: torch.device, dtype: torch.dtype, implementations: Mapping[s
         return thread.submit(_measure, device, dtype, implementations).result()
 
 
-def _measure(device: torch.device, dtype: torch.dtype, implementations: Mapping[str, Aggregate]) -> Figures:
+def _measure(
+    device: torch.device, dtype: torch.dtype, implementations: Mapping[str, Aggregate]
+) -> Figures:
     threads, on_cpu = torch.get_num_threads(), device.type == "cpu"
     busy = on_cpu and threads > 1 and _busy()
     clock = time.thread_time if busy or (on_cpu and threads == 1) else time.perf_counter
-    works = [_Work(network.stages[0], batch, device, dtype, clock) for network, batch in product(NETWORKS, BATCHES)]
+    works = [
+        _Work(network.stages[0], batch, device, dtype, clock)
+        for network, batch in product(NETWORKS, BATCHES)
+    ]
     # Weights are fp32 and cast by autocast, each once a step, as in use.
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False):
         if not busy:
             return _timed(works, implementations)
-        torch.set_num_threads(1)  # two that wait for each other take a hundred times as long as their work
+        torch.set_num_threads(
+            1
+        )  # two that wait for each other take a hundred times as long as their work
         try:
             return _timed(works, implementations)._replace(busy=True)
         finally:
@@ -139,13 +167,20 @@ def _timed(works: Sequence[_Work], implementations: Mapping[str, Aggregate]) -> 
     rounds: list[dict[tuple[str, str], list[float]]] = [{}]
     for name, aggregate in implementations.items():
         with contextlib.suppress(RuntimeError, ValueError, TypeError, MemoryError):
-            rounds[0] |= {(kind, name): [work.seconds(kind, aggregate) for work in works] for kind in KINDS}
+            rounds[0] |= {
+                (kind, name): [work.seconds(kind, aggregate) for work in works] for kind in KINDS
+            }
             able[name] = aggregate
     for number in range(ROUNDS[1]):
         if time.perf_counter() - begun > (LIMIT if number < ROUNDS[0] else SECONDS):
             break
         turns = product(KINDS, able)
-        rounds.append({(kind, name): [work.seconds(kind, able[name]) for work in works] for kind, name in turns})
+        rounds.append(
+            {
+                (kind, name): [work.seconds(kind, able[name]) for work in works]
+                for kind, name in turns
+            }
+        )
 
     def least(kind: str, name: str) -> float:
         columns = zip(*(each[kind, name] for each in rounds[1:] or rounds), strict=True)
@@ -158,25 +193,43 @@ def _timed(works: Sequence[_Work], implementations: Mapping[str, Aggregate]) -> 
 class _Work:
     """A stage on random features; *batch* is the number of images and their side."""
 
-    def __init__(self, stage: Stage, batch: tuple[int, int], device: torch.device, dtype: torch.dtype, clock: Clock):
+    def __init__(
+        self,
+        stage: Stage,
+        batch: tuple[int, int],
+        device: torch.device,
+        dtype: torch.dtype,
+        clock: Clock,
+    ):
         self.clock = clock
         images, side = batch
-        generator = torch.Generator().manual_seed(0)  # never the global one: whoever seeded it gets what they expect
+        generator = torch.Generator().manual_seed(
+            0
+        )  # never the global one: whoever seeded it gets what they expect
 
         def random(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(device)
+            return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(
+                device
+            )
 
         def reader(width: int, *weight: Tensor) -> Reader:
             return Reader(*(random(width).requires_grad_() for _ in range(2)), *(weight or (None,)))
 
-        units = [unit for layer in range(1, stage.topology.depth + 1) for unit in stage.units(layer)]
+        units = [
+            unit for layer in range(1, stage.topology.depth + 1) for unit in stage.units(layer)
+        ]
         weights = [
-            random(out, width, kernel, kernel).div_(width * kernel).requires_grad_() for width, kernel, out in units
+            random(out, width, kernel, kernel).div_(width * kernel).requires_grad_()
+            for width, kernel, out in units
         ]
         self.plan = Plan(stage.reads, stage.aggregation)
         self.x = random(images, stage.in_width, side, side).to(dtype).requires_grad_()
-        self.readers = [reader(weight.shape[1], weight) for weight in weights] + [reader(stage.out_width)]
-        self.statistics = [Statistics(random(width), random(width).abs()) for width in stage.unit_widths]
+        self.readers = [reader(weight.shape[1], weight) for weight in weights] + [
+            reader(stage.out_width)
+        ]
+        self.statistics = [
+            Statistics(random(width), random(width).abs()) for width in stage.unit_widths
+        ]
         self.learned = [tensor for each in self.readers for tensor in each if tensor is not None]
 
     def seconds(self, kind: str, aggregate: Aggregate) -> float:
@@ -185,7 +238,9 @@ class _Work:
         with torch.set_grad_enabled(kind == "training"):
             found = aggregate(self.plan, self.x, self.readers, self.statistics, kind == "training")
             if kind == "training":
-                found = torch.autograd.grad(found, [self.x, *self.learned], found.detach().clone())[0]
+                found = torch.autograd.grad(found, [self.x, *self.learned], found.detach().clone())[
+                    0
+                ]
         found.flatten()[0].item()  # there is a value only when the device is done
         return self.clock() - begun
 
@@ -202,7 +257,9 @@ def _read(key: Mapping[str, Any]) -> Figures | None:
     """What :func:`keep` wrote; ``None`` where there is none, or something else."""
     try:
         value = json.loads(_file(key).read_text())
-        training, inference = ({str(name): float(each) for name, each in value[kind].items()} for kind in KINDS)
+        training, inference = (
+            {str(name): float(each) for name, each in value[kind].items()} for kind in KINDS
+        )
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError):
         return None
     usable = all(0 < each < math.inf for each in (*training.values(), *inference.values()))
@@ -215,12 +272,16 @@ def _file(key: Mapping[str, Any]) -> Path:
     return cache_folder() / f"figures-{digest[:16]}.json"
 
 
-def _key(device: torch.device, dtype: torch.dtype, implementations: Sequence[str]) -> dict[str, Any]:
+def _key(
+    device: torch.device, dtype: torch.dtype, implementations: Sequence[str]
+) -> dict[str, Any]:
     """All that the figures depend on and can change between processes, as a JSON value."""
     capabilities: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)
     return {
         "device": device_name(device),
-        "capabilities": {name: str(found) for name, found in capabilities().items()},  # a virtual machine hides some
+        "capabilities": {
+            name: str(found) for name, found in capabilities().items()
+        },  # a virtual machine hides some
         "torch": torch.__version__,
         "precision": str(dtype),
         "threads": torch.get_num_threads(),
@@ -233,5 +294,7 @@ def _key(device: torch.device, dtype: torch.dtype, implementations: Sequence[str
 @cache
 def _sources() -> str:
     """A hash of the implementations' code."""
-    files = sorted(path for path in Path(__file__).parent.rglob("*") if path.suffix in (".py", ".c", ".h"))
+    files = sorted(
+        path for path in Path(__file__).parent.rglob("*") if path.suffix in (".py", ".c", ".h")
+    )
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()

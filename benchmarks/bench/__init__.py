@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 
+from benchmarks.bench import depth, measure
+from benchmarks.bench.epoch import TRAIN, epochs, trained
+from benchmarks.bench.equality import check
+from benchmarks.bench.variants import OPTIONS, Variant, Workload, defaults
 from sparsenet import zoo
 from sparsenet.architecture import Architecture
-from sparsenet.bench import depth, measure
-from sparsenet.bench.epoch import TRAIN, epochs, trained
-from sparsenet.bench.equality import check
-from sparsenet.bench.variants import OPTIONS, Variant, Workload, defaults
 from sparsenet.device import choose_device
+from sparsenet.environment import environment
 from sparsenet.records import read_json
-from sparsenet.run import Run, environment
+from sparsenet.run import Run
 
 __all__ = ["BenchConfig", "bench"]
 
@@ -33,25 +34,37 @@ def _option(default: Any, help: str) -> Any:
 class BenchConfig:
     """What is compared, and in what. Raises ``ValueError`` naming the flag."""
 
-    model: tuple[str, ...] = _option(("sparsenet_100_24",), "names of 'sparsenet models', or run folders")
+    model: tuple[str, ...] = _option(
+        ("sparsenet_100_24",), "names of 'sparsenet models', or run folders"
+    )
     batch_size: int = _option(64, "images a step")
     image_size: int = _option(0, "pixels; 0: what the network is made for")
     steps: int = _option(5, "counted steps of each variant")
     precision: tuple[str, ...] = _option(
-        (), "arithmetic of what is compared without --variants, as fp32,bf16; default: fp32 on a CPU, else both"
+        (),
+        "arithmetic of what is compared without --variants, as fp32,bf16; default: fp32 on a CPU, else both",
     )
     variants: tuple[str, ...] = _option(
         (),
         f"what to compare, as reference-fp32,shared-bf16; options: -{', -'.join(OPTIONS)}; default: all that can run",
     )
-    compile: bool = _option(False, "compare the reference under torch.compile, too; it takes minutes")
-    measures: tuple[str, ...] = _option(
-        MEASURES[:3], f"what to measure, of {','.join(MEASURES)}; none: nothing but what other flags ask for"
+    compile: bool = _option(
+        False, "compare the reference under torch.compile, too; it takes minutes"
     )
-    best_batch: bool = _option(False, "also the batch with the most images a second, found by doubling")
-    epoch: int = _option(-1, "also a whole epoch of so many images; 0: 50,000, or --steps batches on a CPU")
+    measures: tuple[str, ...] = _option(
+        MEASURES[:3],
+        f"what to measure, of {','.join(MEASURES)}; none: nothing but what other flags ask for",
+    )
+    best_batch: bool = _option(
+        False, "also the batch with the most images a second, found by doubling"
+    )
+    epoch: int = _option(
+        -1, "also a whole epoch of so many images; 0: 50,000, or --steps batches on a CPU"
+    )
     memory: bool = _option(False, "also what the peak of memory consists of")
-    depths: tuple[int, ...] = _option((), "also a sweep over depths, sparse and dense, as 40,100,250,500,1000")
+    depths: tuple[int, ...] = _option(
+        (), "also a sweep over depths, sparse and dense, as 40,100,250,500,1000"
+    )
     device: str = _option("auto", "auto, cpu, cuda, …")
 
     def __post_init__(self) -> None:
@@ -62,10 +75,14 @@ class BenchConfig:
         for name, allowed in known.items():
             for each in getattr(self, name):
                 if each not in allowed:
-                    raise ValueError(f"--{name}: expected one or more of {','.join(allowed)}, found {each!r}")
+                    raise ValueError(
+                        f"--{name}: expected one or more of {','.join(allowed)}, found {each!r}"
+                    )
         for name, least in (("batch_size", 1), ("image_size", 0), ("steps", 1), ("epoch", -1)):
             if getattr(self, name) < least:
-                raise ValueError(f"--{name}: expected a whole number of at least {least}, found {getattr(self, name)}")
+                raise ValueError(
+                    f"--{name}: expected a whole number of at least {least}, found {getattr(self, name)}"
+                )
         if self.depths and min(self.depths) < 7:
             raise ValueError(f"--depths: expected depths of at least 7, found {min(self.depths)}")
         for name in self.model:
@@ -73,7 +90,9 @@ class BenchConfig:
             network.sizes(size)
         _ = self.asked
         if self.wants("epoch") and self.epoch > 0 and self.epoch < max(self.batch_size, 5):
-            raise ValueError(f"--epoch: expected at least a batch of images and 5, found {self.epoch}")
+            raise ValueError(
+                f"--epoch: expected at least a batch of images and 5, found {self.epoch}"
+            )
 
     def network(self, model: str) -> tuple[Architecture, int]:
         """The network of a name or of a run, and the pixels of its images."""
@@ -130,9 +149,13 @@ def _select(config: BenchConfig, device: torch.device) -> tuple[list[Variant], d
     return [variant for variant, reason in reasons.items() if not reason], absent
 
 
-def _rows(config: BenchConfig, name: str, variants: Sequence[Variant], device: torch.device) -> list[dict[str, Any]]:
+def _rows(
+    config: BenchConfig, name: str, variants: Sequence[Variant], device: torch.device
+) -> list[dict[str, Any]]:
     """The figures of one network, a row for each variant."""
-    if set(config.measures) == {"none"} and not (config.epoch >= 0 or config.memory or config.best_batch):
+    if set(config.measures) == {"none"} and not (
+        config.epoch >= 0 or config.memory or config.best_batch
+    ):
         return []
     network, size = config.network(name)
     errors, times = _times(config, network, size, variants, device)
@@ -158,7 +181,11 @@ def _rows(config: BenchConfig, name: str, variants: Sequence[Variant], device: t
 
 
 def _add_epochs(
-    config: BenchConfig, network: Architecture, size: int, rows: dict[Variant, dict[str, Any]], device: torch.device
+    config: BenchConfig,
+    network: Architecture,
+    size: int,
+    rows: dict[Variant, dict[str, Any]],
+    device: torch.device,
 ) -> None:
     """Of the variants that the program can train, together at the batch of the call and each alone at its best one."""
     able = [v for v in rows if trained(v)]
@@ -167,11 +194,17 @@ def _add_epochs(
         rows[v]["epoch"] = found
     for v in able if config.best_batch else ():
         batch = rows[v]["best_batch"]["batch_size"]
-        rows[v]["best_epoch"] = epochs([v], network, batch, size, device, config.images(device, batch))[v]
+        rows[v]["best_epoch"] = epochs(
+            [v], network, batch, size, device, config.images(device, batch)
+        )[v]
 
 
 def _times(
-    config: BenchConfig, network: Architecture, size: int, variants: Sequence[Variant], device: torch.device
+    config: BenchConfig,
+    network: Architecture,
+    size: int,
+    variants: Sequence[Variant],
+    device: torch.device,
 ) -> tuple[dict[Variant, Any], dict[str, dict[Variant, measure.Spread]]]:
     """Errors of all variants, which are allowed, and then the seconds of a training step and an inference pass."""
     works = {v: Workload(v, network, config.batch_size, size, device) for v in variants}
@@ -192,11 +225,16 @@ def _kinds(config: BenchConfig) -> Iterator[tuple[str, Callable[[Workload], Call
         yield "infer", lambda work: work.infer
 
 
-def _depths(config: BenchConfig, variants: Sequence[Variant], device: torch.device) -> dict[str, Any]:
+def _depths(
+    config: BenchConfig, variants: Sequence[Variant], device: torch.device
+) -> dict[str, Any]:
     size = config.image_size or 32
     for fetch in depth.FETCHES:
         least = depth.architecture(fetch, min(config.depths))
         check(
-            {v: Workload(v, least, config.batch_size, size, device) for v in variants}, least, config.batch_size, size
+            {v: Workload(v, least, config.batch_size, size, device) for v in variants},
+            least,
+            config.batch_size,
+            size,
         )
     return depth.sweep(variants, config.depths, config.batch_size, size, config.steps, device)

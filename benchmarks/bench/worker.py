@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-from sparsenet.bench.measure import TASKS
+from benchmarks.bench.measure import TASKS
 from sparsenet.device import tune_process
 
 tune_process()

@@ -27,9 +27,9 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from sparsenet.adopt import adopt
+from benchmarks.bench.variants import THEIRS, Variant, Workload
+from sparsenet.adoption import adopt
 from sparsenet.architecture import Architecture
-from sparsenet.bench.variants import THEIRS, Variant, Workload
 
 TRUTH = Variant("reference", "fp32")
 HALF = Variant("reference", "bf16")  # how far from the truth others may be in bf16
@@ -46,7 +46,10 @@ Errors = dict[str, tuple[float, float]]  # found, and what is allowed
 
 
 def check(
-    workloads: Mapping[Variant, Workload], architecture: Architecture, batch_size: int, image_size: int
+    workloads: Mapping[Variant, Workload],
+    architecture: Architecture,
+    batch_size: int,
+    image_size: int,
 ) -> dict[Variant, dict[str, dict[str, float]]]:
     """Runs every workload and compares it with ``reference-fp32`` on the same batches: the error found, and allowed.
 
@@ -62,7 +65,9 @@ def check(
     that is wrong.
     """
     device = next(iter(workloads.values())).device
-    ours = {variant: work for variant, work in workloads.items() if variant.implementation not in THEIRS}
+    ours = {
+        variant: work for variant, work in workloads.items() if variant.implementation not in THEIRS
+    }
     half = any(variant.precision == "bf16" for variant in ours)
     for each in (HALF, TRUTH) if half else (TRUTH,):
         work = ours.pop(each, None) or Workload(each, architecture, batch_size, image_size, device)
@@ -76,12 +81,16 @@ def check(
     found: dict[Variant, Errors] = {}
     for variant, work in workloads.items():
         if variant.implementation in THEIRS:
-            found[variant] = {"logits": (_their_error(work), _allowed_in_fp32("logits", own, architecture, luck))}
+            found[variant] = {
+                "logits": (_their_error(work), _allowed_in_fp32("logits", own, architecture, luck))
+            }
         elif variant.precision == "bf16":
             found[variant] = dict(_in_bf16(compared[variant], compared[HALF], luck))
         else:
             errors = {what: each[0].mean().item() for what, each in compared[variant].items()}
-            found[variant] = {k: (e, _allowed_in_fp32(k, own, architecture, luck)) for k, e in errors.items()}
+            found[variant] = {
+                k: (e, _allowed_in_fp32(k, own, architecture, luck)) for k, e in errors.items()
+            }
         _refuse(variant, found[variant])
     return {variant: _told(errors) for variant, errors in found.items()}
 
@@ -104,7 +113,9 @@ def chance(relus: int) -> float:
     return SURE * SPREAD / math.sqrt(relus)
 
 
-def _allowed_in_fp32(what: str, own: Mapping[str, float], architecture: Architecture, luck: float) -> float:
+def _allowed_in_fp32(
+    what: str, own: Mapping[str, float], architecture: Architecture, luck: float
+) -> float:
     if what in own:
         return 3 * own[what] + ROUNDING["fp32"] * math.sqrt(architecture.depth)
     return 2 * math.sqrt(3 * own["logits"] * FLIPPED * architecture.depth) + luck
@@ -160,8 +171,13 @@ def _compared(works: Mapping[Variant, Workload], batches: int) -> dict[Variant, 
                     made = results(work, first=number == batches - 1)
                     truth = truth or made
                     for what, value in truth.items():
-                        found[variant].setdefault(what, []).append(_difference(made.get(what), value))
-    return {variant: {what: torch.stack(each, 1) for what, each in errors.items()} for variant, errors in found.items()}
+                        found[variant].setdefault(what, []).append(
+                            _difference(made.get(what), value)
+                        )
+    return {
+        variant: {what: torch.stack(each, 1) for what, each in errors.items()}
+        for variant, errors in found.items()
+    }
 
 
 def _inference(work: Workload, first: bool) -> Results:
@@ -187,14 +203,22 @@ def _kind(name: str) -> str:
     return "gradients of " + re.sub(r"^(stages\.\d+).*\.(\w+\.\w+)$", r"\1 \2", name)
 
 
-def _fp32_error(architecture: Architecture, images: int, image_size: int, device: torch.device) -> dict[str, float]:
+def _fp32_error(
+    architecture: Architecture, images: int, image_size: int, device: torch.device
+) -> dict[str, float]:
     """Of the reference's logits, against fp64."""
-    exact = device if device.type == "cuda" else torch.device("cpu")  # other accelerators may have no fp64
+    exact = (
+        device if device.type == "cuda" else torch.device("cpu")
+    )  # other accelerators may have no fp64
     works = {
         variant: Workload(variant, architecture, images, image_size, where)
         for variant, where in ((Variant("reference", "fp64"), exact), (TRUTH, device))
     }
-    return {what: each[0].item() for what, each in _compared(works, 1)[TRUTH].items() if "logits" in what}
+    return {
+        what: each[0].item()
+        for what, each in _compared(works, 1)[TRUTH].items()
+        if "logits" in what
+    }
 
 
 def _difference(found: Tensor | None, truth: Tensor) -> Tensor:

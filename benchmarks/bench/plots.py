@@ -8,10 +8,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from sparsenet.bench.tables import report
-from sparsenet.files import write_atomic
+from benchmarks.bench.tables import report
+from sparsenet.files import write_atomic, write_json
 from sparsenet.pictures import FAINT, KINDS, picture
-from sparsenet.run import write_json
 
 BARS = {
     "train_seconds": "training step (s)",
@@ -61,14 +60,19 @@ def _draw_bars(axis: Any, values: Sequence[Any]) -> None:
         middle = value["median"] if isinstance(value, Mapping) else value
         axis.barh(y, middle, 0.62, color=KINDS[0])
         if isinstance(value, Mapping):
-            axis.plot([value["min"], value["max"]], [y, y], color=KINDS[1], lw=1.6, solid_capstyle="butt")
+            axis.plot(
+                [value["min"], value["max"]], [y, y], color=KINDS[1], lw=1.6, solid_capstyle="butt"
+            )
     axis.set_xlim(left=0)
     axis.locator_params(axis="x", nbins=6)
 
 
 def draw_depth(found: Mapping[str, Any], target: Path) -> None:
     """A PNG of time and memory per layer over the depth, measured (dots) and fitted (lines)."""
-    quantities = (("seconds_per_layer", "training step, ms per layer", 1000), ("mb_per_layer", "MB per layer", 1))
+    quantities = (
+        ("seconds_per_layer", "training step, ms per layer", 1000),
+        ("mb_per_layer", "MB per layer", 1),
+    )
     title = f"Growth rate {found['growth_rate']}, batch {found['batch_size']}"
     with picture(target, 11, 4.4, title) as figure:
         for axis, (quantity, label, scale) in zip(figure.subplots(1, 2), quantities, strict=True):
@@ -80,13 +84,19 @@ def draw_depth(found: Mapping[str, Any], target: Path) -> None:
 
 
 def _draw_series(axis: Any, found: Mapping[str, Any], quantity: str, scale: float) -> None:
-    own = [point for point in found["points"] if not point["left_out"] and point[quantity] is not None]
+    own = [
+        point for point in found["points"] if not point["left_out"] and point[quantity] is not None
+    ]
     depths = sorted({point["depth"] for point in own})
     axis.set_xticks(depths, [str(depth) for depth in depths])
     axis.minorticks_off()
-    for number, name in enumerate(dict.fromkeys((point["variant"], point["fetch"]) for point in own)):
+    for number, name in enumerate(
+        dict.fromkeys((point["variant"], point["fetch"]) for point in own)
+    ):
         colour = KINDS[number % len(KINDS)]
-        points = [(p["depth"], scale * p[quantity]) for p in own if (p["variant"], p["fetch"]) == name]
+        points = [
+            (p["depth"], scale * p[quantity]) for p in own if (p["variant"], p["fetch"]) == name
+        ]
         axis.plot(*zip(*points, strict=True), "o", color=colour, ms=5, label=", ".join(name))
         for fit in found["fits"]:
             if (fit["variant"], fit["fetch"], fit["quantity"]) == (*name, quantity):

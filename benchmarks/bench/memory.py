@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sparsenet.bench.variants import Workload
+from benchmarks.bench.variants import Workload
 from sparsenet.model import SparseNet
-from sparsenet.ops import Plan
+from sparsenet.ops.plan import Plan
 
 MB = 1e6
 BASE = ("parameters", "running statistics", "batch")  # made before the first step
@@ -42,12 +42,16 @@ class Live(TorchDispatchMode):
     def __init__(self, device: torch.device):
         super().__init__()  # type: ignore[no-untyped-call]
         self.device = device
-        self.storages: set[int] = set()  # known, alive; a block of an engine's is another one each time
+        self.storages: set[int] = (
+            set()
+        )  # known, alive; a block of an engine's is another one each time
         self.numbers: dict[int, int] = {}  # by address of what is alive
         self.bytes: dict[int, int] = {}  # by number
         self.peak: dict[int, int] = {}
         self.holders: Counter[int] = Counter()  # how many storages hold what lies at an address
-        self.flat: set[int] = set()  # what began as memory without a shape, or as bytes: an engine's blocks
+        self.flat: set[int] = (
+            set()
+        )  # what began as memory without a shape, or as bytes: an engine's blocks
         self.total = self.highest = self.last = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -56,7 +60,9 @@ class Live(TorchDispatchMode):
             if isinstance(leaf, Tensor) and leaf.device.type == self.device.type:
                 number = self.number(leaf)
                 flat = leaf.ndim == 1 and leaf.numel() > 0
-                if flat and (func is torch.ops.aten.empty.memory_format or leaf.dtype == torch.uint8):
+                if flat and (
+                    func is torch.ops.aten.empty.memory_format or leaf.dtype == torch.uint8
+                ):
                     self.flat.add(number)
         return found
 
@@ -134,5 +140,7 @@ def feature_blocks(work: Workload) -> set[int]:
     sizes = model.architecture.sizes(images.shape[-1])
     for stage, module, side in zip(model.architecture.stages, model.stages, sizes, strict=True):
         plan: Plan = module.plan  # type: ignore[assignment]
-        found.add(plan.stored.columns(stage.unit_widths).total * len(images) * side * side * itemsize)
+        found.add(
+            plan.stored.columns(stage.unit_widths).total * len(images) * side * side * itemsize
+        )
     return found

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.bench import measure, memory
+from benchmarks.bench.variants import Variant
 from sparsenet.architecture import Architecture, count
-from sparsenet.bench import measure, memory
-from sparsenet.bench.variants import Variant
 
 FETCHES = ("sparse", "dense")
 GROWTH = 12
@@ -20,7 +20,9 @@ FROM = 100  # layers: where the comparison with the logarithm begins
 
 def architecture(fetch: str, depth: int) -> Architecture:
     """The network whose depth is nearest, of those that three stages can have."""
-    return Architecture(fetch=fetch, depth=4 + 3 * max(1, round((depth - 4) / 3)), growth_rate=GROWTH)
+    return Architecture(
+        fetch=fetch, depth=4 + 3 * max(1, round((depth - 4) / 3)), growth_rate=GROWTH
+    )
 
 
 def sweep(
@@ -44,7 +46,12 @@ def _points(
     before: dict[str, Any] | None = None
     for depth in depths:
         network = architecture(fetch, depth)
-        point = {"variant": str(variant), "fetch": fetch, "depth": network.depth, "layers": sum(network.stage_depths)}
+        point = {
+            "variant": str(variant),
+            "fetch": fetch,
+            "depth": network.depth,
+            "layers": sum(network.stage_depths),
+        }
         work = measure.work_of(variant, network, batch_size, image_size, device)
         reason = before and _too_large(before, network, image_size, device, steps)
         if not reason:
@@ -90,7 +97,11 @@ def fits(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     found = []
     for variant, fetch in dict.fromkeys((point["variant"], point["fetch"]) for point in points):
-        own = [p for p in points if (p["variant"], p["fetch"]) == (variant, fetch) and not p["left_out"]]
+        own = [
+            p
+            for p in points
+            if (p["variant"], p["fetch"]) == (variant, fetch) and not p["left_out"]
+        ]
         for quantity in ("seconds_per_layer", "mb_per_layer"):
             pairs = [(math.log2(p["depth"]), p[quantity]) for p in own if p[quantity] is not None]
             if len(pairs) < 2:
@@ -98,8 +109,15 @@ def fits(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             deep = [pair for pair in pairs if pair[0] >= math.log2(FROM)] or pairs
             (low, start), (high, end) = deep[0], deep[-1]
             line = fit(pairs)
-            spans = {"from": round(2**low), "to": round(2**high), "growth": end / start, "log_growth": high / low}
-            found.append({"variant": variant, "fetch": fetch, "quantity": quantity, **line, **spans})
+            spans = {
+                "from": round(2**low),
+                "to": round(2**high),
+                "growth": end / start,
+                "log_growth": high / low,
+            }
+            found.append(
+                {"variant": variant, "fetch": fetch, "quantity": quantity, **line, **spans}
+            )
     return found
 
 

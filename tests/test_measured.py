@@ -14,10 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sparsenet import ops
 from sparsenet.architecture import Architecture
 from sparsenet.model import SparseNet
-from sparsenet.ops import fastest, reference
+from sparsenet.ops import dispatch, measured, reference
 
 SECONDS = {"native": 1.0, "shared": 2.0, "reference": 3.0}
 SMALL = Architecture(depth=7, growth_rate=4)
@@ -26,30 +25,32 @@ SMALL = Architecture(depth=7, growth_rate=4)
 @given(st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=4))
 def test_the_fastest_or_one_that_is_preferred_and_nearly_as_fast(values):
     seconds = {str(place): value for place, value in enumerate(values)}
-    taken = fastest.fastest(seconds)
-    assert seconds[taken] <= fastest.MARGIN * min(values)
-    assert all(seconds[str(place)] > fastest.MARGIN * min(values) for place in range(int(taken)))
+    taken = measured.fastest(seconds)
+    assert seconds[taken] <= measured.MARGIN * min(values)
+    assert all(seconds[str(place)] > measured.MARGIN * min(values) for place in range(int(taken)))
 
 
 def test_by_how_much():
-    assert fastest.compared("native", SECONDS) == "2.0 times shared, 3.0 times reference"
-    assert fastest.compared("reference", {"native": 6.0, "reference": 4.0}) == "1.5 times native"
+    assert measured.compared("native", SECONDS) == "2.0 times shared, 3.0 times reference"
+    assert measured.compared("reference", {"native": 6.0, "reference": 4.0}) == "1.5 times native"
 
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(fastest, "BATCHES", ((2, 4),))
-    monkeypatch.setattr(fastest, "ROUNDS", (1, 1))
+    monkeypatch.setattr(measured, "BATCHES", ((2, 4),))
+    monkeypatch.setattr(measured, "ROUNDS", (1, 1))
 
 
 @pytest.mark.parametrize("busy", [False, True])
-@pytest.mark.parametrize("dtype", ops.MEASURED)
+@pytest.mark.parametrize("dtype", dispatch.MEASURED)
 @pytest.mark.parametrize("around", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 def test_measuring_gives_seconds_and_disturbs_nothing(quick, around, dtype, busy, monkeypatch):
-    monkeypatch.setattr(fastest, "_busy", lambda: busy)
+    monkeypatch.setattr(measured, "_busy", lambda: busy)
     torch.set_num_threads(2)
-    monkeypatch.setattr(fastest, "LIMIT", 0 if busy else 9)  # no time for more than the first round
-    implementations = {name: ops._load(name).aggregate for name in ops._able(CPU)}
+    monkeypatch.setattr(
+        measured, "LIMIT", 0 if busy else 9
+    )  # no time for more than the first round
+    implementations = {name: dispatch._load(name).aggregate for name in dispatch._able(CPU)}
     before = torch.get_rng_state()
     with around(), torch.autocast("cpu", torch.float16), torch.device("meta"):
         grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
@@ -71,7 +72,7 @@ def test_what_cannot_be_measured_is_left_out(quick, error):
 
     found = MEASURE(CPU, torch.float32, {"other": refuses, "reference": reference.aggregate})
     assert [list(seconds) for seconds in found[:2]] == [["reference"], ["reference"]]
-    assert MEASURE(CPU, torch.float32, {"other": refuses}) == fastest.Figures({}, {})
+    assert MEASURE(CPU, torch.float32, {"other": refuses}) == measured.Figures({}, {})
 
 
 @pytest.fixture
@@ -82,27 +83,27 @@ def counted(monkeypatch, tmp_path):
     def measure(device, dtype, implementations):
         made.append(dtype)
         seconds = {name: float(len(made)) for name in implementations}
-        return fastest.Figures(seconds, seconds)
+        return measured.Figures(seconds, seconds)
 
-    monkeypatch.setattr(fastest, "measure", measure)
-    monkeypatch.setattr(fastest, "_known", {})
+    monkeypatch.setattr(measured, "measure", measure)
+    monkeypatch.setattr(measured, "_known", {})
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return made
 
 
 def again():
     """As another process would ask."""
-    fastest._known.clear()
-    return ops.figures(CPU, torch.float32)
+    measured._known.clear()
+    return dispatch.figures(CPU, torch.float32)
 
 
 def test_measured_once(counted, tmp_path):
-    first = ops.figures(CPU, torch.float32)
-    assert again() == ops.figures(CPU, torch.float32) == first and len(counted) == 1
+    first = dispatch.figures(CPU, torch.float32)
+    assert again() == dispatch.figures(CPU, torch.float32) == first and len(counted) == 1
     assert [path.name.split("-")[0] for path in (tmp_path / "sparsenet").iterdir()] == ["figures"]
-    assert ops.figures(CPU, torch.bfloat16) != first and len(counted) == 2
-    assert ops.figures(CPU, torch.float32, anew=True) != first and len(counted) == 3
-    assert again() == ops.figures(CPU, torch.float32) != first and len(counted) == 3
+    assert dispatch.figures(CPU, torch.bfloat16) != first and len(counted) == 2
+    assert dispatch.figures(CPU, torch.float32, anew=True) != first and len(counted) == 3
+    assert again() == dispatch.figures(CPU, torch.float32) != first and len(counted) == 3
 
 
 @pytest.mark.parametrize("what", ["threads", "name", "setting", "able"])
@@ -111,16 +112,20 @@ def test_another_machine_is_measured_anew(what, counted, monkeypatch):
     if what == "threads":
         monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
     elif what == "name":
-        monkeypatch.setattr(fastest, "device_name", lambda device: "another processor")
+        monkeypatch.setattr(measured, "device_name", lambda device: "another processor")
     elif what == "setting":
         monkeypatch.setenv("CFLAGS", "-O1")
     else:
-        monkeypatch.setattr(ops, "unavailable", lambda name, device: "no reason" if name == "native" else None)
+        monkeypatch.setattr(
+            dispatch, "unavailable", lambda name, device: "no reason" if name == "native" else None
+        )
     again()
     assert len(counted) == 2
 
 
-@pytest.mark.parametrize("damage", [b"", b"{}", b"[1]", b"\xff\xfe", b"null", "half", "zero", "nan", "other", "folder"])
+@pytest.mark.parametrize(
+    "damage", [b"", b"{}", b"[1]", b"\xff\xfe", b"null", "half", "zero", "nan", "other", "folder"]
+)
 def test_a_damaged_file_is_measured_again(damage, counted, tmp_path):
     again()
     (file,) = (tmp_path / "sparsenet").iterdir()
@@ -163,27 +168,30 @@ def test_where_nothing_can_be_kept(place, counted, monkeypatch, tmp_path):
 def test_processes_that_begin_together(tmp_path):
     code = """
 import torch
-from sparsenet import ops
-from sparsenet.ops import fastest
-fastest.BATCHES, fastest.ROUNDS = ((2, 4),), (1, 1)
-print(ops.figures(torch.device("cpu"), torch.float32) is not None)
+from sparsenet.ops import dispatch, measured
+measured.BATCHES, measured.ROUNDS = ((2, 4),), (1, 1)
+print(dispatch.figures(torch.device("cpu"), torch.float32) is not None)
 """
     folder = linked_kernels(tmp_path / "cache")
     environment = {**os.environ, "XDG_CACHE_HOME": str(folder)}
     both = [
-        subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True
+        )
         for _ in range(2)
     ]
     assert [each.communicate()[0] for each in both] == ["True\n"] * 2
     (file,) = (folder / "sparsenet").glob("figures-*")
-    assert set(json.loads(file.read_text())) == {"of", "busy", *fastest.KINDS}
-    assert all(path.suffix in (".json", ".so") for path in (folder / "sparsenet").iterdir())  # nothing half done
+    assert set(json.loads(file.read_text())) == {"of", "busy", *measured.KINDS}
+    assert all(
+        path.suffix in (".json", ".so") for path in (folder / "sparsenet").iterdir()
+    )  # nothing half done
 
 
 def used(monkeypatch, act):
     """Implementations that *act* runs."""
-    names, load = [], ops._load
-    monkeypatch.setattr(ops, "_load", lambda name: names.append(name) or load(name))
+    names, load = [], dispatch._load
+    monkeypatch.setattr(dispatch, "_load", lambda name: names.append(name) or load(name))
     act()
     return set(names)
 
@@ -223,16 +231,20 @@ def test_nothing_is_measured_for_tensors_without_data(counted):
     assert not counted
 
 
-@pytest.mark.parametrize(("fp32", "bf16", "expected"), [(1.0, 1.0, "bf16"), (1.0, 1.1, "fp32"), (1.1, 1.0, "bf16")])
+@pytest.mark.parametrize(
+    ("fp32", "bf16", "expected"), [(1.0, 1.0, "bf16"), (1.0, 1.1, "fp32"), (1.1, 1.0, "bf16")]
+)
 def test_bf16_where_it_is_not_slower(fp32, bf16, expected, found, monkeypatch):
-    monkeypatch.setattr(ops, "computes_in_bf16", lambda device: True)
+    monkeypatch.setattr(dispatch, "computes_in_bf16", lambda device: True)
     found({"shared": 9.0, "reference": fp32}, bf16={"shared": bf16, "reference": 9.0})
-    assert ops.choose_precision("auto", CPU) == expected
-    assert ops.choose_precision("auto", CPU, "shared") == "bf16"  # each is compared with itself
-    assert ops.choose_precision("auto", CPU, "reference") == ("bf16" if fp32 >= 9 else "fp32")
-    assert ops.choose_precision("fp32", CPU) == "fp32"
-    monkeypatch.setattr(ops, "computes_in_bf16", lambda device: False)
-    assert ops.choose_precision("auto", CPU) == "fp32"
+    assert dispatch.choose_precision("auto", CPU) == expected
+    assert (
+        dispatch.choose_precision("auto", CPU, "shared") == "bf16"
+    )  # each is compared with itself
+    assert dispatch.choose_precision("auto", CPU, "reference") == ("bf16" if fp32 >= 9 else "fp32")
+    assert dispatch.choose_precision("fp32", CPU) == "fp32"
+    monkeypatch.setattr(dispatch, "computes_in_bf16", lambda device: False)
+    assert dispatch.choose_precision("auto", CPU) == "fp32"
 
 
 def test_what_was_measured_in_two_ways_is_not_compared(counted, monkeypatch):
@@ -242,8 +254,8 @@ def test_what_was_measured_in_two_ways_is_not_compared(counted, monkeypatch):
 
     def measure(device, dtype, implementations):
         counted.append(dtype)
-        return fastest.Figures(seconds, seconds, next(ways))
+        return measured.Figures(seconds, seconds, next(ways))
 
-    monkeypatch.setattr(fastest, "measure", measure)
-    assert ops.slowdown(CPU) == 1 and len(counted) == 4
-    assert ops.slowdown(CPU) == 1 and len(counted) == 4
+    monkeypatch.setattr(measured, "measure", measure)
+    assert dispatch.slowdown(CPU) == 1 and len(counted) == 4
+    assert dispatch.slowdown(CPU) == 1 and len(counted) == 4

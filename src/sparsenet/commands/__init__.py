@@ -1,0 +1,11 @@
+"""The program's commands, one module each: ``run(arguments)`` does the work and returns the exit code."""
+
+MODULES = {
+    "train": "sparsenet.commands.train",
+    "eval": "sparsenet.commands.evaluate",
+    "predict": "sparsenet.commands.predict",
+    "export": "sparsenet.commands.export",
+    "models": "sparsenet.commands.models",
+    "report": "sparsenet.commands.report",
+    "check": "sparsenet.commands.check",
+}

@@ -1,0 +1,16 @@
+"""The names of the implementations, and the modules that offer them. Nothing here needs PyTorch."""
+
+from __future__ import annotations
+
+# Each module offers what ``dispatch.Implementation`` lists and is loaded when it is first asked for.
+IMPLEMENTATIONS = {
+    "reference": "sparsenet.ops.reference",
+    "shared": "sparsenet.ops.shared",
+    "native": "sparsenet.ops.native",
+    "triton": "sparsenet.ops.triton",
+}
+OPAQUE = (
+    "native",
+    "triton",
+)  # kernels that a tracer (torch.compile, torch.export) cannot look into
+MEMORY = ("normal", "lean")  # what is kept for the backward pass: see SparseNet

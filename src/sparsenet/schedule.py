@@ -1,0 +1,90 @@
+"""The optimizer's settings, and the learning rate as a pure function of the step. Nothing here needs PyTorch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+DROP = 0.1  # factor of the step schedule at each drop
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """SGD with Nesterov momentum; the defaults are the paper's. Raises ``ValueError`` naming the field."""
+
+    lr: float = field(default=0.1, metadata={"help": "peak learning rate"})
+    schedule: str = field(
+        default="step",
+        metadata={
+            "help": "how the rate changes over the run",
+            "choices": ("step", "cosine", "onecycle"),
+        },
+    )
+    drop_1: int = field(
+        default=150, metadata={"help": "epochs before the first division of the rate by 10"}
+    )
+    drop_2: int = field(default=225, metadata={"help": "epochs before the second one"})
+    warmup: float = field(
+        default=0.0,
+        metadata={"help": "epochs of linear warm-up; 0 with onecycle: 30 %% of the run"},
+    )
+    momentum: float = field(default=0.9, metadata={"help": "Nesterov momentum"})
+    weight_decay: float = field(
+        default=1e-4, metadata={"help": "on convolution and linear weights only"}
+    )
+    label_smoothing: float = field(
+        default=0.0, metadata={"help": "share of the target spread over all classes"}
+    )
+    ema: float = field(
+        default=0.0, metadata={"help": "decay of averaged weights, used to evaluate; 0: none"}
+    )
+    grad_clip: float = field(
+        default=0.0, metadata={"help": "largest gradient norm; 0: no clipping"}
+    )
+
+    def __post_init__(self) -> None:
+        expectations = [
+            ("lr", 0 < self.lr < math.inf, "a positive number"),
+            (
+                "schedule",
+                self.schedule in ("step", "cosine", "onecycle"),
+                "step, cosine or onecycle",
+            ),
+            ("drop_1", self.drop_1 >= 0, "a number of epochs"),
+            ("drop_2", self.drop_2 >= self.drop_1, f"at least drop_1 ({self.drop_1})"),
+            ("warmup", self.warmup >= 0, "a number of epochs"),
+            ("momentum", 0 < self.momentum < 1, "a number between 0 and 1"),
+            ("weight_decay", self.weight_decay >= 0, "a number of at least 0"),
+            ("label_smoothing", 0 <= self.label_smoothing < 1, "a share below 1"),
+            ("ema", 0 <= self.ema < 1, "a decay below 1"),
+            ("grad_clip", self.grad_clip >= 0, "a norm of at least 0"),
+        ]
+        for name, holds, expected in expectations:
+            if not holds:
+                raise ValueError(f"{name}: expected {expected}, found {getattr(self, name)!r}")
+
+
+def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, max_epoch: int) -> float:
+    """The rate of optimizer step *step* (from 0) of a run of ``max_epoch * steps_per_epoch`` steps."""
+    epoch, total = step / steps_per_epoch, max_epoch
+    if config.schedule == "step":
+        drops = (epoch >= config.drop_1) + (epoch >= config.drop_2)
+        return (
+            config.lr
+            * DROP**drops
+            * min(1.0, (epoch + 1 / steps_per_epoch) / max(config.warmup, 1e-9))
+        )
+    rise = config.warmup or (0.3 * total if config.schedule == "onecycle" else 0.0)
+    if epoch < rise:
+        start = 0.04 if config.schedule == "onecycle" else 0.0
+        return config.lr * (start + (1 - start) * min(1.0, (epoch + 1 / steps_per_epoch) / rise))
+    done = (epoch - rise) / max(total - rise, 1e-9)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+
+def average_share(decay: float, step: int) -> float:
+    """How far averaged weights move towards the current ones after step *step* (from 0), as a part of the way.
+
+    The decay rises to *decay* as steps accumulate, so that the initial weights are soon forgotten.
+    """
+    return 1 - min(decay, (1 + step) / (10 + step))
