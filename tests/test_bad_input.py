@@ -300,7 +300,7 @@ def test_an_engine_that_is_not_installed(
 ) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
     line = refused("eval", trained, "--engine", "openvino")
-    assert "expected the package openvino" in line and "pip install 'sparsenet[openvino]'" in line
+    assert "expected the package openvino" in line and "pip install '.[openvino]'" in line
 
 
 # --- configurations ------------------------------------------------------------------------------------------

@@ -6,7 +6,8 @@ import json
 import pytest
 
 from sparsenet import config as settings
-from sparsenet.config import RunConfig, differences, from_dict, from_flags, recipe, replace
+from sparsenet.config import RunConfig, differences, from_dict, recipe, replace
+from sparsenet.flags import from_flags
 from sparsenet.presets import PRESETS, preset, preset_for
 
 

@@ -1,9 +1,9 @@
-"""What this machine offers: devices, precisions, extras, data."""
+"""What this machine offers: devices, precisions, implementations, optional packages, data."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,125 +12,149 @@ from sparsenet.data.config import DataConfig
 from sparsenet.data.load import load_dataset
 from sparsenet.device import choose_device, computes_in_bf16
 from sparsenet.environment import environment
+from sparsenet.extras import install_hint, missing_packages
 from sparsenet.ops import dispatch
 from sparsenet.ops.implementations import IMPLEMENTATIONS
 from sparsenet.ops.measured import KINDS
 
-EXTRAS = {
-    "train": ("filelock", "matplotlib", "PIL", "pyarrow", "rich", "sklearn"),
-    "export": ("onnx", "onnxruntime", "onnxscript"),
-    "openvino": ("openvino",),
-    "triton": ("triton",),
-}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
-def check(dataset_dir: str = "", measure: bool = False) -> dict[str, Any]:
-    """A JSON value: environment, devices with their precisions, extras with what they lack, the data found.
+@dataclass(frozen=True)
+class Choice:
+    """The implementation that ``auto`` takes for one kind of work, and the seconds it goes by."""
+
+    taken: str
+    seconds: dict[str, float] | None  # by implementation; ``None`` where nothing is measured
+    busy: bool  # whether the machine was busy, so that one thread alone was timed
+
+
+@dataclass(frozen=True)
+class AutoChoices:
+    """What ``auto`` takes on a device."""
+
+    precision: dict[str, str]  # by kind of work: training, inference
+    implementation: dict[str, dict[str, Choice]]  # by precision, then by kind of work
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """What lies in a data folder."""
+
+    name: str
+    classes: tuple[str, ...]
+    train: int  # images
+    test: int
+    shape: tuple[int, ...]  # (C, H, W)
+
+
+@dataclass(frozen=True)
+class MachineReport:
+    """What :func:`check` finds; all but *extras* and *data* are by device."""
+
+    environment: Any
+    devices: dict[str, list[str]]  # precisions in which a convolution runs, forward and backward
+    implementations: dict[str, dict[str, str | None]]  # why one cannot run; ``None``: it can
+    auto: dict[str, AutoChoices]
+    extras: dict[str, list[str]]  # what each extra lacks
+    data: DataSummary | None
+
+
+def check(dataset_dir: str = "", measure: bool = False) -> MachineReport:
+    """Look at the machine and, where one is named, at a data folder.
 
     What ``auto`` goes by is measured where that has not been done, and with *measure* anew.
+    Raises ``ValueError`` for data that cannot be read.
     """
-    devices = dict.fromkeys([torch.device("cpu"), choose_device("auto")])
-    missing = {
-        extra: [name for name in names if importlib.util.find_spec(name) is None]
-        for extra, names in EXTRAS.items()
+    devices = {str(device): device for device in (torch.device("cpu"), choose_device("auto"))}
+    reasons = {
+        name: {each: dispatch.unavailable(each, device) for each in IMPLEMENTATIONS}
+        for name, device in devices.items()
     }
-    found: dict[str, Any] = {
-        "environment": environment(choose_device("auto")),
-        "devices": {str(device): _precisions(device) for device in devices},
-        "implementations": {
-            str(device): {name: dispatch.unavailable(name, device) for name in IMPLEMENTATIONS}
-            for device in devices
-        },
-        "auto": {str(device): _auto(device, measure) for device in devices},
-        "extras": {
-            extra: {"installed": not names, "missing": names} for extra, names in missing.items()
-        },
-    }
-    if dataset_dir:
-        data = load_dataset(DataConfig(dataset_dir=dataset_dir))
-        found["data"] = {
-            "name": data.name, "classes": list(data.classes), "train": len(data.train), "test": len(data.test),
-            "shape": list(data.train.pixels.shape[1:]),
-        }  # fmt: skip
-    return found
-
-
-def _auto(device: torch.device, measure: bool) -> dict[str, Any]:
-    """By kind of work the precision that is taken; by precision what takes how long, in seconds, and which is taken."""
-    found: dict[str, Any] = {"precision": {}, "implementation": {}}
-    dtypes = {"fp32": torch.float32} | (
-        {"bf16": torch.bfloat16} if computes_in_bf16(device) else {}
+    return MachineReport(
+        environment=environment(choose_device("auto")),
+        devices={name: _precisions(device) for name, device in devices.items()},
+        implementations=reasons,
+        auto={name: _auto_choices(device, measure) for name, device in devices.items()},
+        extras=missing_packages(),
+        data=_summarise_data(dataset_dir) if dataset_dir else None,
     )
-    for precision, dtype in dtypes.items():
-        figures = dispatch.figures(device, dtype, anew=measure)
-        found["implementation"][precision] = {
-            kind: {
-                "taken": dispatch.choose("auto", device, dtype, kind == "training"),
-                "seconds": figures and figures.of(kind == "training"),
-                "busy": bool(figures and figures.busy),
-            }
-            for kind in KINDS
-        }
-    found["precision"] = {
-        kind: dispatch.choose_precision("auto", device, training=kind == "training")
-        for kind in KINDS
-    }
-    return found
+
+
+def _summarise_data(folder: str) -> DataSummary:
+    data = load_dataset(DataConfig(dataset_dir=folder))
+    shape = tuple(data.train.pixels.shape[1:])
+    return DataSummary(data.name, data.classes, len(data.train), len(data.test), shape)
 
 
 def _precisions(device: torch.device) -> list[str]:
-    """Precisions in which a convolution runs, forward and backward."""
     able = []
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp64", torch.float64)):
+    for name, dtype in DTYPES.items():
         try:
             weight = torch.ones(8, 8, 3, 3, device=device, dtype=dtype, requires_grad=True)
-            torch.conv2d(
-                torch.ones(1, 8, 8, 8, device=device, dtype=dtype), weight
-            ).sum().backward()
-            able.append(name)
+            images = torch.ones(1, 8, 8, 8, device=device, dtype=dtype)
+            torch.conv2d(images, weight).sum().backward()
         except (RuntimeError, TypeError):
             continue
+        able.append(name)
     return able
 
 
-def lines(found: dict[str, Any]) -> list[str]:
-    """The same for people."""
-    env = found["environment"]
-    shown = [
-        f"sparsenet {env['sparsenet']}, torch {env['torch']}, Python {env['python']}, {env['platform']}",
-        *(
-            f"device {name}: {', '.join(precisions)}"
-            for name, precisions in found["devices"].items()
-        ),
-        f"{env['device_name']}, {env['threads']} threads",
-    ]
-    for device, reasons in found["implementations"].items():
-        shown += [
-            f"{device}: {name} {f'cannot run: {why}' if why else 'runs'}"
-            for name, why in reasons.items()
-        ]
-    shown += [line for device, auto in found["auto"].items() for line in _choices(device, auto)]
-    for extra, state in found["extras"].items():
-        lacks = f"missing {', '.join(state['missing'])}: pip install 'sparsenet[{extra}]'"
-        shown.append(f"extra '{extra}': {'installed' if state['installed'] else lacks}")
-    if data := found.get("data"):
-        shown.append(
-            f"data {data['name']}: {data['train']} training and {data['test']} test images, "
-            f"{len(data['classes'])} classes, {data['shape']}"
+def _auto_choices(device: torch.device, measure: bool) -> AutoChoices:
+    names = ("fp32", "bf16") if computes_in_bf16(device) else ("fp32",)
+    implementation = {name: _choices(device, DTYPES[name], measure) for name in names}
+    precision = {
+        kind: dispatch.choose_precision("auto", device, training=kind == "training")
+        for kind in KINDS
+    }
+    return AutoChoices(precision, implementation)
+
+
+def _choices(device: torch.device, dtype: torch.dtype, measure: bool) -> dict[str, Choice]:
+    figures = dispatch.figures(device, dtype, anew=measure)
+    choices = {}
+    for kind in KINDS:
+        training = kind == "training"
+        taken = dispatch.choose("auto", device, dtype, training)
+        seconds = figures.of(training) if figures else None
+        choices[kind] = Choice(taken, seconds, figures is not None and figures.busy)
+    return choices
+
+
+def lines(report: MachineReport) -> Iterator[str]:
+    """Yield the report as lines for people."""
+    env = report.environment
+    yield (
+        f"sparsenet {env['sparsenet']}, torch {env['torch']}, Python {env['python']}, "
+        f"{env['platform']}"
+    )
+    for device, precisions in report.devices.items():
+        yield f"device {device}: {', '.join(precisions)}"
+    yield f"{env['device_name']}, {env['threads']} threads"
+    for device, reasons in report.implementations.items():
+        for name, reason in reasons.items():
+            yield f"{device}: {name} {f'cannot run: {reason}' if reason else 'runs'}"
+    for device, auto in report.auto.items():
+        yield from _lines_of_choices(device, auto)
+    for extra, missing in report.extras.items():
+        lacks = f"missing {', '.join(missing)}: {install_hint(extra)}"
+        yield f"extra '{extra}': {lacks if missing else 'installed'}"
+    if data := report.data:
+        yield (
+            f"data {data.name}: {data.train} training and {data.test} test images, "
+            f"{len(data.classes)} classes, {data.shape}"
         )
-    return shown
 
 
-def _choices(device: str, auto: dict[str, Any]) -> Iterator[str]:
-    """``cpu, fp32, training: auto takes native (native 0.0120 s, shared 0.0210 s, reference 0.0240 s)``."""
-    for precision, kinds in auto["implementation"].items():
-        for kind, choice in kinds.items():
-            seconds = choice["seconds"] or {}
-            took = (
-                ", ".join(f"{name} {each:.4f} s" for name, each in seconds.items())
-                or "not measured"
+def _lines_of_choices(device: str, auto: AutoChoices) -> Iterator[str]:
+    for precision, choices in auto.implementation.items():
+        for kind, choice in choices.items():
+            seconds = choice.seconds or {}
+            took = ", ".join(f"{name} {each:.4f} s" for name, each in seconds.items())
+            how = ", on one thread of a busy machine" if choice.busy else ""
+            yield (
+                f"{device}, {precision}, {kind}: auto takes {choice.taken} "
+                f"({took or 'not measured'}{how})"
             )
-            how = ", on one thread of a busy machine" if choice["busy"] else ""
-            yield f"{device}, {precision}, {kind}: auto takes {choice['taken']} ({took}{how})"
-    for kind, precision in auto["precision"].items():
+    for kind, precision in auto.precision.items():
         yield f"{device}, {kind}: auto precision is {precision}"

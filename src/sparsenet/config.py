@@ -1,11 +1,9 @@
-"""What a run is made of: each component owns its settings, a run composes them, flags are read off them."""
+"""The settings of a run. Each component owns a dataclass of its settings, and a run composes them."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
-import json
 import math
 import typing
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,66 +11,46 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from sparsenet.architecture import Architecture
 from sparsenet.data.config import DataConfig
+from sparsenet.files import read_json
 from sparsenet.ops.implementations import IMPLEMENTATIONS, MEMORY
 from sparsenet.schedule import OptimConfig
-from sparsenet.topology import fetch_from_file
+from sparsenet.topology import Sources
+from sparsenet.validation import expect, setting
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How the run is driven. Raises ``ValueError`` naming the field."""
+    """How a run is driven. Raises ``ValueError`` naming the field."""
 
-    seed: int = field(
-        default=0, metadata={"help": "all randomness is a function of (seed, epoch, position)"}
+    seed: int = setting(0, "all randomness is a function of (seed, epoch, position)")
+    batch_size: int = setting(64, "images a step")
+    max_epoch: int = setting(300, "epochs in all, resumed ones included")
+    device: str = setting("auto", "auto, cpu, cuda, npu, mps, xpu or any device PyTorch knows")
+    precision: str = setting(
+        "auto", "auto: bf16 where the device is no slower in it", ("auto", "fp32", "bf16")
     )
-    batch_size: int = field(default=64, metadata={"help": "images a step"})
-    max_epoch: int = field(default=300, metadata={"help": "epochs in all, resumed ones included"})
-    device: str = field(
-        default="auto",
-        metadata={"help": "auto, cpu, cuda, npu, mps, xpu or any device PyTorch knows"},
+    implementation: str = setting(
+        "auto", "engine; auto: the fastest here", ("auto", *IMPLEMENTATIONS)
     )
-    precision: str = field(
-        default="auto",
-        metadata={
-            "help": "auto: bf16 where the device is no slower in it",
-            "choices": ("auto", "fp32", "bf16"),
-        },
-    )
-    implementation: str = field(
-        default="auto",
-        metadata={"help": "engine; auto: the fastest here", "choices": ("auto", *IMPLEMENTATIONS)},
-    )
-    memory: str = field(
-        default="normal",
-        metadata={"help": "lean: bottlenecks are computed again in backward", "choices": MEMORY},
-    )
-    capture: bool = field(
-        default=True, metadata={"help": "replay the step as a CUDA graph where the device can"}
-    )
-    time_limit: float = field(
-        default=0.0, metadata={"help": "seconds after which the run ends and saves; 0: none"}
-    )
-    save_every: float = field(
-        default=120.0, metadata={"help": "seconds between checkpoints within an epoch"}
-    )
+    memory: str = setting("normal", "lean: bottlenecks are computed again in backward", MEMORY)
+    capture: bool = setting(True, "replay the step as a CUDA graph where the device can")
+    time_limit: float = setting(0.0, "seconds after which the run ends and saves; 0: none")
+    save_every: float = setting(120.0, "seconds between checkpoints within an epoch")
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("batch_size", 1),
-            ("max_epoch", 1),
-            ("time_limit", 0),
-            ("save_every", 0),
-            ("seed", 0),
-        ):
-            if not least <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: expected at least {least}, found {getattr(self, name)}")
+        least = {"seed": 0, "batch_size": 1, "max_epoch": 1, "time_limit": 0, "save_every": 0}
+        for name, minimum in least.items():
+            value = getattr(self, name)
+            expect(minimum <= value < math.inf, name, f"at least {minimum}", value)
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything needed to run again."""
+    """Everything that is needed to run again."""
 
     network: Architecture = field(default_factory=Architecture)
     data: DataConfig = field(default_factory=DataConfig)
@@ -80,7 +58,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON value; :func:`from_dict` reads it back."""
+        """Return a JSON value, which :func:`from_dict` reads back."""
         return dataclasses.asdict(self)
 
 
@@ -90,197 +68,123 @@ COMPONENTS: dict[str, type] = {
     "optim": OptimConfig,
     "train": TrainConfig,
 }
-FOUND_IN_DATA = ("in_chans", "num_classes")  # fields of the network that the dataset decides
-MAY_CHANGE = (  # when resuming
-    "max_epoch", "time_limit", "save_every", "device", "memory", "capture", "dataset_dir", "download",
-)  # fmt: skip
+DECIDED_BY_DATA = ("in_chans", "num_classes")  # fields of the network that no flag sets
+MAY_CHANGE = {  # settings that a resumed run may have other values of
+    "max_epoch",
+    "time_limit",
+    "save_every",
+    "device",
+    "memory",
+    "capture",
+    "dataset_dir",
+    "download",
+}
+EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One field of one component: its flag, help text and type exist nowhere else."""
+    """A field of a component that a flag or a file can set."""
 
     component: str
     name: str
-    kind: Any
+    kind: Any  # its type, as far as a JSON file can write it
     default: Any
     help: str
-    choices: tuple[str, ...] | None
-
-    def parse(self, text: str) -> Any:
-        """The value that *text* on a command line stands for; ``ValueError`` if it is none."""
-        if self.kind is bool:
-            truth = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
-            if text.lower() not in truth:
-                raise ValueError(f"--{self.name}: expected true or false, found {text!r}")
-            return truth[text.lower()]
-        if self.kind in (int, float):
-            try:
-                number = self.kind(text)
-            except ValueError:
-                number = math.nan
-            if not math.isfinite(number):
-                what = "a whole number" if self.kind is int else "a number"
-                raise ValueError(f"--{self.name}: expected {what}, found {text!r}")
-            return number
-        if self.name == "fetch" and ".py:" in text:
-            return fetch_from_file(text)
-        if self.name in ("growth_rate", "blocks"):
-            try:
-                return tuple(int(part) for part in text.split(","))
-            except ValueError:
-                raise ValueError(
-                    f"--{self.name}: expected whole numbers like 16,32,64, found {text!r}"
-                ) from None
-        return text
+    choices: tuple[str, ...]
 
     def check(self, value: Any, source: str) -> None:
-        """``ValueError`` where *value*, from the JSON file *source*, has another type than the setting."""
-        if self.kind is bool:
-            fits, expected = isinstance(value, bool), "true or false"
-        elif self.kind is int:
-            fits, expected = _is_whole(value), "a whole number"
-        elif self.kind is float:
-            fits, expected = _is_whole(value) or isinstance(value, float), "a number"
-        elif self.kind is str:
-            fits, expected = isinstance(value, str), "a text"
-        elif self.name == "fetch":
-            fits = isinstance(value, str) or (
-                isinstance(value, list) and all(map(_are_whole, value))
-            )
-            expected = "a name or a list of lists of whole numbers"
-        else:
-            fits, expected = _is_whole(value) or _are_whole(value), "whole numbers"
-        if not fits:
-            raise ValueError(f"{source}: {self.name}: expected {expected}, found {value!r}")
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _are_whole(value: Any) -> bool:
-    return isinstance(value, list | tuple) and all(map(_is_whole, value))
-
-
-def nearest(name: str, known: Iterable[str], likeness: float = 0.5) -> str:
-    """``; did you mean ...?`` where a known name is near."""
-    near = difflib.get_close_matches(name, list(known), 1, likeness)
-    return f"; did you mean {near[0]}?" if near else ""
+        """Raise ``ValueError`` where *value*, from the JSON file *source*, has another type."""
+        try:
+            msgspec.convert(value, self.kind)
+        except msgspec.ValidationError:
+            expected = EXPECTED.get(self.kind, "whole numbers")
+            if self.name == "fetch":
+                expected = "a name or a list of lists of whole numbers"
+            message = f"{source}: {self.name}: expected {expected}, found {value!r}"
+            raise ValueError(message) from None
 
 
 def settings() -> Iterator[Setting]:
-    """Every setting of a run that a flag can change."""
+    """Yield every setting of a run."""
     for component, owner in COMPONENTS.items():
         kinds = typing.get_type_hints(owner)
-        for f in dataclasses.fields(owner):
-            if not (component == "network" and f.name in FOUND_IN_DATA):
-                text, choices = f.metadata.get("help", ""), f.metadata.get("choices")
-                yield Setting(component, f.name, kinds[f.name], f.default, text, choices)
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """One flag for each setting, grouped by component; flags not given leave no trace in the namespace."""
-    groups = {
-        name: parser.add_argument_group(f"{name} (defaults without a preset)")
-        for name in COMPONENTS
-    }
-    for s in settings():
-        default = (
-            ",".join(map(str, s.default))
-            if isinstance(s.default, tuple)
-            else str(s.default).lower()
-        )
-        shown = s.help if default in ("", "0", "0.0", "false") else f"{s.help} (default {default})"
-        if s.choices:
-            shown = f"{shown}; one of {', '.join(map(str, s.choices))}"
-        groups[s.component].add_argument(
-            f"--{s.name}",
-            default=argparse.SUPPRESS,
-            choices=None if s.choices is None else tuple(map(str, s.choices)),
-            help=shown,
-            metavar="VALUE",
-            **({"nargs": "?", "const": "true"} if s.kind is bool else {}),  # type: ignore[arg-type]
-        )
-
-
-def from_flags(flags: Mapping[str, str], base: RunConfig) -> RunConfig:
-    """*base* with the settings in *flags* (name to command-line text) replaced."""
-    changes: dict[str, dict[str, Any]] = {component: {} for component in COMPONENTS}
-    for s in settings():
-        if s.name in flags:
-            changes[s.component][s.name] = s.parse(flags[s.name])
-    return replace(base, changes)
+        if component == "network":
+            kinds["fetch"] = (
+                str | Sources
+            )  # a function has become a table by the time it is written
+        for each in dataclasses.fields(owner):
+            if component != "network" or each.name not in DECIDED_BY_DATA:
+                help_text, choices = each.metadata.get("help", ""), each.metadata.get("choices", ())
+                kind = kinds[each.name]
+                yield Setting(component, each.name, kind, each.default, help_text, choices)
 
 
 def replace(base: RunConfig, changes: Mapping[str, Mapping[str, Any]]) -> RunConfig:
-    """*base* with fields of its components replaced: ``{"optim": {"lr": 0.2}}``."""
+    """Return *base* with fields of its components replaced: ``{"optim": {"lr": 0.2}}``."""
     network = dict(changes.get("network", {}))
     if "depth" in network:  # a depth replaces the base's stages, and the other way round
         network.setdefault("blocks", ())
     elif network.get("blocks", base.network.blocks):
         network["depth"] = 0
-    merged = {**changes, "network": network}
-    return RunConfig(
-        **{
-            name: dataclasses.replace(getattr(base, name), **merged.get(name, {}))
-            for name in COMPONENTS
-        }
-    )
+    components = {}
+    for name in COMPONENTS:
+        changed = network if name == "network" else changes.get(name, {})
+        components[name] = dataclasses.replace(getattr(base, name), **changed)
+    return RunConfig(**components)
 
 
 def from_dict(value: Any, source: str, base: RunConfig) -> RunConfig:
-    """*base* with what a JSON value sets; ``ValueError`` naming *source* and what is unknown."""
+    """Return *base* with what a JSON value sets.
+
+    Raises ``ValueError`` naming *source* and what is unknown or of another type.
+    """
     if not isinstance(value, dict):
         raise ValueError(f"{source}: expected a JSON object, found {type(value).__name__}")
     for component, fields in value.items():
         if component not in COMPONENTS or not isinstance(fields, dict):
-            raise ValueError(
-                f"{source}: expected objects named {', '.join(COMPONENTS)}, found {component!r}"
-            )
-        known = {f.name for f in dataclasses.fields(COMPONENTS[component])}
-        if unknown := sorted(set(fields) - known):
-            raise ValueError(
-                f"{source}: {component} has no setting {unknown[0]!r}{nearest(unknown[0], known)}"
-            )
-        for s in settings():
-            if s.component == component and s.name in fields:
-                s.check(fields[s.name], source)
+            expected = f"objects named {', '.join(COMPONENTS)}"
+            raise ValueError(f"{source}: expected {expected}, found {component!r}")
+        known = {each.name for each in dataclasses.fields(COMPONENTS[component])}
+        for name in sorted(set(fields) - known):
+            hint = nearest(name, known)
+            raise ValueError(f"{source}: {component} has no setting {name!r}{hint}")
+    for each in settings():
+        if each.name in value.get(each.component, {}):
+            each.check(value[each.component][each.name], source)
     return replace(base, value)
 
 
 def load(path: Path, base: RunConfig) -> RunConfig:
-    """*base* with what a JSON file sets; ``ValueError`` in one line where there is no such file."""
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: expected a readable configuration, found: {error}") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}: expected JSON, found {error.msg} in line {error.lineno}"
-        ) from None
-    return from_dict(value, str(path), base)
+    """Return *base* with what a JSON file sets; ``ValueError`` in one line where it cannot."""
+    return from_dict(read_json(path, object), str(path), base)
 
 
 def differences(old: RunConfig, new: RunConfig) -> list[str]:
-    """What resuming *old* as *new* would change and must not: ``name old -> new``."""
-    found = []
-    for s in settings():
-        before, after = (getattr(getattr(config, s.component), s.name) for config in (old, new))
-        settled = (
-            s.name == "implementation" and before == "auto"
-        )  # the one it came to may not run here
-        if before != after and s.name not in MAY_CHANGE and not settled:
-            found.append(f"{s.name} {before!r} -> {after!r}")
-    return found
+    """Return what resuming *old* as *new* would change and must not: ``name old -> new``."""
+    changes = []
+    for each in settings():
+        before = getattr(getattr(old, each.component), each.name)
+        after = getattr(getattr(new, each.component), each.name)
+        # What ``auto`` came to when the run began may not run on the machine of the resume.
+        was_auto = each.name == "implementation" and before == "auto"
+        if before != after and each.name not in MAY_CHANGE and not was_auto:
+            changes.append(f"{each.name} {before!r} -> {after!r}")
+    return changes
 
 
 def recipe(config: RunConfig) -> dict[str, dict[str, Any]]:
-    """How a network was trained, as a JSON value: what matters for the result, and not where or with what it ran."""
-    given = config.to_dict()
-    del given["network"]
-    without = set(MAY_CHANGE) - {"max_epoch"}
+    """Return how a network was trained, as a JSON value: what matters for the result alone."""
+    left_out = MAY_CHANGE - {"max_epoch"}
+    components = config.to_dict()
+    del components["network"]
     return {
-        part: {name: value for name, value in own.items() if name not in without}
-        for part, own in given.items()
+        component: {name: value for name, value in fields.items() if name not in left_out}
+        for component, fields in components.items()
     }
+
+
+def nearest(name: str, known: Iterable[str], likeness: float = 0.5) -> str:
+    """Return ``; did you mean ...?`` where a known name is near, else nothing."""
+    near = difflib.get_close_matches(name, list(known), 1, likeness)
+    return f"; did you mean {near[0]}?" if near else ""

@@ -1,8 +1,9 @@
-"""Optional packages: imported when first used, and asked for by the name of the extra that brings them."""
+"""Optional packages: imported when first used, and asked for by the name of their extra."""
 
 from __future__ import annotations
 
-from importlib import import_module
+import re
+from importlib import import_module, metadata
 from typing import Any
 
 
@@ -11,7 +12,7 @@ class MissingExtra(ImportError):
 
 
 def require(module: str, extra: str) -> Any:
-    """The imported *module*; where it is missing, :class:`MissingExtra` says which extra to install."""
+    """Return the imported *module*; :class:`MissingExtra` says how to install it where it is missing."""
     try:
         return import_module(module)
     except ModuleNotFoundError as error:
@@ -19,5 +20,38 @@ def require(module: str, extra: str) -> Any:
         if error.name is None or error.name.partition(".")[0] != package:
             raise
         raise MissingExtra(
-            f"expected the package {package}, found none: pip install 'sparsenet[{extra}]'"
+            f"expected the package {package}, found none: {install_hint(extra)}"
         ) from None
+
+
+def install_hint(extra: str) -> str:
+    """Return the command that installs an extra. No package index has sparsenet, hence the dot."""
+    return f"pip install '.[{extra}]' in the folder of sparsenet's source"
+
+
+def missing_packages() -> dict[str, list[str]]:
+    """Return for each extra of this package, except that for developers, what is not installed."""
+    missing: dict[str, list[str]] = {}
+    for requirement in _requirements():
+        parts = re.match(r"([\w.-]+).*\bextra == ['\"](\w+)['\"]", requirement)
+        if not parts or parts[2] in ("all", "dev"):
+            continue
+        absent = missing.setdefault(parts[2], [])
+        if parts[1] != "sparsenet" and not _is_installed(parts[1]):
+            absent.append(parts[1])
+    return missing
+
+
+def _requirements() -> list[str]:
+    try:
+        return metadata.requires("sparsenet") or []
+    except metadata.PackageNotFoundError:  # run from its source, without having been installed
+        return []
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True

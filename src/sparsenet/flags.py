@@ -1,18 +1,22 @@
-"""The command line's words: every command, its flags and their help."""
+"""The command line's words: every command, its flags and their help. Nothing here loads PyTorch."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from sparsenet import __version__, presets
-from sparsenet import config as settings
+from sparsenet.config import COMPONENTS, RunConfig, Setting, nearest, replace, settings
 from sparsenet.export import FORMATS, RUNTIMES
+from sparsenet.topology import fetch_from_file
+
+TRUTH = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors are exceptions, so that they can be told in one line; flags are never abbreviated."""
+    """A parser that raises ``ValueError`` in one line and takes no abbreviated flags."""
 
     def __init__(self, **kwargs: Any):
         super().__init__(allow_abbrev=False, **kwargs)
@@ -23,23 +27,30 @@ class Parser(argparse.ArgumentParser):
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
             known = list(map(str, action.choices))
-            expected = f"expected one of {', '.join(known)}, found {value!r}{settings.nearest(str(value), known)}"
+            hint = nearest(str(value), known)
+            expected = f"expected one of {', '.join(known)}, found {value!r}{hint}"
             raise argparse.ArgumentError(action, expected)
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """The flags, ``-`` and ``_`` being the same in their names; ``ValueError`` with the nearest valid one."""
+        """Parse the arguments of a command; ``-`` and ``_`` are the same in the name of a flag.
+
+        Raises ``ValueError``, for an unknown flag with the nearest one.
+        """
         end = list(arguments).index("--") if "--" in arguments else len(arguments)
-        flags = [_underscored(argument) for argument in arguments[:end]]
-        found, unknown = self.parse_known_args([*flags, *arguments[end:]])
+        flags = [_with_underscores(argument) for argument in arguments[:end]]
+        parsed, unknown = self.parse_known_args([*flags, *arguments[end:]])
         if unknown:
-            command = self._subparsers._group_actions[0].choices[found.command]  # type: ignore[union-attr,index]
-            near = settings.nearest(unknown[0].split("=")[0], command._option_string_actions, 0.6)
-            hint = near or f"; see sparsenet {found.command} --help"
-            raise ValueError(f"{found.command}: unknown argument {unknown[0]!r}{hint}")
-        return found
+            parser, name = self, self.prog
+            if self._subparsers:
+                name = parsed.command
+                parser = self._subparsers._group_actions[0].choices[name]  # type: ignore[index]
+            hint = nearest(unknown[0].split("=")[0], parser._option_string_actions, 0.6)
+            hint = hint or f"; see {parser.prog} --help"
+            raise ValueError(f"{name}: unknown argument {unknown[0]!r}{hint}")
+        return parsed
 
 
-def _underscored(argument: str) -> str:
+def _with_underscores(argument: str) -> str:
     if not argument.startswith("--"):
         return argument
     name, equals, value = argument.partition("=")
@@ -47,132 +58,184 @@ def _underscored(argument: str) -> str:
 
 
 def parser() -> Parser:
-    """The program's parser."""
-    parser = Parser(
+    """Return the program's parser."""
+    program = Parser(
         prog="sparsenet", description="Train, evaluate and use sparsely aggregated networks."
     )
-    parser.add_argument("--version", action="version", version=f"sparsenet {__version__}")
-    commands = parser.add_subparsers(
+    program.add_argument("--version", action="version", version=f"sparsenet {__version__}")
+    commands = program.add_subparsers(
         dest="command", required=True, metavar="COMMAND", parser_class=Parser
     )
+    _add_train(commands)
+    _add_eval(commands)
+    _add_predict(commands)
+    _add_export(commands)
+    _add_models(commands)
+    _add_report(commands)
+    _add_check(commands)
+    return program
 
+
+def _add_train(commands: Any) -> None:
     train = commands.add_parser(
         "train",
         help="train a network and write a run folder",
-        description="Trains a network and writes a run folder, whose path is the last line. Settings come from a "
-        "preset (digits without data of your own, paper for c10 and c100, short for your images), then --config, "
-        "then flags.",
+        description="Trains a network and writes a run folder, whose path is the last line. "
+        "Settings come from a preset (digits without data of your own, paper for c10 and c100, "
+        "short for your images), then --config, then flags.",
     )
     train.add_argument("--out", default="", help="the run folder; default: a new one in runs/")
     train.add_argument("--resume", default="", metavar="RUN", help="go on with a run")
-    train.add_argument(
-        "--preset", default="", help=f"settings to start from: {', '.join(presets.PRESETS)}"
-    )
-    train.add_argument(
-        "--config",
-        default="",
-        metavar="RUN",
-        help="settings of another run: its folder or config.json",
-    )
-    settings.add_flags(train)
+    names = ", ".join(presets.PRESETS)
+    train.add_argument("--preset", default="", help=f"settings to start from: {names}")
+    text = "settings of another run: its folder or config.json"
+    train.add_argument("--config", default="", metavar="RUN", help=text)
+    for component in COMPONENTS:
+        group = train.add_argument_group(f"{component} (defaults without a preset)")
+        for each in settings():
+            if each.component == component:
+                _add_setting(group, each)
 
+
+def _add_setting(group: Any, setting: Setting) -> None:
+    """Add the flag of a setting; where it is not given, it leaves no trace in the namespace."""
+    default = str(setting.default).lower()
+    if isinstance(setting.default, tuple):
+        default = ",".join(map(str, setting.default))
+    shown = setting.help
+    if default not in ("", "0", "0.0", "false"):
+        shown += f" (default {default})"
+    choices = tuple(map(str, setting.choices)) or None
+    if choices:
+        shown += f"; one of {', '.join(choices)}"
+    optional_value = {"nargs": "?", "const": "true"} if setting.kind is bool else {}
+    group.add_argument(
+        f"--{setting.name}",
+        default=argparse.SUPPRESS,
+        choices=choices,
+        help=shown,
+        metavar="VALUE",
+        **optional_value,
+    )
+
+
+def from_flags(flags: Mapping[str, str], base: RunConfig) -> RunConfig:
+    """Return *base* with the settings in *flags* (name to command-line text) replaced."""
+    changes: dict[str, dict[str, Any]] = {component: {} for component in COMPONENTS}
+    for each in settings():
+        if each.name in flags:
+            changes[each.component][each.name] = _value_of(each, flags[each.name])
+    return replace(base, changes)
+
+
+def _value_of(setting: Setting, text: str) -> Any:
+    """Return the value that *text* stands for; ``ValueError`` if it is none of the setting's."""
+    if setting.kind is bool:
+        value: Any = TRUTH.get(text.lower())
+        expected = "true or false"
+    elif setting.kind in (int, float):
+        value = _number(setting.kind, text)
+        expected = "a whole number" if setting.kind is int else "a number"
+    elif setting.name in ("growth_rate", "blocks"):
+        numbers = [_number(int, part) for part in text.split(",")]
+        value = None if None in numbers else tuple(numbers)
+        expected = "whole numbers like 16,32,64"
+    elif setting.name == "fetch" and ".py:" in text:
+        return fetch_from_file(text)
+    else:
+        return text
+    if value is None:
+        raise ValueError(f"--{setting.name}: expected {expected}, found {text!r}")
+    return value
+
+
+def _number(kind: type[int] | type[float], text: str) -> int | float | None:
+    try:
+        number = kind(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _add_eval(commands: Any) -> None:
     evaluate = commands.add_parser("eval", help="error of a run on its test images")
-    _run_flags(evaluate)
+    _add_run(evaluate)
+    _add_json(evaluate)
     evaluate.add_argument("--batch_size", type=_at_least_1, default=256, help="images at a time")
+    precisions = ("auto", "fp32", "bf16")
+    evaluate.add_argument("--precision", default="auto", choices=precisions, help="arithmetic")
+    engines = ("torch", *RUNTIMES)
     evaluate.add_argument(
-        "--precision", default="auto", choices=("auto", "fp32", "bf16"), help="arithmetic"
+        "--engine", default="torch", choices=engines, help="what runs the network"
     )
-    evaluate.add_argument(
-        "--engine", default="torch", choices=("torch", *RUNTIMES), help="what runs the network"
-    )
-    _data_flags(evaluate)
+    _add_data(evaluate)
 
+
+def _add_predict(commands: Any) -> None:
     predict = commands.add_parser("predict", help="classes of image files")
-    _run_flags(predict)
+    _add_run(predict)
+    _add_json(predict)
     predict.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders or globs")
     predict.add_argument("--top", type=_at_least_1, default=5, help="classes to show")
     predict.add_argument("--batch_size", type=_at_least_1, default=64, help="images at a time")
-    _add_export(commands)
-
-    report = commands.add_parser("report", help="one HTML page that compares runs")
-    report.add_argument("runs", nargs="*", metavar="RUN", help="run folders, or folders of them")
-    report.add_argument(
-        "--out",
-        default="",
-        help="the page, its picture beside it; default: in the first run folder",
-    )
-    report.add_argument(
-        "--filters",
-        action="store_true",
-        help="draw how layers weigh their sources into each folder",
-    )
-    report.add_argument(
-        "--markdown", action="store_true", help="print the table as Markdown instead"
-    )
-    report.add_argument(
-        "--update", default="", metavar="PAGE", help="write the tables of a Markdown page anew"
-    )
-    _add_tools(commands)
-    return parser
 
 
 def _add_export(commands: Any) -> None:
     export = commands.add_parser(
         "export", help="write one file that runs elsewhere, or weights to give away"
     )
-    _run_flags(export, as_json=False)
-    export.add_argument(
-        "--format",
-        default="onnx",
-        choices=tuple(FORMATS),
-        help="; or ".join(kind.help for kind in FORMATS.values()),
-    )
+    _add_run(export)
+    text = "; or ".join(each.help for each in FORMATS.values())
+    export.add_argument("--format", default="onnx", choices=tuple(FORMATS), help=text)
     export.add_argument(
         "--out", default="", help="the file; default: model.FORMAT in the run folder"
     )
     export.add_argument("--opset", type=_at_least_1, default=None, help="ONNX operator set")
-    _data_flags(export)
+    _add_data(export)
 
 
-def _add_tools(commands: Any) -> None:
-    """The commands that need no run."""
+def _add_models(commands: Any) -> None:
     models = commands.add_parser("models", help="the named networks with parameters and MACs")
     models.add_argument("pattern", nargs="?", default="*", help="such as 'sparsenet*'")
-    _json_flag(models)
+    _add_json(models)
 
-    check = commands.add_parser("check", help="what this machine offers")
+
+def _add_report(commands: Any) -> None:
+    report = commands.add_parser("report", help="one HTML page that compares runs")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="run folders, or folders of them")
+    text = "the page, its picture beside it; default: in the first run folder"
+    report.add_argument("--out", default="", help=text)
+    text = "draw how layers weigh their sources into each folder"
+    report.add_argument("--filters", action="store_true", help=text)
+    text = "print the table as Markdown instead"
+    report.add_argument("--markdown", action="store_true", help=text)
+
+
+def _add_check(commands: Any) -> None:
+    check = commands.add_parser("check", help="what this machine offers, and what is fastest on it")
     check.add_argument("--dataset_dir", default="", help="data to look at")
-    check.add_argument(
-        "--measure",
-        action="store_true",
-        help="time the implementations anew, for auto; leave it alone",
-    )
-    _json_flag(check)
+    text = "time the implementations anew, for auto; leave the machine alone meanwhile"
+    check.add_argument("--measure", action="store_true", help=text)
+    _add_json(check)
 
 
-def _run_flags(parser: argparse.ArgumentParser, as_json: bool = True) -> None:
-    parser.add_argument(
-        "run",
-        metavar="RUN",
-        help="a run folder; or a weights file, its https address, or its name (sparsenet models)",
-    )
-    parser.add_argument(
-        "--checkpoint", default="best", choices=("best", "last"), help="which weights"
-    )
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    text = "a run folder; or a weights file, its https address, or its name (sparsenet models)"
+    parser.add_argument("run", metavar="RUN", help=text)
+    kinds = ("best", "last")
+    parser.add_argument("--checkpoint", default="best", choices=kinds, help="which weights")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, npu, mps, xpu, …")
-    if as_json:
-        _json_flag(parser)
 
 
-def _data_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dataset", default="", help="other data than the run's: as for train")
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    text = "other data than the run's: as for train"
+    parser.add_argument("--dataset", default="", help=text)
     parser.add_argument("--dataset_dir", default="", help="where the data lies now")
 
 
-def _json_flag(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--json", action="store_true", help="one JSON value on stdout and nothing else"
-    )
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    text = "one JSON value on stdout and nothing else"
+    parser.add_argument("--json", action="store_true", help=text)
 
 
 def _at_least_1(text: str) -> int:

@@ -6,9 +6,10 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
+import msgspec
 import torch
 
 from sparsenet.data.config import DataConfig
@@ -61,6 +62,8 @@ def _stored_data(trained: Trained) -> DataConfig:
     return DataConfig(test_fraction=told["test_fraction"], skip_corrupt=told["skip_corrupt"])
 
 
-def print_result(value: Any, lines: Sequence[str], as_json: bool) -> int:
-    print(json.dumps(value, indent=2) if as_json else "\n".join(lines))
+def print_result(value: Any, lines: Iterable[str], as_json: bool) -> int:
+    """Print *lines*, or *value* (dataclasses, containers, numbers, text) as one JSON value."""
+    text = json.dumps(msgspec.to_builtins(value), indent=2) if as_json else "\n".join(lines)
+    print(text)
     return 0

@@ -12,6 +12,7 @@ from sparsenet import config as settings
 from sparsenet import presets
 from sparsenet.config import RunConfig
 from sparsenet.display import display
+from sparsenet.flags import from_flags
 from sparsenet.run import Run
 from sparsenet.train import train
 
@@ -61,7 +62,7 @@ def _new_run(args: argparse.Namespace) -> tuple[Run, RunConfig]:
         )
     if file:
         base = settings.load(file, base)
-    config = settings.from_flags(given, base)
+    config = from_flags(given, base)
     return Run.create(Path(args.out) if args.out else _default_folder(config)), config
 
 
@@ -90,7 +91,7 @@ def _resumed(args: argparse.Namespace) -> tuple[Run, RunConfig]:
     old = run.config()
     base = presets.preset(args.preset) if args.preset else old
     file = _config_file(args)
-    new = settings.from_flags(vars(args), settings.load(file, base) if file else base)
+    new = from_flags(vars(args), settings.load(file, base) if file else base)
     if changed := settings.differences(old, new):
         raise ValueError(
             f"--resume {run.path}: settings differ from the run's: {'; '.join(changed)}"
