@@ -34,7 +34,7 @@ def missing_packages() -> dict[str, list[str]]:
     missing: dict[str, list[str]] = {}
     for requirement in _requirements():
         parts = re.match(r"([\w.-]+).*\bextra == ['\"](\w+)['\"]", requirement)
-        if not parts or parts[2] in ("all", "dev"):
+        if not parts or parts[2] in ("all", "dev", "docs"):
             continue
         absent = missing.setdefault(parts[2], [])
         if parts[1] != "sparsenet" and not _is_installed(parts[1]):
