@@ -1,4 +1,4 @@
-"""What the tests of the program share: calling it, a run trained once, and data made on the spot."""
+"""What the tests share: calling the program, a run trained once, data made on the spot."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def linked_kernels(folder: Path) -> Path:
 
 
 def _assume_figures() -> None:
-    """What ``auto`` takes depends on no measurement, neither here nor in processes that tests start."""
+    """``auto`` goes by no measurement, neither here nor in processes that tests start."""
     folder = Path(tempfile.mkdtemp(prefix="sparsenet-tests-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     os.environ["XDG_CACHE_HOME"] = str(linked_kernels(folder))
@@ -129,7 +129,7 @@ def record_on_cpu(
 
 
 class Found:
-    """What a measurement finds from now on, in seconds by implementation; *inference*: where that is other."""
+    """Sets what measurements give from now on: seconds by implementation."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch):
         self.folder, self.monkeypatch = folder, monkeypatch
@@ -190,7 +190,7 @@ def _trained(folder: Path, *arguments: object) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on the digits: two epochs of 23 steps. Read only: take a :func:`copied` one to change it."""
+    """A run on the digits: two epochs of 23 steps. Tests that change it take :func:`copied`."""
     return _trained(tmp_path_factory.mktemp("trained") / "run", *TINY, "--max_epoch", 2)
 
 
@@ -231,7 +231,7 @@ def write_classes(root: Path, classes: tuple[str, ...] = CLASSES, images: int = 
 
 
 def write_cifar10(root: Path) -> Path:
-    """The unpacked binary archive of CIFAR-10 in small: six files of :data:`IMAGES` records, and the names."""
+    """A small CIFAR-10, unpacked and binary: six files of :data:`IMAGES` records each."""
     folder = root / "cifar-10-batches-bin"
     folder.mkdir(parents=True)
     generator = np.random.default_rng(0)
@@ -244,7 +244,7 @@ def write_cifar10(root: Path) -> Path:
 
 
 def snapshot(folder: Path) -> dict[str, bytes | None]:
-    """Every file of a folder, byte for byte, and its folders; the lock, which has no content, left out."""
+    """Every file of a folder with its bytes, and its folders; without the empty lock."""
     paths = (path for path in folder.rglob("*") if path.name != ".lock")
     return {
         str(path.relative_to(folder)): None if path.is_dir() else path.read_bytes()

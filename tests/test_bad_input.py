@@ -40,7 +40,7 @@ def refused(call: Call) -> Callable[..., str]:
     return refuse
 
 
-# --- data ----------------------------------------------------------------------------------------------------
+# --- data -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dataset", ["auto", "c10", "c100", "folder", "parquet"])
@@ -195,7 +195,7 @@ def test_a_folder_that_would_be_ignored(
     assert str(folder_data) in line and "--dataset digits" in line
 
 
-# --- networks ------------------------------------------------------------------------------------------------
+# --- networks -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,10 @@ def test_a_wrong_function_as_topology(
     refused: Callable[..., str], fetch: str, expected: str
 ) -> None:
     Path("mine.py").write_text(
-        "number = 3\ndef too_many(i): return range(i + 1)\ndef nothing(i): return []\ndef broken(i): return 1 // 0\n"
+        "number = 3\n"
+        "def too_many(i): return range(i + 1)\n"
+        "def nothing(i): return []\n"
+        "def broken(i): return 1 // 0\n"
     )
     line = refused("train", "--fetch", fetch, *TINY)
     assert expected in line and "expected" in line
@@ -303,7 +306,7 @@ def test_an_engine_that_is_not_installed(
     assert "expected the package openvino" in line and "pip install '.[openvino]'" in line
 
 
-# --- configurations ------------------------------------------------------------------------------------------
+# --- configurations -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -331,7 +334,7 @@ def test_a_configuration_that_is_not_there(refused: Callable[..., str]) -> None:
     assert "config.json" in refused("train", "--config", ".")  # a folder that is no run
 
 
-# --- run folders ---------------------------------------------------------------------------------------------
+# --- run folders ----------------------------------------------------------------------------------
 
 
 def test_a_second_run_into_the_same_folder(refused: Callable[..., str], trained: Path) -> None:
@@ -499,7 +502,7 @@ def test_evaluating_on_other_classes_is_refused(
     assert "10 classes" in line and "2 classes" in line
 
 
-# --- checkpoints ---------------------------------------------------------------------------------------------
+# --- checkpoints ----------------------------------------------------------------------------------
 
 
 def flipped(run: Path, name: str) -> None:
@@ -609,7 +612,7 @@ def test_damaged_metrics_are_named(refused: Callable[..., str], copied: Path) ->
     assert "metrics.csv" in refused("report", copied)
 
 
-# --- runs that fail ------------------------------------------------------------------------------------------
+# --- runs that fail -------------------------------------------------------------------------------
 
 
 def test_a_non_finite_loss_names_its_step(call: Call) -> None:

@@ -51,7 +51,7 @@ def checked(*names, batch_size=4):
     )
 
 
-# --- variants ------------------------------------------------------------------------------------------------
+# --- variants -------------------------------------------------------------------------------------
 
 
 @given(
@@ -94,7 +94,7 @@ def test_what_cannot_run_is_told_and_only_refused_where_it_was_asked_for(monkeyp
     assert "Not run: shared-fp32: of the moon." in tables.report(found)
 
 
-# --- correctness ---------------------------------------------------------------------------------------------
+# --- correctness ----------------------------------------------------------------------------------
 
 
 def test_equal_networks_pass_and_say_how_equal_they_are():
@@ -322,7 +322,7 @@ def test_what_does_not_compile_is_told_in_one_line(monkeypatch):
         checked("reference-fp32", "reference-fp32-compiled")
 
 
-# --- the clock -----------------------------------------------------------------------------------------------
+# --- the clock ------------------------------------------------------------------------------------
 
 
 @given(st.integers(1, 5), st.integers(1, 4))
@@ -364,7 +364,7 @@ def test_a_process_that_fails_says_why(monkeypatch, code, said, expected):
         measure.alone("memory", {"variant": "shared-fp32"})
 
 
-# --- the best batch ------------------------------------------------------------------------------------------
+# --- the best batch -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -406,7 +406,7 @@ def test_a_batch_that_would_not_fit_into_a_shared_memory_is_not_tried(monkeypatc
     assert found["ended"] == "batch 128 needs about 1200 MB, 1000 MB are free"
 
 
-# --- memory --------------------------------------------------------------------------------------------------
+# --- memory ---------------------------------------------------------------------------------------
 
 
 def test_the_peak_is_of_what_is_alive_at_once():
@@ -455,7 +455,7 @@ def test_an_engines_blocks_are_known_by_the_sizes_of_its_plan():
     assert 0 < found["readers' buffers"] < found["features"]
 
 
-# --- a whole epoch -------------------------------------------------------------------------------------------
+# --- a whole epoch --------------------------------------------------------------------------------
 
 
 def test_random_images_are_read_as_any_others(tmp_path):
@@ -476,7 +476,7 @@ def test_an_epoch_of_fewer_images_is_an_estimate():
     assert not trained(Variant("torchvision", "fp32"))
 
 
-# --- depth ---------------------------------------------------------------------------------------------------
+# --- depth ----------------------------------------------------------------------------------------
 
 
 @given(
@@ -550,7 +550,7 @@ def test_what_does_not_fit_is_left_out_and_so_is_what_is_deeper(monkeypatch, sec
         ) or "free" in own[1]["left_out"]
 
 
-# --- what comes out ------------------------------------------------------------------------------------------
+# --- what comes out -------------------------------------------------------------------------------
 
 
 def _row(variant, seconds, megabytes):
@@ -653,7 +653,7 @@ def test_what_is_measured_is_a_json_value():
     assert tables.report(found) == tables.report(json.loads(json.dumps(found)))
 
 
-# --- the command line ----------------------------------------------------------------------------------------
+# --- the command line -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

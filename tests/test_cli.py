@@ -1,4 +1,4 @@
-"""The program as its users see it: commands, exit codes, what is printed where, what a run folder holds."""
+"""The program as its users see it: commands, exit codes, output, run folders."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from sparsenet.schedule import learning_rate
 
 PROGRAM = [sys.executable, "-m", "sparsenet.cli"]
 FILES = (
-    "config.json", "requirements.txt", "environment.json", "graph.json", "graph.svg", "metrics.csv", "train.log",
-    "curves.png", "confusion.png", "samples.png",
-)  # fmt: skip
+    *("config.json", "requirements.txt", "environment.json", "graph.json", "graph.svg"),
+    *("metrics.csv", "train.log", "curves.png", "confusion.png", "samples.png"),
+)
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def json_of(text: str) -> Any:
     return json.loads(text, parse_constant=refuse)
 
 
-# --- flags ---------------------------------------------------------------------------------------------------
+# --- flags ----------------------------------------------------------------------------------------
 
 
 def test_dash_and_underscore_are_the_same_in_a_flag(configured: Callable[..., RunConfig]) -> None:
@@ -195,7 +195,7 @@ def test_help_renders_and_names_what_there_is(call: Call, command: str) -> None:
             assert setting.help.replace("%%", "%") in text
 
 
-# --- settings ------------------------------------------------------------------------------------------------
+# --- settings -------------------------------------------------------------------------------------
 
 
 def test_the_paper_command_is_the_paper_recipe(
@@ -279,7 +279,7 @@ def test_a_function_of_ones_own_is_a_topology(configured: Callable[..., RunConfi
     assert mine.stages == configured("--depth", "13", "--fetch", "windowed:1").network.stages
 
 
-# --- training ------------------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 
 
 def test_a_run_folder_explains_the_run(trained: Path) -> None:
@@ -357,7 +357,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_anew(
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-# --- the real program ----------------------------------------------------------------------------------------
+# --- the real program -----------------------------------------------------------------------------
 
 
 def test_ctrl_c_saves_and_another_process_stays_out(call: Call, tmp_path: Path) -> None:
@@ -454,7 +454,7 @@ def test_the_exit_code_is_that_of_the_process(
     assert capfd.readouterr().err.count("\n") == (code != 0)
 
 
-# --- after training ------------------------------------------------------------------------------------------
+# --- after training -------------------------------------------------------------------------------
 
 
 def test_eval_json(call: Call, trained: Path) -> None:

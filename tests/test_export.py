@@ -132,7 +132,7 @@ def test_a_target_that_cannot_be_written_is_refused_at_once(tmp_path: Path, targ
         export_onnx(make(blocks=(1, 1)), tmp_path / target)
 
 
-# --- engines -------------------------------------------------------------------------------------------------
+# --- engines --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(params=RUNTIMES)

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "sparsenet"
-# From the ground up; a room may import rooms on lower floors, and rooms of its own floor that stand before it.
+# From the ground up. A room may import rooms on lower floors, and those before it on its own.
 FLOORS = [
     [
         "topology",
@@ -95,7 +95,7 @@ def test_structure_needs_no_torch(path):
 
 
 def test_building_a_model_needs_the_core_only():
-    """What ``import sparsenet`` loads beyond the core dependencies is an extra, imported when first used."""
+    """Packages beyond the core dependencies are extras, which are imported when first used."""
     core = {"torch", "numpy", "safetensors", "jinja2", "msgspec", "sparsenet", "__future__"}
     import sys
 

@@ -93,7 +93,7 @@ def said(file: Path) -> Any:
         return json.loads(opened.metadata()["sparsenet"])
 
 
-# --- what is in a file ---------------------------------------------------------------------------------------
+# --- what is in a file ----------------------------------------------------------------------------
 
 
 def test_a_file_holds_the_runs_numbers_rounded(file: Path, trained: Path) -> None:
@@ -236,7 +236,7 @@ def test_numbers_that_fp16_has_not_are_refused(call: Call, copied: Path) -> None
     assert not (copied / "model.safetensors").exists()
 
 
-# --- who may be named ----------------------------------------------------------------------------------------
+# --- who may be named -----------------------------------------------------------------------------
 
 
 def test_weights_of_the_package_are_found_by_name(call: Call, shipped: Path, file: Path) -> None:
@@ -395,7 +395,7 @@ def test_weights_become_onnx_in_the_folder_where_one_is(
     assert [None if real is None else len(real) for _, _, real, _ in asked] == [None, 64, 64]
 
 
-# --- damaged and foreign files -------------------------------------------------------------------------------
+# --- damaged and foreign files --------------------------------------------------------------------
 
 
 def refused(file: Path, expected: str) -> None:
@@ -490,7 +490,7 @@ def test_a_file_too_large_is_not_read(file: Path, monkeypatch: pytest.MonkeyPatc
         weights.load(file)
 
 
-# --- as a library --------------------------------------------------------------------------------------------
+# --- as a library ---------------------------------------------------------------------------------
 
 
 def test_a_model_by_name_has_the_weights_and_its_classifier(shipped: Path, file: Path) -> None:
@@ -555,7 +555,7 @@ def test_a_network_without_weights_is_told_those_that_have_some(shipped: Path) -
         sparsenet.create_model("sparsenet_7_5", pretrained=True)
 
 
-# --- from the network ----------------------------------------------------------------------------------------
+# --- from the network -----------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -647,7 +647,7 @@ def test_a_redirection_stays_with_https() -> None:
         assert followed is not None and followed.full_url == end
 
 
-# --- what comes with the package -----------------------------------------------------------------------------
+# --- what comes with the package ------------------------------------------------------------------
 
 
 def test_the_packages_weights_are_listed_small_and_in_the_wheel() -> None:

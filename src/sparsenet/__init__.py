@@ -1,4 +1,8 @@
-"""Sparsely aggregated convolutional networks: topologies, an engine, training and what comes after it."""
+"""Sparsely aggregated convolutional networks: topologies, an engine, training, and what follows.
+
+The public names are loaded, and PyTorch with them, when they are first used: the command line
+answers ``--help`` and refuses wrong flags without them.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +28,21 @@ __all__ = [
 ]
 
 _MODULES = {
-    "Architecture": "architecture", "SparseNet": "model", "Topology": "topology", "adopt": "adoption",
-    "create_model": "zoo", "list_models": "zoo", "load_torchvision": "adoption",
-}  # fmt: skip
+    "Architecture": "sparsenet.architecture",
+    "SparseNet": "sparsenet.model",
+    "Topology": "sparsenet.topology",
+    "adopt": "sparsenet.adoption",
+    "create_model": "sparsenet.zoo",
+    "list_models": "sparsenet.zoo",
+    "load_torchvision": "sparsenet.adoption",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Loads a public name, and PyTorch with it, when it is first used: the command line needs it for some commands."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    return getattr(import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

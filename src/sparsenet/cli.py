@@ -1,7 +1,7 @@
-"""The program ``sparsenet``: reads the command line, runs a command, says what went wrong in one line.
+"""The program ``sparsenet``: parses the command line, runs a command, reports errors in one line.
 
-Exit codes: 0 done, 1 a run failed, 2 a bad call (one line on stderr says what was expected and found),
-130 or 143 stopped by Ctrl-C or SIGTERM after saving.
+Exit codes: 0 done; 1 a run failed; 2 a bad call (one line on stderr says what was expected and
+found); 130 or 143 stopped by Ctrl-C or SIGTERM, after saving.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ FAILED, BAD_CALL = 1, 2
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Runs one command and returns its exit code. Only commands load PyTorch: help and wrong flags need none."""
+    """Run one command and return its exit code. Help and wrong flags are answered without PyTorch."""
     from importlib import import_module
 
     from sparsenet import commands, flags
@@ -32,16 +32,16 @@ def run(arguments: Sequence[str]) -> int:
     except (ValueError, MissingExtra) as error:
         code, message = BAD_CALL, str(error)
     except (OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not _is_expected(error):
+        if isinstance(error, RuntimeError) and not _ends_a_run(error):
             raise
         code, message = FAILED, str(error)
-    said = " ".join(message.split()) or "out of memory"  # only a MemoryError says nothing
-    print(f"sparsenet: {said}", file=sys.stderr)
+    line = " ".join(message.split()) or "out of memory"  # only a MemoryError has no message
+    print(f"sparsenet: {line}", file=sys.stderr)
     return code
 
 
-def _is_expected(error: RuntimeError) -> bool:
-    """Whether *error* is the end of a run rather than a fault of the program."""
+def _ends_a_run(error: RuntimeError) -> bool:
+    """Return whether *error* is a known end of a run, and not a fault of the program."""
     import torch
 
     from sparsenet.train import DivergedError
@@ -50,11 +50,11 @@ def _is_expected(error: RuntimeError) -> bool:
 
 
 def main() -> NoReturn:
-    """The program ``sparsenet``."""
+    """Run the program on the arguments of the process."""
     try:
         code = run(sys.argv[1:])
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader of a pipe has gone; nobody is left to tell
+    except BrokenPipeError:  # the reader of a pipe has gone, so nobody is left to be told
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = FAILED
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""The settings of a run. Each component owns a dataclass of its settings, and a run composes them."""
+"""The settings of a run, composed of the dataclasses that its components own."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ class MissingExtra(ImportError):
 
 
 def require(module: str, extra: str) -> Any:
-    """Return the imported *module*; :class:`MissingExtra` says how to install it where it is missing."""
+    """Import *module*. Where it is missing, :class:`MissingExtra` says how to install it."""
     try:
         return import_module(module)
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""Recipes by name: the paper's tables and this package's own defaults, as changes to a run's settings."""
+"""Recipes by name, as changes to the default settings of a run."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from sparsenet.config import RunConfig, nearest, replace
 from sparsenet.data.registry import KINDS, resolve
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    # arXiv:1801.05895, section 4: 300 epochs, batch 64, 0.1 -> 0.01 -> 0.001. It is the settings' own default.
+    # The settings' own defaults are the paper's (arXiv:1801.05895, section 4): 300 epochs of
+    # batches of 64, at a learning rate of 0.1, then 0.01, then 0.001.
     "paper": {},
-    # A minute on a laptop: 1,797 handwritten digits of 8x8 pixels, where mirroring would change the class.
+    # A minute on a laptop: 1,797 handwritten digits of 8x8 pixels. Mirroring would change them.
     "digits": {
         "network": {"depth": 22, "growth_rate": 12},
         "data": {"dataset": "digits", "mirror": False, "shift": 1},
@@ -39,15 +40,17 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def preset(name: str) -> RunConfig:
-    """The settings of a preset; ``ValueError`` with the known names."""
+    """Return the settings of a preset; ``ValueError`` with the known names."""
     if name not in PRESETS:
-        raise ValueError(
-            f"--preset: expected one of {', '.join(PRESETS)}, found {name!r}{nearest(name, PRESETS)}"
-        )
+        hint = nearest(name, PRESETS)
+        raise ValueError(f"--preset: expected one of {', '.join(PRESETS)}, found {name!r}{hint}")
     return replace(RunConfig(), PRESETS[name])
 
 
 def preset_for(dataset: str, dataset_dir: str) -> str:
-    """The preset used where none is named: that of the kind of data set, else the one for images of one's own."""
+    """Return the preset that is used where none is named: that of the kind of data set.
+
+    Whatever lies in a folder of one's own is trained by the short one.
+    """
     kind = KINDS.get(resolve(dataset, dataset_dir))
     return kind.preset if kind else "short"

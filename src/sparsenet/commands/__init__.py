@@ -1,4 +1,4 @@
-"""The program's commands, one module each: ``run(arguments)`` does the work and returns the exit code."""
+"""The program's commands, one module each, whose ``run(args)`` returns the exit code."""
 
 MODULES = {
     "train": "sparsenet.commands.train",
