@@ -42,7 +42,8 @@ def commands(text):
 
 def run(arguments, folder):
     tools = Path(sys.executable).parent
-    environment = os.environ | {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
+    path = f"{tools}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         arguments,
         cwd=folder,
@@ -59,7 +60,7 @@ def examples(page):
     return [kind for kind, _ in blocks(page) if kind in ("python", "console")]
 
 
-@pytest.mark.parametrize("page", filter(examples, PAGES), ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [*filter(examples, PAGES)], ids=lambda page: page.stem)
 def test_examples_do_what_they_show(page, tmp_path):
     printed = ""
     for kind, text in blocks(page):
