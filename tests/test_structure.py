@@ -28,7 +28,7 @@ FLOORS = [
     ["data", "optim"],
     ["config", "presets"],
     ["checkpoints", "run", "trained"],
-    ["arithmetic", "step", "evaluate", "pictures", "records", "filters"],
+    ["arithmetic", "step", "evaluate", "summary", "pictures", "records"],
     ["predict", "export", "train", "report", "check"],
     ["display", "flags", "commands"],
     ["cli"],

@@ -95,7 +95,7 @@ def parser() -> Parser:
     _add_export(commands)
 
     report = commands.add_parser("report", help="one HTML page that compares runs")
-    report.add_argument("runs", nargs="*", metavar="RUN", help="run folders, or folders of them")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="run folders, or folders of them")
     report.add_argument(
         "--out",
         default="",
@@ -108,9 +108,6 @@ def parser() -> Parser:
     )
     report.add_argument(
         "--markdown", action="store_true", help="print the table as Markdown instead"
-    )
-    report.add_argument(
-        "--update", default="", metavar="PAGE", help="write the tables of a Markdown page anew"
     )
     _add_tools(commands)
     return parser
