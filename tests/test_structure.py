@@ -15,6 +15,7 @@ FLOORS = [
         "extras",
         "events",
         "files",
+        "results",
         "downloads",
         "schedule",
         "weights",

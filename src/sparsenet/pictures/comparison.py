@@ -89,23 +89,19 @@ def draw_errors(rows: Sequence[RunSummary], target: Path | io.BytesIO) -> None:
         axis.grid(axis="y")
         axis.xaxis.get_major_locator().set_params(integer=True)
         for number, row in enumerate(rows):
+            colour = SERIES_COLOURS[number % len(SERIES_COLOURS)]
             label = row.runs[0].path.name
             if len(row.runs) > 1:
                 label += f" and {len(row.runs) - 1} more"
-            for run in row.runs:
-                points = error_points(run.metrics)
-                if points:
-                    axis.plot(
-                        *zip(*points, strict=True),
-                        ".-" if len(points) <= 40 else "-",
-                        color=SERIES_COLOURS[number % len(SERIES_COLOURS)],
-                        zorder=3 - number / 1000,
-                        label=label,
-                    )
-                    label = "_"  # one entry of the legend for each row
+            for points in filter(None, (error_points(run.metrics) for run in row.runs)):
+                line = ".-" if len(points) <= 40 else "-"
+                order = 3 - number / 1000
+                axis.plot(*zip(*points, strict=True), line, c=colour, zorder=order, label=label)
+                label = "_"  # leaves the other seeds out of the legend
         axis.set_xlim(left=0)
         axis.set_ylim(bottom=0)
-        figure.legend(loc="outside right upper", fontsize=8)
+        if len(rows) > 1:
+            axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=8)
 
 
 def error_points(metrics: Sequence[EpochMetrics]) -> list[tuple[int, float]]:
