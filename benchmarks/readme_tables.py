@@ -17,10 +17,10 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 from shlex import split
 from statistics import fmean
-from typing import NamedTuple
 
 from sparsenet.files import read_json, write_atomic
 from sparsenet.pictures.comparison import COSTS, draw_comparison
@@ -31,7 +31,11 @@ BENCH, PUBLISHED = "bench.json", "published.json"
 TABLE = re.compile(
     r"(<!-- report (?P<runs>[^\n]*?) -->\n)(?:(?!<!-- report ).)*?(<!-- /report -->)", re.DOTALL
 )
-STEP = "training step, benchmarked (s)"
+STEP = ("step_seconds", "training step, benchmarked (s)")
+COLUMNS = list(HEADINGS.items())
+COLUMNS.insert(list(HEADINGS).index("duration"), STEP)
+# What a run and a row of the benchmark must agree in: folder, machine, batch and image size.
+Workload = tuple[str, str | None, int | None, int | None]
 
 
 @dataclass(frozen=True)
@@ -79,16 +83,7 @@ class BenchRow:
 @dataclass(frozen=True)
 class BenchRecord:
     environment: Environment
-    rows: list[BenchRow]
-
-
-class Workload(NamedTuple):
-    """What a run and a row of the benchmark must agree in."""
-
-    run: str  # name of the folder
-    machine: str | None
-    batch_size: int | None
-    image_size: int | None
+    rows: tuple[BenchRow, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -99,16 +94,6 @@ class BenchmarkedSummary(RunSummary):
 
     def cells(self) -> dict[str, str]:
         return super().cells() | {"step_seconds": format_seconds(self.step_seconds)}
-
-
-def headings() -> dict[str, str]:
-    """Returns the table's headings, that of the step after those of whole passes."""
-    texts = {}
-    for key, heading in HEADINGS.items():
-        if key == "duration":
-            texts["step_seconds"] = STEP
-        texts[key] = heading
-    return texts
 
 
 def read_published(paths: Sequence[Path]) -> list[PublishedRow]:
@@ -128,7 +113,7 @@ def read_steps(paths: Sequence[Path]) -> dict[Workload, float]:
         for row in record.rows:
             if row.train_seconds and not row.options:
                 machine = record.environment.machine(row.precision)
-                work = Workload(Path(row.model).name, machine, row.batch_size, row.image_size)
+                work = (Path(row.model).name, machine, row.batch_size, row.image_size)
                 steps[work] = min(row.train_seconds.median, steps.get(work, math.inf))
     return steps
 
@@ -139,7 +124,7 @@ def read_runs(paths: Sequence[Path]) -> list[BenchmarkedSummary]:
     rows = []
     for row in read_summaries(path for path in paths if run_folders(path)):
         setup = row.machine, row.batch_size, row.image_size
-        work = [Workload(run.path.name, *setup) for run in row.runs]
+        work = [(run.path.name, *setup) for run in row.runs]
         seconds = [steps[each] for each in work if each in steps]
         fields = {field.name: getattr(row, field.name) for field in dataclasses.fields(row)}
         rows.append(BenchmarkedSummary(**fields, step_seconds=fmean(seconds) if seconds else None))
@@ -154,7 +139,7 @@ def table(paths: Sequence[Path]) -> str:
             raise ValueError(f"{path}: expected a run folder or records, found none")
     rows = [row.cells() for row in read_published(paths)]
     rows += [row.cells() for row in read_runs(paths)]
-    return markdown_table(rows, headings())
+    return markdown_table(rows, dict(COLUMNS))
 
 
 def update(page: Path) -> int:
@@ -164,23 +149,19 @@ def update(page: Path) -> int:
         lambda match: f"{match[1]}\n{table(_paths(page, match['runs']))}\n{match[3]}", text
     )
     if not count:
-        raise ValueError(
-            f"{page}: expected a table between <!-- report RUN... --> and <!-- /report -->, "
-            "found none"
-        )
-    if updated != text:
-        write_atomic(page, updated)
+        expected = "a table between <!-- report RUN... --> and <!-- /report -->"
+        raise ValueError(f"{page}: expected {expected}, found none")
+    write_atomic(page, updated)
     return count
 
 
 def draw(page: Path) -> Iterator[Path]:
-    """Draws ``FOLDER-comparison.png`` for each table of a *page* that also shows this picture."""
+    """Draws ``FOLDER-comparison.png`` for each table of a *page* that also shows it."""
     text = _read(page)
     for match in TABLE.finditer(text):
         picture = f"{match['runs']}-comparison.png"
         if f"]({picture})" in text:
-            label, unit = STEP.replace("(s)", "(ms)"), 1e-3
-            costs = {**COSTS, "step_seconds": (f"a {label}", unit)}
+            costs = {**COSTS, "step_seconds": ("a training step, benchmarked (ms)", 1e-3)}
             draw_comparison(read_runs(_paths(page, match["runs"])), page.parent / picture, costs)
             yield page.parent / picture
 
@@ -193,11 +174,10 @@ def _read(page: Path) -> str:
 
 
 def _paths(page: Path, runs: str) -> list[Path]:
-    paths: list[Path] = []
+    names: list[str] = []
     for pattern in split(runs):
-        matches = [] if Path(pattern).is_absolute() else sorted(page.parent.glob(pattern))
-        paths += matches or [page.parent / pattern]
-    return paths
+        names += sorted(glob(pattern, root_dir=page.parent)) or [pattern]
+    return [page.parent / name for name in names]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

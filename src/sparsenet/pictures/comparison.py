@@ -33,7 +33,9 @@ def draw_comparison(
     shown = [cost for cost in costs if all(getattr(row, cost) for row in rows)]
     if len({row.depth for row in rows}) < 3 and "depth" in shown:
         shown.remove("depth")
-    kinds = sorted({row.architecture or "" for row in rows})
+    kinds: dict[str, list[RunSummary]] = {}
+    for row in sorted(rows, key=lambda row: row.architecture or ""):
+        kinds.setdefault(row.architecture or "unknown", []).append(row)
     title = f"{rows[0].dataset}, {rows[0].recipe}"
     with picture(target, 2 + 4.5 * len(shown), 4.6, title) as figure:
         axes = figure.subplots(1, len(shown), sharey=True)
@@ -42,12 +44,10 @@ def draw_comparison(
             axis.set(xlabel=label, xscale="log")
             axis.margins(y=0.08)
             axis.grid(axis="y")
-            for number, kind in enumerate(kinds):
-                colour = SERIES_COLOURS[number % len(SERIES_COLOURS)]
-                points = [
-                    (getattr(row, cost) / unit, row) for row in rows if row.architecture == kind
-                ]
-                _draw_kind(axis, sorted(points, key=lambda point: point[0]), kind, colour)
+            for number, (kind, networks) in enumerate(kinds.items()):
+                points = [(getattr(row, cost) / unit, row) for row in networks]
+                points.sort(key=lambda point: point[0])
+                _draw_kind(axis, points, kind, SERIES_COLOURS[number % len(SERIES_COLOURS)])
             _set_plain_ticks(axis, [getattr(row, cost) / unit for row in rows])
         axes[0].set_ylabel("test error (%)")
         legend = axes[0].get_legend_handles_labels()
