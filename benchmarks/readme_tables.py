@@ -17,7 +17,6 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from glob import glob
 from pathlib import Path
 from shlex import split
 from statistics import fmean
@@ -174,13 +173,14 @@ def _read(page: Path) -> str:
 
 
 def _paths(page: Path, runs: str) -> list[Path]:
-    names: list[str] = []
+    paths: list[Path] = []
     for pattern in split(runs):
-        names += sorted(glob(pattern, root_dir=page.parent)) or [pattern]
-    return [page.parent / name for name in names]
+        matches = [] if Path(pattern).is_absolute() else sorted(page.parent.glob(pattern))
+        paths += matches or [page.parent / pattern]
+    return paths
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m benchmarks.readme_tables", description=__doc__)
     parser.add_argument("pages", nargs="+", type=Path, metavar="PAGE")
     parser.add_argument("--pictures", action="store_true", help="also draw the comparisons anew")
@@ -192,10 +192,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for picture in draw(page) if args.pictures else ():
                 print(picture)
     except ValueError as error:
-        print(f"readme_tables: {error}", file=sys.stderr)
-        return 2
-    return 0
+        sys.exit(f"readme_tables: {error}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -49,6 +49,10 @@ def draw_graph(nodes: Sequence[Node], target: Path, title: str = "") -> None:
         rows.append(StageRow(y, colour, before, stage))
         before = stage[-1]
         y += 56
+    stride = -(-sum(len(node.sources) for node in nodes) // MOST_LINKS)
+    caption = f"{_format_costs(nodes)} an image"
+    if stride > 1:
+        caption += f" · links of one layer in {stride} drawn"
     environment = Environment(
         loader=PackageLoader("sparsenet"), autoescape=True, undefined=StrictUndefined
     )
@@ -63,9 +67,8 @@ def draw_graph(nodes: Sequence[Node], target: Path, title: str = "") -> None:
         box_width=BOX,
         ink=INK,
         faint=FAINT,
-        stride=-(-sum(len(node.sources) for node in nodes) // MOST_LINKS),
-        parameters=sum(node.parameters for node in nodes),
-        cost=_format_macs(sum(node.macs for node in nodes)),
+        stride=stride,
+        caption=caption,
         describe=_describe,
     )
     write_atomic(target, svg + "\n")
@@ -77,9 +80,10 @@ def _describe(node: Node) -> str:
         sources = f"{len(node.sources)} features"
     reads = f" reads {sources}" if sources else ""
     shape = "×".join(map(str, node.shape))
-    cost = f"{node.parameters:,} parameters, {_format_macs(node.macs)}"
-    return f"{node.name}{reads}, makes {shape}: {cost}"
+    return f"{node.name}{reads}, makes {shape}: {_format_costs([node], ', ')}"
 
 
-def _format_macs(macs: int) -> str:
-    return f"{macs / 1e6:,.1f} million multiply-accumulates"
+def _format_costs(nodes: Sequence[Node], separator: str = " · ") -> str:
+    parameters = sum(node.parameters for node in nodes)
+    macs = sum(node.macs for node in nodes) / 1e6
+    return f"{parameters:,} parameters{separator}{macs:,.1f} million multiply-accumulates"
