@@ -112,7 +112,7 @@ def read_run(path: Path) -> tuple[RunSummary, MeasuredRun]:
     environment = _read_if_there(path / "environment.json", Environment)
     costs = _read_if_there(path / "graph.json", Costs) or Costs()
     result = _read_if_there(path / "result.json", TrainingResult)
-    run = MeasuredRun(path, config.train.seed if config else None, None, read_metrics(path))
+    run = MeasuredRun(path, config.train.seed if config else None, None, _read_metrics(path))
     tested = run.column("test_error") or run.column("val_error")
     if result or tested:
         run = dataclasses.replace(run, error=result.error if result else tested[-1])
@@ -144,8 +144,7 @@ def _read_if_there(file: Path, kind: type[T]) -> T | None:
     return read_json(file, kind) if file.is_file() else None
 
 
-def read_metrics(run: Path) -> tuple[EpochMetrics, ...]:
-    """Returns the rows of a run's metrics.csv. Raises ``ValueError`` where it is damaged."""
+def _read_metrics(run: Path) -> tuple[EpochMetrics, ...]:
     try:
         return msgspec.convert(Run(run).metrics(), tuple[EpochMetrics, ...])
     except msgspec.ValidationError as error:
