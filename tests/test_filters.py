@@ -1,4 +1,4 @@
-"""What a network learned to read: every weight is found at its link, and where no link is nothing is shown."""
+"""What a network learned to read: each weight stands at its link, and nothing where no link is."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from sparsenet import Architecture, SparseNet
-from sparsenet.filters import COLOURS, NO_LINK, draw_filters, link_weights
+from sparsenet.pictures.filters import COLOURS, NO_LINK, draw_filters, link_weights
 
 NETWORKS = {
     "sparse": Architecture(depth=40, growth_rate=3),
@@ -32,7 +32,7 @@ def model(request: pytest.FixtureRequest) -> SparseNet:
 
 
 def readers(model, number):
-    """Of a stage: the affine and the first weight of each layer, and of what reads the stage output."""
+    """The norm and the first weight of each layer, and of what reads the stage output."""
     stage = model.stages[number]
     last = model.transitions[number].conv if number < len(model.transitions) else model.classifier
     return [
@@ -46,11 +46,10 @@ def constant(stage: int, reader: int, source: int) -> float:
 
 
 def test_every_link_has_its_weight_and_nothing_else_has_one(model: SparseNet) -> None:
-    """Weights of either sign and one size for each link: where it lies among the channels follows from the widths."""
+    """Weights have either sign and one size for each link, which lies where the widths say."""
     for number, stage in enumerate(model.stages):
-        features = stage.statistics[
-            :: len(stage.layers[0])
-        ]  # the last unit of each layer makes its feature
+        # The last unit of each layer makes its feature.
+        features = stage.statistics[:: len(stage.layers[0])]
         sources = model.architecture.stages[number].topology.sources
         for reader, (read, (_, weight)) in enumerate(
             zip(sources, readers(model, number), strict=True), start=1
@@ -60,17 +59,17 @@ def test_every_link_has_its_weight_and_nothing_else_has_one(model: SparseNet) ->
             ]
             size = torch.cat(sizes).view(1, -1, *[1] * (weight.ndim - 2))
             weight.data.copy_(size * weight.sign())
-    for number, found in enumerate(link_weights(model)):
+    for number, weights in enumerate(link_weights(model)):
         sources = model.architecture.stages[number].topology.sources
-        assert found.shape == (len(sources), len(sources))
+        assert weights.shape == (len(sources), len(sources))
         for reader, read in enumerate(sources, start=1):
-            for source, value in enumerate(found[:, reader - 1].tolist()):
+            for source, value in enumerate(weights[:, reader - 1].tolist()):
                 expected = constant(number, reader, source) if source in read else float("nan")
                 assert value == pytest.approx(expected, nan_ok=True, rel=1e-12)
 
 
 def test_equal_networks_have_equal_values(model: SparseNet) -> None:
-    """ReLU lets a channel's factor pass: a scale and shift times what its weights are divided by changes nothing."""
+    """ReLU lets a factor pass: scale and shift times what weights are divided by change nothing."""
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     logits, weights = model(images), link_weights(model)
     for number in range(len(model.stages)):
@@ -100,7 +99,7 @@ def test_a_network_that_sums_is_refused_in_one_line(tmp_path: Path) -> None:
 
 
 def colours(file: Path) -> set[tuple[int, ...]]:
-    """The colours that fill cells: more pixels have them than are in a shade of the colour bar or a letter."""
+    """The colours that fill cells: more pixels than a letter or a shade of the bar has."""
     with Image.open(file) as image:
         assert image.format == "PNG"
         return {colour for count, colour in image.convert("RGB").getcolors(1 << 24) if count >= 100}

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 from sparsenet.architecture import Architecture, graph
-from sparsenet.pictures import draw_confusion, draw_curves, draw_graph, draw_samples
-
-Rows = list[dict[str, float | None]]
+from sparsenet.pictures import draw_confusion, draw_curves, draw_errors, draw_graph, draw_samples
+from sparsenet.results import EpochMetrics
+from sparsenet.summary import MeasuredRun, RunSummary
 
 
 def is_picture(file: Path) -> bool:
@@ -24,41 +24,53 @@ def is_picture(file: Path) -> bool:
     return colours is not None and len(colours) > 3
 
 
-def run(epochs: int, drop: bool = True, test_every: int = 1) -> Rows:
-    rows: Rows = []
+def train(epochs: int, drop: bool = True, test_every: int = 1) -> list[EpochMetrics]:
+    rows = []
     for epoch in range(1, epochs + 1):
-        lr = (
-            (0.1 if epoch <= epochs / 2 else 0.01) if drop else 0.1 * (1 + cos(pi * epoch / epochs))
-        )
-        row: dict[str, float | None] = {
-            "epoch": epoch,
-            "lr": lr,
-            "train_loss": 1 / epoch,
-            "train_error": 90 / epoch,
-        }
+        rate = 0.1 * (1 + cos(pi * epoch / epochs))
+        if drop:
+            rate = 0.1 if epoch <= epochs / 2 else 0.01
         tested = epoch % test_every == 0
         rows.append(
-            row
-            | {"test_error": 95 / epoch if tested else None, "test_loss": 2.0 if tested else None}
+            EpochMetrics(
+                epoch=epoch,
+                step=10 * epoch,
+                lr=rate,
+                train_loss=1 / epoch,
+                train_error=90 / epoch,
+                test_loss=2.0 if tested else None,
+                test_error=95 / epoch if tested else None,
+            )
         )
     return rows
 
 
-@pytest.mark.parametrize(
-    "rows",
-    [
-        [],
-        run(1),
-        run(12),
-        run(5, drop=False),
-        run(300, test_every=10),
-        [{"epoch": 1, "lr": 0.1, "val_error": 0.0}],
-    ],
-    ids=["none", "one", "step", "smooth", "long", "perfect"],
-)
-def test_curves_of_any_run(tmp_path: Path, rows: Rows) -> None:
+RUNS = {
+    "none": [],
+    "one": train(1),
+    "step": train(12),
+    "smooth": train(5, drop=False),
+    "long": train(300, test_every=10),
+    "perfect": [EpochMetrics(epoch=1, step=1, lr=0.1, val_error=0.0)],
+}
+
+
+@pytest.mark.parametrize("rows", RUNS.values(), ids=RUNS)
+def test_curves_of_any_run(tmp_path: Path, rows: list[EpochMetrics]) -> None:
     draw_curves(rows, tmp_path / "curves.png", "a run that costs $5 to $10")
     assert is_picture(tmp_path / "curves.png")
+
+
+def test_errors_of_any_runs(tmp_path: Path) -> None:
+    unknown = dict.fromkeys(RunSummary.__annotations__)
+    rows = []
+    for name, metrics in RUNS.items():
+        runs = [MeasuredRun(Path(f"{name} $5"), seed, 5.0, tuple(metrics)) for seed in (0, 1)]
+        rows.append(RunSummary(**unknown | {"runs": tuple(runs)}))  # type: ignore[arg-type]
+    draw_errors(rows, tmp_path / "errors.png")
+    assert is_picture(tmp_path / "errors.png")
+    draw_errors(rows[1:2], tmp_path / "one.png")
+    assert is_picture(tmp_path / "one.png")
 
 
 @pytest.mark.parametrize("classes", [1, 2, 10, 21, 100, 150])
@@ -84,7 +96,7 @@ def test_samples(tmp_path: Path, channels: int, wrong: int) -> None:
 
 def test_the_callers_own_plots_keep_their_look(tmp_path: Path) -> None:
     before = dict(matplotlib.rcParams)
-    draw_curves(run(3), tmp_path / "curves.png")
+    draw_curves(train(3), tmp_path / "curves.png")
     assert dict(matplotlib.rcParams) == before
 
 

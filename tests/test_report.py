@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from base64 import b64encode
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -12,56 +14,76 @@ from typing import Any
 import pytest
 from conftest import Call
 
+from sparsenet.architecture import Architecture
 from sparsenet.config import RunConfig
 from sparsenet.pictures import draw_comparison
-from sparsenet.records import COLUMNS, markdown_table, read_rows, summarise, update
+from sparsenet.records import read_summaries
 from sparsenet.report import write_report
+from sparsenet.results import TrainingResult
+from sparsenet.summary import HEADINGS, RunSummary, markdown_table
 
-ROOT = Path(__file__).parent.parent
-
-METRICS = """epoch,lr,train_error,val_error,test_error,seconds,eval_seconds,peak_memory_mb
-1,0.1,60.0,,55.5,30.0,2.0,1000.0
-2,0.1,40.0,,44.5,20.0,3.0,1234.5
-3,0.01,20.0,,,25.0,,1200.0
+METRICS = """epoch,step,lr,train_error,val_error,test_error,seconds,eval_seconds,peak_memory_mb
+1,10,0.1,60.0,,55.5,30.0,2.0,1000.0
+2,20,0.1,40.0,,44.5,20.0,3.0,1234.5
+3,30,0.01,20.0,,,25.0,,1200.0
 """
+RECIPE = "3 of 9 epochs, batch size 32, lr 0.2, onecycle, no mirror"
 
 
-def make(
-    path: Path, error: float | None, fetch: str = "sparse", depth: int = 40, seed: int = 7
+def result(error: Any, dataset: str = "CIFAR-10 (JPEG)", epochs: int = 3) -> dict[str, Any]:
+    return dataclasses.asdict(
+        TrainingResult(
+            dataset=dataset,
+            error=error,
+            top5_error=1.0,
+            loss=0.5,
+            images=100,
+            seconds=2.0,
+            epochs=epochs,
+            checkpoint="last epoch",
+            classes=("cat", "dog"),
+            class_errors={"cat": 1.0, "dog": None},
+        )
+    )
+
+
+def write(file: Path, value: Any) -> None:
+    file.write_text(json.dumps(value))
+
+
+def make_run(
+    path: Path, error: float | None, fetch: Any = "sparse", depth: int = 40, seed: int = 7
 ) -> Path:
     path.mkdir()
-    network = {
-        "fetch": fetch,
-        "aggregation": "concat",
-        "depth": depth,
-        "growth_rate": [12],
-        "bottleneck": True,
+    network = {"fetch": fetch, "depth": depth, "growth_rate": [12], "bottleneck": True}
+    config = {
+        "network": network,
+        "data": {"dataset": "auto", "mirror": False},
+        "optim": {"schedule": "onecycle", "lr": 0.2},
+        "train": {"seed": seed, "max_epoch": 9, "batch_size": 32},
     }
-    files: dict[str, Any] = {
-        "config": {
-            "network": network,
-            "data": {"dataset": "auto", "mirror": False},
-            "optim": {"schedule": "onecycle", "lr": 0.2},
-            "train": {"seed": seed, "max_epoch": 9, "batch_size": 32},
-        },
-        "environment": {
-            "device": "cpu",
-            "device_name": "A CPU | fast",
-            "threads": 2,
-            "torch": "9",
-            "precision": "bf16",
-        },
-        "graph": {"parameters": 123456, "macs": 5_000_000, "image_size": 32, "nodes": []},
+    environment = {
+        "device": "cpu",
+        "device_name": "A CPU | fast",
+        "threads": 2,
+        "torch": "9",
+        "precision": "bf16",
     }
+    costs = {"parameters": 123456, "macs": 5_000_000, "image_size": 32, "nodes": []}
+    write(path / "config.json", config)
+    write(path / "environment.json", environment)
+    write(path / "graph.json", costs)
     if error is not None:
-        files["result"] = {"dataset": "CIFAR-10 (JPEG)", "error": error, "epochs": 3}
-    for name, value in files.items():
-        (path / f"{name}.json").write_text(json.dumps(value))
+        write(path / "result.json", result(error))
     (path / "metrics.csv").write_text(METRICS)
     (path / "graph.svg").write_text(
         '<svg xmlns="http://www.w3.org/2000/svg"><title>net</title></svg>'
     )
     return path
+
+
+def markdown(paths: Sequence[Path]) -> str:
+    return markdown_table([row.cells() for row in read_summaries(paths)])
 
 
 class Page(HTMLParser):
@@ -83,269 +105,150 @@ class Page(HTMLParser):
 
 
 def test_a_row_holds_what_the_folder_says(tmp_path: Path) -> None:
-    run = make(tmp_path / "run", 5.5)
-    assert summarise(run) == {
+    run = make_run(tmp_path / "run", 5.5)
+    [row] = read_summaries([run])
+    assert (row.machine, row.implementation) == ("A CPU | fast, 2 threads, torch 9, bf16", None)
+    assert (row.batch_size, row.image_size, row.is_final) == (32, 32, True)
+    assert row.network == Architecture(fetch="sparse", depth=40, growth_rate=12, bottleneck=True)
+    assert (row.error, row.errors, [each.path for each in row.runs]) == (5.5, [5.5], [run])
+    assert row.cells() == {
         "platform": "A CPU | fast, 2 threads, torch 9, bf16",
         "architecture": "SparseNet-BC",
-        "depth": 40,
+        "depth": "40",
         "growth": "12",
-        "parameters": 123456,
-        "macs": 5_000_000,
+        "parameters": "123,456",
+        "macs": "5.0",
         "dataset": "CIFAR-10 (JPEG)",
-        "error": 5.5,
-        "train_seconds": 25.0,
-        "test_seconds": 2.5,
-        "step_seconds": None,
-        "duration": 80.0,
-        "peak_memory_mb": 1234.5,
-        "recipe": "3 of 9 epochs, batch size 32, lr 0.2, onecycle, no mirror",
-        "seed": 7,
-        "machine": "A CPU | fast, 2 threads, torch 9, bf16",
-        "batch_size": 32,
-        "image_size": 32,
-        "network": {
-            **RunConfig().to_dict()["network"],
-            "depth": 40,
-            "growth_rate": [12],
-            "bottleneck": True,
-        },
-        "final": True,
-        "published": False,
-        "runs": [run],
+        "error": "5.50",
+        "train_seconds": "25.0",
+        "test_seconds": "2.5",
+        "duration": "80 s",
+        "peak_memory_mb": "1,234",
+        "recipe": RECIPE,
+        "seeds": "7",
     }
 
 
+@pytest.mark.parametrize(
+    ("network", "name"),
+    [
+        ({}, "SparseNet"),
+        ({"fetch": "dense", "bottleneck": True}, "DenseNet-BC"),
+        ({"fetch": "harmonic"}, "HarDNet"),
+        ({"fetch": "windowed:3"}, "SparseNet (windowed:3)"),
+        ({"aggregation": "sum"}, "SparseNet (sum)"),
+        ({"fetch": [[0], [0]], "blocks": [1]}, "SparseNet (own topology)"),
+    ],
+)
+def test_a_network_has_the_name_of_its_kind(
+    tmp_path: Path, network: dict[str, Any], name: str
+) -> None:
+    write(tmp_path / "config.json", {"network": network})
+    [row] = read_summaries([tmp_path])
+    assert row.architecture == name
+
+
 def test_a_run_without_a_result_reports_its_last_test_and_says_so(tmp_path: Path) -> None:
-    rows = read_rows([make(tmp_path / "run", None)])
-    assert (rows[0]["error"], rows[0]["final"]) == (44.5, False)
-    assert "| 44.50* |" in markdown_table(rows)
+    run = make_run(tmp_path / "run", None)
+    [row] = read_summaries([run])
+    assert (row.error, row.is_final) == (44.5, False)
+    assert "| 44.50* |" in markdown([run])
 
 
 def test_the_default_settings_are_called_the_paper_s(tmp_path: Path) -> None:
-    run = make(tmp_path / "run", 5.5)
-    (run / "config.json").write_text(json.dumps(RunConfig().to_dict()))
+    run = make_run(tmp_path / "run", 5.5)
+    write(run / "config.json", RunConfig().to_dict())
     (run / "metrics.csv").unlink()
-    (run / "result.json").write_text(json.dumps({"error": 4.44, "epochs": 300}))
-    assert summarise(run)["recipe"] == "the paper's, 300 epochs"
+    write(run / "result.json", result(4.44, epochs=300))
+    [row] = read_summaries([run])
+    assert row.recipe == "the paper's, 300 epochs"
 
 
 def test_the_table_is_markdown_with_the_best_first_and_no_empty_column(tmp_path: Path) -> None:
-    runs = [
-        make(tmp_path / name, error, name) for name, error in (("dense", 9.25), ("sparse", 5.5))
-    ]
-    lines = markdown_table(
-        [*read_rows(runs), *read_rows([make(tmp_path / "other", 7.0, seed=8)])]
-    ).splitlines()
-    assert [line.replace(r"\|", "").count("|") for line in lines] == [
-        len(lines[0].split("|")) - 1
-    ] * 5 + [0, 0]
+    errors = {"dense": 9.25, "sparse": 5.5}
+    runs = [make_run(tmp_path / fetch, error, fetch) for fetch, error in errors.items()]
+    lines = markdown(runs).splitlines()
+    bars = len(HEADINGS) - len(("dataset", "recipe", "seeds")) + 1
+    assert [line.replace(r"\|", "").count("|") for line in lines] == [bars] * 4 + [0, 0]
     assert [*map(str.strip, lines[0].split("|")[1:-1])] == [
-        name for key, name in COLUMNS.items() if key not in ("step_seconds", "dataset", "recipe")
+        name for key, name in HEADINGS.items() if key not in ("dataset", "recipe", "seeds")
     ]
-    assert ["SparseNet-BC" in lines[2], "DenseNet-BC" in lines[4]] == [True, True]
-    for run in (*runs, tmp_path / "other"):
+    assert ["SparseNet-BC" in lines[2], "DenseNet-BC" in lines[3]] == [True, True]
+    for run in runs:
         (run / "environment.json").unlink()
-    assert not markdown_table(read_rows([tmp_path])).startswith("| platform")
+    assert not markdown([tmp_path]).startswith("| platform")
 
 
 def test_what_all_rows_agree_in_is_said_once_below_the_table(tmp_path: Path) -> None:
-    runs = [
-        make(tmp_path / name, error, name) for name, error in (("dense", 9.25), ("sparse", 5.5))
-    ]
-    recipe = "3 of 9 epochs, batch size 32, lr 0.2, onecycle, no mirror"
-    table = markdown_table(read_rows(runs))
-    assert table.endswith(f"|\n\nAll rows: data: CIFAR-10 (JPEG); recipe: {recipe}; seed: 7.\n")
-    assert table.count(recipe) == table.count("CIFAR-10 (JPEG)") == 1
-    alone = markdown_table(read_rows(runs[:1]))
-    assert "All rows" not in alone and recipe in alone
-    (runs[0] / "result.json").write_text(
-        json.dumps({"dataset": "photos", "error": 9.25, "epochs": 3})
-    )
-    table = markdown_table(read_rows(runs))
-    assert table.endswith(f"|\n\nAll rows: recipe: {recipe}; seed: 7.\n")
+    errors = {"dense": 9.25, "sparse": 5.5}
+    runs = [make_run(tmp_path / fetch, error, fetch) for fetch, error in errors.items()]
+    table = markdown(runs)
+    assert table.endswith(f"|\n\nAll rows: data: CIFAR-10 (JPEG); recipe: {RECIPE}; seed: 7.\n")
+    assert table.count(RECIPE) == table.count("CIFAR-10 (JPEG)") == 1
+    alone = markdown(runs[:1])
+    assert "All rows" not in alone and RECIPE in alone
+    write(runs[0] / "result.json", result(9.25, dataset="photos"))
+    table = markdown(runs)
+    assert table.endswith(f"|\n\nAll rows: recipe: {RECIPE}; seed: 7.\n")
     assert "| photos |" in table and "| CIFAR-10 (JPEG) |" in table
 
 
 def test_runs_that_differ_in_the_seed_only_are_one_row(tmp_path: Path) -> None:
     errors = {3: 5.0, 1: 6.0, 2: 7.0}
-    runs = [make(tmp_path / f"seed{seed}", error, seed=seed) for seed, error in errors.items()]
-    [row] = read_rows([tmp_path])
-    assert (row["error"], row["seed"], sorted(row["errors"]), sorted(row["runs"])) == (
-        6.0, "1, 2, 3", [5.0, 6.0, 7.0], sorted(runs),
-    )  # fmt: skip
-    assert "| 6.00 ± 1.00 |" in markdown_table([row])
-    assert read_rows([tmp_path, runs[0], tmp_path / "seed1" / ".." / "seed2"]) == [
-        row
-    ]  # however they are named
-    for change in (
-        {"fetch": "dense"},
-        {"depth": 22},
-        {"seed": 3},
-    ):  # a seed again is not one more seed
-        make(tmp_path / "other", 5.0, **change)
-        assert sorted(len(row["runs"]) for row in read_rows([tmp_path])) == [1, 3]
-        shutil.rmtree(tmp_path / "other")
-    for file, part, setting in (
-        ("config", "network", {"dropout": 0.2}),
-        ("environment", None, {"implementation": "x"}),
-    ):
-        other = make(tmp_path / "other", 5.0, seed=4)
-        values = json.loads((other / f"{file}.json").read_text())
-        (values[part] if part else values).update(setting)
-        (other / f"{file}.json").write_text(json.dumps(values))
-        assert sorted(len(row["runs"]) for row in read_rows([tmp_path])) == [1, 3]
-        shutil.rmtree(other)
-
-
-def test_published_rows_come_first_and_say_so(tmp_path: Path) -> None:
-    rows = [{"platform": "paper", "error": 4.44, "train_seconds": "61–70"}]
-    (tmp_path / "published.json").write_text(json.dumps({"published": rows}))
-    make(tmp_path / "run", 2.5)
-    lines = markdown_table(read_rows([tmp_path])).splitlines()
-    assert len(lines) == 4
-    assert lines[2].startswith("| *published:* paper |")
-    assert "| 4.44 | 61–70 |" in lines[2]
-    (tmp_path / "published.json").write_text(
-        json.dumps({"published": [*rows, rows[0] | {"error": 8.0}]})
-    )
-    lines = markdown_table(read_rows([tmp_path, tmp_path / "published.json"])).splitlines()
-    assert ["| 4.44 |" in lines[2], "| 8.00 |" in lines[3]] == [
-        True,
-        True,
-    ]  # each stays as it is, and is there once
-    assert sum("*published:*" in line for line in lines) == 2
-    for damaged in ([1], {"published": [1]}, {"published": {}}, {"published": [{"error": "4.4"}]}):
-        (tmp_path / "published.json").write_text(json.dumps(damaged))
-        with pytest.raises(ValueError, match=r"published\.json: expected "):
-            read_rows([tmp_path])
-
-
-def test_networks_of_one_look_are_not_one_row(tmp_path: Path) -> None:
-    """Two topologies of a user's own, which have the same name and counts in the table."""
-    for seed, sources in enumerate(([[0], [1]], [[0], [0]])):
-        run = make(tmp_path / f"run{seed}", 5.0, seed=seed)
-        config = json.loads((run / "config.json").read_text())
-        config["network"]["fetch"] = sources
-        (run / "config.json").write_text(json.dumps(config))
-    assert [row["seed"] for row in read_rows([tmp_path])] == ["0", "1"]
-
-
-def write_benchmark(folder: Path, seconds: float, **change: Any) -> None:
-    """As ``sparsenet bench --model runs/run`` writes it, on the platform of :func:`make`."""
-    environment = {"device": "cpu", "device_name": "A CPU | fast", "threads": 2, "torch": "9"}
-    row = {
-        "model": "runs/run",
-        "batch_size": 32,
-        "image_size": 32,
-        "precision": "bf16",
-        "implementation": None,
-        "options": [],
-    }
-    row |= {"train_seconds": {"median": seconds}} | {
-        key: value for key, value in change.items() if key in row
-    }
-    environment |= {key: value for key, value in change.items() if key in environment}
-    folder.mkdir(exist_ok=True)
-    (folder / "bench.json").write_text(json.dumps({"environment": environment, "rows": [row]}))
-
-
-def test_records_of_the_benchmark_are_no_runs(tmp_path: Path) -> None:
-    (tmp_path / "bench.json").write_text("{}")
-    assert read_rows([tmp_path]) == []
-    (tmp_path / "bench.json").write_text('{"rows": [{"train_seconds": 1, "options": []}]}')
-    with pytest.raises(ValueError, match=r"bench\.json: expected a record of sparsenet bench"):
-        read_rows([tmp_path])
-
-
-def test_a_step_s_seconds_are_the_benchmark_s_of_that_run_on_its_platform(tmp_path: Path) -> None:
-    make(tmp_path / "run", 5.5)
-    make(tmp_path / "seed8", 6.5, seed=8)
-    write_benchmark(tmp_path / "bench", 0.125)
-    [row] = read_rows([tmp_path])
-    assert row["step_seconds"] == 0.125
-    assert "| 0.125 |" in markdown_table([row])
-    write_benchmark(tmp_path / "another", 0.25, implementation="shared")
-    write_benchmark(tmp_path / "third", 0.1, implementation="native")
-    [row] = read_rows(
-        [tmp_path / "run", tmp_path / "bench", tmp_path / "another"]
-    )  # wherever they lie
-    assert row["step_seconds"] == 0.125
-    [row] = read_rows([tmp_path])
-    assert row["step_seconds"] == 0.1  # of whichever implementation is the fastest
-    shutil.rmtree(tmp_path / "third")
-    shutil.rmtree(tmp_path / "another")
-    for change in (
-        {"threads": 1}, {"torch": "8"}, {"batch_size": 64}, {"image_size": 64}, {"precision": "fp32"},
-        {"options": ["lean"]}, {"model": "sparsenet_40_12"},
-    ):  # fmt: skip
-        write_benchmark(tmp_path / "bench", 0.125, **change)
-        [row] = read_rows([tmp_path])
-        assert row["step_seconds"] is None, change
-
-
-def test_the_tables_of_a_page_are_written_from_records(tmp_path: Path) -> None:
-    make(tmp_path / "results", 5.5)
-    page = tmp_path / "page.md"
-    page.write_text(
-        "before\n<!-- report resul* -->\nanything\n<!-- /report -->\nafter <!-- /report -->\n"
-    )
-    assert update(page) == 1
-    table = markdown_table(read_rows([tmp_path / "results"]))
-    expected = (
-        f"before\n<!-- report resul* -->\n\n{table}\n<!-- /report -->\nafter <!-- /report -->\n"
-    )
-    assert page.read_text() == expected
-    assert update(page) == 1
-    assert page.read_text() == expected
-
-
-def test_a_table_without_an_end_takes_nothing_with_it(tmp_path: Path) -> None:
-    make(tmp_path / "run", 5.5)
-    page = tmp_path / "page.md"
-    page.write_text("<!-- report run -->\nkept\n<!-- report run -->\n<!-- /report -->\n")
-    assert update(page) == 1
-    assert page.read_text().startswith(
-        "<!-- report run -->\nkept\n<!-- report run -->\n\n| platform"
-    )
+    runs = [make_run(tmp_path / f"seed{seed}", error, seed=seed) for seed, error in errors.items()]
+    [row] = read_summaries([tmp_path])
+    assert (row.error, row.errors) == (6.0, [6.0, 7.0, 5.0])
+    assert [run.path.name for run in row.runs] == ["seed1", "seed2", "seed3"]
+    assert row.cells()["seeds"] == "1, 2, 3"
+    assert "| 6.00 ± 1.00 |" in markdown([tmp_path])
+    # However a run is named, it counts once.
+    assert read_summaries([tmp_path, runs[0], tmp_path / "seed1" / ".." / "seed2"]) == [row]
 
 
 @pytest.mark.parametrize(
-    "text",
+    "change",
     [
-        None,
-        "no table",
-        "<!-- report nothing -->\n<!-- /report -->",
-        "<!-- report /nothing -->\n<!-- /report -->",
+        {"network": {"fetch": "dense"}},
+        {"network": {"depth": 22}},
+        {"network": {"dropout": 0.2}},
+        {"train": {"seed": 3}},  # a seed again is not one more seed
+        {"train": {"implementation": "native"}},
     ],
 )
-def test_a_page_that_cannot_be_updated_is_named_and_kept(tmp_path: Path, text: str | None) -> None:
-    page = tmp_path / "page.md"
-    if text is not None:
-        page.write_text(text)
-    with pytest.raises(ValueError, match=r"expected a (page|table|run folder)"):
-        update(page)
-    assert text is None or page.read_text() == text
+def test_runs_that_differ_in_more_are_two_rows(tmp_path: Path, change: dict[str, Any]) -> None:
+    for seed in (1, 2, 3):
+        make_run(tmp_path / f"seed{seed}", 5.0, seed=seed)
+    other = make_run(tmp_path / "other", 5.0, seed=4)
+    config = json.loads((other / "config.json").read_text())
+    for component, settings in change.items():
+        config[component].update(settings)
+    write(other / "config.json", config)
+    assert sorted(len(row.runs) for row in read_summaries([tmp_path])) == [1, 3]
 
 
-def test_the_readme_s_tables_are_those_of_the_records(tmp_path: Path) -> None:
-    (tmp_path / "results").symlink_to(ROOT / "results")
-    page = tmp_path / "README.md"
-    page.write_text((ROOT / "README.md").read_text())
-    assert update(page) > 0
-    assert (
-        page.read_text() == (ROOT / "README.md").read_text()
-    )  # else: sparsenet report --update README.md
+def test_networks_of_one_look_are_not_one_row(tmp_path: Path) -> None:
+    """Two topologies of a user's own have the same name and counts in the table."""
+    one, two = [[0]] * 3, [[0], [1], [0, 1]]
+    for seed, sources in enumerate((one, two)):
+        make_run(tmp_path / f"run{seed}", 5.0, fetch=sources, depth=10, seed=seed)
+    rows = read_summaries([tmp_path])
+    assert [row.cells()["seeds"] for row in rows] == ["0", "1"]
+
+
+def test_records_of_the_benchmark_beside_runs_are_passed_over(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", 5.5)
+    expected = markdown([tmp_path])
+    (tmp_path / "bench.json").write_text("not JSON")
+    (tmp_path / "published.json").write_text("[]")
+    assert markdown([tmp_path]) == expected
 
 
 def test_the_page_compares_error_with_cost(tmp_path: Path) -> None:
     for depth, macs in ((22, 10), (40, 30)):
         for seed in (0, 1):
-            run = make(
-                tmp_path / f"{depth}-{seed}", 9.0 - depth / 10 + seed, depth=depth, seed=seed
-            )
-            (run / "graph.json").write_text(
-                json.dumps({"parameters": 100 * depth, "macs": macs * 1_000_000})
-            )
+            error = 9.0 - depth / 10 + seed
+            run = make_run(tmp_path / f"{depth}-{seed}", error, depth=depth, seed=seed)
+            write(run / "graph.json", {"parameters": 100 * depth, "macs": macs * 1_000_000})
     page = Page(write_report([tmp_path], tmp_path / "report.html").read_text())
     picture = (tmp_path / "report-comparison.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
@@ -356,38 +259,41 @@ def test_the_page_compares_error_with_cost(tmp_path: Path) -> None:
 
 
 def test_the_costs_shown_are_those_that_all_networks_have(tmp_path: Path) -> None:
-    def width(rows: list[dict[str, Any]]) -> int:
-        draw_comparison(rows, tmp_path / "comparison.png")
+    def width(rows: Sequence[RunSummary], **costs: tuple[str, float]) -> int:
+        draw_comparison(rows, tmp_path / "comparison.png", **({"costs": costs} if costs else {}))
         return int.from_bytes((tmp_path / "comparison.png").read_bytes()[16:20])
 
-    runs = [make(tmp_path / f"{depth}", 9.0 - depth / 10, depth=depth) for depth in (22, 40)]
-    rows = read_rows(runs)
+    for depth in (22, 40):
+        make_run(tmp_path / f"{depth}", 9.0 - depth / 10, depth=depth)
+    rows = read_summaries([tmp_path])
     two = width(rows)
-    assert width([row | {"step_seconds": 0.1} for row in rows]) > two
-    assert width([rows[0] | {"step_seconds": 0.1}, rows[1]]) == two
-    assert (
-        width([*rows, *read_rows([make(tmp_path / "58", 3.0, depth=58)])]) > two
-    )  # three depths: a sweep
+    pair = {"parameters": ("parameters", 1.0), "macs": ("MACs", 1.0)}
+    assert width(rows, **pair) == two
+    assert width(rows, **pair, train_seconds=("epoch", 1.0)) > two
+    (tmp_path / "22" / "metrics.csv").unlink()
+    assert width(read_summaries([tmp_path]), **pair, train_seconds=("epoch", 1.0)) == two
+    make_run(tmp_path / "58", 3.0, depth=58)
+    assert width(read_summaries([tmp_path])) > two  # three depths are a sweep
 
 
 def test_the_page_stands_alone_with_the_best_run_first(tmp_path: Path) -> None:
-    errors = {"worse": 9.25, "<b>best & $1": 5.5, "going": None}
-    runs = [make(tmp_path / name, error, depth=len(name)) for name, error in errors.items()]
+    errors = {"worse": (9.25, 22), "<b>best & $1": (5.5, 40), "going": (None, 58)}
+    runs = [
+        make_run(tmp_path / name, error, depth=depth) for name, (error, depth) in errors.items()
+    ]
     (runs[1] / "curves.png").write_bytes(b"\x89PNG")
+    config = json.loads((runs[1] / "config.json").read_text())
+    config["data"]["dataset_name"] = "</pre><script>alert(1)</script>"
+    write(runs[1] / "config.json", config)
     text = write_report(runs, tmp_path / "report.html").read_text()
     page = Page(text)
-    assert all(source.startswith(("data:", "#")) for source in page.sources)
-    assert not {"script", "link", "iframe", "b>best"} & set(page.tags)
+    assert all(source.startswith(("data:image/", "#")) for source in page.sources)
+    assert not {"script", "link", "iframe", "svg", "b>best"} & set(page.tags)
     assert page.words.index("<b>best & $1") < page.words.index("worse") < page.words.index("going")
-    assert (
-        sum(source.startswith("data:image/png;base64,") for source in page.sources) == 2
-    )  # and the comparison
-    assert (
-        page.tags.count("svg") == 1
-    )  # the chart; each run's network is an image, which cannot do anything
-    assert sum(source.startswith("data:image/svg+xml;base64,") for source in page.sources) == len(
-        runs
-    )
+    png = [source for source in page.sources if source.startswith("data:image/png;base64,")]
+    assert len(png) == 3  # the curves, and the page's own two: comparison and errors
+    svg = [source for source in page.sources if source.startswith("data:image/svg+xml;base64,")]
+    assert len(svg) == len(runs)  # as an image, a network cannot do anything
     assert "still going or was stopped" in page.words
     assert "sparsenet train --config" in page.words
     assert "default-src 'none'" in text
@@ -395,21 +301,23 @@ def test_the_page_stands_alone_with_the_best_run_first(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kept", ["config.json", "metrics.csv", "result.json"])
 def test_any_one_file_is_enough(tmp_path: Path, kept: str) -> None:
-    run = make(tmp_path / "run", 5.5)
+    run = make_run(tmp_path / "run", 5.5)
     for file in run.iterdir():
         if file.name != kept:
             file.unlink()
     words = Page(write_report([run], tmp_path / "report.html").read_text()).words
     assert "Not in the folder: " in words
     assert kept not in words.split("Not in the folder: ")[1].split("Command")[0]
-    assert markdown_table(read_rows([run]))
+    assert ("No run has measured an error yet." in words) == (kept != "metrics.csv")
+    assert markdown([run])
 
 
 @pytest.mark.parametrize("name", ["nothing here", "empty"])
 def test_a_folder_without_a_run_is_named(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
+    runs = [make_run(tmp_path / "run", 5.5), tmp_path / name]
     with pytest.raises(ValueError, match="expected a run folder") as error:
-        write_report([make(tmp_path / "run", 5.5), tmp_path / name], tmp_path / "report.html")
+        write_report(runs, tmp_path / "report.html")
     assert str(tmp_path / name) in str(error.value)
     assert not (tmp_path / "report.html").exists()
 
@@ -417,23 +325,30 @@ def test_a_folder_without_a_run_is_named(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("config.json", "{"), ("config.json", '{"network": []}'), ("config.json", '{"optim": {"lr": []}, "train": {}}'),
-        ("graph.json", "[]"), ("metrics.csv", "epoch\nx\n"), ("result.json", '{"error": []}'), ("result.json", "{}1"),
-        ("result.json", '{"error": "good"}'),
+        ("config.json", "{"),
+        ("config.json", '{"network": []}'),
+        ("config.json", '{"optim": {"lr": []}, "train": {}}'),
+        ("environment.json", '{"threads": "two"}'),
+        ("graph.json", "[]"),
+        ("metrics.csv", "epoch,step\nx,1\n"),
+        ("metrics.csv", 'epoch,step\n"""x""",1\n'),
+        ("result.json", json.dumps(result(5.5)) + "1"),
+        ("result.json", json.dumps(result([]))),
+        ("result.json", json.dumps(result("good"))),
     ],
-)  # fmt: skip
+)
 def test_a_damaged_file_is_named_in_one_line(tmp_path: Path, name: str, text: str) -> None:
-    run = make(tmp_path / "run", 5.5)
+    run = make_run(tmp_path / "run", 5.5)
     (run / name).write_text(text)
-    with pytest.raises(ValueError, match="expected") as error:
-        summarise(run)
-    assert str(run) in str(error.value)
+    with pytest.raises(ValueError, match=r"[Ee]xpected") as error:
+        read_summaries([run])
+    assert str(run / name) in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_a_page_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected a file that can be written"):
-        write_report([make(tmp_path / "run", 5.5)], tmp_path / "missing" / "report.html")
+        write_report([make_run(tmp_path / "run", 5.5)], tmp_path / "missing" / "report.html")
 
 
 def test_filters_are_drawn_into_the_run_and_shown(call: Call, copied: Path) -> None:
@@ -448,12 +363,8 @@ def test_filters_are_drawn_into_the_run_and_shown(call: Call, copied: Path) -> N
     assert call("report", copied, "--filters", "--markdown").code == 2
 
 
-def test_the_program_updates_a_page_or_takes_runs_but_not_both(call: Call, copied: Path) -> None:
-    page = copied.parent / "page.md"
-    page.write_text("<!-- report copied -->\n<!-- /report -->\n")
-    assert call("report", "--update", page).lines == [f"{page}: 1 table written anew"]
-    assert markdown_table(read_rows([copied])) in page.read_text()
-    for arguments in ((), (copied, "--update", page)):
-        outcome = call("report", *arguments)
-        assert outcome.code == 2
-        assert "expected either run folders or --update" in outcome.error
+def test_the_program_prints_the_table(call: Call, copied: Path) -> None:
+    assert call("report", copied, "--markdown").out == markdown([copied])
+    outcome = call("report")
+    assert outcome.code == 2
+    assert "RUN" in outcome.error

@@ -18,7 +18,7 @@ from sparsenet import zoo
 from sparsenet.architecture import Architecture
 from sparsenet.device import choose_device
 from sparsenet.environment import environment
-from sparsenet.records import read_json
+from sparsenet.records import read_run
 from sparsenet.run import Run
 
 __all__ = ["BenchConfig", "bench"]
@@ -99,7 +99,7 @@ class BenchConfig:
         if Path(model).is_dir():
             found, size = (
                 Run.open(Path(model)).config().network,
-                read_json(Path(model) / "graph.json").get("image_size"),
+                read_run(Path(model))[0].image_size,
             )
         else:
             found, size = zoo.architecture(model), zoo.image_size(model)

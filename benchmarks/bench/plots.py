@@ -10,7 +10,8 @@ from typing import Any
 
 from benchmarks.bench.tables import report
 from sparsenet.files import write_atomic, write_json
-from sparsenet.pictures import FAINT, KINDS, picture
+from sparsenet.pictures.figure import FAINT, picture
+from sparsenet.pictures.figure import SERIES_COLOURS as KINDS
 
 BARS = {
     "train_seconds": "training step (s)",

@@ -30,6 +30,7 @@ from sparsenet.events import Concluded, EpochDone, Event, Message, Step, Stopped
 from sparsenet.files import write_json
 from sparsenet.model import SparseNet
 from sparsenet.ops import dispatch
+from sparsenet.results import EpochMetrics
 from sparsenet.run import Run
 from sparsenet.schedule import learning_rate
 from sparsenet.step import TrainingStep
@@ -356,7 +357,8 @@ def _conclude(session: Session, state: State) -> Iterator[Event]:
     }  # fmt: skip
     write_json(run.path / "result.json", result)
     title = f"{run.path.name} on {data.name}"
-    pictures.draw_curves(state.rows, run.path / "curves.png", title)
+    rows = [EpochMetrics(**row) for row in state.rows]  # type: ignore[arg-type]
+    pictures.draw_curves(rows, run.path / "curves.png", title)
     pictures.draw_confusion(
         found.confusion(len(data.classes)), data.classes, run.path / "confusion.png"
     )

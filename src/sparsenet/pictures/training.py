@@ -1,0 +1,193 @@
+"""How training went: loss and error over the epochs, the confusion matrix, the worst mistakes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sparsenet.extras import require
+from sparsenet.pictures.figure import FAINT, INK, measured_points, picture
+from sparsenet.results import EpochMetrics
+
+SPLIT_COLOURS = {"train": "#0072b2", "val": "#e69f00", "test": "#d55e00"}
+MISTAKES_ROWS, MISTAKES_COLUMNS = 4, 8
+
+
+def draw_curves(rows: Sequence[EpochMetrics], target: Path, title: str = "") -> None:
+    """Draws a PNG of loss and error over the epochs, and of the learning rate.
+
+    The rate is drawn as a line at each drop, or as a curve where it changes all the time.
+    """
+    with picture(target, 11, 4.4, title) as figure:
+        loss_axis, error_axis = figure.subplots(1, 2)
+        _draw_quantity(loss_axis, rows, "loss", "nats")
+        _draw_quantity(error_axis, rows, "error", "%")
+        _annotate_last_error(error_axis, rows)
+        rates = measured_points(rows, "lr")
+        drops = [after for before, after in pairwise(rates) if before[1] != after[1]]
+        if 3 * len(drops) > len(rates):
+            _draw_rates(loss_axis.twinx(), rates)
+        else:
+            _mark_drops(loss_axis, drops)
+            _mark_drops(error_axis, drops)
+
+
+def _draw_quantity(axis: Any, rows: Sequence[EpochMetrics], quantity: str, unit: str) -> None:
+    axis.set(xlabel="epoch", title=f"{quantity} ({unit})")
+    axis.grid(axis="y")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    values = []
+    for split, colour in SPLIT_COLOURS.items():
+        points = measured_points(rows, f"{split}_{quantity}")
+        if points:
+            line = ".-" if len(points) <= 40 else "-"
+            axis.plot(*zip(*points, strict=True), line, color=colour, label=split)
+            values += [value for _, value in points]
+    if not values:
+        axis.set(xticks=[], yticks=[])
+        place = {"transform": axis.transAxes, "ha": "center"}
+        axis.text(0.5, 0.5, "no epoch finished yet", color=FAINT, **place)
+        return
+    # The first epochs of a long run would leave no room for the rest: they may leave the picture.
+    values.sort()
+    top = values[-1] if len(values) < 100 else values[int(0.98 * len(values))]
+    axis.set(ylim=(0, 1.08 * top or 1), xlim=(0, 1.015 * rows[-1].epoch))
+    place = {"loc": "lower right", "bbox_to_anchor": (1, 1.01)}
+    axis.legend(ncols=3, handlelength=1.2, columnspacing=1.4, **place)
+
+
+def _annotate_last_error(axis: Any, rows: Sequence[EpochMetrics]) -> None:
+    tested = measured_points(rows, "test_error")
+    split = "test" if tested else "val"
+    points = tested or measured_points(rows, "val_error")
+    if not points:
+        return
+    epoch, error = points[-1]
+    colour = SPLIT_COLOURS[split]
+    axis.plot(epoch, error, "o", color=colour, ms=7, mec="white", clip_on=False, zorder=5)
+    axis.annotate(
+        f"{split}\n{error:.2f} %",
+        (1.015, min(error, axis.get_ylim()[1])),
+        xycoords=("axes fraction", "data"),
+        annotation_clip=False,
+        va="center",
+        weight="bold",
+        color=colour,
+    )
+
+
+def _draw_rates(axis: Any, rates: Sequence[tuple[int, float]]) -> None:
+    axis.plot(*zip(*rates, strict=True), color=FAINT, lw=1, ls=":")
+    axis.set_ylim(bottom=0)
+    axis.tick_params(labelcolor=FAINT, labelsize=8)
+    axis.set_ylabel("learning rate (dotted)", color=FAINT, fontsize=8)
+
+
+def _mark_drops(axis: Any, drops: Sequence[tuple[int, float]]) -> None:
+    style = {"rotation": 90, "ha": "right", "va": "top", "fontsize": 8, "color": FAINT}
+    for epoch, rate in drops:
+        axis.axvline(epoch - 0.5, color=FAINT, lw=0.8, ls="--", zorder=0)
+        place = epoch - 0.5, 0.98
+        axis.annotate(f"lr {rate:.3g} ", place, xycoords=("data", "axes fraction"), **style)
+
+
+def draw_confusion(counts: Tensor, classes: Sequence[str], target: Path) -> None:
+    """Draws a PNG of the confusion matrix *counts* ``(C, C)``, whose rows are the true classes.
+
+    Each row is drawn in percent of its own images.
+    """
+    images = int(counts.sum())
+    error = 100 * (images - int(counts.diagonal().sum())) / max(images, 1)
+    # The row of a class without images is NaN, which is drawn blank.
+    percent = 100 * counts.double() / counts.sum(1, keepdim=True)
+    side = min(max(6.0, 1.5 + 0.62 * len(classes)), 14.0)
+    title = f"Confusion: {error:.2f} % of {images:,} images wrong"
+    with picture(target, side + 1, side, title) as figure:
+        axis = figure.subplots()
+        # Over the square root of the share a confusion of 1 % can be told from none.
+        norm = require("matplotlib.colors", "train").PowerNorm(0.5, 0, 100)
+        image = axis.imshow(percent.numpy(), cmap="Blues", norm=norm)
+        ticks = [0, 1, 5, 10, 25, 50, 100]
+        bar = figure.colorbar(image, ax=axis, ticks=ticks, shrink=0.8, pad=0.02, aspect=36)
+        bar.set_label("% of the true class")
+        bar.outline.set_visible(False)
+        axis.spines[:].set_visible(False)
+        axis.set(xlabel="predicted", ylabel="true")
+        _name_classes(axis, classes)
+        if len(classes) <= 20:
+            _write_percent(axis, percent)
+
+
+def _name_classes(axis: Any, classes: Sequence[str]) -> None:
+    few = len(classes) <= 20
+    step = 1 + (len(classes) - 1) // 100
+    places = range(0, len(classes), step)
+    names = [_shorten(name, 20) for name in classes[::step]]
+    size = min(10.0, 660 / len(classes) * step)
+    rotation = 45 if few else 90
+    style = {"rotation": rotation, "ha": "right", "va": "center", "rotation_mode": "anchor"}
+    if few and max(map(len, names)) <= 2:
+        style = {}
+    axis.set_xticks(places, names, fontsize=size, **style)
+    axis.set_yticks(places, names, fontsize=size)
+
+
+def _write_percent(axis: Any, percent: Tensor) -> None:
+    for y, row in enumerate(percent.tolist()):
+        for x, share in enumerate(row):
+            if share > 0:
+                text = f"{share:.0f}" if share >= 9.95 else f"{share:.1f}"
+                colour = "white" if share > 30 else INK
+                axis.text(x, y, text, ha="center", va="center", fontsize=8, color=colour)
+
+
+def draw_samples(
+    pixels: Tensor,
+    labels: Tensor,
+    predicted: Tensor,
+    confidence: Tensor,
+    classes: Sequence[str],
+    target: Path,
+) -> None:
+    """Draws a PNG of the images that the network gets wrong with the most confidence, at most 32.
+
+    All tensors are on the CPU: *pixels* uint8 ``(N, C, H, W)``, *labels* and *predicted* int64
+    ``(N,)``, *confidence* (0 to 1) ``(N,)``.
+    """
+    wrong = (predicted != labels).nonzero()[:, 0]
+    if not len(wrong):
+        with picture(target, 8, 2.4) as figure:
+            text = f"No mistakes: all {len(labels):,} images are classified correctly."
+            figure.text(0.5, 0.5, text, ha="center", va="center", fontsize=14)
+        return
+    order = confidence[wrong].argsort(descending=True, stable=True)
+    worst = wrong[order][: MISTAKES_ROWS * MISTAKES_COLUMNS].tolist()
+    columns = min(len(worst), MISTAKES_COLUMNS)
+    rows = -(-len(worst) // columns)
+    title = f"{len(wrong):,} of {len(labels):,} images wrong; the most confident first"
+    with picture(target, max(1.5 * columns, 6), 1.85 * rows + 0.6, title) as figure:
+        axes = figure.subplots(rows, columns, squeeze=False).flatten()
+        for axis in axes:
+            axis.axis("off")
+        for axis, i in zip(axes, worst, strict=False):
+            prediction = _shorten(classes[int(predicted[i])], 15)
+            truth = _shorten(classes[int(labels[i])], 15)
+            _draw_image(axis, pixels[i])
+            style = {"transform": axis.transAxes, "ha": "center", "va": "top", "fontsize": 8.5}
+            text = f"{prediction} · {100 * confidence[i]:.0f} %"
+            axis.text(0.5, -0.04, text, color=SPLIT_COLOURS["test"], **style)
+            axis.text(0.5, -0.19, f"true: {truth}", color=SPLIT_COLOURS["train"], **style)
+
+
+def _draw_image(axis: Any, pixels: Tensor) -> None:
+    image = pixels.permute(1, 2, 0) if len(pixels) == 3 else pixels[0]
+    interpolation = "nearest" if min(pixels.shape[1:]) < 96 else "antialiased"
+    axis.imshow(image.numpy(), cmap="gray", vmin=0, vmax=255, interpolation=interpolation)
+
+
+def _shorten(name: str, length: int) -> str:
+    return name if len(name) <= length else name[: length - 1] + "…"

@@ -1,0 +1,167 @@
+"""The README's tables: those of the records, with the rows of others and the benchmark's steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_report import make_run, markdown, write
+
+from benchmarks.readme_tables import draw, main, read_runs, table, update
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_published_rows_come_first_and_say_so(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"platform": "paper", "error": 8.0, "depth": 100}]
+    rows.append(rows[0] | {"error": 4.44, "train_seconds": "61–70"})
+    write(tmp_path / "published.json", {"published": rows})
+    make_run(tmp_path / "run", 2.5)
+    # A file that is named twice counts once.
+    lines = table([tmp_path, tmp_path / "published.json"]).splitlines()
+    assert len(lines) == 5
+    assert all(line.startswith("| *published:* paper |") for line in lines[2:4])
+    assert "| 4.44 | 61–70 |" in lines[2]
+    assert "| 8.00 |" in lines[3]
+    assert "| 2.50 |" in lines[4]
+
+
+@pytest.mark.parametrize(
+    "damaged", [[1], {"published": [1]}, {"published": {}}, {"published": [{"error": "4.4"}]}]
+)
+def test_damaged_published_rows_are_named(tmp_path: Path, damaged: Any) -> None:
+    write(tmp_path / "published.json", damaged)
+    with pytest.raises(ValueError, match=r"published\.json: Expected "):
+        table([tmp_path])
+
+
+def write_benchmark(folder: Path, seconds: float, **change: Any) -> None:
+    """As ``benchmarks.bench --model runs/run`` writes it, on the platform of :func:`make_run`."""
+    environment = {"device": "cpu", "device_name": "A CPU | fast", "threads": 2, "torch": "9"}
+    row = {
+        "model": "runs/run",
+        "batch_size": 32,
+        "image_size": 32,
+        "precision": "bf16",
+        "options": [],
+        "train_seconds": {"median": seconds},
+    }
+    row |= {key: value for key, value in change.items() if key in row}
+    environment |= {key: value for key, value in change.items() if key in environment}
+    folder.mkdir(exist_ok=True)
+    write(folder / "bench.json", {"environment": environment, "rows": [row]})
+
+
+def test_a_damaged_record_of_the_benchmark_is_named(tmp_path: Path) -> None:
+    (tmp_path / "bench.json").write_text('{"rows": [{"train_seconds": 1, "options": []}]}')
+    with pytest.raises(ValueError, match=r"bench\.json: "):
+        table([tmp_path])
+
+
+def test_a_step_s_seconds_are_the_benchmark_s_of_that_run_on_its_platform(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", 5.5)
+    make_run(tmp_path / "seed8", 6.5, seed=8)
+    write_benchmark(tmp_path / "bench", 0.125)
+    [row] = read_runs([tmp_path])
+    assert row.step_seconds == 0.125
+    assert "| 0.125 |" in table([tmp_path])
+    write_benchmark(tmp_path / "slower", 0.25)
+    # The records of the benchmark may lie anywhere in the paths.
+    [row] = read_runs([tmp_path / "run", tmp_path / "bench", tmp_path / "slower"])
+    assert row.step_seconds == 0.125
+    write_benchmark(tmp_path / "faster", 0.1)
+    [row] = read_runs([tmp_path])
+    assert row.step_seconds == 0.1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"threads": 1},
+        {"torch": "8"},
+        {"batch_size": 64},
+        {"image_size": 64},
+        {"precision": "fp32"},
+        {"options": ["lean"]},
+        {"train_seconds": None},
+        {"model": "sparsenet_40_12"},
+    ],
+)
+def test_a_step_of_something_else_is_not_the_run_s(tmp_path: Path, change: dict[str, Any]) -> None:
+    make_run(tmp_path / "run", 5.5)
+    write_benchmark(tmp_path / "bench", 0.125, **change)
+    [row] = read_runs([tmp_path])
+    assert row.step_seconds is None
+
+
+def test_the_tables_of_a_page_are_written_from_records(tmp_path: Path) -> None:
+    make_run(tmp_path / "results", 5.5)
+    page = tmp_path / "page.md"
+    page.write_text(
+        "before\n<!-- report resul* -->\nanything\n<!-- /report -->\nafter <!-- /report -->\n"
+    )
+    expected = (
+        f"before\n<!-- report resul* -->\n\n{markdown([tmp_path / 'results'])}\n<!-- /report -->\n"
+        "after <!-- /report -->\n"
+    )
+    for _ in range(2):
+        assert update(page) == 1
+        assert page.read_text() == expected
+
+
+def test_a_table_without_an_end_takes_nothing_with_it(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", 5.5)
+    page = tmp_path / "page.md"
+    page.write_text("<!-- report run -->\nkept\n<!-- report run -->\n<!-- /report -->\n")
+    assert update(page) == 1
+    assert page.read_text().startswith(
+        "<!-- report run -->\nkept\n<!-- report run -->\n\n| platform"
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        None,
+        "no table",
+        "<!-- report nothing -->\n<!-- /report -->",
+        "<!-- report /nothing -->\n<!-- /report -->",
+    ],
+)
+def test_a_page_that_cannot_be_updated_is_named_and_kept(tmp_path: Path, text: str | None) -> None:
+    page = tmp_path / "page.md"
+    if text is not None:
+        page.write_text(text)
+    with pytest.raises(ValueError, match=r"expected a (page|table|run folder)"):
+        update(page)
+    assert text is None or page.read_text() == text
+    with pytest.raises(SystemExit, match=r"^readme_tables: .*expected [^\n]*$"):
+        main([str(page)])
+
+
+def test_the_readme_s_tables_are_those_of_the_records(tmp_path: Path) -> None:
+    (tmp_path / "results").symlink_to(ROOT / "results")
+    page = tmp_path / "README.md"
+    page.write_text((ROOT / "README.md").read_text())
+    assert update(page) > 0
+    # Otherwise: python -m benchmarks.readme_tables README.md
+    assert page.read_text() == (ROOT / "README.md").read_text()
+
+
+def test_pictures_are_drawn_where_the_page_shows_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("shown", "not-shown"):
+        (tmp_path / name).mkdir()
+        for depth in (22, 40):
+            make_run(tmp_path / name / f"{depth}", 9.0 - depth / 10, depth=depth)
+    page = tmp_path / "page.md"
+    tables = [f"<!-- report {name} -->\n<!-- /report -->\n" for name in ("shown", "not-shown")]
+    page.write_text("".join(tables) + "![a picture](shown-comparison.png)\n")
+    main([str(page)])
+    assert capsys.readouterr().out == f"{page}: 2 tables written anew\n"
+    assert not list(tmp_path.glob("*.png"))
+    assert [*draw(page)] == [*tmp_path.glob("*.png")] == [tmp_path / "shown-comparison.png"]
+    main([str(page), "--pictures"])
+    assert capsys.readouterr().out.endswith(f"{tmp_path / 'shown-comparison.png'}\n")
