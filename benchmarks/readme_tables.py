@@ -1,11 +1,12 @@
-"""The tables and pictures of README.md, from the records in results/.
+"""The tables and pictures of README.md and docs/results.md, from the records in results/.
 
     python -m benchmarks.readme_tables [--pictures] PAGE...
 
-A table of a Markdown page stands between ``<!-- report FOLDER... -->`` and ``<!-- /report -->``;
-folders are relative to the page and may be globs. Besides the runs in these folders, which are
-those of ``sparsenet report``, a table has the rows of ``published.json``, which others measured,
-and the seconds of a training step from ``bench.json``, which ``python -m benchmarks.bench`` writes.
+A table of a Markdown page stands between ``<!-- report FOLDER... [OPTION...] -->`` and
+``<!-- /report -->``; folders are relative to the page and may be globs. Its rows are those of
+``sparsenet report``; where a record of ``python -m benchmarks.bench`` lies among the runs, they
+have the seconds of a training step from it. The options are ``columns=KEY,...``, by default all
+that have values, and ``picture=FILE``, where ``--pictures`` draws error against costs.
 """
 
 from __future__ import annotations
@@ -26,42 +27,14 @@ from sparsenet.pictures.comparison import COSTS, draw_comparison
 from sparsenet.records import Environment, read_summaries, run_folders
 from sparsenet.summary import HEADINGS, RunSummary, format_seconds, markdown_table
 
-BENCH, PUBLISHED = "bench.json", "published.json"
+BENCH = "bench.json"
 TABLE = re.compile(
-    r"(<!-- report (?P<runs>[^\n]*?) -->\n)(?:(?!<!-- report ).)*?(<!-- /report -->)", re.DOTALL
+    r"(<!-- report ([^\n]*?) -->\n)(?:(?!<!-- report ).)*?(<!-- /report -->)", re.DOTALL
 )
-STEP = ("step_seconds", "training step, benchmarked (s)")
-COLUMNS = list(HEADINGS.items())
-COLUMNS.insert(list(HEADINGS).index("duration"), STEP)
+STEP = {"step_seconds": "training step, benchmarked (s)"}
+COLUMNS = {"network": "network", "epochs": "epochs", **HEADINGS, **STEP}
 # What a run and a row of the benchmark must agree in: folder, machine, batch and image size.
 Workload = tuple[str, str | None, int | None, int | None]
-
-
-@dataclass(frozen=True)
-class PublishedRow:
-    """What others measured; texts stand in the table as they are."""
-
-    error: float | None = None
-    platform: str = ""
-    architecture: str = ""
-    depth: int | str = ""
-    growth: str = ""
-    parameters: str = ""
-    macs: str = ""
-    dataset: str = ""
-    train_seconds: str = ""
-    test_seconds: str = ""
-    recipe: str = ""
-
-    def cells(self) -> dict[str, str]:
-        texts = {key: str(value) for key, value in dataclasses.asdict(self).items()}
-        error = "" if self.error is None else f"{self.error:.2f}"
-        return texts | {"platform": f"*published:* {self.platform}", "error": error}
-
-
-@dataclass(frozen=True)
-class Published:
-    published: list[PublishedRow]
 
 
 @dataclass(frozen=True)
@@ -92,20 +65,15 @@ class BenchmarkedSummary(RunSummary):
     step_seconds: float | None
 
     def cells(self) -> dict[str, str]:
-        return super().cells() | {"step_seconds": format_seconds(self.step_seconds)}
-
-
-def read_published(paths: Sequence[Path]) -> list[PublishedRow]:
-    """Returns the rows of all files ``published.json`` in *paths*, each row once, best first."""
-    rows: list[PublishedRow] = []
-    for path in paths:
-        files = [path] if path.suffix == ".json" else sorted(path.rglob(PUBLISHED))
-        rows += [row for file in files for row in read_json(file, Published).published]
-    return sorted(dict.fromkeys(rows), key=lambda row: (row.error is None, row.error or 0.0))
+        texts = super().cells()
+        texts["network"] = f"{self.architecture}-{self.depth}-{self.growth}"
+        texts["epochs"] = str(max(len(run.metrics) for run in self.runs))
+        texts["step_seconds"] = format_seconds(self.step_seconds)
+        return texts
 
 
 def read_steps(paths: Sequence[Path]) -> dict[Workload, float]:
-    """Returns the seconds of a training step, of the fastest implementation without options."""
+    """Return the seconds of a training step, of the fastest implementation without options."""
     steps: dict[Workload, float] = {}
     for file in sorted(file for path in paths for file in path.rglob(BENCH)):
         record = read_json(file, BenchRecord)
@@ -118,7 +86,7 @@ def read_steps(paths: Sequence[Path]) -> dict[Workload, float]:
 
 
 def read_runs(paths: Sequence[Path]) -> list[BenchmarkedSummary]:
-    """Returns the rows of the runs in *paths*, the best first."""
+    """Return the rows of the runs in *paths*, the best first."""
     steps = read_steps(paths)
     rows = []
     for row in read_summaries(path for path in paths if run_folders(path)):
@@ -130,22 +98,48 @@ def read_runs(paths: Sequence[Path]) -> list[BenchmarkedSummary]:
     return rows
 
 
-def table(paths: Sequence[Path]) -> str:
-    """Returns the Markdown table of what lies in *paths*; ``ValueError`` where one has nothing."""
-    for path in paths:
-        records = any(path.rglob(BENCH)) or any(path.rglob(PUBLISHED))
-        if not (records or run_folders(path) or path.is_file()):
+@dataclass(frozen=True)
+class Marker:
+    """What ``<!-- report ... -->`` asks for."""
+
+    paths: tuple[Path, ...]
+    columns: tuple[str, ...] = ()
+    picture: Path | None = None
+
+    @classmethod
+    def parse(cls, page: Path, text: str) -> Marker:
+        paths: list[Path] = []
+        columns: tuple[str, ...] = ()
+        picture = None
+        for word in split(text):
+            option, _, value = word.partition("=")
+            if option == "columns":
+                columns = tuple(value.split(","))
+            elif option == "picture":
+                picture = page.parent / value
+            else:
+                matches = [] if Path(word).is_absolute() else sorted(page.parent.glob(word))
+                paths += matches or [page.parent / word]
+        if unknown := [key for key in columns if key not in COLUMNS]:
+            expected = f"columns of {', '.join(COLUMNS)}"
+            raise ValueError(f"{page}: expected {expected}, found {unknown[0]!r}")
+        return cls(tuple(paths), columns, picture)
+
+
+def table(marker: Marker) -> str:
+    """Return the Markdown table of runs; ``ValueError`` where a path has none."""
+    for path in marker.paths:
+        if not run_folders(path) and not any(path.rglob(BENCH)):
             raise ValueError(f"{path}: expected a run folder or records, found none")
-    rows = [row.cells() for row in read_published(paths)]
-    rows += [row.cells() for row in read_runs(paths)]
-    return markdown_table(rows, dict(COLUMNS))
+    rows = [row.cells() for row in read_runs(marker.paths)]
+    headings = {key: COLUMNS[key] for key in marker.columns or [*HEADINGS, *STEP]}
+    return markdown_table(rows, headings)
 
 
 def update(page: Path) -> int:
-    """Writes the tables of a *page* anew, and returns how many there are. Raises ``ValueError``."""
-    text = _read(page)
+    """Write the tables of a *page* anew, and return how many there are. Raises ``ValueError``."""
     updated, count = TABLE.subn(
-        lambda match: f"{match[1]}\n{table(_paths(page, match['runs']))}\n{match[3]}", text
+        lambda match: f"{match[1]}\n{table(Marker.parse(page, match[2]))}\n{match[3]}", _read(page)
     )
     if not count:
         expected = "a table between <!-- report RUN... --> and <!-- /report -->"
@@ -155,14 +149,13 @@ def update(page: Path) -> int:
 
 
 def draw(page: Path) -> Iterator[Path]:
-    """Draws ``FOLDER-comparison.png`` for each table of a *page* that also shows it."""
-    text = _read(page)
-    for match in TABLE.finditer(text):
-        picture = f"{match['runs']}-comparison.png"
-        if f"]({picture})" in text:
-            costs = {**COSTS, "step_seconds": ("a training step, benchmarked (ms)", 1e-3)}
-            draw_comparison(read_runs(_paths(page, match["runs"])), page.parent / picture, costs)
-            yield page.parent / picture
+    """Draw the pictures that the tables of a *page* name, and yield their files."""
+    costs = {**COSTS, "step_seconds": ("a training step, benchmarked (ms)", 1e-3)}
+    for match in TABLE.finditer(_read(page)):
+        marker = Marker.parse(page, match[2])
+        if marker.picture:
+            draw_comparison(read_runs(marker.paths), marker.picture, costs)
+            yield marker.picture
 
 
 def _read(page: Path) -> str:
@@ -170,14 +163,6 @@ def _read(page: Path) -> str:
         return page.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{page}: expected a page of text, found: {error}") from None
-
-
-def _paths(page: Path, runs: str) -> list[Path]:
-    paths: list[Path] = []
-    for pattern in split(runs):
-        matches = [] if Path(pattern).is_absolute() else sorted(page.parent.glob(pattern))
-        paths += matches or [page.parent / pattern]
-    return paths
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""The README's tables: those of the records, with the rows of others and the benchmark's steps."""
+"""The tables of the pages: those of the records, with the benchmark's steps."""
 
 from __future__ import annotations
 
@@ -8,32 +8,9 @@ from typing import Any
 import pytest
 from test_report import make_run, markdown, write
 
-from benchmarks.readme_tables import draw, main, read_runs, table, update
+from benchmarks.readme_tables import Marker, draw, main, read_runs, table, update
 
 ROOT = Path(__file__).parent.parent
-
-
-def test_published_rows_come_first_and_say_so(tmp_path: Path) -> None:
-    rows: list[dict[str, Any]] = [{"platform": "paper", "error": 8.0, "depth": 100}]
-    rows.append(rows[0] | {"error": 4.44, "train_seconds": "61–70"})
-    write(tmp_path / "published.json", {"published": rows})
-    make_run(tmp_path / "run", 2.5)
-    # A file that is named twice counts once.
-    lines = table([tmp_path, tmp_path / "published.json"]).splitlines()
-    assert len(lines) == 5
-    assert all(line.startswith("| *published:* paper |") for line in lines[2:4])
-    assert "| 4.44 | 61–70 |" in lines[2]
-    assert "| 8.00 |" in lines[3]
-    assert "| 2.50 |" in lines[4]
-
-
-@pytest.mark.parametrize(
-    "damaged", [[1], {"published": [1]}, {"published": {}}, {"published": [{"error": "4.4"}]}]
-)
-def test_damaged_published_rows_are_named(tmp_path: Path, damaged: Any) -> None:
-    write(tmp_path / "published.json", damaged)
-    with pytest.raises(ValueError, match=r"published\.json: Expected "):
-        table([tmp_path])
 
 
 def write_benchmark(folder: Path, seconds: float, **change: Any) -> None:
@@ -56,7 +33,7 @@ def write_benchmark(folder: Path, seconds: float, **change: Any) -> None:
 def test_a_damaged_record_of_the_benchmark_is_named(tmp_path: Path) -> None:
     (tmp_path / "bench.json").write_text('{"rows": [{"train_seconds": 1, "options": []}]}')
     with pytest.raises(ValueError, match=r"bench\.json: "):
-        table([tmp_path])
+        table(Marker((tmp_path,)))
 
 
 def test_a_step_s_seconds_are_the_benchmark_s_of_that_run_on_its_platform(tmp_path: Path) -> None:
@@ -65,7 +42,7 @@ def test_a_step_s_seconds_are_the_benchmark_s_of_that_run_on_its_platform(tmp_pa
     write_benchmark(tmp_path / "bench", 0.125)
     [row] = read_runs([tmp_path])
     assert row.step_seconds == 0.125
-    assert "| 0.125 |" in table([tmp_path])
+    assert "| 0.125 |" in table(Marker((tmp_path,)))
     write_benchmark(tmp_path / "slower", 0.25)
     # The records of the benchmark may lie anywhere in the paths.
     [row] = read_runs([tmp_path / "run", tmp_path / "bench", tmp_path / "slower"])
@@ -140,13 +117,26 @@ def test_a_page_that_cannot_be_updated_is_named_and_kept(tmp_path: Path, text: s
         main([str(page)])
 
 
-def test_the_readme_s_tables_are_those_of_the_records(tmp_path: Path) -> None:
+def test_a_table_has_the_columns_that_are_asked_for(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", 5.5)
+    page = tmp_path / "page.md"
+    page.write_text("<!-- report run columns=error,network -->\n<!-- /report -->\n")
+    assert update(page) == 1
+    assert "| error % | network |\n| --- | --- |\n| 5.50 | SparseNet-" in page.read_text()
+    page.write_text("<!-- report run columns=error,speed -->\n<!-- /report -->\n")
+    with pytest.raises(ValueError, match="expected columns of .*error.*, found 'speed'"):
+        update(page)
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/results.md"])
+def test_the_tables_of_the_pages_are_those_of_the_records(tmp_path: Path, name: str) -> None:
     (tmp_path / "results").symlink_to(ROOT / "results")
-    page = tmp_path / "README.md"
-    page.write_text((ROOT / "README.md").read_text())
+    page = tmp_path / name
+    page.parent.mkdir(exist_ok=True)
+    page.write_text((ROOT / name).read_text())
     assert update(page) > 0
-    # Otherwise: python -m benchmarks.readme_tables README.md
-    assert page.read_text() == (ROOT / "README.md").read_text()
+    # If it fails: python -m benchmarks.readme_tables README.md docs/results.md
+    assert page.read_text() == (ROOT / name).read_text()
 
 
 def test_pictures_are_drawn_where_the_page_shows_them(
@@ -158,10 +148,10 @@ def test_pictures_are_drawn_where_the_page_shows_them(
             make_run(tmp_path / name / f"{depth}", 9.0 - depth / 10, depth=depth)
     page = tmp_path / "page.md"
     tables = [f"<!-- report {name} -->\n<!-- /report -->\n" for name in ("shown", "not-shown")]
-    page.write_text("".join(tables) + "![a picture](shown-comparison.png)\n")
+    page.write_text("".join(tables).replace("shown -->", "shown picture=shown.png -->", 1))
     main([str(page)])
     assert capsys.readouterr().out == f"{page}: 2 tables written anew\n"
     assert not list(tmp_path.glob("*.png"))
-    assert [*draw(page)] == [*tmp_path.glob("*.png")] == [tmp_path / "shown-comparison.png"]
+    assert [*draw(page)] == [*tmp_path.glob("*.png")] == [tmp_path / "shown.png"]
     main([str(page), "--pictures"])
-    assert capsys.readouterr().out.endswith(f"{tmp_path / 'shown-comparison.png'}\n")
+    assert capsys.readouterr().out.endswith(f"{tmp_path / 'shown.png'}\n")
