@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import hashlib
 import io
@@ -10,6 +11,7 @@ import random
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -19,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 
+from sparsenet.data import cifar as cifar_module
 from sparsenet.data.config import DataConfig
 from sparsenet.data.dataset import Dataset
 from sparsenet.data.download import CIFAR_URL, download
@@ -184,7 +187,8 @@ HOSTILE = {
     "objects": pickle.dumps({b"data": np.array([{}], object)}, 2),
     "attribute of a module": b"\x80\x04}(C\x04data\x8c\x05numpy\x8c\x0bndarray.sort\x93u.",
     "state for a class": b"\x80\x02c_codecs\nencode\nN}X\x01\x00\x00\x00aK\x01s\x86b}.",
-    "huge array": b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(J\xff\xff\xff\x7ftU\x01btR(K\x01"
+    "huge array": b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n"
+    b"(J\xff\xff\xff\x7ftU\x01btR(K\x01"
     b"(J\xff\xff\xff\x7ftcnumpy\ndtype\n(U\x02u1K\x00K\x01tR\x89U\x01atb.",
     "huge byte array": b"\x80\x05\x96" + b"\xff" * 7 + b"\x7f.",
     "name of two lines": b"\x80\x04\x8c\x03a\nb\x8c\x01c\x93.",
@@ -192,7 +196,7 @@ HOSTILE = {
     "extension": b"\x80\x02\x82\x01.",
     "no dictionary": pickle.dumps([1, 2]),
     "nothing": b"",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -443,12 +447,11 @@ def test_download_flag_fetches_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     content = cifar.pack(tmp_path).read_bytes()
     served = Server(content)
     with served.url() as url:
-        from sparsenet.data import archives
-
-        monkeypatch.setattr(archives, "CIFAR_URL", url)
-        real = archives.LAYOUTS[0]
-        fake = type(real)(real.classes, real.stem, real.folder, real.names, md5(content))
-        monkeypatch.setattr(archives, "LAYOUTS", (fake, *archives.LAYOUTS[1:]))
+        fake = dataclasses.replace(cifar_module.CIFAR10[0], md5=md5(content))
+        monkeypatch.setattr(cifar_module, "CIFAR_URL", url)
+        monkeypatch.setattr(
+            cifar_module, "download_cifar10", partial(cifar_module.download_first, [fake])
+        )
         for _ in range(2):
             cifar.check(load(root, "c10", download=True))
     assert len(served.asked) == 1

@@ -1,4 +1,4 @@
-"""Augmentation says what it says: by hand, by Pillow, image by image; and what is not asked for is not done."""
+"""Augmentation does what it says, held to Pillow and to the same by hand, image by image."""
 
 from __future__ import annotations
 

@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sparsenet.data.dataset import Example, Images, channel_statistics
-from sparsenet.data.errors import DataError
-from sparsenet.data.images import BadImage, Preprocessing, common_size, read_image, read_images
+from sparsenet.data.dataset import Example, Images
+from sparsenet.data.errors import BadImage, DataError
+from sparsenet.data.images import common_size, read_image, read_images
+from sparsenet.data.preprocessing import Preprocessing, channel_statistics
 from sparsenet.extras import MissingExtra, require
 
 RNG = np.random.default_rng(0)

@@ -1,9 +1,12 @@
-"""Folders, parquet files and the embedded digits, as a user has them; and every way they can be wrong."""
+"""Folders, parquet files and digits as a user has them, and every way they can be wrong."""
 
 from __future__ import annotations
 
 import json
 import os
+import pkgutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import fields
 from io import BytesIO
@@ -21,6 +24,8 @@ from sparsenet.data.config import DataConfig
 from sparsenet.data.dataset import Dataset
 from sparsenet.data.errors import DataError
 from sparsenet.data.load import load_dataset
+from sparsenet.data.registry import KINDS
+from sparsenet.presets import PRESETS
 
 
 def load(root: Path | str = "", **options: Any) -> Dataset:
@@ -128,7 +133,7 @@ def single_images(root: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (empty_class, r"bare: expected images of this class, found none"),
+        (empty_class, r"bare: expected images of this class \(.*\), found none$"),
         (other_classes, r"test: expected the classes of train, found .*: -cat, \+frog$"),
         (single_images, r"expected a class of 2 images or more"),
         (lambda root: plant(root, "only"), r"at least 2 class folders .* found 1$"),
@@ -186,7 +191,7 @@ def test_unreadable_folder_is_one_line(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"dataset": "c11"}, r"^--dataset: expected one of auto, digits, .*, found 'c11'$"),
-        ({"in_chans": 2}, "--in_chans: expected 0, 1 or 3"),
+        ({"in_chans": 2}, "--in_chans: expected one of 0, 1, 3, found 2"),
         ({"image_size": -1}, "--image_size"),
         ({"test_fraction": 0.0}, "--test_fraction"),
         ({"val_fraction": 1.0}, "--val_fraction"),
@@ -208,6 +213,22 @@ def test_every_option_has_one_line_of_help() -> None:
     for field in fields(DataConfig):
         assert field.metadata["help"] and "\n" not in field.metadata["help"]
         assert field.default in field.metadata.get("choices", (field.default,))
+
+
+def test_settings_need_neither_torch_nor_numpy() -> None:
+    """The command line answers ``--help`` without loading them."""
+    code = "import sys, sparsenet.data.config; print({'torch', 'numpy'} & set(sys.modules))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_names_functions_and_a_preset_that_exist(name: str) -> None:
+    kind = KINDS[name]
+    assert callable(pkgutil.resolve_name(kind.reader)) and kind.preset in PRESETS
+    assert not kind.downloader or callable(pkgutil.resolve_name(kind.downloader))
 
 
 def write_parquet(

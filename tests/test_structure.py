@@ -18,6 +18,7 @@ FLOORS = [
         "downloads",
         "schedule",
         "weights",
+        "validation",
         "device",
         "environment",
     ],
