@@ -122,7 +122,7 @@ def test_training_images_grow_to_their_full_size(max_epoch: int, quarter: int, m
     [(5, [16, 20, 24, 32, 32]), (6, [16, 20, 24, 28, 32, 32]), (8, [16, 16, 20, 24, 24, 28])],
 )
 def test_runs_go_on_with_the_sizes_they_began_with(max_epoch: int, sizes: list[int]) -> None:
-    """A stopped run may be resumed by a later version, so the steps of 4 must stay where they are."""
+    """A stopped run may be resumed by a later version, so steps of 4 stay where they are."""
     found = [training_size(epoch, max_epoch, 16, 32) for epoch in range(max_epoch)]
     assert found == sizes + [32] * (max_epoch - len(sizes))
 

@@ -53,37 +53,46 @@ def read_image(source: Path | bytes, size: int, channels: int, name: str = "") -
 def read_images(
     split: Split, size: int, channels: int, skip_corrupt: bool = False
 ) -> tuple[Images, tuple[str, ...]]:
-    """A split's images, read by several threads but in the split's order, and the names of those
-    that were skipped. Raises :class:`BadImage` for the first corrupt one unless *skip_corrupt*."""
+    """A split's images as :func:`read_image` reads them, and the names of those left out.
+
+    They are read by several threads but stay in the split's order. Raises :class:`BadImage` for
+    the first corrupt one unless *skip_corrupt*.
+    """
     if isinstance(split, Images) and split.pixels.shape[1:] == (channels, size, size):
         return split, ()
     pixels = np.empty((len(split), channels, size, size), np.uint8)
     labels: list[int] = []
     skipped: list[str] = []
-
-    def read(part: list[Example]) -> list[tuple[Example, np.ndarray | BadImage]]:
-        return [(example, _attempt(example, size, channels)) for example in part]
-
     with _bombs_are_errors(), ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for wave in _waves(split):
-            for example, image in chain.from_iterable(pool.map(read, wave)):
-                if isinstance(image, np.ndarray):
-                    pixels[len(labels)] = image
-                    labels.append(example.label)
-                elif skip_corrupt:
-                    skipped.append(example.name)
-                else:
-                    raise BadImage(f"{image}; --skip_corrupt leaves such images out")
+        for example, image in _read_all(pool, split, size, channels):
+            if isinstance(image, np.ndarray):
+                pixels[len(labels)] = image
+                labels.append(example.label)
+            elif skip_corrupt:
+                skipped.append(example.name)
+            else:
+                raise BadImage(f"{image}; --skip_corrupt leaves such images out")
     images = Images(torch.from_numpy(pixels[: len(labels)]), torch.tensor(labels).long())
     return images, tuple(skipped)
 
 
-def _waves(split: Split) -> Iterator[list[list[Example]]]:
-    """32 parts of 32 examples: parts as a task costs more than a small image, and waves of them to
-    bound what is read ahead."""
+def _read_all(
+    pool: ThreadPoolExecutor, split: Split, size: int, channels: int
+) -> Iterator[tuple[Example, np.ndarray | BadImage]]:
+    def read(example: Example) -> np.ndarray | BadImage:
+        try:
+            return _read(example, size, channels)
+        except BadImage as error:
+            return error
+
+    def read_part(part: list[Example]) -> list[np.ndarray | BadImage]:
+        return [read(example) for example in part]
+
     rest = iter(split)
-    while wave := [part for _ in range(32) if (part := list(islice(rest, 32)))]:
-        yield wave
+    while wave := list(islice(rest, 1024)):  # bounds what is read ahead
+        # A task costs more than a small image, so that each has 32 of them.
+        parts = [wave[first : first + 32] for first in range(0, len(wave), 32)]
+        yield from zip(wave, chain.from_iterable(pool.map(read_part, parts)), strict=True)
 
 
 def common_size(split: Split) -> int:
@@ -128,13 +137,6 @@ def _opened(example: Example) -> Iterator[Any]:
             raise BadImage(f"{name}: expected {expected}, found none") from None
         with image:
             yield image
-
-
-def _attempt(example: Example, size: int, channels: int) -> np.ndarray | BadImage:
-    try:
-        return _read(example, size, channels)
-    except BadImage as error:
-        return error
 
 
 def _read(example: Example, size: int, channels: int) -> np.ndarray:
