@@ -63,14 +63,12 @@ def test_digits_are_the_default() -> None:
 
 
 def test_folder_of_classes_is_split(tmp_path: Path) -> None:
-    found = load(plant(tmp_path / "pets", "dog", "cat"), test_fraction=0.4)
-    assert (found.name, found.classes) == ("pets", ("cat", "dog"))
-    assert (
-        found.test.labels.tolist() == [0, 0, 1, 1]
-        and found.train.labels.tolist() == [0] * 3 + [1] * 3
-    )
-    assert sorted(greys(found.train) + greys(found.test)) == [*range(5), *range(10, 15)]
-    assert found.train.pixels.shape[1:] == (3, 12, 12)
+    data = load(plant(tmp_path / "pets", "dog", "cat"), test_fraction=0.4)
+    assert (data.name, data.classes) == ("pets", ("cat", "dog"))
+    assert data.test.labels.tolist() == [0, 0, 1, 1]
+    assert data.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert sorted(greys(data.train) + greys(data.test)) == [*range(5), *range(10, 15)]
+    assert data.train.pixels.shape[1:] == (3, 12, 12)
     assert load(tmp_path / "pets", dataset_name="Pets").name == "Pets"
 
 
@@ -78,15 +76,12 @@ def test_folder_of_classes_is_split(tmp_path: Path) -> None:
 def test_folder_with_splits_is_taken_as_it_is(val: str, tmp_path: Path) -> None:
     plant(tmp_path / "train", "a", "b", count=3)
     plant(tmp_path / val, "a", "b", count=2)
-    found = load(tmp_path)
-    assert found.val is None and (len(found.train), len(found.test)) == (6, 4)
+    data = load(tmp_path)
+    assert data.val is None and (len(data.train), len(data.test)) == (6, 4)
     plant(tmp_path / "test", "a", "b", count=1)
-    found = load(tmp_path, val_fraction=0.5)
-    assert found.val is not None and [len(found.train), len(found.val), len(found.test)] == [
-        6,
-        4,
-        2,
-    ]
+    data = load(tmp_path, val_fraction=0.5)
+    assert data.val is not None
+    assert (len(data.train), len(data.val), len(data.test)) == (6, 4, 2)
 
 
 def test_train_folder_alone_is_split_and_a_class_may_be_named_train(tmp_path: Path) -> None:
@@ -104,8 +99,8 @@ def test_hidden_and_other_files_are_ignored_and_nested_ones_belong_to_the_class(
         path.write_bytes(b"?")
     plant(tmp_path / "b" / "deep", "er", count=1)
     (tmp_path / "a" / "LOUD.PNG").write_bytes(png(77))
-    found = load(tmp_path)
-    assert sorted(greys(found.train) + greys(found.test)) == [0, 0, 1, 10, 11, 77]
+    data = load(tmp_path)
+    assert sorted(greys(data.train) + greys(data.test)) == [0, 0, 1, 10, 11, 77]
 
 
 def test_image_size_is_the_images_own_or_64_or_as_asked(tmp_path: Path) -> None:
@@ -169,8 +164,8 @@ def test_corrupt_image_is_named_or_skipped(tmp_path: Path) -> None:
     bad.write_bytes(png(3)[:40])
     with pytest.raises(DataError, match=r"a/2\.png: .*--skip_corrupt"):
         load(tmp_path)
-    found = load(tmp_path, skip_corrupt=True)
-    assert found.skipped == (str(bad),) and len(found.train) + len(found.test) == 9
+    data = load(tmp_path, skip_corrupt=True)
+    assert data.skipped == (str(bad),) and len(data.train) + len(data.test) == 9
     for path in tmp_path.rglob("*.png"):
         path.write_bytes(b"?")
     with pytest.raises(DataError, match=r"expected train images, found none \(10 corrupt\)"):
@@ -265,37 +260,30 @@ def test_parquet_in_the_hubs_layout(
     names: Any, folder: str, image: str, label: str, tmp_path: Path
 ) -> None:
     root = tmp_path / "pets"
-    for name, labels in {
+    files: dict[str, list[int | None]] = {
         "train-0-of-2": [0, 1, 0, 1, 1, 0],
         "train-1-of-2": [1, 1],
         "test-0-of-1": [0, 1, 0],
-    }.items():
+    }
+    for name, labels in files.items():
         write_parquet(root / folder / f"{name}.parquet", labels, names, image, label)
-    found = load(root)
-    assert found.name == "pets" and found.classes == (("cat", "dog") if names else ("0", "1"))
-    assert found.train.labels.tolist() == [
-        0,
-        1,
-        0,
-        1,
-        1,
-        0,
-        1,
-        1,
-    ] and found.test.labels.tolist() == [0, 1, 0]
-    assert found.train.pixels[:, 2, 3, 4].tolist() == [0, 1, 2, 3, 4, 5, 0, 1]
-    assert found.val is None and found.train.pixels.shape[1:] == (3, 12, 12)
+    data = load(root)
+    assert data.name == "pets" and data.classes == (("cat", "dog") if names else ("0", "1"))
+    assert data.train.labels.tolist() == [*files["train-0-of-2"], *files["train-1-of-2"]]
+    assert data.test.labels.tolist() == files["test-0-of-1"]
+    assert data.train.pixels[:, 2, 3, 4].tolist() == [0, 1, 2, 3, 4, 5, 0, 1]
+    assert data.val is None and data.train.pixels.shape[1:] == (3, 12, 12)
 
 
 def test_parquet_validation_is_val_beside_a_test_and_the_test_without(tmp_path: Path) -> None:
     write_parquet(tmp_path / "train.parquet", [0, 1] * 5)
     assert len(load(tmp_path).test) == 2
     write_parquet(tmp_path / "validation-0.parquet", [0, 1, 1])
-    found = load(tmp_path)
-    assert found.val is None and len(found.test) == 3
+    data = load(tmp_path)
+    assert data.val is None and len(data.test) == 3
     write_parquet(tmp_path / "test-0.parquet", [0, 1])
-    found = load(tmp_path)
-    assert found.val is not None and (len(found.val), len(found.test)) == (3, 2)
+    data = load(tmp_path)
+    assert data.val is not None and (len(data.val), len(data.test)) == (3, 2)
 
 
 def test_parquet_damage_names_file_and_row(tmp_path: Path) -> None:
@@ -303,8 +291,8 @@ def test_parquet_damage_names_file_and_row(tmp_path: Path) -> None:
     write_parquet(path, [0, 1] * 5, ["cat", "dog"], bad=(7,))
     with pytest.raises(DataError, match=r"train-0\.parquet row 7: .*--skip_corrupt"):
         load(tmp_path)
-    found = load(tmp_path, skip_corrupt=True)
-    assert found.skipped == (f"{path} row 7",) and len(found.train) + len(found.test) == 9
+    data = load(tmp_path, skip_corrupt=True)
+    assert data.skipped == (f"{path} row 7",) and len(data.train) + len(data.test) == 9
     for label, name in ((2, "2"), (-1, "-1"), (None, "-1")):
         write_parquet(path, [0, 1, label], ["cat", "dog"])
         with pytest.raises(
@@ -330,6 +318,6 @@ def test_parquet_damage_names_file_and_row(tmp_path: Path) -> None:
     "SPARSENET_TEST_PARQUET" not in os.environ, reason="SPARSENET_TEST_PARQUET names no folder"
 )
 def test_real_parquet_folder() -> None:
-    found = load(os.environ["SPARSENET_TEST_PARQUET"])
-    assert len(found.train) and len(found.test) and not found.skipped
-    assert np.all(np.bincount(found.train.labels.numpy(), minlength=len(found.classes)) > 0)
+    data = load(os.environ["SPARSENET_TEST_PARQUET"])
+    assert len(data.train) and len(data.test) and not data.skipped
+    assert np.all(np.bincount(data.train.labels.numpy(), minlength=len(data.classes)) > 0)

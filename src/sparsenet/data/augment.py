@@ -78,8 +78,7 @@ def augment(batch: Tensor, moves: Moves, config: DataConfig, fill: Tensor) -> Te
 def shift_and_mirror(
     batch: Tensor, offsets: Tensor, flips: Tensor, shift: int, fill: Tensor
 ) -> Tensor:
-    """Pads images uint8 ``(N, C, H, W)`` by *shift* with *fill*, crops each at its offsets, and
-    mirrors the flipped ones."""
+    """Crops images uint8 ``(N, C, H, W)``, padded by *shift* with *fill*, and mirrors *flips*."""
     n, channels, height, width = batch.shape
     padded = batch.new_zeros(n, channels, height + 2 * shift, width + 2 * shift)
     padded += fill.view(1, -1, 1, 1)
@@ -152,8 +151,7 @@ def _levels(pixels: Tensor, amounts: dict[str, Tensor], chosen: dict[str, Tensor
 
 
 def _squares(images: Tensor, centres: Tensor, side: int | Tensor) -> Tensor:
-    """Which pixels lie in a square about each image's centre, bool ``(N, 1, H, W)``; *side* is
-    that of all squares, or ``(N, 1)``."""
+    """Pixels in the square of *side*, ``(N, 1)`` or one, about each centre: ``(N, 1, H, W)``."""
     inside = []
     for axis, size in enumerate(images.shape[2:]):
         first = (centres[:, axis : axis + 1] * size).long() - side // 2

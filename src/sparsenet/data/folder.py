@@ -53,8 +53,8 @@ def _examples(folder: Path, classes: list[str]) -> list[Example]:
     present = set(_class_folders(folder))
     if differing := sorted(present ^ set(classes)):
         signed = ", ".join(("+" if name in present else "-") + name for name in differing)
-        found = f"unknown (+) or missing (-): {signed}"
-        raise DataError(f"{folder}: expected the classes of train, found {found}")
+        expected = "the classes of train"
+        raise DataError(f"{folder}: expected {expected}, found unknown (+), missing (-): {signed}")
     examples: list[Example] = []
     for label, name in enumerate(classes):
         images = _images(folder / name)

@@ -52,8 +52,8 @@ def _find(config: DataConfig) -> Source:
     if source is not None:
         return source
     if not root.exists():
-        found = f"nothing at {root.absolute()}"
-        raise DataError(f"--dataset_dir: expected a folder with data, found {found}")
+        path = root.absolute()
+        raise DataError(f"--dataset_dir: expected a folder with data, found nothing at {path}")
     hint = "; --download gets it" if kinds[0].downloader else ""
     raise DataError(f"--dataset_dir: expected {kinds[0].expected} in {root}, found none{hint}")
 
@@ -77,16 +77,18 @@ def _decode(source: Source, config: DataConfig) -> tuple[dict[str, Images], tupl
     for name, split in undecoded.items():
         images, corrupt = read_images(split, size, channels, config.skip_corrupt)
         if not len(images):
-            found = f"none ({len(corrupt)} corrupt)"
-            raise DataError(f"--dataset_dir: expected {name} images, found {found}")
+            expected = f"{name} images"
+            raise DataError(
+                f"--dataset_dir: expected {expected}, found none ({len(corrupt)} corrupt)"
+            )
         splits[name] = images
         skipped += corrupt
     return splits, skipped
 
 
 def _hold_out(images: Images, fraction: float) -> tuple[Images, Images]:
-    kept, held = stratified_split(images.labels, fraction)
-    if not len(held):
+    left, held_out = stratified_split(images.labels, fraction)
+    if not len(held_out):
         expected = "a class of 2 images or more"
         raise DataError(f"--dataset_dir: expected {expected}, found {len(images)} of 1 each")
-    return images[kept], images[held]
+    return images[left], images[held_out]

@@ -29,8 +29,8 @@ def read_parquet(root: Path) -> Source | None:
         return None
     files = {split: _files(root, split) for split in ("train", "val", "test")}
     if not files["train"]:
-        found = ", ".join(path.name for path in _files(root)[:5])
-        raise DataError(f"--dataset_dir: expected train*.parquet in {root}, found {found}")
+        names = ", ".join(path.name for path in _files(root)[:5])
+        raise DataError(f"--dataset_dir: expected train*.parquet in {root}, found {names}")
     images, labels, classes = _columns(files["train"][0])
     splits: dict[str, ParquetSplit] = {}
     for split, paths in files.items():

@@ -90,17 +90,17 @@ def resized(images: Images, size: int) -> Images:
 
 
 def stratified_split(labels: Tensor, fraction: float, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Sorted indices of what is kept, and of what is held out: a *fraction* of each class.
+    """Sorted indices of what is left, and of what is held out: a *fraction* of each class.
 
-    Of a class of two images or more, at least one is kept and one held; a single image is kept.
+    Of a class of two images or more, at least one goes to either; a single image is left.
     """
-    held = torch.zeros(len(labels), dtype=torch.bool)
+    held_out = torch.zeros(len(labels), dtype=torch.bool)
     for label in torch.bincount(labels).nonzero().flatten().tolist():
         members = (labels == label).nonzero().flatten()
         count = min(max(round(fraction * len(members)), 1), len(members) - 1)
         order = torch.randperm(len(members), generator=stream(seed, "split", label))
-        held[members[order[:count]]] = True
-    return (~held).nonzero().flatten(), held.nonzero().flatten()
+        held_out[members[order[:count]]] = True
+    return (~held_out).nonzero().flatten(), held_out.nonzero().flatten()
 
 
 @dataclass(frozen=True)

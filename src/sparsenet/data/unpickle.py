@@ -85,5 +85,5 @@ class _Reader(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> type:
         if stand_in := _STAND_INS.get(f"{module}.{name}"):
             return stand_in
-        found = f"a call of {module}.{name}: refused"
-        raise DataError(f"{self.name}: expected arrays and numbers only, found {found}")
+        call = f"a call of {module}.{name}"
+        raise DataError(f"{self.name}: expected arrays and numbers only, found {call}: refused")
