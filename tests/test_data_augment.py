@@ -225,10 +225,10 @@ def test_blends_are_those_of_pillow(batch: Tensor, name: str, strength: float) -
 def test_mixup_blends_by_the_shares(count: int, share: float, seed: int) -> None:
     images, shares = torch.rand(count, 3, 4, 4, generator=stream(seed)), torch.full((count,), share)
     moves = moves_of(count, shares=shares, cuts=shares > 2, boxes=torch.zeros(count, 2))
-    augmented, own_shares = mix(images, moves)
-    torch.testing.assert_close(augmented, share * images + (1 - share) * images.flip(0))
+    mixed, own_shares = mix(images, moves)
+    torch.testing.assert_close(mixed, share * images + (1 - share) * images.flip(0))
     assert torch.equal(own_shares, shares)
-    assert share < 1 or torch.equal(augmented, images)
+    assert share < 1 or torch.equal(mixed, images)
 
 
 @given(st.integers(1, 7), st.integers(1, 9), st.integers(0, 999))
@@ -240,10 +240,8 @@ def test_the_share_of_cutmix_is_the_part_of_the_pixels_kept(
         torch.rand(count, generator=stream(seed)),
         torch.rand(count, 2, generator=stream(seed, "boxes")),
     )
-    augmented, own_shares = mix(
-        images, moves_of(count, shares=shares, cuts=shares < 2, boxes=boxes)
-    )
-    kept, partner = augmented == images, augmented == images.flip(0)
+    mixed, own_shares = mix(images, moves_of(count, shares=shares, cuts=shares < 2, boxes=boxes))
+    kept, partner = mixed == images, mixed == images.flip(0)
     assert (kept | partner).all()
     for number, (share, box) in enumerate(
         zip(shares.tolist(), (boxes * side).int().tolist(), strict=True)

@@ -284,11 +284,11 @@ def test_normalise_is_the_textbook_formula(dtype: torch.dtype) -> None:
     pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(2, 3, -1, -1)
     mean, std = (0.49, 0.48, 0.45), (0.2, 0.3, 0.25)
     m, s = (torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in (mean, std))
-    decoded = Preprocessing(16, 3, mean, std).normalise(pixels, dtype)
-    assert decoded.dtype == dtype
+    normalised = Preprocessing(16, 3, mean, std).normalise(pixels, dtype)
+    assert normalised.dtype == dtype
     # Values lie below 3: one rounding to dtype, and a few in fp32 before it.
     tolerance = 2 * torch.finfo(dtype).eps + (0 if dtype is torch.float64 else 4 * 2**-23)
-    assert (decoded.double() - (pixels / 255.0 - m) / s).abs().max() <= 3 * tolerance + 1e-6 * (
+    assert (normalised.double() - (pixels / 255.0 - m) / s).abs().max() <= 3 * tolerance + 1e-6 * (
         dtype is torch.float64
     )
 

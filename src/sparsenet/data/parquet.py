@@ -79,13 +79,13 @@ def _opened(path: Path) -> Iterator[Any]:
 
 def _columns(path: Path) -> tuple[str, str, tuple[str, ...]]:
     """Names of the image column, of the label column, and of the classes, if the file has them."""
-    arrow = require("pyarrow.types", "train")
+    arrow_types = require("pyarrow.types", "train")
     with _opened(path) as file:
         schema = file.schema_arrow
         types = dict(zip(schema.names, schema.types, strict=True))
-        structs = [name for name, kind in types.items() if arrow.is_struct(kind)]
+        structs = [name for name, kind in types.items() if arrow_types.is_struct(kind)]
         images = [name for name in structs if types[name].get_field_index("bytes") >= 0]
-        labels = [name for name in LABELS if name in types and arrow.is_integer(types[name])]
+        labels = [name for name in LABELS if name in types and arrow_types.is_integer(types[name])]
         if not images or not labels:
             raise DataError(
                 f"{path}: expected an image column (struct with bytes) and an integer column "
