@@ -15,7 +15,7 @@ class Oven:
     mode: str = setting("top", "where from", ("top", "bottom"))
 
     def __post_init__(self) -> None:
-        check_settings(self, ("heat", 0 < self.heat, "a positive number"), prefix="--")
+        check_settings(self, ("heat", self.heat > 0, "a positive number"), prefix="--")
 
 
 def test_a_setting_has_its_help_and_choices_where_there_are_any() -> None:
@@ -27,13 +27,13 @@ def test_a_setting_has_its_help_and_choices_where_there_are_any() -> None:
 
 
 def test_a_wrong_setting_is_named() -> None:
-    with pytest.raises(ValueError, match="^--heat: expected a positive number, found -1$"):
+    with pytest.raises(ValueError, match=r"^--heat: expected a positive number, found -1$"):
         Oven(heat=-1)
-    with pytest.raises(ValueError, match="^--mode: expected one of top, bottom, found 'side'$"):
-        Oven(heat=-1, mode="side")  # choices first, as the rules may depend on them
+    with pytest.raises(ValueError, match=r"^--mode: expected one of top, bottom, found 'side'$"):
+        Oven(heat=-1, mode="side")  # choices are checked first
 
 
 def test_errors_are_of_the_asked_type() -> None:
     expect(True, "top", "at least 1", 1)
-    with pytest.raises(UnicodeError, match="^top: expected at least 1, found 0$"):
+    with pytest.raises(UnicodeError, match=r"^top: expected at least 1, found 0$"):
         expect(False, "top", "at least 1", 0, UnicodeError)
