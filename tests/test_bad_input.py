@@ -159,7 +159,7 @@ def test_a_label_out_of_range(refused: Callable[..., str]) -> None:
     assert (
         "data_batch_3.bin" in line
         and "4" in line
-        and "expected a label below 10" in line
+        and "expected a label from 0 to 9" in line
         and "77" in line
     )
 

@@ -1,4 +1,4 @@
-"""Augmentation says what it says: by hand, by Pillow, image by image; and what is not asked for is not done."""
+"""Augmentation does what it says, held to Pillow and to the same by hand, image by image."""
 
 from __future__ import annotations
 
@@ -71,15 +71,15 @@ def test_shift_and_mirror_equals_pad_crop_mirror_image_by_image(
     )
     config = DataConfig(shift=shift)
     moves, fill = plan_epoch(seed, 0, count, config).moves, FILL[:channels]
-    found = augment(batch, moves, config, fill)
+    augmented = augment(batch, moves, config, fill)
     for image, (row, column), flip, result in zip(
-        batch, moves.offsets.tolist(), moves.flips, found, strict=True
+        batch, moves.offsets.tolist(), moves.flips, augmented, strict=True
     ):
         padded = fill.view(-1, 1, 1).repeat(1, height + 2 * shift, width + 2 * shift)
         padded[:, shift : shift + height, shift : shift + width] = image
         crop = padded[:, row : row + height, column : column + width]
         assert torch.equal(result, crop.flip(-1) if flip else crop)
-    assert found.shape == batch.shape and found.dtype == torch.uint8
+    assert augmented.shape == batch.shape and augmented.dtype == torch.uint8
 
 
 def test_centre_offset_without_flip_is_the_identity() -> None:
@@ -101,8 +101,8 @@ def test_an_image_becomes_the_same_whatever_its_batch(channels: int, size: int) 
     whole = augment(batch, moves, EVERYTHING, fill)
     for first in range(0, 40, size):
         part = slice(first, first + size)
-        found = augment(batch[part], Moves(*(each[part] for each in moves)), EVERYTHING, fill)
-        assert torch.equal(found, whole[part])
+        augmented = augment(batch[part], Moves(*(each[part] for each in moves)), EVERYTHING, fill)
+        assert torch.equal(augmented, whole[part])
 
 
 @settings(max_examples=40)
@@ -112,8 +112,10 @@ def test_cutout_greys_its_square_and_nothing_else(side: int, cutout: int, seed: 
         noise(3, side=side, seed=seed),
         torch.rand(3, 2, generator=stream(seed, "centres")),
     )
-    found = augment(batch, moves_of(3, holes=centres), DataConfig(shift=0, cutout=cutout), FILL)
-    for image, centre, result in zip(batch, (centres * side).int().tolist(), found, strict=True):
+    augmented = augment(batch, moves_of(3, holes=centres), DataConfig(shift=0, cutout=cutout), FILL)
+    for image, centre, result in zip(
+        batch, (centres * side).int().tolist(), augmented, strict=True
+    ):
         (top, bottom), (left, right) = (
             (max(c - cutout // 2, 0), c - cutout // 2 + cutout) for c in centre
         )
@@ -154,25 +156,25 @@ def test_a_translation_by_whole_pixels_is_a_shift(pixels: int) -> None:
 
 def test_a_shear_shifts_rows_by_their_distance_from_the_middle() -> None:
     batch, strength = noise(4, side=5), 0.5 / SHEAR
-    found, ground = done("shear_x", batch, strength), FILL.view(-1, 1, 1).expand(4, -1, 5, 1)
-    assert torch.equal(found[:, :, 2], batch[:, :, 2])
-    assert torch.equal(found[:, :, 4], torch.cat((batch[:, :, 4, 1:], ground[:, :, 4]), 2))
-    assert torch.equal(found[:, :, 0], torch.cat((ground[:, :, 0], batch[:, :, 0, :-1]), 2))
-    assert torch.equal(done("shear_y", batch.transpose(2, 3), strength), found.transpose(2, 3))
+    augmented, ground = done("shear_x", batch, strength), FILL.view(-1, 1, 1).expand(4, -1, 5, 1)
+    assert torch.equal(augmented[:, :, 2], batch[:, :, 2])
+    assert torch.equal(augmented[:, :, 4], torch.cat((batch[:, :, 4, 1:], ground[:, :, 4]), 2))
+    assert torch.equal(augmented[:, :, 0], torch.cat((ground[:, :, 0], batch[:, :, 0, :-1]), 2))
+    assert torch.equal(done("shear_y", batch.transpose(2, 3), strength), augmented.transpose(2, 3))
 
 
 def pillow(image: Tensor) -> Image.Image:
     return Image.fromarray((image[0] if len(image) == 1 else image.permute(1, 2, 0)).numpy())
 
 
-def difference(found: Tensor, expected: Image.Image) -> int:
+def difference(augmented: Tensor, expected: Image.Image) -> int:
     """Largest, in grey levels."""
-    theirs = (
+    pixels = (
         torch.from_numpy(np.asarray(expected).astype(int))
-        .view(*found.shape[1:], -1)
+        .view(*augmented.shape[1:], -1)
         .permute(2, 0, 1)
     )
-    return int((found - theirs).abs().max())
+    return int((augmented - pixels).abs().max())
 
 
 images = st.builds(
@@ -223,10 +225,10 @@ def test_blends_are_those_of_pillow(batch: Tensor, name: str, strength: float) -
 def test_mixup_blends_by_the_shares(count: int, share: float, seed: int) -> None:
     images, shares = torch.rand(count, 3, 4, 4, generator=stream(seed)), torch.full((count,), share)
     moves = moves_of(count, shares=shares, cuts=shares > 2, boxes=torch.zeros(count, 2))
-    found, own = mix(images, moves)
-    torch.testing.assert_close(found, share * images + (1 - share) * images.flip(0))
-    assert torch.equal(own, shares)
-    assert share < 1 or torch.equal(found, images)
+    mixed, own_shares = mix(images, moves)
+    torch.testing.assert_close(mixed, share * images + (1 - share) * images.flip(0))
+    assert torch.equal(own_shares, shares)
+    assert share < 1 or torch.equal(mixed, images)
 
 
 @given(st.integers(1, 7), st.integers(1, 9), st.integers(0, 999))
@@ -238,8 +240,8 @@ def test_the_share_of_cutmix_is_the_part_of_the_pixels_kept(
         torch.rand(count, generator=stream(seed)),
         torch.rand(count, 2, generator=stream(seed, "boxes")),
     )
-    found, own = mix(images, moves_of(count, shares=shares, cuts=shares < 2, boxes=boxes))
-    kept, partner = found == images, found == images.flip(0)
+    mixed, own_shares = mix(images, moves_of(count, shares=shares, cuts=shares < 2, boxes=boxes))
+    kept, partner = mixed == images, mixed == images.flip(0)
     assert (kept | partner).all()
     for number, (share, box) in enumerate(
         zip(shares.tolist(), (boxes * side).int().tolist(), strict=True)
@@ -252,7 +254,7 @@ def test_the_share_of_cutmix_is_the_part_of_the_pixels_kept(
         pasted[top:bottom, left:right] = True
         if 2 * number + 1 != count:  # the middle one is its own partner
             assert torch.equal(kept[number], ~pasted.expand(3, -1, -1))
-        assert own[number].item() == pytest.approx(1 - pasted.double().mean().item())
+        assert own_shares[number].item() == pytest.approx(1 - pasted.double().mean().item())
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sparsenet.data.dataset import Example, Images, channel_statistics
-from sparsenet.data.errors import DataError
-from sparsenet.data.images import BadImage, Preprocessing, common_size, read_image, read_images
+from sparsenet.data.dataset import Example, Images
+from sparsenet.data.errors import BadImage, DataError
+from sparsenet.data.images import common_size, read_image, read_images
+from sparsenet.data.preprocessing import Preprocessing, channel_statistics
 from sparsenet.extras import MissingExtra, require
 
 RNG = np.random.default_rng(0)
@@ -82,8 +83,8 @@ def test_transparency_is_laid_on_white() -> None:
     assert (read(Image.fromarray(half[:, :, 2:]), channels=1) == 204).all()  # grey with alpha
     palette = Image.fromarray(np.repeat([[0], [1]], 8, 1).astype(np.uint8), "P")
     palette.putpalette([10, 20, 30, 40, 50, 60])
-    for found in (read(palette, transparency=0), read(palette, "GIF", transparency=0)):
-        assert (found[:, 0, 0] == 255).all() and (found[:, 1, 0] == (40, 50, 60)).all()
+    for decoded in (read(palette, transparency=0), read(palette, "GIF", transparency=0)):
+        assert (decoded[:, 0, 0] == 255).all() and (decoded[:, 1, 0] == (40, 50, 60)).all()
 
 
 def test_cmyk_is_the_colour_it_prints() -> None:
@@ -283,11 +284,11 @@ def test_normalise_is_the_textbook_formula(dtype: torch.dtype) -> None:
     pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(2, 3, -1, -1)
     mean, std = (0.49, 0.48, 0.45), (0.2, 0.3, 0.25)
     m, s = (torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in (mean, std))
-    found = Preprocessing(16, 3, mean, std).normalise(pixels, dtype)
-    assert found.dtype == dtype
+    normalised = Preprocessing(16, 3, mean, std).normalise(pixels, dtype)
+    assert normalised.dtype == dtype
     # Values lie below 3: one rounding to dtype, and a few in fp32 before it.
     tolerance = 2 * torch.finfo(dtype).eps + (0 if dtype is torch.float64 else 4 * 2**-23)
-    assert (found.double() - (pixels / 255.0 - m) / s).abs().max() <= 3 * tolerance + 1e-6 * (
+    assert (normalised.double() - (pixels / 255.0 - m) / s).abs().max() <= 3 * tolerance + 1e-6 * (
         dtype is torch.float64
     )
 

@@ -44,9 +44,8 @@ def test_plan_is_a_permutation_within_bounds() -> None:
     config = DataConfig(shift=4, mirror=True)
     plan = plan_epoch(3, 7, 1000, config)
     assert torch.equal(plan.order.sort().values, torch.arange(1000))
-    assert plan.moves.offsets.shape == (1000, 2) and plan.moves.offsets.unique().tolist() == list(
-        range(9)
-    )
+    assert plan.moves.offsets.shape == (1000, 2)
+    assert plan.moves.offsets.unique().tolist() == list(range(9))
     assert 400 < int(plan.moves.flips.sum()) < 600
     assert not plan_epoch(3, 7, 1000, DataConfig(mirror=False)).moves.flips.any()
 
@@ -122,24 +121,23 @@ def test_training_images_grow_to_their_full_size(max_epoch: int, quarter: int, m
     [(5, [16, 20, 24, 32, 32]), (6, [16, 20, 24, 28, 32, 32]), (8, [16, 16, 20, 24, 24, 28])],
 )
 def test_runs_go_on_with_the_sizes_they_began_with(max_epoch: int, sizes: list[int]) -> None:
-    """A stopped run may be resumed by a later version: steps of 4 to a size of 32 are where they always were."""
-    found = [training_size(epoch, max_epoch, 16, 32) for epoch in range(max_epoch)]
-    assert found == sizes + [32] * (max_epoch - len(sizes))
+    """A stopped run may be resumed by a later version, so steps of 4 stay where they are."""
+    actual = [training_size(epoch, max_epoch, 16, 32) for epoch in range(max_epoch)]
+    assert actual == sizes + [32] * (max_epoch - len(sizes))
 
 
 @pytest.mark.parametrize("size", [4, 8, 28])
 def test_smaller_images_are_those_of_pillow(size: int) -> None:
     images = some_images(3, side=32)
-    found = resized(images, size)
-    assert found.pixels.shape == (3, 3, size, size) and found.pixels.dtype == torch.uint8
-    assert torch.equal(found.labels, images.labels)
-    for image, small in zip(images.pixels, found.pixels, strict=True):
-        theirs = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(
+    actual = resized(images, size)
+    assert actual.pixels.shape == (3, 3, size, size) and actual.pixels.dtype == torch.uint8
+    assert torch.equal(actual.labels, images.labels)
+    for image, small in zip(images.pixels, actual.pixels, strict=True):
+        expected = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(
             (size, size), Image.Resampling.BILINEAR
         )
-        assert (
-            small.int() - torch.from_numpy(np.array(theirs)).permute(2, 0, 1).int()
-        ).abs().max() <= 1
+        levels = torch.from_numpy(np.array(expected)).permute(2, 0, 1)
+        assert (small.int() - levels.int()).abs().max() <= 1
     assert resized(images, 32) is images
 
 
@@ -151,12 +149,8 @@ def test_many_images_are_resized_as_few() -> None:
 
 def test_shift_and_cutout_keep_their_proportions() -> None:
     config = DataConfig(shift=4, cutout=12)
-    assert [(c.shift, c.cutout) for c in (config.scaled(size, 32) for size in (16, 20, 32))] == [
-        (2, 6),
-        (2, 8),
-        (4, 12),
-    ]
-    assert config.scaled(32, 32) == config
+    for size, shift, cutout in ((16, 2, 6), (20, 2, 8), (32, 4, 12)):
+        assert config.scaled(size, 32) == DataConfig(shift=shift, cutout=cutout)
 
 
 @settings(max_examples=60, deadline=None)
@@ -198,8 +192,8 @@ def test_batches_resume_in_mid_epoch(start: int, planned: bool) -> None:
     images, plan = some_images(13), plan_epoch(5, 2, 13, EVERYTHING) if planned else None
     whole, rest = (Batches(images, 4, plan, first) for first in (0, start))
     assert len(whole) == len(rest) == 4
-    for expected, found in zip(list(whole)[start:], rest, strict=True):
-        assert all(map(torch.equal, expected, found))
+    for expected, actual in zip(list(whole)[start:], rest, strict=True):
+        assert all(map(torch.equal, expected, actual))
 
 
 @pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs an accelerator")
@@ -210,14 +204,14 @@ def test_accelerator_gives_the_same_batches(resident: bool) -> None:
     images, plan = some_images(10), plan_epoch(0, 0, 10, DataConfig(shift=2))
     there = Images(images.pixels.to(device), images.labels.to(device)) if resident else images
     fill = torch.tensor([1, 2, 3], dtype=torch.uint8)
-    for here, found in zip(
+    for here, actual in zip(
         Batches(images, 4, plan), Batches(there, 4, plan, device=device), strict=True
     ):
         assert all(
             a.device.type == device.type and torch.equal(a.cpu(), b)
-            for a, b in zip(found, here, strict=True)
+            for a, b in zip(actual, here, strict=True)
         )
-        pixels = augment(found[0], Moves(*found[2:]), DataConfig(shift=2), fill.to(device))
+        pixels = augment(actual[0], Moves(*actual[2:]), DataConfig(shift=2), fill.to(device))
         assert torch.equal(
             pixels.cpu(), augment(here[0], Moves(*here[2:]), DataConfig(shift=2), fill)
         )

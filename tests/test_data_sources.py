@@ -1,9 +1,12 @@
-"""Folders, parquet files and the embedded digits, as a user has them; and every way they can be wrong."""
+"""Folders, parquet files and digits as a user has them, and every way they can be wrong."""
 
 from __future__ import annotations
 
 import json
 import os
+import pkgutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import fields
 from io import BytesIO
@@ -21,6 +24,8 @@ from sparsenet.data.config import DataConfig
 from sparsenet.data.dataset import Dataset
 from sparsenet.data.errors import DataError
 from sparsenet.data.load import load_dataset
+from sparsenet.data.registry import KINDS
+from sparsenet.presets import PRESETS
 
 
 def load(root: Path | str = "", **options: Any) -> Dataset:
@@ -58,14 +63,12 @@ def test_digits_are_the_default() -> None:
 
 
 def test_folder_of_classes_is_split(tmp_path: Path) -> None:
-    found = load(plant(tmp_path / "pets", "dog", "cat"), test_fraction=0.4)
-    assert (found.name, found.classes) == ("pets", ("cat", "dog"))
-    assert (
-        found.test.labels.tolist() == [0, 0, 1, 1]
-        and found.train.labels.tolist() == [0] * 3 + [1] * 3
-    )
-    assert sorted(greys(found.train) + greys(found.test)) == [*range(5), *range(10, 15)]
-    assert found.train.pixels.shape[1:] == (3, 12, 12)
+    data = load(plant(tmp_path / "pets", "dog", "cat"), test_fraction=0.4)
+    assert (data.name, data.classes) == ("pets", ("cat", "dog"))
+    assert data.test.labels.tolist() == [0, 0, 1, 1]
+    assert data.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert sorted(greys(data.train) + greys(data.test)) == [*range(5), *range(10, 15)]
+    assert data.train.pixels.shape[1:] == (3, 12, 12)
     assert load(tmp_path / "pets", dataset_name="Pets").name == "Pets"
 
 
@@ -73,15 +76,12 @@ def test_folder_of_classes_is_split(tmp_path: Path) -> None:
 def test_folder_with_splits_is_taken_as_it_is(val: str, tmp_path: Path) -> None:
     plant(tmp_path / "train", "a", "b", count=3)
     plant(tmp_path / val, "a", "b", count=2)
-    found = load(tmp_path)
-    assert found.val is None and (len(found.train), len(found.test)) == (6, 4)
+    data = load(tmp_path)
+    assert data.val is None and (len(data.train), len(data.test)) == (6, 4)
     plant(tmp_path / "test", "a", "b", count=1)
-    found = load(tmp_path, val_fraction=0.5)
-    assert found.val is not None and [len(found.train), len(found.val), len(found.test)] == [
-        6,
-        4,
-        2,
-    ]
+    data = load(tmp_path, val_fraction=0.5)
+    assert data.val is not None
+    assert (len(data.train), len(data.val), len(data.test)) == (6, 4, 2)
 
 
 def test_train_folder_alone_is_split_and_a_class_may_be_named_train(tmp_path: Path) -> None:
@@ -99,8 +99,8 @@ def test_hidden_and_other_files_are_ignored_and_nested_ones_belong_to_the_class(
         path.write_bytes(b"?")
     plant(tmp_path / "b" / "deep", "er", count=1)
     (tmp_path / "a" / "LOUD.PNG").write_bytes(png(77))
-    found = load(tmp_path)
-    assert sorted(greys(found.train) + greys(found.test)) == [0, 0, 1, 10, 11, 77]
+    data = load(tmp_path)
+    assert sorted(greys(data.train) + greys(data.test)) == [0, 0, 1, 10, 11, 77]
 
 
 def test_image_size_is_the_images_own_or_64_or_as_asked(tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def single_images(root: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (empty_class, r"bare: expected images of this class, found none"),
+        (empty_class, r"bare: expected images of this class \(.*\), found none$"),
         (other_classes, r"test: expected the classes of train, found .*: -cat, \+frog$"),
         (single_images, r"expected a class of 2 images or more"),
         (lambda root: plant(root, "only"), r"at least 2 class folders .* found 1$"),
@@ -164,8 +164,8 @@ def test_corrupt_image_is_named_or_skipped(tmp_path: Path) -> None:
     bad.write_bytes(png(3)[:40])
     with pytest.raises(DataError, match=r"a/2\.png: .*--skip_corrupt"):
         load(tmp_path)
-    found = load(tmp_path, skip_corrupt=True)
-    assert found.skipped == (str(bad),) and len(found.train) + len(found.test) == 9
+    data = load(tmp_path, skip_corrupt=True)
+    assert data.skipped == (str(bad),) and len(data.train) + len(data.test) == 9
     for path in tmp_path.rglob("*.png"):
         path.write_bytes(b"?")
     with pytest.raises(DataError, match=r"expected train images, found none \(10 corrupt\)"):
@@ -186,7 +186,7 @@ def test_unreadable_folder_is_one_line(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"dataset": "c11"}, r"^--dataset: expected one of auto, digits, .*, found 'c11'$"),
-        ({"in_chans": 2}, "--in_chans: expected 0, 1 or 3"),
+        ({"in_chans": 2}, "--in_chans: expected one of 0, 1, 3, found 2"),
         ({"image_size": -1}, "--image_size"),
         ({"test_fraction": 0.0}, "--test_fraction"),
         ({"val_fraction": 1.0}, "--val_fraction"),
@@ -208,6 +208,22 @@ def test_every_option_has_one_line_of_help() -> None:
     for field in fields(DataConfig):
         assert field.metadata["help"] and "\n" not in field.metadata["help"]
         assert field.default in field.metadata.get("choices", (field.default,))
+
+
+def test_settings_need_neither_torch_nor_numpy() -> None:
+    """The command line answers ``--help`` without loading them."""
+    code = "import sys, sparsenet.data.config; print({'torch', 'numpy'} & set(sys.modules))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_names_functions_and_a_preset_that_exist(name: str) -> None:
+    kind = KINDS[name]
+    assert callable(pkgutil.resolve_name(kind.reader)) and kind.preset in PRESETS
+    assert not kind.downloader or callable(pkgutil.resolve_name(kind.downloader))
 
 
 def write_parquet(
@@ -244,37 +260,30 @@ def test_parquet_in_the_hubs_layout(
     names: Any, folder: str, image: str, label: str, tmp_path: Path
 ) -> None:
     root = tmp_path / "pets"
-    for name, labels in {
+    files: dict[str, list[int | None]] = {
         "train-0-of-2": [0, 1, 0, 1, 1, 0],
         "train-1-of-2": [1, 1],
         "test-0-of-1": [0, 1, 0],
-    }.items():
+    }
+    for name, labels in files.items():
         write_parquet(root / folder / f"{name}.parquet", labels, names, image, label)
-    found = load(root)
-    assert found.name == "pets" and found.classes == (("cat", "dog") if names else ("0", "1"))
-    assert found.train.labels.tolist() == [
-        0,
-        1,
-        0,
-        1,
-        1,
-        0,
-        1,
-        1,
-    ] and found.test.labels.tolist() == [0, 1, 0]
-    assert found.train.pixels[:, 2, 3, 4].tolist() == [0, 1, 2, 3, 4, 5, 0, 1]
-    assert found.val is None and found.train.pixels.shape[1:] == (3, 12, 12)
+    data = load(root)
+    assert data.name == "pets" and data.classes == (("cat", "dog") if names else ("0", "1"))
+    assert data.train.labels.tolist() == [*files["train-0-of-2"], *files["train-1-of-2"]]
+    assert data.test.labels.tolist() == files["test-0-of-1"]
+    assert data.train.pixels[:, 2, 3, 4].tolist() == [0, 1, 2, 3, 4, 5, 0, 1]
+    assert data.val is None and data.train.pixels.shape[1:] == (3, 12, 12)
 
 
 def test_parquet_validation_is_val_beside_a_test_and_the_test_without(tmp_path: Path) -> None:
     write_parquet(tmp_path / "train.parquet", [0, 1] * 5)
     assert len(load(tmp_path).test) == 2
     write_parquet(tmp_path / "validation-0.parquet", [0, 1, 1])
-    found = load(tmp_path)
-    assert found.val is None and len(found.test) == 3
+    data = load(tmp_path)
+    assert data.val is None and len(data.test) == 3
     write_parquet(tmp_path / "test-0.parquet", [0, 1])
-    found = load(tmp_path)
-    assert found.val is not None and (len(found.val), len(found.test)) == (3, 2)
+    data = load(tmp_path)
+    assert data.val is not None and (len(data.val), len(data.test)) == (3, 2)
 
 
 def test_parquet_damage_names_file_and_row(tmp_path: Path) -> None:
@@ -282,8 +291,8 @@ def test_parquet_damage_names_file_and_row(tmp_path: Path) -> None:
     write_parquet(path, [0, 1] * 5, ["cat", "dog"], bad=(7,))
     with pytest.raises(DataError, match=r"train-0\.parquet row 7: .*--skip_corrupt"):
         load(tmp_path)
-    found = load(tmp_path, skip_corrupt=True)
-    assert found.skipped == (f"{path} row 7",) and len(found.train) + len(found.test) == 9
+    data = load(tmp_path, skip_corrupt=True)
+    assert data.skipped == (f"{path} row 7",) and len(data.train) + len(data.test) == 9
     for label, name in ((2, "2"), (-1, "-1"), (None, "-1")):
         write_parquet(path, [0, 1, label], ["cat", "dog"])
         with pytest.raises(
@@ -309,6 +318,6 @@ def test_parquet_damage_names_file_and_row(tmp_path: Path) -> None:
     "SPARSENET_TEST_PARQUET" not in os.environ, reason="SPARSENET_TEST_PARQUET names no folder"
 )
 def test_real_parquet_folder() -> None:
-    found = load(os.environ["SPARSENET_TEST_PARQUET"])
-    assert len(found.train) and len(found.test) and not found.skipped
-    assert np.all(np.bincount(found.train.labels.numpy(), minlength=len(found.classes)) > 0)
+    data = load(os.environ["SPARSENET_TEST_PARQUET"])
+    assert len(data.train) and len(data.test) and not data.skipped
+    assert np.all(np.bincount(data.train.labels.numpy(), minlength=len(data.classes)) > 0)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sparsenet.architecture import Architecture
-from sparsenet.data.images import Preprocessing
+from sparsenet.data.preprocessing import Preprocessing
 from sparsenet.export import RUNTIMES, onnx_file, runtimes
 from sparsenet.export.check import specification
 from sparsenet.export.onnx import ExportReport, export_onnx

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from sparsenet.architecture import Architecture
-from sparsenet.data.images import Preprocessing, read_image
+from sparsenet.data.images import read_image
+from sparsenet.data.preprocessing import Preprocessing
 from sparsenet.model import SparseNet
 from sparsenet.predict import find_images, predict
 from sparsenet.trained import Trained

@@ -19,7 +19,7 @@ from sparsenet.capture import WARM_UP, Captured
 from sparsenet.config import RunConfig, replace
 from sparsenet.data.augment import augment, mix
 from sparsenet.data.dataset import Images
-from sparsenet.data.images import Preprocessing
+from sparsenet.data.preprocessing import Preprocessing
 from sparsenet.data.sampling import plan_epoch, training_size
 from sparsenet.evaluate import evaluate, scorer
 from sparsenet.events import Message

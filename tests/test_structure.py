@@ -19,6 +19,7 @@ FLOORS = [
         "downloads",
         "schedule",
         "weights",
+        "validation",
         "device",
         "environment",
     ],

@@ -19,7 +19,7 @@ from sparsenet.files import read_json
 from sparsenet.ops.implementations import IMPLEMENTATIONS, MEMORY
 from sparsenet.schedule import OptimConfig
 from sparsenet.topology import Sources
-from sparsenet.validation import expect, setting
+from sparsenet.validation import check_settings, setting
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         least = {"seed": 0, "batch_size": 1, "max_epoch": 1, "time_limit": 0, "save_every": 0}
-        for name, minimum in least.items():
-            value = getattr(self, name)
-            expect(minimum <= value < math.inf, name, f"at least {minimum}", value)
+        rules = [
+            (name, minimum <= getattr(self, name) < math.inf, f"at least {minimum}")
+            for name, minimum in least.items()
+        ]
+        check_settings(self, *rules)
 
 
 @dataclass(frozen=True)

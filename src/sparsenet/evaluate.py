@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sparsenet.capture import Captured
 from sparsenet.data.dataset import Images
-from sparsenet.data.images import Preprocessing
+from sparsenet.data.preprocessing import Preprocessing
 from sparsenet.data.sampling import Batches
 
 Scorer = Callable[

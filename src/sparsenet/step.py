@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sparsenet.config import RunConfig
 from sparsenet.data.augment import Moves, augment, mix
-from sparsenet.data.images import Preprocessing
+from sparsenet.data.preprocessing import Preprocessing
 from sparsenet.optim import update_average
 
 

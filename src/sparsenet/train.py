@@ -19,9 +19,9 @@ from sparsenet.arithmetic import Arithmetic, explain, settle
 from sparsenet.capture import Captures
 from sparsenet.checkpoints import Checkpoint, RunError
 from sparsenet.config import RunConfig, recipe
-from sparsenet.data.dataset import Dataset, Images, channel_statistics
-from sparsenet.data.images import Preprocessing
+from sparsenet.data.dataset import Dataset, Images
 from sparsenet.data.load import load_dataset
+from sparsenet.data.preprocessing import Preprocessing, channel_statistics
 from sparsenet.data.sampling import Batches, plan_epoch, resized, stream, training_size
 from sparsenet.device import choose_device, free_memory, peak_memory_mb, place
 from sparsenet.environment import environment

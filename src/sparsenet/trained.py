@@ -11,7 +11,7 @@ import torch
 from sparsenet import weights, zoo
 from sparsenet.architecture import Architecture
 from sparsenet.checkpoints import RunError
-from sparsenet.data.images import Preprocessing
+from sparsenet.data.preprocessing import Preprocessing
 from sparsenet.device import place
 from sparsenet.model import SparseNet
 from sparsenet.run import Run

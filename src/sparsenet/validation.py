@@ -1,4 +1,4 @@
-"""Settings in dataclasses: the help of their flags, and the refusal of a wrong value."""
+"""Fields of settings: their help on the command line, and the check of their values."""
 
 from __future__ import annotations
 
@@ -7,14 +7,34 @@ from typing import Any
 
 
 def setting(default: Any, help: str, choices: tuple[Any, ...] = ()) -> Any:
-    """Return a dataclass field whose flag has this *help*, and takes one of *choices* if any."""
-    metadata = {"help": help, "choices": choices}
+    """A dataclass field whose flag shows *help* and accepts only *choices*, where there are any."""
+    metadata = {"help": help, "choices": choices} if choices else {"help": help}
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def expect(
     holds: bool, name: str, expected: str, found: object, error: type[ValueError] = ValueError
 ) -> None:
-    """Raise *error*, ``NAME: expected EXPECTED, found FOUND``, unless it *holds*."""
+    """Raises *error*, "name: expected ..., found ...", unless the condition *holds*."""
     if not holds:
         raise error(f"{name}: expected {expected}, found {found!r}")
+
+
+def check_settings(
+    owner: Any,
+    *rules: tuple[str, bool, str],
+    prefix: str = "",
+    error: type[ValueError] = ValueError,
+) -> None:
+    """Raises *error* for the first field of the dataclass *owner* that is not as expected.
+
+    A field with choices must have one of them. Each of *rules* names a field, says whether its
+    value is valid, and what is expected of it. Messages begin with *prefix* and the field's name.
+    """
+    for field in dataclasses.fields(owner):
+        if choices := field.metadata.get("choices"):
+            expected = "one of " + ", ".join(map(str, choices))
+            value = getattr(owner, field.name)
+            expect(value in choices, prefix + field.name, expected, value, error)
+    for name, holds, expected in rules:
+        expect(holds, prefix + name, expected, getattr(owner, name), error)

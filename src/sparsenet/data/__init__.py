@@ -1,1 +1,1 @@
-"""Images in classes: where they are found, how they are decoded, and the order in which they are trained on."""
+"""Images in classes: reading them, splitting them, and the order in which they are trained on."""

@@ -1,8 +1,8 @@
-"""What a data set is: its options, its undecoded examples, its images."""
+"""What a data set is: examples before they are decoded, and images in splits after."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -10,6 +10,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+
+from sparsenet.data.errors import DataError
 
 
 class Example(NamedTuple):
@@ -21,15 +23,28 @@ class Example(NamedTuple):
 
 
 class Split(Protocol):
-    """Examples that can be gone through more than once."""
+    """Examples that can be iterated over more than once."""
 
     def __len__(self) -> int: ...
     def __iter__(self) -> Iterator[Example]: ...
 
 
 @dataclass(frozen=True)
+class Source:
+    """What a reader returns: the splits ``train`` and, where the data has them, ``test``, ``val``.
+
+    *channels* is 1 or 3, what the images are decoded to where the settings do not say.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    channels: int
+    splits: Mapping[str, Split]
+
+
+@dataclass(frozen=True)
 class Images:
-    """Decoded images: *pixels* uint8 ``(N, C, H, W)`` and *labels* int64 ``(N,)``; also a :class:`Split`."""
+    """Decoded images: *pixels* uint8 ``(N, C, H, W)``, *labels* int64 ``(N,)``; also a split."""
 
     pixels: Tensor
     labels: Tensor
@@ -38,22 +53,21 @@ class Images:
         return len(self.labels)
 
     def __iter__(self) -> Iterator[Example]:
-        for i, (image, label) in enumerate(
-            zip(self.pixels.numpy(), self.labels.tolist(), strict=True)
-        ):
-            yield Example(f"image {i}", image, label)
+        pairs = zip(self.pixels.numpy(), self.labels.tolist(), strict=True)
+        for number, (image, label) in enumerate(pairs):
+            yield Example(f"image {number}", image, label)
+
+    def __getitem__(self, index: Tensor | slice) -> Images:
+        return Images(self.pixels[index], self.labels[index])
 
     def to(self, device: torch.device) -> Images:
         """The same images on *device*."""
         return Images(self.pixels.to(device), self.labels.to(device))
 
-    def __getitem__(self, index: Tensor | slice) -> Images:
-        return Images(self.pixels[index], self.labels[index])
-
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images in three splits, with the names of their classes and of the corrupt images left out."""
+    """Images in splits, with the names of their classes and of corrupt images left out."""
 
     name: str
     classes: tuple[str, ...]
@@ -73,27 +87,13 @@ class Dataset:
         return replace(self, train=self.train.to(device), val=val, test=self.test.to(device))
 
 
-@dataclass(frozen=True)
-class Source:
-    """What a reader finds: undecoded splits ``train`` and, where the data has them, ``test`` and ``val``."""
+def check_labels(labels: np.ndarray, classes: int, where: str) -> np.ndarray:
+    """*labels* as int64 ``(N,)``; :class:`DataError` where one is not from 0 to ``classes - 1``.
 
-    name: str
-    classes: tuple[str, ...]
-    channels: int
-    splits: dict[str, Split]
-
-
-def channel_statistics(images: Images) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel of ``pixels / 255``, in fp64 from the channel's histogram.
-
-    A deviation is at least 1/255, one grey level, so that a constant channel can be divided by it.
+    *where* is what the message says before the number of the image, such as ``FILE row``.
     """
-    counts = torch.zeros(images.pixels.shape[1], 256, dtype=torch.float64)
-    for first in range(0, len(images), 4096):
-        for channel, pixels in enumerate(images.pixels[first : first + 4096].unbind(1)):
-            counts[channel] += torch.bincount(pixels.flatten(), minlength=256).cpu()
-    share = counts / counts.sum(1, keepdim=True)  # (C, 256)
-    levels = torch.arange(256, dtype=torch.float64) / 255
-    mean = share @ levels
-    std = (share * (levels - mean[:, None]) ** 2).sum(1).sqrt().clamp(min=1 / 255)
-    return tuple(mean.tolist()), tuple(std.tolist())
+    wrong = np.flatnonzero((labels < 0) | (labels >= classes))
+    if len(wrong):
+        expected = f"a label from 0 to {classes - 1}"
+        raise DataError(f"{where} {wrong[0]}: expected {expected}, found {labels[wrong[0]]}")
+    return labels.astype(np.int64)

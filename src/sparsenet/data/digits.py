@@ -1,4 +1,4 @@
-"""Scikit-learn's 1,797 handwritten digits: 8x8 pixels, grey, 17 levels. They come with that package."""
+"""The 1,797 handwritten digits of scikit-learn: 8x8 pixels, grey, 17 levels."""
 
 from __future__ import annotations
 
@@ -11,13 +11,8 @@ from sparsenet.data.dataset import Images, Source
 from sparsenet.extras import require
 
 
-def holds(root: Path, name: str) -> bool:
-    """Always: the digits lie in no folder."""
-    return True
-
-
-def open_source(root: Path, name: str) -> Source:
-    """All digits as one split."""
+def read_digits(root: Path) -> Source:
+    """All digits as one split, whatever *root* is: they lie in the package and in no folder."""
     digits = require("sklearn.datasets", "train").load_digits()
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)[:, None]
     images = Images(torch.from_numpy(pixels), torch.from_numpy(digits.target.astype(np.int64)))

@@ -1,4 +1,4 @@
-"""Bad data gets one clear line."""
+"""Errors about data: each is one line."""
 
 from __future__ import annotations
 
@@ -7,22 +7,33 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# What decoders of images, pickles, archives and tables raise on damaged bytes, all seen while fuzzing them.
+# What decoders of images, pickles, archives and tables raise on damaged bytes, seen while fuzzing.
 DAMAGE: tuple[type[Exception], ...] = (
-    *(ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError),
-    *(RuntimeError, SyntaxError, TypeError, ValueError, struct.error, zlib.error),
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    struct.error,
+    zlib.error,
 )
 
 
 class DataError(ValueError):
-    """Data that cannot be used: one line with what was expected, what was found, and what to do."""
+    """Data that cannot be used: one line with what was expected, what was found, what to do."""
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.splitlines()))  # names in the data may have line breaks
 
 
 class BadImage(DataError):
-    """A file that is no readable image; the message names it."""
+    """A file that is not a readable image; the message names it."""
 
 
 def reason(error: BaseException) -> str:
@@ -34,7 +45,7 @@ def reason(error: BaseException) -> str:
 def decoding(
     where: str, expected: str, *damage: type[Exception], error: type[DataError] = DataError
 ) -> Iterator[None]:
-    """Turns what a decoder raises, :data:`DAMAGE` and *damage*, into an *error* that names *where*."""
+    """Turns what a decoder raises, :data:`DAMAGE` and *damage*, into an *error* naming *where*."""
     try:
         yield
     except DataError:

@@ -1,87 +1,72 @@
-"""A folder of class folders: ``DIR/<class>/*``, or ``DIR/train/<class>/*`` beside ``DIR/test/<class>/*``."""
+"""Class folders: ``DIR/<class>/*``, or ``DIR/train/<class>/*`` beside ``DIR/test/<class>/*``."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from sparsenet.data.dataset import Example, Source, Split
+from sparsenet.data.dataset import Example, Source
 from sparsenet.data.errors import DataError
 from sparsenet.data.images import SUFFIXES
+from sparsenet.data.registry import KINDS
+
+SPLITS = {"test": ("test",), "val": ("val", "valid", "validation")}  # names of their folders
 
 
-def holds(root: Path, name: str) -> bool:
-    """Always: what is no other kind of data set is a folder of class folders, or refused as one."""
-    return True
+def read_folder(root: Path) -> Source:
+    """The images below *root*; classes are the sorted names of its folders.
 
-
-def open_source(root: Path, name: str) -> Source:
-    return open_folder(root)
-
-
-def open_folder(root: Path) -> Source:
-    """The images below *root*; classes are the sorted names of its folders. Raises :class:`DataError`.
-
-    Hidden files, and those that are no images by their extension, are ignored; images in folders within a
-    class folder belong to that class. A validation split without a test split is the test split.
+    Hidden files, and those that are no images by their extension, are ignored; images in folders
+    within a class folder belong to that class. Raises :class:`DataError` where there are fewer
+    than 2 classes, a class without images, or a split with other classes than ``train``.
     """
-    folders = {"train": root}
-    if _holds_classes(root / "train"):
-        names = {"test": ("test",), "val": ("val", "valid", "validation")}
-        found = {
-            s: root / n
-            for s, options in names.items()
-            for n in options[::-1]
-            if (root / n).is_dir()
-        }
-        folders = {"train": root / "train", **found}
-        if "test" not in found and "val" in found:
-            folders["test"] = folders.pop("val")
-    classes = tuple(_class_folders(folders["train"]))
+    folders = _split_folders(root)
+    classes = _class_folders(folders["train"])
     if len(classes) < 2:
-        expected = "at least 2 class folders (or CIFAR archives, or train*.parquet)"
-        raise DataError(
-            f"--dataset_dir: expected {expected} in {folders['train']}, found {len(classes)}"
-        )
-    splits: dict[str, Split] = {
-        split: _examples(folder, classes) for split, folder in folders.items()
-    }
-    return Source(root.resolve().name, classes, 3, splits)
+        others = " or ".join(kind.expected for kind in KINDS.values() if kind.expected)
+        expected = f"at least 2 class folders (or {others}) in {folders['train']}"
+        raise DataError(f"--dataset_dir: expected {expected}, found {len(classes)}")
+    splits = {name: _examples(folder, classes) for name, folder in folders.items()}
+    return Source(root.resolve().name, tuple(classes), 3, splits)
+
+
+def _split_folders(root: Path) -> dict[str, Path]:
+    train = root / "train"
+    if not (train.is_dir() and _class_folders(train)) or any(map(_is_image, train.iterdir())):
+        return {"train": root}  # its folder "train" is a class, if there is one
+    folders = {"train": train}
+    for split, names in SPLITS.items():
+        candidates = [root / name for name in names if (root / name).is_dir()]
+        if candidates:
+            folders[split] = candidates[0]
+    return folders
 
 
 def _class_folders(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
 
 
-def _holds_classes(folder: Path) -> bool:
-    """Whether *folder* is a split; a class of that name would hold images itself."""
-    return (
-        folder.is_dir()
-        and bool(_class_folders(folder))
-        and not any(map(_is_image, folder.iterdir()))
-    )
-
-
 def _is_image(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES and path.name[0] != "." and path.is_file()
 
 
-def _examples(folder: Path, classes: tuple[str, ...]) -> list[Example]:
-    found = set(_class_folders(folder))
-    if differing := sorted(found ^ set(classes)):
-        signed = ", ".join(("+" if name in found else "-") + name for name in differing)
-        raise DataError(
-            f"{folder}: expected the classes of train, found unknown (+) or missing (-): {signed}"
-        )
-    return [
-        each for label, name in enumerate(classes) for each in _class_examples(folder / name, label)
-    ]
+def _examples(folder: Path, classes: list[str]) -> list[Example]:
+    present = set(_class_folders(folder))
+    if differing := sorted(present ^ set(classes)):
+        signed = ", ".join(("+" if name in present else "-") + name for name in differing)
+        expected = "the classes of train"
+        raise DataError(f"{folder}: expected {expected}, found unknown (+), missing (-): {signed}")
+    examples: list[Example] = []
+    for label, name in enumerate(classes):
+        images = _images(folder / name)
+        if not images:
+            expected = f"images of this class ({' '.join(SUFFIXES)})"
+            raise DataError(f"{folder / name}: expected {expected}, found none")
+        examples += [Example(str(path), path, label) for path in images]
+    return examples
 
 
-def _class_examples(folder: Path, label: int) -> list[Example]:
+def _images(folder: Path) -> list[Path]:
+    """The images in *folder* and the folders in it, but for hidden ones."""
     hidden = {path for path in folder.rglob(".*") if path.is_dir()}
-    paths = [p for p in sorted(folder.rglob("*")) if _is_image(p) and hidden.isdisjoint(p.parents)]
-    if not paths:
-        raise DataError(
-            f"{folder}: expected images of this class, found none ({' '.join(SUFFIXES)})"
-        )
-    return [Example(str(path), path, label) for path in paths]
+    images = filter(_is_image, sorted(folder.rglob("*")))
+    return [path for path in images if hidden.isdisjoint(path.parents)]

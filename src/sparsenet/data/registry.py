@@ -1,6 +1,6 @@
 """The kinds of data set, by the names that ``--dataset`` takes.
 
-A new kind is one entry here and the module that the entry names.
+A new kind is one entry here and the functions that the entry names.
 """
 
 from __future__ import annotations
@@ -12,40 +12,43 @@ from dataclasses import dataclass
 class DatasetKind:
     """What is known of a kind of data set before its module is loaded.
 
-    The module offers ``holds(root, name) -> bool``, whether the folder or file *root* holds such data, and
-    ``open_source(root, name) -> Source``. With *download* it also offers ``fetch(root, name)``.
+    Functions are named as ``module:function``, so that only what is used is imported. *reader* is
+    a function of the folder or file that ``--dataset_dir`` names: it returns a
+    :class:`~sparsenet.data.dataset.Source`, or ``None`` where there is no data of this kind.
+    *downloader* is a function that fetches the data into that folder.
     """
 
-    module: str
-    preset: str  # the recipe for it where none is named
-    expected: str = ""  # what a folder of the kind holds, for messages
-    in_folder: bool = True  # whether ``--dataset_dir`` says where it lies
-    download: bool = False
+    reader: str
+    preset: str  # the settings to train with where no preset is named
+    expected: str = ""  # what a folder with such data holds, for messages
+    in_folder: bool = True  # whether the data lies in a folder at all
+    downloader: str = ""  # none where the data cannot be downloaded
 
 
-# The order is that in which ``auto`` tries them; the first one that needs no folder is what ``auto`` is without one.
+# The order is that in which ``auto`` tries them on a folder, and ``folder`` has the last word.
+# Without a folder, ``auto`` is the first kind that needs none.
 KINDS = {
-    "digits": DatasetKind("sparsenet.data.digits", preset="digits", in_folder=False),
+    "digits": DatasetKind("sparsenet.data.digits:read_digits", "digits", in_folder=False),
     "c10": DatasetKind(
-        "sparsenet.data.archives",
+        "sparsenet.data.cifar:read_cifar10",
         "paper",
         "cifar-10-python.tar.gz or cifar-10-binary.tar.gz",
-        download=True,
+        downloader="sparsenet.data.cifar:download_cifar10",
     ),
     "c100": DatasetKind(
-        "sparsenet.data.archives",
+        "sparsenet.data.cifar:read_cifar100",
         "paper",
         "cifar-100-python.tar.gz or cifar-100-binary.tar.gz",
-        download=True,
+        downloader="sparsenet.data.cifar:download_cifar100",
     ),
-    "parquet": DatasetKind("sparsenet.data.parquet", "short", "train*.parquet"),
-    "folder": DatasetKind("sparsenet.data.folder", "short", "class folders"),
+    "parquet": DatasetKind("sparsenet.data.parquet:read_parquet", "short", "train*.parquet"),
+    "folder": DatasetKind("sparsenet.data.folder:read_folder", "short"),
 }
 DATASETS = ("auto", *KINDS)
 
 
 def resolve(dataset: str, dataset_dir: str) -> str:
-    """The name of the kind where nothing needs to be looked at: ``auto`` stays only where there is a folder."""
+    """The kind of a data set before it is looked at; still ``auto`` where it has a folder."""
     if dataset == "auto" and not dataset_dir:
         return next(name for name, kind in KINDS.items() if not kind.in_folder)
     return dataset

@@ -1,4 +1,4 @@
-"""Which images come when, how large and augmented how: a function of seed, epoch and position alone."""
+"""Which images come when, how large and augmented how, as functions of seed, epoch and position."""
 
 from __future__ import annotations
 
@@ -17,54 +17,59 @@ from sparsenet.data.dataset import Images
 
 
 def stream(seed: int, *key: int | str) -> torch.Generator:
-    """A CPU generator of its own for each seed and key."""
+    """A CPU generator that is a function of *seed* and *key*."""
     digest = hashlib.sha256(repr((seed, *key)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """An epoch: at position *p* comes image ``order[p]``, int64 ``(N,)``, with what entry *p* of *moves* says."""
+    """At position *p* of an epoch comes image ``order[p]``, changed as entry *p* of *moves* says.
+
+    *order* is int64 ``(N,)``.
+    """
 
     order: Tensor
     moves: Moves
 
 
 def plan_epoch(seed: int, epoch: int, count: int, config: DataConfig) -> EpochPlan:
-    """The plan of one epoch over *count* images, on the CPU."""
+    """The plan of one epoch over *count* images, on the CPU.
+
+    Each purpose has a generator of its own, so that no setting changes what others draw.
+    """
 
     def uniform(purpose: str, *shape: int) -> Tensor:
         return torch.rand(count, *shape, generator=stream(seed, purpose, epoch))
 
+    def integers(purpose: str, below: int, *shape: int) -> Tensor:
+        return torch.randint(below, (count, *shape), generator=stream(seed, purpose, epoch))
+
     order = torch.randperm(count, generator=stream(seed, "order", epoch))
-    offsets = torch.randint(
-        2 * config.shift + 1, (count, 2), generator=stream(seed, "offsets", epoch)
-    )
+    offsets = integers("offsets", 2 * config.shift + 1, 2)
     moves = Moves(offsets, (uniform("flips") < 0.5) & config.mirror)
     if config.trivial_augment:
-        operations = torch.randint(
-            len(OPERATIONS), (count,), generator=stream(seed, "operations", epoch)
-        )
+        operations = integers("operations", len(OPERATIONS))
         moves = moves._replace(operations=operations, strengths=2 * uniform("strengths") - 1)
     if config.cutout:
         moves = moves._replace(holes=uniform("holes", 2))
     if config.mixup or config.cutmix:
         cuts = uniform("cuts") < bool(config.cutmix) / (bool(config.mixup) + bool(config.cutmix))
         alphas = np.where(cuts, config.cutmix, config.mixup)
-        random = np.random.default_rng(
-            stream(seed, "shares", epoch).initial_seed()
-        )  # torch's takes no generator
-        shares = torch.from_numpy(random.beta(alphas, alphas)).float()
+        # NumPy's generator, as PyTorch's Beta distribution takes none.
+        generator = np.random.default_rng(stream(seed, "shares", epoch).initial_seed())
+        shares = torch.from_numpy(generator.beta(alphas, alphas)).float()
         moves = moves._replace(shares=shares, cuts=cuts, boxes=uniform("boxes", 2))
     return EpochPlan(order, moves)
 
 
 def training_size(epoch: int, max_epoch: int, first: int, full: int) -> int:
-    """Side of the training images in *epoch* (from 0): from *first* in steps of 4 to *full*; *first* 0: full always.
+    """Side of the training images in *epoch* (from 0), or always *full* where *first* is 0.
 
-    They grow over the first 3/4 of the run, ``3 * max_epoch // 4`` epochs, and the last epoch sees them whole. Each
-    smaller size has its equal part of these epochs, to within one; of more sizes than epochs, as many as there are
-    epochs are used, evenly spread, *first* among them.
+    They grow from *first* in steps of 4 to *full* over the first 3/4 of the run, ``3 * max_epoch
+    // 4`` epochs, and from then on are whole. Each smaller size has its equal part of these epochs,
+    to within one; of more sizes than epochs, as many as there are epochs are used, evenly spread,
+    *first* among them.
     """
     growing = 3 * max_epoch // 4  # epochs
     if not first or epoch >= growing:
@@ -79,34 +84,32 @@ def resized(images: Images, size: int) -> Images:
         return images
     pixels = images.pixels.new_empty(*images.pixels.shape[:2], size, size)
     for part, small in zip(images.pixels.split(256), pixels.split(256), strict=True):
-        small.copy_(
-            F.interpolate(part.float(), (size, size), mode="bilinear", antialias=True).round()
-        )
+        exact = F.interpolate(part.float(), (size, size), mode="bilinear", antialias=True)
+        small.copy_(exact.round())
     return Images(pixels, images.labels)
 
 
 def stratified_split(labels: Tensor, fraction: float, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Sorted indices of what is kept, and of what is held out: a *fraction* of each class.
+    """Sorted indices of what is left, and of what is held out: a *fraction* of each class.
 
-    Of a class of two images or more, at least one is kept and one held; a single image is kept.
+    Of a class of two images or more, at least one goes to either; a single image is left.
     """
-    held = torch.zeros(len(labels), dtype=torch.bool)
+    held_out = torch.zeros(len(labels), dtype=torch.bool)
     for label in torch.bincount(labels).nonzero().flatten().tolist():
         members = (labels == label).nonzero().flatten()
         count = min(max(round(fraction * len(members)), 1), len(members) - 1)
-        held[
-            members[torch.randperm(len(members), generator=stream(seed, "split", label))[:count]]
-        ] = True
-    return (~held).nonzero().flatten(), held.nonzero().flatten()
+        order = torch.randperm(len(members), generator=stream(seed, "split", label))
+        held_out[members[order[:count]]] = True
+    return (~held_out).nonzero().flatten(), held_out.nonzero().flatten()
 
 
 @dataclass(frozen=True)
 class Batches:
     """A split, batch by batch: pixels uint8 ``(n, C, H, W)`` and labels int64 ``(n,)`` on *device*.
 
-    With a *plan* in its order, and after them what is to be done to the images, a :class:`Moves`; without in the
-    split's order. Begins at batch *start*, so that an interrupted epoch can go on. The last batch may be smaller;
-    ``len`` is of all batches.
+    With a *plan* they come in its order, followed by the tensors of :class:`Moves`; without, in
+    the split's order. Iteration begins at batch *start*, so that an interrupted epoch can go on.
+    The last batch may be smaller; ``len`` counts all batches.
     """
 
     images: Images
@@ -119,20 +122,22 @@ class Batches:
         return -(-len(self.images) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        plan, images, device = self.plan, self.images, torch.device(self.device)
-        if plan:
-            order = plan.order.to(images.pixels.device)
-            moves = [each.to(device) for each in plan.moves]
+        device, images = torch.device(self.device), self.images
+        if self.plan:
+            order = self.plan.order.to(images.pixels.device)
+            moves = [each.to(device) for each in self.plan.moves]
         for first in range(self.start * self.batch_size, len(images), self.batch_size):
             part = slice(first, first + self.batch_size)
-            batch = images[order[part]] if plan else images[part]
-            pixels, labels = _move(batch.pixels, device), _move(batch.labels, device)
-            yield (pixels, labels, *(each[part] for each in moves)) if plan else (pixels, labels)
+            batch = images[order[part]] if self.plan else images[part]
+            pixels, labels = _to_device(batch.pixels, device), _to_device(batch.labels, device)
+            if self.plan:
+                yield pixels, labels, *(each[part] for each in moves)
+            else:
+                yield pixels, labels
 
 
-def _move(tensor: Tensor, device: torch.device) -> Tensor:
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(
-            device, non_blocking=True
-        )  # from other memory a copy waits for the device
+        # From memory that is not pinned, a copy waits for the device.
+        return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)

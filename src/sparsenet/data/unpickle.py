@@ -1,8 +1,8 @@
 """Reads the pickles of the CIFAR archives without trusting them.
 
-A pickle is a program. This reader calls nothing that a pickle names: the few globals that arrays need are
-replaced by stand-ins that note their arguments, and any other is refused. An array is made of the bytes that
-are there, so no number in a pickle can ask for memory.
+A pickle is a program. This reader calls nothing that a pickle names: the few globals that arrays
+need are replaced by stand-ins that note their arguments, and any other is refused. An array is made
+of the bytes that are there, so no number in a pickle can ask for memory.
 """
 
 from __future__ import annotations
@@ -20,20 +20,18 @@ from sparsenet.data.errors import DataError, decoding
 def load_pickle(data: bytes, name: str) -> dict[bytes, Any]:
     """The dictionary in a pickle up to protocol 4, Python 2's included, whose strings become bytes.
 
-    Its values are numbers, bytes, strings, containers and integer arrays. Raises :class:`DataError` with
-    *name* for anything else and for a damaged pickle.
+    Its values are numbers, bytes, strings, containers and integer arrays. Raises
+    :class:`DataError` with *name* for anything else and for a damaged pickle.
     """
     with decoding(name, "a pickle", pickle.UnpicklingError):
         loaded = _Reader(BytesIO(data), name).load()
     if not isinstance(loaded, dict):
         raise DataError(f"{name}: expected a pickled dictionary, found {type(loaded).__name__}")
-    return {
-        key: value.array if isinstance(value, _Array) else value for key, value in loaded.items()
-    }
+    return {k: v.array if isinstance(v, _Array) else v for k, v in loaded.items()}
 
 
 class _Dtype:
-    """``numpy.dtype(code, ...)``; the state has the byte order."""
+    """Stands for ``numpy.dtype(code, ...)``, whose state has the byte order."""
 
     def __init__(self, code: str | bytes, *_: object) -> None:
         text = code.decode("latin-1") if isinstance(code, bytes) else code
@@ -46,7 +44,7 @@ class _Dtype:
 
 
 class _Array:
-    """``_reconstruct(numpy.ndarray, ...)``; the state has version, shape, type, order and bytes."""
+    """Stands for an array, whose state has version, shape, type, order and bytes."""
 
     array: np.ndarray | None = None
 
@@ -59,14 +57,13 @@ class _Array:
 
 
 class _Bytes(bytes):
-    """``_codecs.encode``, by which protocols up to 2 make bytes."""
+    """Stands for ``_codecs.encode``, by which protocols up to 2 make bytes."""
 
     def __new__(cls, text: str, encoding: str) -> _Bytes:
         return super().__new__(cls, text.encode("latin-1"))
 
-    def __setstate__(
-        self, state: object
-    ) -> None:  # without it, a pickle could set attributes of this class
+    # Without this method, a pickle could set attributes of the class.
+    def __setstate__(self, state: object) -> None:
         raise TypeError("bytes have no state")
 
 
@@ -79,7 +76,7 @@ _STAND_INS: dict[str, type] = {
 }
 
 
-# The Python unpickler, as the C one makes its memo as long as the largest index that a pickle names.
+# Python's unpickler, as the C one makes its memo as long as the largest index that a pickle names.
 class _Reader(pickle._Unpickler):
     def __init__(self, file: BytesIO, name: str) -> None:
         super().__init__(file, encoding="bytes")
@@ -88,6 +85,5 @@ class _Reader(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> type:
         if stand_in := _STAND_INS.get(f"{module}.{name}"):
             return stand_in
-        raise DataError(
-            f"{self.name}: expected arrays and numbers only, found a call of {module}.{name}: refused"
-        )
+        call = f"a call of {module}.{name}"
+        raise DataError(f"{self.name}: expected arrays and numbers only, found {call}: refused")

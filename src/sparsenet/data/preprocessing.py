@@ -1,0 +1,57 @@
+"""What a model does to pixels before its first layer, and the statistics that this needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from sparsenet.data.dataset import Images
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """The images that a model was trained on; *mean* and *std* are those of ``pixels / 255``."""
+
+    size: int
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "std"):  # a JSON file has lists
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    def normalise(self, batch: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Turns uint8 ``(N, C, H, W)`` into ``(pixels / 255 - mean) / std``, on the same device."""
+        exact = torch.promote_types(dtype, torch.float32)
+        scale, offset = _scale_and_offset(self.mean, self.std, exact, batch.device)
+        return torch.addcmul(offset, batch.to(exact), scale).to(dtype)
+
+
+# Cached, as a copy to an accelerator makes the step wait, and captured steps keep its address.
+@cache
+def _scale_and_offset(
+    mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    means = torch.tensor(mean, dtype=torch.float64).view(1, -1, 1, 1)
+    deviations = torch.tensor(std, dtype=torch.float64).view(1, -1, 1, 1)
+    return (1 / (255 * deviations)).to(device, dtype), (-means / deviations).to(device, dtype)
+
+
+def channel_statistics(images: Images) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel of ``pixels / 255``, from histograms in fp64.
+
+    A deviation is at least 1/255, one grey level, so that a constant channel can be divided by it.
+    """
+    counts = torch.zeros(images.pixels.shape[1], 256, dtype=torch.float64)
+    for part in images.pixels.split(4096):
+        for channel, pixels in enumerate(part.unbind(1)):
+            counts[channel] += torch.bincount(pixels.flatten(), minlength=256).cpu()
+    share = counts / counts.sum(1, keepdim=True)  # (C, 256)
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    mean = share @ levels
+    std = (share * (levels - mean[:, None]) ** 2).sum(1).sqrt().clamp(min=1 / 255)
+    return tuple(mean.tolist()), tuple(std.tolist())
