@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from sparsenet import SparseNet, adopt, create_model
-from sparsenet.architecture import count
+from sparsenet.graph import count
 
 EXACT = 1e-10
 STYLES = ("torchvision", "checkpointed", "timm", "monai")

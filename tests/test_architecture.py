@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from sparsenet.architecture import Architecture, count, graph
+from sparsenet.architecture import Architecture
+from sparsenet.graph import count, graph
 from sparsenet.model import SparseNet
 from sparsenet.zoo import NETWORKS, architecture, image_size
 

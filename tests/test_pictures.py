@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from sparsenet.architecture import Architecture, graph
+from sparsenet.architecture import Architecture
+from sparsenet.graph import graph
 from sparsenet.pictures import draw_confusion, draw_curves, draw_graph, draw_samples
 
 Rows = list[dict[str, float | None]]

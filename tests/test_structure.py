@@ -21,7 +21,7 @@ FLOORS = [
         "device",
         "environment",
     ],
-    ["architecture", "capture"],
+    ["architecture", "graph", "capture"],
     ["ops"],
     ["model"],
     ["zoo", "adoption"],
@@ -88,7 +88,7 @@ def test_only_the_command_line_prints_or_exits(path):
 
 
 @pytest.mark.parametrize(
-    "path", [PACKAGE / "topology.py", PACKAGE / "architecture.py"], ids=lambda p: p.stem
+    "path", [PACKAGE / f"{name}.py" for name in ("topology", "architecture", "graph")]
 )
 def test_structure_needs_no_torch(path):
     assert "import torch" not in path.read_text()

@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
-from sparsenet.architecture import Node
 from sparsenet.extras import require
 from sparsenet.files import write_atomic
+from sparsenet.graph import Node
 
 INK, FAINT, GRID = "#22272e", "#8a929c", "#e3e6ea"
 COLOURS = {
