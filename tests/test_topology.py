@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 
 from sparsenet.architecture import Architecture
 from sparsenet.topology import (
+    FETCH_SYNTAX,
     FETCHES,
     Topology,
     dense,
     family_name,
-    fetch_syntax,
     harmonic,
     named_fetch,
     sparse,
@@ -111,13 +111,20 @@ def test_a_wrong_name_says_what_is_expected(name):
         named_fetch(name)
 
 
-def test_the_table_of_fetches_says_what_can_be_asked_for_and_what_it_is_called():
-    expected = "sparse[:BASE], dense, harmonic, windowed[:WIDTH] or FILE.py:FUNCTION"
-    assert fetch_syntax() == expected
-    with pytest.raises(ValueError, match="found 'spars'; did you mean sparse?") as error:
-        named_fetch("spars")
-    assert expected in str(error.value)
-    assert expected in Architecture.__dataclass_fields__["fetch"].metadata["help"]
+@pytest.mark.parametrize("name", FETCHES)
+def test_the_table_of_fetches_says_how_a_topology_is_asked_for(name):
+    argument = FETCHES[name].argument
+    syntax = f"{name}[:{argument}]" if argument else name
+    assert syntax in FETCH_SYNTAX.replace(" or ", ", ").split(", ")
+    assert FETCH_SYNTAX in Architecture.__dataclass_fields__["fetch"].metadata["help"]
+    with pytest.raises(ValueError, match=f"did you mean {name}") as error:
+        named_fetch(name + "e")
+    assert FETCH_SYNTAX in str(error.value)
+    if argument:
+        assert callable(named_fetch(f"{name}:3"))
+    else:
+        with pytest.raises(ValueError, match="fetch: expected"):
+            named_fetch(f"{name}:3")
 
 
 @pytest.mark.parametrize(

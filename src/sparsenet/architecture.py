@@ -14,7 +14,7 @@ from functools import cached_property
 from math import floor
 from typing import Any
 
-from sparsenet.topology import Fetch, Sources, Topology, fetch_syntax, named_fetch
+from sparsenet.topology import FETCH_SYNTAX, Fetch, Sources, Topology, named_fetch
 
 Branch = tuple[tuple[int, int], ...]  # (kernel, output width) of each BN-ReLU-Conv unit
 
@@ -112,7 +112,7 @@ class Architecture:
     """
 
     fetch: str | Fetch | Sources = _setting(  # noqa: RUF009  makes a field
-        "sparse", f"topology: {fetch_syntax()}"
+        "sparse", f"topology: {FETCH_SYNTAX}"
     )
     aggregation: str = _setting("concat", "how fetched features are joined", ("concat", "sum"))
     depth: int = _setting(0, "layers with weights: 4 + 3*n, or 4 + 6*n with --bottleneck; 0: 40")

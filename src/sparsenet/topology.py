@@ -71,12 +71,8 @@ FETCHES = {
 }
 
 
-def fetch_syntax() -> str:
-    """What a fetch can be named by: ``sparse[:BASE], dense, ... or FILE.py:FUNCTION``."""
-    names = [
-        f"{name}[:{entry.argument}]" if entry.argument else name for name, entry in FETCHES.items()
-    ]
-    return f"{', '.join(names)} or FILE.py:FUNCTION"
+_names = [f"{name}[:{e.argument}]" if e.argument else name for name, e in FETCHES.items()]
+FETCH_SYNTAX = ", ".join(_names) + " or FILE.py:FUNCTION"  # as help and errors tell it
 
 
 def named_fetch(name: str) -> Fetch:
@@ -89,7 +85,7 @@ def named_fetch(name: str) -> Fetch:
     if entry is None or (argument and not (entry.argument and argument.isdecimal())):
         similar = [] if entry else difflib.get_close_matches(kind, FETCHES, 1, 0.5)
         hint = f"; did you mean {similar[0]}?" if similar else ""
-        raise ValueError(f"fetch: expected {fetch_syntax()}, found {name!r}{hint}")
+        raise ValueError(f"fetch: expected {FETCH_SYNTAX}, found {name!r}{hint}")
     return entry.make(int(argument)) if argument else entry.make()
 
 
