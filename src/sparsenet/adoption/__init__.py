@@ -12,12 +12,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from sparsenet.adoption.state_dict import (
-    UnitNames,
-    load_renamed,
-    load_torchvision,
-    parameter_names,
-)
+from sparsenet.adoption.state_dict import UnitNames, load_renamed, load_torchvision
 from sparsenet.adoption.structure import check_uniform, read_structure, refusal
 from sparsenet.architecture import Architecture
 from sparsenet.model import SparseNet
@@ -60,12 +55,11 @@ def adopt(model: nn.Module, implementation: str = "auto", memory: str = "normal"
             name: tensor.detach().to("cpu", torch.float64)
             for name, tensor in model.state_dict().items()
         }
-        load_renamed(adopted, units, tensors, "adopt", WIDTH_RULES)
-        names = parameter_names(adopted, units)
+        names = load_renamed(adopted, units, tensors, "adopt", WIDTH_RULES)
         changed = [
-            source
-            for name, source in names.items()
-            if not torch.allclose(adopted.get_parameter(name), tensors[source], 0.01, 0.01)
+            names[name]
+            for name, parameter in adopted.named_parameters()
+            if not torch.allclose(parameter, tensors[names[name]], 0.01, 0.01)
         ]
         adopted = adopted.to(device, dtype)
     if changed:
@@ -75,8 +69,8 @@ def adopt(model: nn.Module, implementation: str = "auto", memory: str = "normal"
             "equal, and outputs in training differ by as much",
             stacklevel=2,
         )
-    for name, source in names.items():
-        adopted.get_parameter(name).requires_grad_(model.get_parameter(source).requires_grad)
+    for name, parameter in adopted.named_parameters():
+        parameter.requires_grad_(model.get_parameter(names[name]).requires_grad)
     return adopted.train(model.training)
 
 

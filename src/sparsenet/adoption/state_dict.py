@@ -8,8 +8,7 @@ absorb the difference, exactly.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from itertools import islice
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -19,7 +18,7 @@ from sparsenet.architecture import Architecture
 from sparsenet.model import SparseNet
 from sparsenet.ops.plan import EPS
 
-RUNNING = ("running_mean", "running_var")
+BATCHES = "num_batches_tracked"  # of a batch norm; its momentum does not depend on it
 
 
 class UnitNames(NamedTuple):
@@ -56,80 +55,70 @@ def torchvision_names(architecture: Architecture) -> list[UnitNames]:
     return units
 
 
-def parameter_names(model: SparseNet, source_units: list[UnitNames]) -> dict[str, str]:
-    """The name of every parameter of *model*, and its name in the source."""
-    names = {}
-    for unit, source_unit in zip(unit_names(model.architecture), source_units, strict=True):
-        for module, source_module in zip(unit, source_unit, strict=True):
-            for parameter, _ in model.get_submodule(module).named_parameters():
-                names[f"{module}.{parameter}"] = f"{source_module}.{parameter}"
-    return names
-
-
 def load_renamed(
     model: SparseNet,
     source_units: list[UnitNames],
     tensors: Mapping[str, Tensor],
     prefix: str,
     hint: str = "",
-) -> None:
+) -> dict[str, str]:
     """Loads the *tensors* of a source whose modules have the names *source_units*.
 
-    Raises ``ValueError`` for a tensor that is missing, left over or of another shape, before
-    anything is changed. *prefix* begins the message and *hint* explains the expected shape in it.
+    Returns the source's name of every tensor. Raises ``ValueError`` for a tensor that is
+    missing, left over or of another shape, before anything is changed. *prefix* begins the message,
+    and *hint* explains the expected shape in it.
     """
-    unused = {
-        name: tensor for name, tensor in tensors.items() if not name.endswith("num_batches_tracked")
-    }
-
-    def pop(name: str, shape: torch.Size) -> Tensor:
-        if name not in unused:
-            raise ValueError(f"{prefix}: expected {name!r}, found no such tensor")
-        tensor = unused.pop(name)
+    state: dict[str, Tensor] = {}
+    names: dict[str, str] = {}
+    for name, source, shape in _renamed(model, source_units):
+        if source not in tensors:
+            raise ValueError(f"{prefix}: expected {source!r}, found no such tensor")
+        tensor = tensors[source]
         if tensor.shape != shape:
-            raise ValueError(
-                f"{prefix}: expected {name!r} of shape {list(shape)}{hint}, "
-                f"found {list(tensor.shape)}"
-            )
-        return tensor
-
-    state = {
-        name: pop(source_name, model.get_parameter(name).shape)
-        for name, source_name in parameter_names(model, source_units).items()
-    }
-    statistics = {}
-    for unit, source in zip(unit_names(model.architecture), source_units, strict=True):
-        shape = state[f"{unit.norm}.weight"].shape
-        statistics[unit.norm] = {part: pop(f"{source.norm}.{part}", shape) for part in RUNNING}
+            expected = f"{source!r} of shape {list(shape)}{hint}"
+            raise ValueError(f"{prefix}: expected {expected}, found {list(tensor.shape)}")
+        state[name], names[name] = tensor, source
+    unused = [name for name in tensors.keys() - names.values() if not name.endswith(BATCHES)]
     if unused:
         raise ValueError(f"{prefix}: this network has no place for {min(unused)!r}")
-
-    stem, *readers = statistics
-    state |= {f"{stem}.{part}": tensor for part, tensor in statistics[stem].items()}
-    state[f"{stem}.num_batches_tracked"] = torch.tensor(0)
-    remaining = iter(readers)
+    state[f"stem.1.{BATCHES}"] = torch.tensor(0)
+    units = iter(unit_names(model.architecture)[1:])  # the stem reads no feature
     for number, stage in enumerate(model.architecture.stages):
-        widths = stage.unit_widths
-        for read, norm in zip(stage.reads, islice(remaining, len(stage.reads)), strict=True):
-            features = {f"stages.{number}.statistics.{j}": widths[j] for j in read}
-            _share_statistics(state, norm, statistics[norm], features)
+        unit_widths = stage.unit_widths
+        for read in stage.reads:
+            features = [f"stages.{number}.statistics.{feature}" for feature in read]
+            widths = [unit_widths[feature] for feature in read]
+            _share_statistics(state, next(units).norm, features, widths)
     model.load_state_dict(state)
+    return names
+
+
+def _renamed(
+    model: SparseNet, source_units: list[UnitNames]
+) -> Iterator[tuple[str, str, torch.Size]]:
+    """Name, name in the source and shape of all parameters, then of each reader's statistics."""
+    pairs = list(zip(unit_names(model.architecture), source_units, strict=True))
+    for unit, source_unit in pairs:
+        for module, source in zip(unit, source_unit, strict=True):
+            for part, parameter in model.get_submodule(module).named_parameters():
+                yield f"{module}.{part}", f"{source}.{part}", parameter.shape
+    for unit, source_unit in pairs:
+        shape = model.get_parameter(f"{unit.norm}.weight").shape
+        for part in ("running_mean", "running_var"):
+            yield f"{unit.norm}.{part}", f"{source_unit.norm}.{part}", shape
 
 
 def _share_statistics(
-    state: dict[str, Tensor], norm: str, statistics: dict[str, Tensor], features: dict[str, int]
+    state: dict[str, Tensor], norm: str, features: list[str], widths: list[int]
 ) -> None:
-    """Makes a reader use the statistics of the features that it reads.
-
-    *features* are names and widths; those without statistics in *state* get the reader's.
-    """
-    shared = {}
-    for part, tensor in statistics.items():
-        for feature, piece in zip(features, tensor.split([*features.values()]), strict=True):
-            state.setdefault(f"{feature}.{part}", piece)
-        shared[part] = torch.cat([state[f"{feature}.{part}"] for feature in features])
-    mean, var = (statistics[part] for part in RUNNING)
-    shared_mean, shared_var = (shared[part] for part in RUNNING)
+    """Gives features without statistics those of a reader, which is made to use all of theirs."""
+    mean, var = state.pop(f"{norm}.running_mean"), state.pop(f"{norm}.running_var")
+    pieces = zip(features, mean.split(widths), var.split(widths), strict=True)
+    for feature, feature_mean, feature_var in pieces:
+        state.setdefault(f"{feature}.running_mean", feature_mean)
+        state.setdefault(f"{feature}.running_var", feature_var)
+    shared_mean = torch.cat([state[f"{feature}.running_mean"] for feature in features])
+    shared_var = torch.cat([state[f"{feature}.running_var"] for feature in features])
     scale, shift = state[f"{norm}.weight"], state[f"{norm}.bias"]
     state[f"{norm}.weight"] = scale * ((shared_var + EPS) / (var + EPS)).sqrt()
     state[f"{norm}.bias"] = shift + scale * (shared_mean - mean) * (var + EPS).rsqrt()
