@@ -21,16 +21,12 @@ from sparsenet.adoption.state_dict import UnitNames
 from sparsenet.architecture import Architecture
 from sparsenet.ops.plan import EPS, MOMENTUM
 
+Leaf = tuple[str, Any]  # name and module
+
 NORM = {"eps": EPS, "momentum": MOMENTUM, "affine": True, "bias": True, "track_running_stats": True}
 CONV = {"dilation": 1, "groups": 1, "bias": False, "padding_mode": "zeros"}
-POOL = {"stride": 2, "ceil_mode": False}
-MAX_POOL = {"kernel_size": 3, "padding": 1, "dilation": 1, "return_indices": False, **POOL}
-AVERAGE_POOL = {"kernel_size": 2, "padding": 0, "divisor_override": None, **POOL}
-HEAD: dict[type[nn.Module], dict[str, int]] = {  # each of them may as well be in ``forward``
-    nn.ReLU: {},
-    nn.AdaptiveAvgPool2d: {"output_size": 1},
-    nn.Flatten: {"start_dim": 1, "end_dim": -1},
-}
+MAX_POOL = {"kernel_size": 3, "stride": 2, "padding": 1, "dilation": 1, "ceil_mode": False}
+AVERAGE_POOL = {"kernel_size": 2, "stride": 2, "padding": 0, "ceil_mode": False}
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
@@ -49,7 +45,7 @@ def read_structure(model: nn.Module) -> tuple[Architecture, list[UnitNames]]:
     stem_name, stem = leaves.read_conv(7, stride=2)
     units = [UnitNames(stem_name, leaves.read_norm())]
     leaves.read(nn.ReLU)
-    leaves.read(nn.MaxPool2d, MAX_POOL)
+    leaves.read(nn.MaxPool2d, **MAX_POOL, return_indices=False)
     stages: list[list[tuple[int, int]]] = [[]]  # output widths of the two units of each layer
     while leaves.any_is(nn.Conv2d):
         unit, narrow = leaves.read_unit(1)
@@ -59,10 +55,14 @@ def read_structure(model: nn.Module) -> tuple[Architecture, list[UnitNames]]:
             units.append(unit)
             stages[-1].append((narrow.out_channels, wide.out_channels))
         else:
-            leaves.read(nn.AvgPool2d, AVERAGE_POOL)
+            leaves.read(nn.AvgPool2d, **AVERAGE_POOL, divisor_override=None)
             stages.append([])
     norm = leaves.read_norm()
-    classifier_name, classifier = leaves.read_head()
+    leaves.read_optional(nn.ReLU)  # what is no module has to be in ``forward``
+    leaves.read_optional(nn.AdaptiveAvgPool2d, output_size=1)
+    leaves.read_optional(nn.Flatten, start_dim=1, end_dim=-1)
+    classifier_name, classifier = leaves.read_optional(nn.Linear, bias=True)
+    leaves.check_end()
     units.append(UnitNames(classifier_name, norm))
     blocks = [len(layers) for layers in stages]
     if not all(blocks):
@@ -99,29 +99,30 @@ class _Leaves:
     def next_is(self, kind: type[nn.Module]) -> bool:
         return bool(self.remaining) and isinstance(self.remaining[0][1], kind)
 
-    def read(
-        self, kind: type[nn.Module], settings: dict[str, Any] | None = None
-    ) -> tuple[str, Any]:
-        """Name and module of the next leaf, which has to be of this kind with these settings."""
+    def read(self, kind: type[nn.Module], **settings: Any) -> Leaf:
+        """The next leaf, which has to be of this kind with these settings."""
         if not self.remaining:
             raise refusal(kind.__name__, "no more submodules")
         name, module = self.remaining.popleft()
-        # A subclass computes something else. It may with batch norms, which can hold an activation:
-        # their behaviour is compared.
+        # A subclass may compute something else. It may be a batch norm that holds its activation,
+        # as the behaviour of the whole is compared.
         if type(module) is not kind and not (kind is nn.BatchNorm2d and isinstance(module, kind)):
             raise refusal(kind.__name__, _described(module), name)
-        for setting, expected in (settings or {}).items():
+        for setting, expected in settings.items():
             value = _setting(module, setting)
             if value != expected:
                 raise refusal(f"{kind.__name__} with {setting}={expected}", value, name)
         return name, module
 
+    def read_optional(self, kind: type[nn.Module], **settings: Any) -> Leaf:
+        return self.read(kind, **settings) if self.next_is(kind) else ("", None)
+
     def read_norm(self) -> str:
-        return self.read(nn.BatchNorm2d, NORM)[0]
+        return self.read(nn.BatchNorm2d, **NORM)[0]
 
     def read_conv(self, kernel: int, stride: int = 1) -> tuple[str, nn.Conv2d]:
-        shape = {"kernel_size": kernel, "stride": stride, "padding": kernel // 2}
-        return self.read(nn.Conv2d, shape | CONV)
+        padding = kernel // 2
+        return self.read(nn.Conv2d, kernel_size=kernel, stride=stride, padding=padding, **CONV)
 
     def read_unit(self, kernel: int) -> tuple[UnitNames, nn.Conv2d]:
         norm = self.read_norm()
@@ -129,17 +130,11 @@ class _Leaves:
         name, conv = self.read_conv(kernel)
         return UnitNames(name, norm), conv
 
-    def read_head(self) -> tuple[str, nn.Linear | None]:
-        """The classifier, if there is one; nothing may follow it."""
-        for kind, settings in HEAD.items():
-            if self.next_is(kind):
-                self.read(kind, settings)
-        head = self.read(nn.Linear, {"bias": True}) if self.next_is(nn.Linear) else ("", None)
+    def check_end(self) -> None:
         if self.remaining:
             name, module = self.remaining[0]
             expected = "average pooling and one Linear at the end"
             raise refusal(expected, _described(module), name)
-        return head
 
 
 def _is_leaf(module: nn.Module) -> bool:
