@@ -34,12 +34,12 @@ STEMS = {"cifar": Stem(kernel=3, stride=1), "imagenet": Stem(kernel=7, stride=2)
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage, of one layer for each branch; ``aggregation`` is ``concat`` or ``sum``."""
+    """One stage: ``topology.depth`` layers, each of them a ``branch``."""
 
     topology: Topology
     in_width: int
     branch: Branch
-    aggregation: str
+    aggregation: str  # concat or sum
 
     @property
     def growth(self) -> int:
@@ -56,7 +56,8 @@ class Stage:
         """Channels that layers ``1 .. depth`` and the stage output gather."""
         if self.aggregation == "sum":
             return (self.growth,) * (self.topology.depth + 1)
-        return tuple(sum(self.widths[j] for j in read) for read in self.topology.sources)
+        widths = self.widths
+        return tuple(sum(widths[j] for j in read) for read in self.topology.sources)
 
     @property
     def out_width(self) -> int:

@@ -31,21 +31,19 @@ def graph(architecture: Architecture, image_size: int = 32) -> list[Node]:
     nodes = [_stem(architecture, image_size, sizes[0])]
     for number, (stage, size) in enumerate(zip(stages, sizes, strict=True)):
         nodes += [_layer(stage, number, i, size) for i in range(1, stage.topology.depth + 1)]
-        width = stage.out_width
-        norm = 2 * width  # the stage's output norm is counted with what follows it
         shape: tuple[int, ...]
         if number + 1 < len(stages):
             kind, name = "transition", f"transitions.{number}"
-            weights = width * stages[number + 1].in_width
-            shape = (stages[number + 1].in_width, sizes[number + 1], sizes[number + 1])
-            parameters, macs = norm + weights, weights * size**2
+            out, bias, pixels = stages[number + 1].in_width, 0, size**2
+            shape = (out, sizes[number + 1], sizes[number + 1])
         else:
-            kind, name = "classifier", "classifier"
-            weights = width * architecture.num_classes
-            shape = (architecture.num_classes,)
-            parameters, macs = norm + weights + architecture.num_classes, weights
+            kind = name = "classifier"
+            out, bias, pixels = architecture.num_classes, architecture.num_classes, 1
+            shape = (out,)
+        weights = stage.out_width * out
+        parameters = 2 * stage.out_width + weights + bias  # the stage's output norm among them
         index, sources = stage.topology.depth + 1, stage.topology.sources[-1]
-        nodes.append(Node(name, kind, number, index, sources, shape, parameters, macs))
+        nodes.append(Node(name, kind, number, index, sources, shape, parameters, weights * pixels))
     return nodes
 
 
