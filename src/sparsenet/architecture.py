@@ -96,9 +96,9 @@ def _setting(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
     return field(default=default, metadata={"help": help, "choices": choices or None})
 
 
-def _check(name: str, holds: bool, expected: str, value: object) -> None:
+def _expect(holds: bool, name: str, expected: str, found: object) -> None:
     if not holds:
-        raise ValueError(f"{name}: expected {expected}, found {value!r}")
+        raise ValueError(f"{name}: expected {expected}, found {found!r}")
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class Architecture:
 
     def _check_ranges(self) -> None:
         rates, stages = self._rates, len(self.blocks) or CIFAR_STAGES
-        for name, holds, expected in (
+        rules = (
             ("aggregation", self.aggregation in ("concat", "sum"), "concat or sum"),
             ("stem", self.stem in STEMS, " or ".join(STEMS)),
             ("growth_rate", len(rates) in (1, stages), f"1 or {stages} numbers"),
@@ -163,8 +163,9 @@ class Architecture:
             ("stem_width", self.stem_width >= 0, "a number of channels"),
             ("in_chans", self.in_chans >= 1, "at least 1 channel"),
             ("num_classes", self.num_classes >= 0, "a number of classes"),
-        ):
-            _check(name, holds, expected, getattr(self, name))
+        )
+        for name, holds, expected in rules:
+            _expect(holds, name, expected, getattr(self, name))
         if self.aggregation == "sum" and self.stem_width not in (0, rates[0]):
             raise ValueError(
                 "stem_width: summed features have one width, "
@@ -183,7 +184,7 @@ class Architecture:
         depth, step = self.depth or 40, CIFAR_STAGES * units
         below = 4 + max((depth - 4) // step, 1) * step
         fits = depth >= 4 + step and (depth - 4) % step == 0
-        _check("depth", fits, f"4 + {step}*n (such as {below} or {below + step})", depth)
+        _expect(fits, "depth", f"4 + {step}*n (such as {below} or {below + step})", depth)
         return depth
 
     @property
@@ -223,7 +224,7 @@ class Architecture:
             return Topology.of(named_fetch(self.fetch), depth)
         assert not callable(self.fetch)  # a function has become a table
         rows = len(self.fetch)
-        _check("fetch", rows > depth, f"sources for {depth} layers and the output", rows)
+        _expect(rows > depth, "fetch", f"sources for {depth} layers and the output", rows)
         return Topology(self.fetch[: depth + 1])
 
     @cached_property
@@ -251,7 +252,7 @@ class Architecture:
         size = (image_size + stride - 1) // stride
         halved = len(self.stages) - 1  # times, by the transitions
         least = stride * 2**halved
-        _check("image_size", size >= 2**halved, f"at least {least} for this network", image_size)
+        _expect(size >= 2**halved, "image_size", f"at least {least} for this network", image_size)
         return tuple(size // 2**number for number in range(halved + 1))
 
     def to_dict(self) -> dict[str, Any]:
