@@ -1,6 +1,7 @@
 """Other libraries' DenseNets on this engine: the same network, or one line that says why not."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -8,8 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from sparsenet import SparseNet, adopt, create_model
-from sparsenet.architecture import count
+from sparsenet import Architecture, SparseNet, adopt, create_model, load_torchvision
+from sparsenet.graph import count
 
 EXACT = 1e-10
 STYLES = ("torchvision", "checkpointed", "timm", "monai")
@@ -51,7 +52,7 @@ class Layer(nn.Module):
 
 
 class Peer(nn.Module):
-    """DenseNet-BC by its definition (arXiv:1608.06993), with the parts of each library as modules."""
+    """DenseNet-BC by its definition (arXiv:1608.06993), its parts as modules of each library."""
 
     def __init__(
         self, style="torchvision", blocks=(2, 3, 1), growth=4, stem=6, factor=4, classes=3, chans=3
@@ -87,7 +88,7 @@ class Peer(nn.Module):
 
 
 def peer(*args, seed=0, **settings):
-    """A peer in fp64 with random affines; running statistics agree between readers, as training leaves them."""
+    """A peer in fp64 with random affines; its running statistics agree between readers."""
     torch.manual_seed(seed)
     model = Peer(*args, **settings).double()
     for norm in norms_of(model):
@@ -100,6 +101,14 @@ def peer(*args, seed=0, **settings):
 
 def norms_of(model):
     return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+
+
+def disagree(model):
+    """*model* with running statistics that differ between the readers of a feature."""
+    for norm in norms_of(model):
+        nn.init.uniform_(norm.running_mean, -0.5, 0.5)
+        nn.init.uniform_(norm.running_var, 0.5, 1.5)
+    return model
 
 
 def images(model, size=(40, 33)):
@@ -130,7 +139,7 @@ def test_the_adopted_network_is_the_same(style, training):
 
 @pytest.mark.parametrize("style", ["torchvision", "timm", "monai"])
 def test_a_training_step_is_the_same(style):
-    """The step shows the parameters' gradients in what follows it, and each reader's running statistics."""
+    """What follows a step shows the gradients; each reader's running statistics are compared."""
     theirs = peer(style).train()
     ours, batch = adopt(theirs), images(theirs)
     for model in (theirs, ours):
@@ -166,10 +175,7 @@ def test_any_width_depth_and_number_of_classes(settings):
 
 
 def test_statistics_that_differ_between_readers_are_absorbed_and_told():
-    theirs = peer().eval()
-    for norm in norms_of(theirs):
-        nn.init.uniform_(norm.running_mean, -0.5, 0.5)
-        nn.init.uniform_(norm.running_var, 0.5, 1.5)
+    theirs = disagree(peer().eval())
     with pytest.warns(UserWarning, match="differ between its readers") as told:
         ours = adopt(theirs)
     assert told[0].filename == __file__
@@ -224,17 +230,22 @@ def doubled(model):
     model.classifier.register_buffer("mean", torch.zeros(3))
 
 
+def conv(out, kernel=3, padding=1):
+    return nn.Conv2d(16, out, kernel, padding=padding, bias=False)
+
+
 NARROW, WIDE, NORM = "features.4.1.narrow.2", "features.4.1.wide.2", "features.4.1.narrow.0"
+POOL = "features.5.3"
 
 
 @pytest.mark.parametrize(
     ("edit", "expected"),
     [
         (setting(NORM, eps=1e-3), f"{NORM}: expected BatchNorm2d with eps=1e-05, found 0.001"),
-        (setting(NORM, momentum=0.01), f"{NORM}: expected BatchNorm2d with momentum=0.1, found 0.01"),
+        (setting(NORM, momentum=0.01), f"{NORM}: expected .* momentum=0.1, found 0.01"),
         (setting(NORM, momentum=None), "momentum=0.1, found None"),
         (replaced(NORM, nn.BatchNorm2d(10, affine=False)), "affine=True, found False"),
-        (replaced(NORM, nn.BatchNorm2d(10, track_running_stats=False)), "track_running_stats=True, found False"),
+        (replaced(NORM, nn.BatchNorm2d(10, track_running_stats=False)), "stats=True, found False"),
         (replaced(NORM, nn.GroupNorm(2, 10)), f"{NORM}: expected BatchNorm2d, found GroupNorm"),
         (replaced("features.4.1.narrow.1", nn.SiLU()), "narrow.1: expected ReLU, found SiLU"),
         (replaced("features.2", nn.ReLU6()), "features.2: expected ReLU, found ReLU6"),
@@ -244,29 +255,29 @@ NARROW, WIDE, NORM = "features.4.1.narrow.2", "features.4.1.wide.2", "features.4
         (setting(WIDE, dilation=(2, 2), padding=(2, 2)), "padding=1, found 2"),
         (setting(WIDE, padding_mode="reflect"), "padding_mode=zeros, found reflect"),
         (replaced(WIDE, nn.Conv2d(16, 4, 3, padding=1)), "bias=False, found True"),
-        (replaced(WIDE, nn.Conv2d(16, 4, (3, 5), padding=(1, 2), bias=False)), r"kernel_size=3, found \(3, 5\)"),
-        (replaced(WIDE, nn.Conv2d(16, 3, 3, padding=1, bias=False)), r"shape \[4, 16, 3, 3\].* found \[3, 16, 3, 3\]"),
-        (replaced(WIDE, nn.Sequential(nn.Conv2d(16, 4, 3, padding=1, bias=False), nn.Dropout2d(0.2))), "Dropout2d"),
-        (setting("features.4.1", drop_rate=0.2), "features.4.1: expected drop_rate=0 .*, found 0.2"),
-        (replaced("features.0", nn.Conv2d(3, 6, 3, 1, 1, bias=False)), "expected .* kernel_size=7, found 3"),
-        (replaced("features.0", nn.Conv3d(3, 6, 7, 2, 3, bias=False)), "features.0: expected Conv2d, found Conv3d"),
+        (replaced(WIDE, conv(4, (3, 5), padding=(1, 2))), r"kernel_size=3, found \(3, 5\)"),
+        (replaced(WIDE, conv(3)), r"shape \[4, 16, 3, 3\].* found \[3, 16, 3, 3\]"),
+        (replaced(WIDE, nn.Sequential(conv(4), nn.Dropout2d(0.2))), "Dropout2d"),
+        (setting("features.4.1", drop_rate=0.2), "4.1: expected drop_rate=0 .*, found 0.2"),
+        (replaced("features.0", conv(6)), "expected .* kernel_size=7, found 3"),
+        (replaced("features.0", nn.Conv3d(3, 6, 7)), "features.0: expected Conv2d, found Conv3d"),
         (replaced("features.3", nn.Identity()), "expected MaxPool2d, found BatchNorm2d"),
         (setting("features.3", ceil_mode=True), "ceil_mode=False, found True"),
-        (replaced("features.5.3", nn.MaxPool2d(2)), "features.5.3: expected AvgPool2d, found MaxPool2d"),
-        (setting("features.5.3", stride=1), "features.5.3: expected AvgPool2d with stride=2, found 1"),
+        (replaced(POOL, nn.MaxPool2d(2)), f"{POOL}: expected AvgPool2d, found MaxPool2d"),
+        (setting(POOL, stride=1), f"{POOL}: expected AvgPool2d with stride=2, found 1"),
         (replaced("features.6", nn.Identity()), "expected layers before and after each transition"),
-        (replaced("classifier", nn.Sequential(nn.Dropout(0.5), nn.Linear(13, 3))), "classifier.0: .*p=0 would do"),
-        (replaced("classifier", nn.Linear(13, 3, bias=False)), "classifier: expected Linear with bias=True"),
+        (replaced("classifier", nn.Sequential(nn.Dropout(0.5))), "classifier.0: .*p=0 would do"),
+        (replaced("classifier", nn.Linear(13, 3, bias=False)), "expected Linear with bias=True"),
         (replaced("classifier", nn.Conv2d(13, 3, 1)), "expected ReLU"),
-        (replaced("pool", nn.AdaptiveMaxPool2d(1)), "pool: expected average pooling .* found AdaptiveMaxPool2d"),
+        (replaced("pool", nn.AdaptiveMaxPool2d(1)), "pool: expected average .*AdaptiveMaxPool2d"),
         (lambda model: model.features[1].eval(), "features.1: expected one mode"),
-        (lambda model: model.features[1].half(), "one type on one device, found torch.float16 on cpu and"),
+        (lambda model: model.features[1].half(), "one device, found torch.float16 on cpu and"),
         (lambda model: model.to("meta"), "on meta"),
         (hooked, "features: expected no hooks"),
         (shared, "found shared ones"),
         (doubled, "no place for 'classifier.mean'"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_represented_is_refused_in_one_line(edit, expected):
     theirs = Peer()
     edit(theirs)
@@ -332,6 +343,79 @@ def test_other_things_are_refused(thing):
         adopt(thing)
 
 
+def torchvision_names(blocks):
+    """torchvision's names of convolutions, norms and the classifier, in order of registration."""
+    yield from ("features.conv0", "features.norm0")
+    for number, depth in enumerate(blocks, start=1):
+        for layer in range(1, depth + 1):
+            for part in ("norm1", "conv1", "norm2", "conv2"):
+                yield f"features.denseblock{number}.denselayer{layer}.{part}"
+        if number < len(blocks):
+            yield from (f"features.transition{number}.norm", f"features.transition{number}.conv")
+    yield from ("features.norm5", "classifier")
+
+
+def torchvision_state(theirs, blocks):
+    leaves = [m for m in theirs.modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d | nn.Linear)]
+    return {
+        f"{name}.{key}": tensor
+        for name, leaf in zip(torchvision_names(blocks), leaves, strict=True)
+        for key, tensor in leaf.state_dict().items()
+    }
+
+
+@pytest.mark.parametrize("agree", [True, False])
+def test_torchvision_weights_give_torchvisions_logits(agree):
+    blocks = (6, 12, 24, 16)
+    theirs = peer(blocks=blocks, growth=32, stem=64, classes=1000).eval()
+    if not agree:
+        disagree(theirs)
+    ours = create_model("densenet121").double().eval()
+    load_torchvision(ours, torchvision_state(theirs, blocks))
+    batch = images(theirs, (64, 64))
+    with torch.no_grad():
+        close(ours(batch), theirs(batch))
+
+
+TWO_STAGES = Architecture(
+    fetch="dense", blocks=(2, 2), growth_rate=4, bottleneck=True, stem="imagenet", num_classes=3
+)
+
+
+def test_old_torchvision_names():
+    theirs = disagree(peer(blocks=(2, 2), stem=8).eval())
+    state = {
+        name.replace("norm1.", "norm.1.").replace("conv2.", "conv.2."): tensor
+        for name, tensor in torchvision_state(theirs, (2, 2)).items()
+    }
+    ours = SparseNet(TWO_STAGES).double().eval()
+    load_torchvision(ours, state)
+    batch = images(theirs)
+    close(ours(batch), theirs(batch))
+
+
+@pytest.mark.parametrize(
+    ("changes", "edit", "expected"),
+    [
+        ({}, dict.clear, r"expected 'features\.conv0\.weight'"),
+        ({}, lambda state: state.update({"features.conv9.weight": 0}), "no place for"),
+        ({"num_classes": 7}, len, r"of shape \[7, 16\], found \[3, 16\]"),
+        ({"fetch": "sparse"}, len, "densely concatenating"),
+        ({"fetch": lambda i: range(i - 1, -1, -1)}, len, "densely concatenating"),
+        ({"stem": "cifar"}, len, "densely concatenating"),
+        ({"aggregation": "sum", "depth": 0}, len, "densely concatenating"),
+    ],
+)
+def test_wrong_torchvision_weights_are_refused(changes, edit, expected):
+    state = torchvision_state(peer(blocks=(2, 2), stem=8), (2, 2))
+    edit(state)
+    ours = SparseNet(dataclasses.replace(TWO_STAGES, **changes)).double()
+    before = copy.deepcopy(ours.state_dict())
+    with pytest.raises(ValueError, match=f"^torchvision weights: .*{expected}"):
+        load_torchvision(ours, state)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in ours.state_dict().items())
+
+
 def same_as_the_peer(theirs, chans):
     theirs = theirs.double()
     ours = adopt(theirs)
@@ -348,6 +432,10 @@ def small(**names):
 def test_torchvisions_own():
     densenet = pytest.importorskip("torchvision.models.densenet", exc_type=ImportError)
     same_as_the_peer(densenet.densenet121(), 3)
+    theirs, ours = disagree(densenet.densenet121().double().eval()), create_model("densenet121")
+    load_torchvision(ours.double().eval(), theirs.state_dict())
+    batch = images(theirs, (64, 64))
+    close(ours(batch), theirs(batch))
     same_as_the_peer(
         densenet.DenseNet(**small(num_init_features=6, num_classes=3, memory_efficient=True)), 3
     )

@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from sparsenet.architecture import Architecture, count, graph
+from sparsenet.architecture import Architecture
+from sparsenet.graph import count, graph
 from sparsenet.model import SparseNet
 from sparsenet.zoo import NETWORKS, architecture, image_size
 
-# name: parameters with 10 and with 100 classes, multiply-accumulates at 32x32 with 10 (computed from the papers'
-# definitions; DenseNet's agree with arXiv:1608.06993, table 2)
+# Parameters with 10 and with 100 classes, and multiply-accumulates at 32x32 with 10: computed from
+# the papers' definitions; DenseNet's agree with arXiv:1608.06993, table 2.
 CIFAR = {
     "sparsenet_40_12": (189_514, 193_924, 78_345_696),
     "sparsenet_40_24": (748_522, 757_252, 312_054_720),
@@ -29,10 +30,16 @@ CIFAR = {
 }
 # pytorchcv's sparsenets and torchvision's densenets
 IMAGENET = {
-    "sparsenet121": 3_250_824, "sparsenet161": 9_853_288, "sparsenet169": 4_709_864, "sparsenet201": 5_703_144,
-    "sparsenet264": 7_717_224, "densenet121": 7_978_856, "densenet161": 28_681_000, "densenet169": 14_149_480,
+    "sparsenet121": 3_250_824,
+    "sparsenet161": 9_853_288,
+    "sparsenet169": 4_709_864,
+    "sparsenet201": 5_703_144,
+    "sparsenet264": 7_717_224,
+    "densenet121": 7_978_856,
+    "densenet161": 28_681_000,
+    "densenet169": 14_149_480,
     "densenet201": 20_013_928,
-}  # fmt: skip
+}
 
 ODD = [
     Architecture(

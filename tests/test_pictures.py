@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from sparsenet.architecture import Architecture, graph
+from sparsenet.architecture import Architecture
+from sparsenet.graph import graph
 from sparsenet.pictures import draw_confusion, draw_curves, draw_errors, draw_graph, draw_samples
 from sparsenet.results import EpochMetrics
 from sparsenet.summary import MeasuredRun, RunSummary

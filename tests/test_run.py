@@ -8,11 +8,11 @@ import sys
 import pytest
 import torch
 
-from sparsenet.architecture import graph
 from sparsenet.checkpoints import RunError
 from sparsenet.config import RunConfig
 from sparsenet.environment import environment, installed
 from sparsenet.files import write_atomic, write_json
+from sparsenet.graph import graph
 from sparsenet.run import COLUMNS, Run
 
 

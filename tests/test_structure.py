@@ -23,7 +23,7 @@ FLOORS = [
         "device",
         "environment",
     ],
-    ["architecture", "capture"],
+    ["architecture", "graph", "capture"],
     ["ops"],
     ["model"],
     ["zoo", "adoption"],
@@ -89,11 +89,9 @@ def test_only_the_command_line_prints_or_exits(path):
     assert not {"print", "sys.exit", "exit"} & {ast.unparse(call) for call in calls}
 
 
-@pytest.mark.parametrize(
-    "path", [PACKAGE / "topology.py", PACKAGE / "architecture.py"], ids=lambda p: p.stem
-)
-def test_structure_needs_no_torch(path):
-    assert "import torch" not in path.read_text()
+@pytest.mark.parametrize("name", ["topology", "architecture", "graph"])
+def test_structure_needs_no_torch(name):
+    assert "import torch" not in (PACKAGE / f"{name}.py").read_text()
 
 
 def test_building_a_model_needs_the_core_only():

@@ -6,18 +6,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsenet.topology import Topology, dense, harmonic, named_fetch, sparse, windowed
+from sparsenet.architecture import Architecture
+from sparsenet.topology import (
+    FETCH_SYNTAX,
+    FETCHES,
+    Topology,
+    dense,
+    family_name,
+    harmonic,
+    named_fetch,
+    sparse,
+    windowed,
+)
 
-NAMES = [
-    "sparse",
-    "sparse:3",
-    "sparse:7",
-    "dense",
-    "harmonic",
-    "windowed",
-    "windowed:1",
-    "windowed:9",
-]
+NAMES = [*FETCHES, "sparse:3", "sparse:7", "windowed:1", "windowed:9"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -59,15 +61,21 @@ def test_dense_has_every_link_and_windowed_the_newest(depth):
     assert list(windowed(4)(depth)) == list(dense()(depth))[::-1][:4]
 
 
+def path_length(topology, choose):
+    """Links from the stage input to its output: the fewest with ``min``, the most with ``max``."""
+    lengths = [0]
+    for read in topology.sources:
+        lengths.append(1 + choose(lengths[j] for j in read))
+    return lengths[-1]
+
+
 @given(st.integers(1, 200))
 def test_paths(depth):
-    assert Topology.of(dense(), depth).shortest_path == 1
-    assert Topology.of(windowed(1), depth).shortest_path == depth + 1
-    sparse_topology = Topology.of(sparse(), depth)
-    assert sparse_topology.longest_path == depth + 1
-    assert sparse_topology.shortest_path == bin(depth + 1).count(
-        "1"
-    )  # one link for each binary digit
+    assert path_length(Topology.of(dense(), depth), min) == 1
+    assert path_length(Topology.of(windowed(1), depth), min) == depth + 1
+    topology = Topology.of(sparse(), depth)
+    assert path_length(topology, max) == depth + 1
+    assert path_length(topology, min) == (depth + 1).bit_count()  # a link for each binary digit
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -101,3 +109,34 @@ def test_a_wrong_topology_names_the_layer(sources, words):
 def test_a_wrong_name_says_what_is_expected(name):
     with pytest.raises(ValueError, match="fetch"):
         named_fetch(name)
+
+
+@pytest.mark.parametrize("name", FETCHES)
+def test_the_table_of_fetches_says_how_a_topology_is_asked_for(name):
+    argument = FETCHES[name].argument
+    syntax = f"{name}[:{argument}]" if argument else name
+    assert syntax in FETCH_SYNTAX.replace(" or ", ", ").split(", ")
+    assert FETCH_SYNTAX in Architecture.__dataclass_fields__["fetch"].metadata["help"]
+    with pytest.raises(ValueError, match=f"did you mean {name}") as error:
+        named_fetch(name + "e")
+    assert FETCH_SYNTAX in str(error.value)
+    if argument:
+        assert callable(named_fetch(f"{name}:3"))
+    else:
+        with pytest.raises(ValueError, match="fetch: expected"):
+            named_fetch(f"{name}:3")
+
+
+@pytest.mark.parametrize(
+    ("fetch", "name"),
+    [
+        ("sparse", "SparseNet"),
+        ("sparse:3", "SparseNet (sparse:3)"),
+        ("dense", "DenseNet"),
+        ("harmonic", "HarDNet"),
+        ("windowed", "SparseNet (windowed)"),
+        ([[0], [1]], "SparseNet (own topology)"),
+    ],
+)
+def test_the_names_of_networks_in_tables(fetch, name):
+    assert family_name(fetch) == name

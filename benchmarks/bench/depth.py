@@ -10,7 +10,8 @@ import torch
 
 from benchmarks.bench import measure, memory
 from benchmarks.bench.variants import Variant
-from sparsenet.architecture import Architecture, count
+from sparsenet.architecture import Architecture
+from sparsenet.graph import count
 
 FETCHES = ("sparse", "dense")
 GROWTH = 12

@@ -14,11 +14,11 @@ from typing import Any
 from torch import Tensor
 
 from sparsenet import checkpoints, files
-from sparsenet.architecture import Node
 from sparsenet.checkpoints import Checkpoint, RunError
 from sparsenet.config import RunConfig, load
 from sparsenet.environment import installed
 from sparsenet.extras import require
+from sparsenet.graph import Node
 
 COLUMNS = (
     "epoch", "step", "lr", "train_loss", "train_error", "val_loss", "val_error", "test_loss", "test_error",

@@ -9,6 +9,7 @@ from statistics import fmean, median, stdev
 
 from sparsenet.architecture import Architecture
 from sparsenet.results import EpochMetrics
+from sparsenet.topology import family_name
 
 HEADINGS = {
     "platform": "platform",
@@ -28,7 +29,6 @@ HEADINGS = {
 }
 ONCE = ("dataset", "recipe", "seeds")  # are written once, below a table, where all rows agree
 NO_VALUE = "–"
-TOPOLOGIES = {"sparse": "SparseNet", "dense": "DenseNet", "harmonic": "HarDNet"}
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,7 @@ class RunSummary:
         """The kind of network, such as SparseNet-BC."""
         if not self.network:
             return None
-        fetch, name = self.network.fetch, "SparseNet (own topology)"
-        if isinstance(fetch, str):
-            name = TOPOLOGIES.get(fetch, f"SparseNet ({fetch})")
+        name = family_name(self.network.fetch)
         if self.network.bottleneck:
             name += "-BC"
         return f"{name} (sum)" if self.network.aggregation == "sum" else name

@@ -1,11 +1,14 @@
 """Topologies: which earlier features a layer reads.
 
-Inside a stage, feature 0 is the stage input and feature *i* the output of layer *i*. A *fetch* maps a layer's
-number ``i >= 1`` to the features it reads, in the order in which they are gathered; the stage output is the
-same fetch at ``depth + 1``. Everything else about a stage's structure is derived from that one function.
+Inside a stage, feature 0 is the stage input and feature *i* the output of layer *i*. A *fetch* maps
+the number ``i >= 1`` of a layer to the features it reads, in the order in which they are gathered.
+The stage output is the same fetch at ``depth + 1``. All else about the structure of a stage follows
+from that one function.
 
-Sources: sparse -- Zhu et al., "Sparsely Aggregated Convolutional Networks" (arXiv:1801.05895); dense -- Huang
-et al. (arXiv:1608.06993); harmonic -- Chao et al., "HarDNet" (arXiv:1909.00948).
+To add a topology, write the function that makes its fetch and enter it in :data:`FETCHES`.
+
+Sources: sparse -- Zhu et al., "Sparsely Aggregated Convolutional Networks" (arXiv:1801.05895);
+dense -- Huang et al. (arXiv:1608.06993); harmonic -- Chao et al., "HarDNet" (arXiv:1909.00948).
 """
 
 from __future__ import annotations
@@ -51,41 +54,59 @@ def windowed(width: int = 4) -> Fetch:
     return lambda i: range(i - 1, max(i - width, 0) - 1, -1)
 
 
-FETCHES: dict[str, Callable[..., Fetch]] = {
-    "sparse": sparse,
-    "dense": dense,
-    "harmonic": harmonic,
-    "windowed": windowed,
+@dataclass(frozen=True)
+class NamedFetch:
+    """One entry of :data:`FETCHES`."""
+
+    make: Callable[..., Fetch]
+    argument: str = ""  # what the whole number after a colon is; "": the name takes none
+    family: str = ""  # the networks' name in tables; "": SparseNet, with the fetch in parentheses
+
+
+FETCHES = {
+    "sparse": NamedFetch(sparse, argument="BASE", family="SparseNet"),
+    "dense": NamedFetch(dense, family="DenseNet"),
+    "harmonic": NamedFetch(harmonic, family="HarDNet"),
+    "windowed": NamedFetch(windowed, argument="WIDTH"),
 }
 
 
+_names = [f"{name}[:{e.argument}]" if e.argument else name for name, e in FETCHES.items()]
+FETCH_SYNTAX = ", ".join(_names) + " or FILE.py:FUNCTION"  # as help and errors tell it
+
+
 def named_fetch(name: str) -> Fetch:
-    """``"sparse"``, ``"sparse:3"`` (base 3), ``"dense"``, ``"harmonic"``, ``"windowed:4"``; else ``ValueError``."""
+    """The fetch of a name: ``"sparse"``, ``"sparse:3"`` (base 3), ``"dense"`` and so on.
+
+    Raises ``ValueError`` for a name that is not in :data:`FETCHES`, or takes no such argument.
+    """
     kind, _, argument = name.partition(":")
-    takes_argument = kind in ("sparse", "windowed")
-    if kind not in FETCHES or (argument and not (takes_argument and argument.isdecimal())):
-        near = difflib.get_close_matches(kind, FETCHES, 1, 0.5)
-        hint = f"; did you mean {near[0]}?" if near and kind not in FETCHES else ""
-        expected = "sparse[:BASE], dense, harmonic, windowed[:WIDTH] or FILE.py:FUNCTION"
-        raise ValueError(f"fetch: expected {expected}, found {name!r}{hint}")
-    return FETCHES[kind](int(argument)) if argument else FETCHES[kind]()
+    entry = FETCHES.get(kind)
+    if entry is None or (argument and not (entry.argument and argument.isdecimal())):
+        similar = [] if entry else difflib.get_close_matches(kind, FETCHES, 1, 0.5)
+        hint = f"; did you mean {similar[0]}?" if similar else ""
+        raise ValueError(f"fetch: expected {FETCH_SYNTAX}, found {name!r}{hint}")
+    return entry.make(int(argument)) if argument else entry.make()
 
 
 def fetch_from_file(name: str) -> Fetch:
-    """The function that ``FILE.py:FUNCTION`` names; runs the file. ``ValueError`` for whatever goes wrong in it."""
-    path, _, function = name.rpartition(":")
+    """The function that ``FILE.py:FUNCTION`` names; runs the file.
+
+    Raises ``ValueError`` for whatever goes wrong in the file or, later, in the function.
+    """
+    path, _, function_name = name.rpartition(":")
     try:
-        found = runpy.run_path(path).get(function)
+        function = runpy.run_path(path).get(function_name)
     except Exception as error:  # noqa: BLE001  somebody else's code can raise anything
         raise ValueError(
             f"fetch: expected a Python file that runs, found {path}: {error!r}"
         ) from None
-    if not callable(found):
-        raise ValueError(f"fetch: expected a function {function!r} in {path}, found none")
+    if not callable(function):
+        raise ValueError(f"fetch: expected a function {function_name!r} in {path}, found none")
 
     def sources(i: int) -> Sequence[int]:
         try:
-            return tuple(found(i))
+            return tuple(function(i))
         except Exception as error:  # noqa: BLE001
             raise ValueError(
                 f"fetch: expected {name} to give the sources of layer {i}, found {error!r}"
@@ -94,29 +115,37 @@ def fetch_from_file(name: str) -> Fetch:
     return sources
 
 
+def family_name(fetch: object) -> str:
+    """What tables call networks with this ``fetch``: ``DenseNet``, ``SparseNet (sparse:3)``."""
+    if not isinstance(fetch, str):
+        return "SparseNet (own topology)"
+    family = FETCHES[fetch].family if fetch in FETCHES else ""
+    return family or f"SparseNet ({fetch})"
+
+
 @dataclass(frozen=True)
 class Topology:
     """The sources of layers ``1 .. depth`` and, last, of the stage output.
 
-    Raises ``ValueError`` naming the layer where a source is out of range, not earlier, repeated, or missing.
+    Raises ``ValueError`` naming the layer that reads nothing, a feature twice, or a later one.
     """
 
     sources: Sources
 
     def __post_init__(self) -> None:
         for i, read in enumerate(self.sources, start=1):
-            layer = f"layer {i}" if i <= self.depth else "the stage output"
+            reader = f"layer {i}" if i <= self.depth else "the stage output"
             if not read:
                 raise ValueError(
-                    f"topology: {layer} reads nothing; expected at least one earlier feature"
+                    f"topology: {reader} reads nothing; expected at least one earlier feature"
                 )
-            for j in read:
-                if not 0 <= j < i:
+            for feature in read:
+                if not 0 <= feature < i:
                     raise ValueError(
-                        f"topology: {layer} reads feature {j}; expected one of 0 to {i - 1}"
+                        f"topology: {reader} reads feature {feature}; expected one of 0 to {i - 1}"
                     )
             if len(set(read)) < len(read):
-                raise ValueError(f"topology: {layer} reads a feature twice: {list(read)}")
+                raise ValueError(f"topology: {reader} reads a feature twice: {list(read)}")
 
     @classmethod
     def of(cls, fetch: Fetch, depth: int) -> Topology:
@@ -125,53 +154,29 @@ class Topology:
 
     @property
     def depth(self) -> int:
+        """Number of layers."""
         return len(self.sources) - 1
-
-    @property
-    def is_dense(self) -> bool:
-        """Whether every layer reads every earlier feature, oldest first, as in DenseNet."""
-        return all(read == tuple(range(i)) for i, read in enumerate(self.sources, start=1))
-
-    @property
-    def output(self) -> tuple[int, ...]:
-        """What the stage output reads."""
-        return self.sources[-1]
 
     @property
     def edges(self) -> int:
         """Number of links, the stage output's included."""
         return sum(map(len, self.sources))
 
-    @cached_property
-    def last_reader(self) -> tuple[int, ...]:
-        """For each feature, the last layer that reads it (``depth + 1``: the stage output; 0: nobody)."""
-        last = [0] * (self.depth + 1)
-        for i, read in enumerate(self.sources, start=1):
-            for j in read:
-                last[j] = i
-        return tuple(last)
+    @property
+    def is_dense(self) -> bool:
+        """Whether every layer reads every earlier feature, oldest first, as in DenseNet."""
+        return self == Topology.of(dense(), self.depth)
 
     @cached_property
     def first_reader(self) -> tuple[int, ...]:
-        """For each feature, the first layer that reads it (0: nobody)."""
-        first = [0] * (self.depth + 1)
-        for i, read in reversed([*enumerate(self.sources, start=1)]):
-            for j in read:
-                first[j] = i
-        return tuple(first)
+        """For each feature, the first layer that reads it (``depth + 1``: the output; 0: none)."""
+        return self._last_among(range(self.depth + 1, 0, -1))
 
     @cached_property
-    def shortest_path(self) -> int:
-        """Fewest links from the stage input to the stage output."""
-        return self._path(min)
+    def last_reader(self) -> tuple[int, ...]:
+        """For each feature, the last layer that reads it (``depth + 1``: the output; 0: none)."""
+        return self._last_among(range(1, self.depth + 2))
 
-    @cached_property
-    def longest_path(self) -> int:
-        """Most links from the stage input to the stage output."""
-        return self._path(max)
-
-    def _path(self, pick: Callable[[list[int]], int]) -> int:
-        lengths = [0]
-        for read in self.sources:
-            lengths.append(1 + pick([lengths[j] for j in read]))
-        return lengths[-1]
+    def _last_among(self, layers: range) -> tuple[int, ...]:
+        readers = {feature: i for i in layers for feature in self.sources[i - 1]}
+        return tuple(readers.get(feature, 0) for feature in range(self.depth + 1))

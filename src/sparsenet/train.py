@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsenet import __version__, architecture, optim, pictures
+from sparsenet import __version__, optim, pictures
 from sparsenet.arithmetic import Arithmetic, explain, settle
 from sparsenet.capture import Captures
 from sparsenet.checkpoints import Checkpoint, RunError
@@ -28,6 +28,7 @@ from sparsenet.environment import environment
 from sparsenet.evaluate import Evaluation, Scorer, evaluate, scorer
 from sparsenet.events import Concluded, EpochDone, Event, Message, Step, Stopped
 from sparsenet.files import write_json
+from sparsenet.graph import Node, graph
 from sparsenet.model import SparseNet
 from sparsenet.ops import dispatch
 from sparsenet.results import EpochMetrics
@@ -190,7 +191,7 @@ def train(
     )
     state = _new_state(session)
     resumed = list(_resume(session, state)) if resume else []  # refused before anything is written
-    nodes = architecture.graph(config.network, preprocessing.size)
+    nodes = graph(config.network, preprocessing.size)
     used = {"precision": arithmetic.precision, "implementation": arithmetic.implementation}
     run.describe(config, preprocessing.size, nodes, environment(device) | used)
     pictures.draw_graph(nodes, run.path / "graph.svg", run.path.name)
@@ -412,7 +413,7 @@ def _resume(session: Session, state: State) -> Iterator[Message]:
     yield Message(f"resumed at step {state.step} (epoch {1 + state.step // len(state.losses)})")
 
 
-def _introduce(session: Session, state: State, nodes: list[architecture.Node]) -> Iterator[Message]:
+def _introduce(session: Session, state: State, nodes: list[Node]) -> Iterator[Message]:
     data, parameters, macs = (
         session.data,
         sum(n.parameters for n in nodes),

@@ -6,8 +6,8 @@ import argparse
 from typing import Any
 
 from sparsenet import weights, zoo
-from sparsenet.architecture import count
 from sparsenet.commands.common import print_result
+from sparsenet.graph import count
 
 
 def run(args: argparse.Namespace) -> int:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from sparsenet.architecture import Node
 from sparsenet.files import write_atomic
+from sparsenet.graph import Node
 from sparsenet.pictures.figure import FAINT, INK
 
 MARGIN, BOX, WIDTH = 24, 104, 1100  # of the drawing, its boxes and the whole, in SVG units

@@ -1,0 +1,146 @@
+"""Weights under another library's names, and running statistics that belong to readers.
+
+Other libraries keep running statistics for each reader of a feature. Here they belong to the
+feature: those of its first reader are loaded, and where another reader's differ its scale and shift
+absorb the difference, exactly.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparsenet.architecture import Architecture
+from sparsenet.model import SparseNet
+from sparsenet.ops.plan import EPS
+
+BATCHES = "num_batches_tracked"  # of a batch norm; its momentum does not depend on it
+
+
+class UnitNames(NamedTuple):
+    """Names of two modules that belong together, in this library or another."""
+
+    weight: str  # a convolution or the classifier; "": there is no classifier
+    norm: str  # the batch norm beside it
+
+
+def unit_names(architecture: Architecture) -> list[UnitNames]:
+    """This library's names, in the order of execution."""
+    units = [UnitNames("stem.0", "stem.1")]
+    for number, stage in enumerate(architecture.stages):
+        for layer in range(stage.topology.depth):
+            for unit in range(len(stage.branch)):
+                name = f"stages.{number}.layers.{layer}.{unit}"
+                units.append(UnitNames(f"{name}.conv", f"{name}.norm"))
+        units.append(UnitNames(f"transitions.{number}.conv", f"stages.{number}.norm"))
+    units[-1] = UnitNames("classifier", units[-1].norm)
+    return units
+
+
+def torchvision_names(architecture: Architecture) -> list[UnitNames]:
+    """torchvision's names of the same modules."""
+    units = [UnitNames("features.conv0", "features.norm0")]
+    for number, stage in enumerate(architecture.stages, start=1):
+        for layer in range(1, stage.topology.depth + 1):
+            name = f"features.denseblock{number}.denselayer{layer}"
+            for unit in range(1, len(stage.branch) + 1):
+                units.append(UnitNames(f"{name}.conv{unit}", f"{name}.norm{unit}"))
+        name = f"features.transition{number}"
+        units.append(UnitNames(f"{name}.conv", f"{name}.norm"))
+    units[-1] = UnitNames("classifier", "features.norm5")
+    return units
+
+
+def load_renamed(
+    model: SparseNet,
+    source_units: list[UnitNames],
+    tensors: Mapping[str, Tensor],
+    prefix: str,
+    hint: str = "",
+) -> dict[str, str]:
+    """Loads the *tensors* of a source whose modules have the names *source_units*.
+
+    Returns the source's name of every tensor. Raises ``ValueError`` for a tensor that is
+    missing, left over or of another shape, before anything is changed. *prefix* begins the message,
+    and *hint* explains the expected shape in it.
+    """
+    state: dict[str, Tensor] = {}
+    names: dict[str, str] = {}
+    for name, source, shape in _renamed(model, source_units):
+        if source not in tensors:
+            raise ValueError(f"{prefix}: expected {source!r}, found no such tensor")
+        tensor = tensors[source]
+        if tensor.shape != shape:
+            expected = f"{source!r} of shape {list(shape)}{hint}"
+            raise ValueError(f"{prefix}: expected {expected}, found {list(tensor.shape)}")
+        state[name], names[name] = tensor, source
+    unused = [name for name in tensors.keys() - names.values() if not name.endswith(BATCHES)]
+    if unused:
+        raise ValueError(f"{prefix}: this network has no place for {min(unused)!r}")
+    state[f"stem.1.{BATCHES}"] = torch.tensor(0)
+    units = iter(unit_names(model.architecture)[1:])  # the stem reads no feature
+    for number, stage in enumerate(model.architecture.stages):
+        unit_widths = stage.unit_widths
+        for read in stage.reads:
+            features = [f"stages.{number}.statistics.{feature}" for feature in read]
+            widths = [unit_widths[feature] for feature in read]
+            _share_statistics(state, next(units).norm, features, widths)
+    model.load_state_dict(state)
+    return names
+
+
+def _renamed(
+    model: SparseNet, source_units: list[UnitNames]
+) -> Iterator[tuple[str, str, torch.Size]]:
+    """Name, name in the source and shape of all parameters, then of each reader's statistics."""
+    pairs = list(zip(unit_names(model.architecture), source_units, strict=True))
+    for unit, source_unit in pairs:
+        for module, source in zip(unit, source_unit, strict=True):
+            for part, parameter in model.get_submodule(module).named_parameters():
+                yield f"{module}.{part}", f"{source}.{part}", parameter.shape
+    for unit, source_unit in pairs:
+        shape = model.get_parameter(f"{unit.norm}.weight").shape
+        for part in ("running_mean", "running_var"):
+            yield f"{unit.norm}.{part}", f"{source_unit.norm}.{part}", shape
+
+
+def _share_statistics(
+    state: dict[str, Tensor], norm: str, features: list[str], widths: list[int]
+) -> None:
+    """Gives features without statistics those of a reader, which is made to use all of theirs."""
+    mean, var = state.pop(f"{norm}.running_mean"), state.pop(f"{norm}.running_var")
+    pieces = zip(features, mean.split(widths), var.split(widths), strict=True)
+    for feature, feature_mean, feature_var in pieces:
+        state.setdefault(f"{feature}.running_mean", feature_mean)
+        state.setdefault(f"{feature}.running_var", feature_var)
+    shared_mean = torch.cat([state[f"{feature}.running_mean"] for feature in features])
+    shared_var = torch.cat([state[f"{feature}.running_var"] for feature in features])
+    scale, shift = state[f"{norm}.weight"], state[f"{norm}.bias"]
+    state[f"{norm}.weight"] = scale * ((shared_var + EPS) / (var + EPS)).sqrt()
+    state[f"{norm}.bias"] = shift + scale * (shared_mean - mean) * (var + EPS).rsqrt()
+
+
+def load_torchvision(model: SparseNet, state_dict: Mapping[str, Tensor]) -> None:
+    """Loads the state dict of torchvision's DenseNet of the same shape.
+
+    Evaluation gives the same logits, also where running statistics differ between the readers of a
+    feature. Raises ``ValueError`` naming a weight that is missing, left over, or of another shape.
+    """
+    network = model.architecture
+    dense = all(stage.topology.is_dense for stage in network.stages)
+    if not dense or network.aggregation != "concat" or network.stem != "imagenet":
+        raise ValueError(
+            "torchvision weights: expected a densely concatenating network with stem 'imagenet', "
+            f"found fetch {network.fetch!r}, aggregation {network.aggregation!r}, "
+            f"stem {network.stem!r}"
+        )
+    # Old files say norm.1 and conv.2 where newer ones say norm1 and conv2.
+    tensors = {
+        re.sub(r"(norm|conv)\.(\d)\.", r"\1\2.", name): tensor
+        for name, tensor in state_dict.items()
+    }
+    load_renamed(model, torchvision_names(network), tensors, "torchvision weights")
