@@ -10,7 +10,7 @@
 # OUT holds a handful of files, each below 16 MiB:
 #   gpu.log            all that was printed; by its lines "== NAME: made" a later call knows what it can leave out
 #   correctness.log    the tests, with tracebacks
-#   bench.jsonl        records of sparsenet bench, one a line; of two with one name the later one counts
+#   bench.jsonl        records of the benchmark, one a line; of two with one name the later one counts
 #   profile.txt        the kernels of a step by their time
 #   runs.tar.gz.aa, …  trainings that have yet to go on, with their newest checkpoint
 #   done.tar.gz.aa, …  trainings at their end, those of seed 0 with the weights; a later call does not need them
@@ -21,7 +21,8 @@
 #   LIMIT=540       seconds for all
 #   PIECES='.*'     the names of the pieces to make, a regular expression
 #   QUICK=1         tiny networks on a CPU: proves that this script works
-#   PYTHON=python3  with torch; the package is taken from src/, it need not be installed
+#   PYTHON=python3  with torch; the package is taken from src/, it need not be installed. Packages
+#                   that this Python lacks may lie in .cache/gpu (see README.md)
 set -euo pipefail
 
 [ $# -ge 1 ] && [ $# -le 2 ] || { echo "usage: $0 OUT [BEFORE]" >&2; exit 2; }
@@ -41,7 +42,13 @@ if [ -n "$quick" ]; then
 fi
 log=$out/gpu.log
 cd "$(dirname "$0")/.."
-export PYTHONPATH=src${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 COLUMNS=240
+export PYTHONPATH=src:.${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 COLUMNS=240
+[ ! -d .cache/gpu ] || PYTHONPATH+=:.cache/gpu
+if ! problem=$("$python" -c "import msgspec, jinja2, safetensors" 2>&1); then
+    echo "$0: expected the packages msgspec, jinja2 and safetensors, found: ${problem##*$'\n'};" \
+        "benchmarks/README.md says how to bring them along in .cache/gpu" >&2
+    exit 1
+fi
 work=$(mktemp -d) # what is large or unfinished stays out of OUT until it is packed
 failed=() missing=() training=
 
@@ -158,8 +165,8 @@ correctness() { # the tests that run on a GPU; beside them what is to be compile
         return
     fi
     [ -z "$quick" ] || tests=(tests/test_topology.py)
-    timeout -k 10 "$(left "$until")" "$python" benchmarks/steps.py --once "$(here reference-bf16-nhwc-compiled)" \
-        "${tiny_bench[@]}" >"$work/ahead" 2>&1 3>&- &
+    timeout -k 10 "$(left "$until")" "$python" -m benchmarks.steps --once \
+        "$(here reference-bf16-nhwc-compiled)" "${tiny_bench[@]}" >"$work/ahead" 2>&1 3>&- &
     ahead=$!
     # Other versions may warn of what ours do not. Interrupted by SIGINT, pytest tells what it has found.
     signal=INT PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 within "$until" env --default-signal=INT "$python" -m pytest \
@@ -181,7 +188,7 @@ sanitized() { # what a kernel touches that is not its own
 }
 
 here() { # VARIANTS: with QUICK, such as run on a CPU
-    local cpu='s/triton/shared/g; s/torchvision(_efficient)?/reference/g; s/-captured|-compiled//g; s/bf16/fp32/g'
+    local cpu='s/triton/shared/g; s/torchvision/reference/g; s/-captured|-compiled//g; s/bf16/fp32/g'
     if [ -n "$quick" ]; then sed -E "$cpu" <<<"$1"; else echo "$1"; fi
 }
 
@@ -191,9 +198,9 @@ record() { # MODELS VARIANTS FLAGS...: a line of bench.jsonl; a variant that fai
     shift 2
     if [ -n "$quick" ]; then set -- "$@" "${tiny_bench[@]}" --device cpu; else set -- --model "$models" "$@"; fi
     while [ -n "$variants" ] && [ "$(left "$until")" -ge "$least" ]; do
-        say "sparsenet bench --variants $variants $*"
+        say "benchmarks.bench --variants $variants $*"
         status=0
-        within "$until" "$python" -m sparsenet.cli bench --variants "$variants" "$@" --json \
+        within "$until" "$python" -m benchmarks.bench --variants "$variants" "$@" --json \
             >"$work/found" 2>"$work/error" || status=$?
         cat "$work/error" >>"$log"
         case $status in
@@ -216,8 +223,7 @@ record() { # MODELS VARIANTS FLAGS...: a line of bench.jsonl; a variant that fai
 }
 
 table() { # FILE: as Markdown
-    PYTHONPATH=src/sparsenet/bench:src "$python" -c "import json, sys, tables
-print(*tables.report(json.load(open(sys.argv[1]))), sep='\n')" "$1" 2>&1 | tee -a "$log" || true
+    "$python" -m benchmarks.bench.tables "$1" 2>&1 | tee -a "$log" || true
 }
 
 fewer() { # VARIANTS ERROR: without the one it names first; where it names none, without triton's, or without the last one
@@ -232,7 +238,7 @@ fewer() { # VARIANTS ERROR: without the one it names first; where it names none,
 profiled() { # VARIANT...
     local code=0 variants
     read -ra variants <<<"$(here "$*")"
-    within "$until" "$python" benchmarks/steps.py "${variants[@]}" "${tiny_bench[@]}" \
+    within "$until" "$python" -m benchmarks.steps "${variants[@]}" "${tiny_bench[@]}" \
         >"$out/profile.txt" 2>"$work/error" || code=1
     cat "$work/error" >>"$log"
     grep -aE 'ms a step|TB/s|failed' "$out/profile.txt" | tee -a "$log" || say "$(last_line "$work/error")"
@@ -331,7 +337,7 @@ for seed in "${seeds[@]}"; do
 done
 piece memory-100-24 "$limit" record $net \
     reference-bf16,reference-bf16-nhwc,shared-bf16-captured,$engine-bf16,$engine-bf16-captured \
-    --measures memory --memory
+    --measures parts
 long=("${paper[@]}" "${tiny_train[@]}" --first_size 0 --seed 0)
 piece paper-seed0 "$limit" train 300 "${long[@]}"
 piece densenet-bc-seed0 "$limit" train 300 "${long[@]}" --fetch dense --growth_rate 12 --bottleneck true
@@ -341,10 +347,9 @@ if [ -z "$quick" ]; then
     piece first-100-24 "$limit" record $net $both,$engine-bf16 --measures first
     piece others "$limit" record sparsenet_40_12,sparsenet_bc_100_24,densenet_bc_100_12 reference-bf16,$both
     piece densenet121-memory "$limit" record densenet121 \
-        torchvision-bf16,torchvision_efficient-bf16,reference-bf16,$both,$engine-bf16-lean-captured \
-        --batch_size 64 --measures memory --memory
+        torchvision-bf16,reference-bf16,$both,$engine-bf16-lean-captured \
+        --batch_size 64 --measures parts
     piece depth "$limit" record $net reference-bf16,$both --measures none --depths 40,100,250,500,1000 --steps 3
-    piece best-100-24 "$limit" record $net reference-bf16-nhwc,$engine-bf16-captured --measures none --best_batch
 fi
 for seed in "${seeds[@]}"; do
     piece strong-seed$seed "$limit" train 300 "${strong[@]}" "${tiny_train[@]}" --seed $seed
