@@ -130,18 +130,13 @@ def _check_and_time(config: BenchConfig, rows: dict[Variant, Row], case: Case) -
     works = {variant: Workload(variant, case) for variant in rows}
     for variant, errors in check(works).items():
         rows[variant].errors = errors
-    if "step" in config.measures:
-        for work in works.values():
-            work.set_training(True)
-        steps = {variant: work.step for variant, work in works.items()}
-        for variant, seconds in measure.time_in_turns(steps, config.steps, case.device).items():
-            rows[variant].train_seconds = seconds
-    if "infer" in config.measures:
-        for work in works.values():
-            work.set_training(False)
-        passes = {variant: work.infer for variant, work in works.items()}
-        for variant, seconds in measure.time_in_turns(passes, config.steps, case.device).items():
-            rows[variant].infer_seconds = seconds
+    for name, field in (("step", "train_seconds"), ("infer", "infer_seconds")):
+        if name in config.measures:
+            for work in works.values():
+                work.set_training(name == "step")
+            acts = {variant: getattr(work, name) for variant, work in works.items()}
+            for variant, seconds in measure.time_in_turns(acts, config.steps, case.device).items():
+                setattr(rows[variant], field, seconds)
 
 
 def _sweep(config: BenchConfig, variants: Sequence[Variant], device: torch.device) -> Sweep:

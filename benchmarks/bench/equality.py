@@ -56,17 +56,12 @@ Errors = dict[str, Bounded]  # by quantity
 def check(workloads: Mapping[Variant, Workload]) -> dict[Variant, Errors]:
     """Compares workloads of one case with ``reference-fp32`` on the same random batches.
 
-    Errors are relative and means over the batches: those of the logits in training and inference,
-    and of the gradients of each kind of parameter in each stage. What is allowed:
-
-    - in bf16, twice the reference's own error and a rounding; of lengths of gradients as well;
-    - in fp32, three times the reference's own error, measured against fp64 on a small batch (twice
-      for the variant, once because the truth is fp32 as well), and a rounding for each layer,
-      which add in squares;
-    - for gradients in fp32, twice what may flip at that error: mostly they are nearer, but flips
-      are rare and change them much;
-    - for chance, five standard deviations more: of an error, in bf16 of one minus the double of
-      another, of a length.
+    Errors are relative and means over the batches: of the logits in training and inference, and of
+    the gradients of each kind of parameter in each stage. In bf16 twice the reference's own error
+    and a rounding are allowed, of the gradients' lengths as well. In fp32 it is three times the
+    reference's own error, measured against fp64 on a small batch (the truth is fp32 as well), and
+    a rounding for each layer, which add in squares; for gradients, twice what may flip at that
+    error. For chance there are five standard deviations more.
 
     Returns the errors of the logits, and of the gradients the one nearest to its bound. Raises
     ``ValueError`` for the first variant that is wrong.

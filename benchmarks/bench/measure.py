@@ -138,7 +138,7 @@ def parts_of_memory(work: Workload, peak: float) -> dict[str, float]:
 
     def save(tensor: Tensor) -> Tensor:
         saved.append(tensor.detach())
-        return tensor
+        return saved[-1]
 
     states = [state.values() for state in work.optimizer.state.values()]
     groups: dict[str, Iterable[Any]] = {

@@ -11,10 +11,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bench.record import Point, Record, Row, Spread, Sweep
+from benchmarks.bench.record import Record, Row, Spread
 from benchmarks.bench.tables import report
 from sparsenet.files import parse_json, write_atomic, write_json
-from sparsenet.pictures import FAINT, KINDS, picture
+from sparsenet.pictures import KINDS, picture
 
 BARS = {
     "train_seconds": "training step (s)",
@@ -32,9 +32,6 @@ def write_record(record: Record, folder: Path) -> None:
         if any(getattr(row, quantity) is not None for row in rows for quantity in BARS):
             pictures.append(f"{model.strip('/').replace('/', '-')}.png")
             draw_bars(rows, folder / pictures[-1], f"{model}, batch {rows[0].batch_size}")
-    if record.depth is not None and any(not point.left_out for point in record.depth.points):
-        pictures.append("depth.png")
-        draw_depth(record.depth, folder / "depth.png")
     lines = report(record)
     for name in pictures:
         lines += ["", f"![{name}]({name})"]
@@ -66,39 +63,6 @@ def _draw_bar(axis: Any, y: int, value: Spread | float | None) -> None:
         axis.plot(ends, [y, y], color=KINDS[1], lw=1.6, solid_capstyle="butt")
     elif value is not None:
         axis.barh(y, value, 0.62, color=KINDS[0])
-
-
-def draw_depth(sweep: Sweep, target: Path) -> None:
-    """Draws a PNG of time and memory per layer over the depth."""
-    title = f"Growth rate {sweep.growth_rate}, batch {sweep.batch_size}"
-    with picture(target, 11, 4.4, title) as figure:
-        axes = figure.subplots(1, 2)
-        _draw_per_layer(axes[0], sweep, "seconds_per_layer", 1000)
-        axes[0].set(title="training step, ms per layer")
-        _draw_per_layer(axes[1], sweep, "mb_per_layer", 1)
-        axes[1].set(title="MB per layer")
-        axes[1].legend(fontsize=8)
-
-
-def _draw_per_layer(axis: Any, sweep: Sweep, quantity: str, scale: float) -> None:
-    def name(point: Point) -> tuple[str, str]:
-        return point.variant, point.fetch
-
-    points = [point for point in sweep.points if getattr(point, quantity) is not None]
-    axis.set_xscale("log", base=2)
-    for number, (series, group) in enumerate(groupby(points, name)):
-        colour = KINDS[number % len(KINDS)]
-        values = {point.depth: scale * getattr(point, quantity) for point in group}
-        axis.plot(
-            *zip(*values.items(), strict=True), "o", color=colour, ms=5, label=", ".join(series)
-        )
-    depths = sorted({point.depth for point in points})
-    axis.set_xticks(depths, [str(depth) for depth in depths])
-    axis.minorticks_off()
-    axis.set(xlabel="depth")
-    axis.set_ylim(bottom=0)
-    axis.tick_params(axis="x", color=FAINT)
-    axis.grid(axis="y")
 
 
 def main(lines: Path, folder: Path) -> None:
