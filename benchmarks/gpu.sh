@@ -396,8 +396,7 @@ if [ -z "$quick" ]; then
     piece first-100-24 "$limit" record $net $both,$engine-bf16 --measures first
     piece others "$limit" record $others reference-bf16,$both
     piece densenet121-memory "$limit" record densenet121 \
-        torchvision-bf16,reference-bf16,$both,$engine-bf16-lean-captured \
-        --batch_size 64 --measures parts
+        torchvision-bf16,reference-bf16,$both --batch_size 64 --measures parts
     piece depth "$limit" record $net reference-bf16,$both \
         --measures none --depths 40,100,250,500,1000 --steps 3
 fi

@@ -25,7 +25,7 @@ RECORD_BYTES = 1 + 3 * 32 * 32  # a label and an image
 
 def can_train(variant: Variant) -> bool:
     """Says whether the program itself can train this way."""
-    return variant.implementation != TORCHVISION and set(variant.options) <= {"lean", "captured"}
+    return variant.implementation != TORCHVISION and set(variant.options) <= {"captured"}
 
 
 def measure_epochs(
@@ -62,7 +62,6 @@ def _run_config(variant: Variant, case: Case, data: Path) -> RunConfig:
             precision=variant.precision,
             implementation=variant.implementation,
             capture="captured" in variant.options,
-            memory="lean" if "lean" in variant.options else "normal",
             save_every=1e9,
         ),
     )

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -76,17 +75,24 @@ def run_alone(function: Callable[..., Result], *arguments: Any) -> Result:
     process.start()
     sender.close()
     try:
-        result: Result | BaseException = receiver.recv()
+        result: Result | Failure = receiver.recv()
     except EOFError:
-        result = RuntimeError("the process ended early")
+        result = Failure("the process ended early")
     process.join()
-    if process.exitcode == 0 and not isinstance(result, BaseException):
+    if not isinstance(result, Failure):
         return result
     what = f"{function.__name__} of {arguments[0]}"
-    full = isinstance(result, torch.OutOfMemoryError | MemoryError) or OUT_OF_MEMORY in str(result)
-    if full or process.exitcode == -signal.SIGKILL:
+    if result.out_of_memory or process.exitcode == -signal.SIGKILL:
         raise torch.OutOfMemoryError(f"{what}: out of memory")
-    raise ValueError(f"{what} failed with exit code {process.exitcode}: {result}")
+    raise ValueError(f"{what} failed with exit code {process.exitcode}: {result.reason}")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What a process sends instead of a result."""
+
+    reason: str
+    out_of_memory: bool = False
 
 
 def _send_result(
@@ -97,8 +103,11 @@ def _send_result(
     try:
         sender.send(function(*arguments))
     except BaseException as error:
-        sender.send(error)
-        raise
+        full = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        full = full or OUT_OF_MEMORY in str(error)
+        sender.send(Failure(f"{type(error).__name__}: {error}", full))
+        if not full:
+            raise
 
 
 @dataclass(frozen=True)
@@ -170,15 +179,16 @@ def measure_first_step(variant: Variant, case: Case) -> FirstStep:
     """Measures the first step of two new processes: with empty caches, and with those it filled."""
     with tempfile.TemporaryDirectory() as folder:
         caches = {name: str(Path(folder, name)) for name in CACHES}
-        with patch.dict(os.environ, caches):
-            cold, warm = (
-                run_alone(seconds_to_first_step, variant, case, time.time()) for _ in range(2)
-            )
+        cold = run_alone(seconds_to_first_step, variant, case, time.time(), caches)
+        warm = run_alone(seconds_to_first_step, variant, case, time.time(), caches)
     return FirstStep(cold, warm)
 
 
-def seconds_to_first_step(variant: Variant, case: Case, since: float) -> float:
+def seconds_to_first_step(
+    variant: Variant, case: Case, since: float, caches: Mapping[str, str]
+) -> float:
     """Returns the seconds from *since* (Unix time) to the end of the first training step."""
+    os.environ.update(caches)
     work = Workload(variant, case)
     work.set_training(True)
     work.warm_up(work.step)

@@ -17,7 +17,6 @@ TORCHVISION = "torchvision"  # its DenseNet, for comparison
 NAMES = (*IMPLEMENTATIONS, TORCHVISION)
 OPTIONS = {
     "nhwc": "images and weights are channels-last",
-    "lean": "bottlenecks are computed again in backward, as with train --memory lean",
     "captured": "steps are recorded once as a CUDA graph and replayed, as the program trains",
     "compiled": "the network is compiled by torch.compile",
 }
@@ -58,8 +57,6 @@ class Variant:
         """Says why the variant cannot run on *device*; ``None`` where it can."""
         if "captured" in self.options and not traits(device).records:
             return f"only CUDA devices record their work, found {device.type}"
-        if "lean" in self.options and self.implementation in ("reference", TORCHVISION):
-            return "lean is for this library's engines, the others keep everything"
         if "compiled" in self.options and self.implementation in OPAQUE:
             return "a compiler cannot look into these kernels and would compile the reference"
         if self.implementation == TORCHVISION:

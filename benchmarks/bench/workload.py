@@ -156,8 +156,7 @@ class Workload:
 def _build(variant: Variant, network: Architecture) -> nn.Module:
     if variant.implementation == TORCHVISION:
         return _build_torchvision(network)
-    memory = "lean" if "lean" in variant.options else "normal"
-    return SparseNet(network, variant.implementation, memory)
+    return SparseNet(network, variant.implementation)
 
 
 def _build_torchvision(network: Architecture) -> nn.Module:
