@@ -80,7 +80,7 @@ def main() -> int:
     network = zoo.architecture(args.model)
     for variant in args.variants:
         try:
-            work = Workload(variant, Case(network, args.batch_size, args.image_size, str(device)))
+            work = Workload(variant, Case(network, args.batch_size, args.image_size, device))
             work.set_training(True)
             work.warm_up(work.step)
             if args.once:

@@ -34,10 +34,10 @@ from sparsenet.ops import dispatch
 from sparsenet.ops.implementations import IMPLEMENTATIONS
 from sparsenet.ops.plan import EPS, Plan
 
-LARGER = Case(Architecture(depth=10, growth_rate=12), 32, 16, "cpu")
 CPU = torch.device("cpu")
+LARGER = Case(Architecture(depth=10, growth_rate=12), 32, 16, CPU)
 TINY = Architecture(depth=10, growth_rate=4)  # two layers a stage
-CASE = Case(TINY, batch_size=4, image_size=8, device_name="cpu")
+CASE = Case(TINY, batch_size=4, image_size=8, device=CPU)
 REFERENCE, SHARED = Variant("reference", "fp32"), Variant("shared", "fp32")
 SHARED_BF16 = Variant("shared", "bf16")
 CAPTURED = Variant("shared", "fp32", ("captured",))
@@ -128,7 +128,7 @@ def test_equal_networks_pass_say_how_equal_they_are_and_stay_as_they_were():
 )
 def test_no_luck_refuses_what_is_right_however_small(network):
     """Of two images of 8 pixels a side, a few flipped ReLUs are all of a gradient's error."""
-    checked(SHARED, SHARED_BF16, case=Case(network, 2, 8, "cpu"))
+    checked(SHARED, SHARED_BF16, case=Case(network, 2, 8, CPU))
 
 
 @pytest.mark.parametrize("share", [0.02, 0.2])
@@ -380,7 +380,7 @@ def test_a_process_of_its_own_measures_from_its_start():
 def test_what_memory_consists_of_is_all_of_it():
     parts = {}
     for variant in (SHARED, REFERENCE):
-        work = Workload(variant, Case(TINY, 64, 16, "cpu"))
+        work = Workload(variant, Case(TINY, 64, 16, CPU))
         work.set_training(True)
         work.step()
         parts[variant] = measure.parts_of_memory(work, 100.0)
@@ -404,7 +404,7 @@ def test_random_images_are_read_as_any_others(tmp_path):
 
 
 def test_an_epoch_of_fewer_images_is_an_estimate():
-    epochs = measure_epochs([REFERENCE, SHARED], Case(TINY, 8, 8, "cpu"), images=20)
+    epochs = measure_epochs([REFERENCE, SHARED], Case(TINY, 8, 8, CPU), images=20)
     assert list(epochs) == [REFERENCE, SHARED]
     for epoch in epochs.values():
         assert (epoch.batch_size, epoch.images, epoch.estimated_from_steps) == (8, 20, 3)
@@ -656,13 +656,9 @@ def script(tmp_path):
 
     def run(name, *arguments, until=None, **more):
         """*until*: a file and what is in it when the script is told to end."""
-        how = {
-            "env": environment | more,
-            "stdout": subprocess.PIPE,
-            "stderr": subprocess.PIPE,
-            "text": True,
-        }
-        with subprocess.Popen([SCRIPTS / name, *arguments], cwd=tmp_path, **how) as process:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        command, variables = [SCRIPTS / name, *arguments], environment | more
+        with subprocess.Popen(command, cwd=tmp_path, env=variables, **pipes) as process:
             while until and process.poll() is None:
                 file, text = until
                 if (tmp_path / file).exists() and text in (tmp_path / file).read_text():
@@ -687,19 +683,11 @@ def test_comparisons_are_made_once_wherever_they_go_and_published_without_paths(
     assert script("publish.sh", *runs, "records").returncode == 0
     record = tmp_path / "records" / runs[0].name
     assert json.loads((record / "config.json").read_text())["data"]["dataset_dir"] == "my data"
-    assert {file.name for file in record.iterdir()} == {
-        "config.json",
-        "result.json",
-        "metrics.csv",
-        "requirements.txt",
-        "train.log",
-        "curves.png",
-        "graph.svg",
-    }
+    files = "config.json curves.png graph.svg metrics.csv requirements.txt result.json train.log"
+    assert sorted(file.name for file in record.iterdir()) == files.split()
     assert not (tmp_path / "records" / "densenet-22-8-seed1" / "curves.png").exists()
-    assert (
-        script("publish.sh", *runs[:2]).returncode == 1
-    )  # the last is a run, not a folder of records
+    # A run is no folder of records.
+    assert script("publish.sh", *runs[:2]).returncode == 1
     (runs[0] / "result.json").unlink()
     assert script("publish.sh", runs[0], "records").returncode == 1
 
@@ -732,19 +720,17 @@ def test_the_gpu_s_trainings_go_on_wherever_they_are_carried(script, tmp_path):
     large, two = str(8 * 2**20), {"PIECES": "fast-15-seed0|strong-seed0"}
     assert script("gpu.sh", "1", EPOCHS="1", SIZE=large, **two).returncode == 3  # of 3
     assert len(list((tmp_path / "1").glob("runs.tar.gz.*"))) == 2
-    found = members(tmp_path / "1", "runs")
-    assert "fast-15-seed0/checkpoints/last-1.json" in found and not any(
-        "best" in name for name in found
-    )
+    unfinished = members(tmp_path / "1", "runs")
+    assert "fast-15-seed0/checkpoints/last-1.json" in unfinished
+    assert not any("best" in name for name in unfinished)
     second = script("gpu.sh", "2", "1", EPOCHS="2", **two)
     assert second.returncode == 3 and "--resume" in second.stdout
     assert script("gpu.sh", "2", EPOCHS="3", **two).returncode == 0
     assert members(tmp_path / "2", "runs") == []
-    found = members(tmp_path / "2", "done")
-    assert {f"{run}-seed0/checkpoints/best-1.safetensors" for run in ("fast-15", "strong")} < set(
-        found
-    )
-    assert not any("last" in name for name in found)
+    finished = members(tmp_path / "2", "done")
+    for run in ("fast-15", "strong"):
+        assert f"{run}-seed0/checkpoints/best-1.safetensors" in finished
+    assert not any("last" in name for name in finished)
     for path in (tmp_path / "2").glob("done.*"):  # fetched and put away
         path.unlink()
     again = script("gpu.sh", "3", "2", EPOCHS="0", **two)
@@ -754,16 +740,12 @@ def test_the_gpu_s_trainings_go_on_wherever_they_are_carried(script, tmp_path):
 def test_a_variant_that_fails_on_the_gpu_takes_nothing_from_the_others(script, tmp_path):
     pieces = {"PIECES": "(step|epoch|compiled)-100-24"}
     outcome = script("gpu.sh", "out", WRONG="shared-fp32", **pieces)
-    assert (
-        outcome.returncode == 1
-        and "FAILED: step-100-24 epoch-100-24 compiled-100-24" in outcome.stdout
-    )
-    found = records(tmp_path / "out")
-    assert found.keys() == {
-        "step-100-24",
-        "compiled-100-24",
-    }  # an epoch is measured of that variant alone
-    assert all("reference-fp32-nhwc" in call and "shared" not in call for call in found.values())
+    assert outcome.returncode == 1
+    assert "FAILED: step-100-24 epoch-100-24 compiled-100-24" in outcome.stdout
+    calls = records(tmp_path / "out")
+    # An epoch is measured of that variant alone.
+    assert calls.keys() == {"step-100-24", "compiled-100-24"}
+    assert all("reference-fp32-nhwc" in call and "shared" not in call for call in calls.values())
     assert script("gpu.sh", "out", **pieces).returncode == 0
     assert all("shared" in call for call in records(tmp_path / "out").values())
     assert "benchmarks.bench --variants" not in script("gpu.sh", "out", **pieces).stdout

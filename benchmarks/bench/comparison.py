@@ -64,7 +64,7 @@ def bench(config: BenchConfig) -> Record:
     rows: list[Row] = []
     if config.measures != ("none",):
         for model, (network, image_size) in networks.items():
-            case = Case(network, config.batch_size, image_size, str(device))
+            case = Case(network, config.batch_size, image_size, device)
             rows += _compare(config, model, variants, case)
     return Record(
         model=config.model,
@@ -142,6 +142,6 @@ def _check_and_time(config: BenchConfig, rows: dict[Variant, Row], case: Case) -
 def _sweep(config: BenchConfig, variants: Sequence[Variant], device: torch.device) -> Sweep:
     for fetch in depth.FETCHES:
         network = depth.network_of_depth(fetch, min(config.depths))
-        case = Case(network, config.batch_size, config.image_size or 32, str(device))
+        case = Case(network, config.batch_size, config.image_size or 32, device)
         check({variant: Workload(variant, case) for variant in variants})
     return depth.sweep(variants, config.depths, case, config.steps)

@@ -58,7 +58,7 @@ def _run_config(variant: Variant, case: Case, data: Path) -> RunConfig:
         train=TrainConfig(
             batch_size=case.batch_size,
             max_epoch=2 + EPOCHS,
-            device=case.device_name,
+            device=str(case.device),
             precision=variant.precision,
             implementation=variant.implementation,
             capture="captured" in variant.options,

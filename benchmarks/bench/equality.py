@@ -211,7 +211,7 @@ def _kind(name: str) -> str:
 def _fp32_errors_of_logits(case: Case) -> dict[str, float]:
     """Returns the reference's own errors in fp32 against fp64."""
     small = replace(case, batch_size=min(case.batch_size, FP64_IMAGES))
-    on_cpu = replace(small, device_name="cpu")  # other accelerators may have no fp64
+    on_cpu = replace(small, device=torch.device("cpu"))  # other accelerators may have no fp64
     fp64 = Variant("reference", "fp64")
     works = {
         fp64: Workload(fp64, small if case.device.type == "cuda" else on_cpu),

@@ -27,11 +27,7 @@ class Case:
     network: Architecture
     batch_size: int
     image_size: int  # pixels
-    device_name: str
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device(self.device_name)
+    device: torch.device
 
 
 class Workload:
