@@ -3,12 +3,14 @@
 #
 #   benchmarks/compare.sh topologies|depths OUT DATA [JOBS]
 #
-# topologies: networks of about equal multiply-accumulates (dense ones 5 and 11 % more), 4 epochs, seeds 0 to 2.
+# topologies: networks of about equal multiply-accumulates (dense ones 5 and 11 % more), 4 epochs,
+# seeds 0 to 2.
 # depths: 40 to 400 layers, concatenated and summed, 1 epoch of images of 16 by 16, seed 0.
 #
-# Leaves a run folder for each network and seed in OUT, JOBS (2) at a time with one thread each. Called again it goes
-# on: what has a result is left alone, what was stopped is resumed; 1 where one has none at the end. DATA is any
-# --dataset_dir of sparsenet train, and DATA_NAME its name in reports; SEEDS replaces the seeds.
+# Leaves a run folder for each network and seed in OUT, JOBS (2) at a time with one thread each.
+# Called again it goes on: what has a result is left alone, what was stopped is resumed. It returns
+# 1 where one has no result at the end. DATA is any --dataset_dir of sparsenet train, and
+# DATA_NAME its name in reports; SEEDS replaces the seeds.
 set -euo pipefail
 [ $# -ge 3 ] || { echo "usage: $0 topologies|depths OUT DATA [JOBS]" >&2; exit 2; }
 what=$1 out=$2 data=$3 jobs=${4:-2}
@@ -18,13 +20,13 @@ sum="--aggregation sum" dense="--fetch dense"
 case $what in
     topologies)
         seeds="0 1 2" recipe="--max_epoch 4 --lr 0.2 --warmup 1"
-        networks=(
-            "sparsenet-40-12 --depth 40 --growth_rate 12"         #  78.3 million MACs, 189,514 parameters
-            "densenet-22-12 $dense --depth 22 --growth_rate 12"   #  82.3 million MACs, 290,986 parameters
-            "sparsenet-sum-40-23 $sum --depth 40 --growth_rate 23" # 78.1 million MACs, 175,109 parameters
-            "sparsenet-22-12 --depth 22 --growth_rate 12"         #  33.2 million MACs,  79,066 parameters
-            "densenet-22-8 $dense --depth 22 --growth_rate 8"     #  36.7 million MACs, 131,242 parameters
-            "sparsenet-sum-22-21 $sum --depth 22 --growth_rate 21" # 33.2 million MACs,  73,993 parameters
+        networks=( # millions of multiply-accumulates and thousands of parameters behind each
+            "sparsenet-40-12 --depth 40 --growth_rate 12"          # 78.3, 189.5
+            "densenet-22-12 $dense --depth 22 --growth_rate 12"    # 82.3, 291.0
+            "sparsenet-sum-40-23 $sum --depth 40 --growth_rate 23" # 78.1, 175.1
+            "sparsenet-22-12 --depth 22 --growth_rate 12"          # 33.2, 79.1
+            "densenet-22-8 $dense --depth 22 --growth_rate 8"      # 36.7, 131.2
+            "sparsenet-sum-22-21 $sum --depth 22 --growth_rate 21" # 33.2, 74.0
         )
         ;;
     depths)
@@ -35,7 +37,9 @@ case $what in
             networks+=("sparsenet-sum-$depth-16 $sum --depth $depth --growth_rate 16")
             networks+=("densenet-sum-$depth-16 $sum $dense --depth $depth --growth_rate 16")
         done
-        for depth in 40 100; do networks+=("densenet-$depth-8 $dense --depth $depth --growth_rate 8"); done
+        for depth in 40 100; do
+            networks+=("densenet-$depth-8 $dense --depth $depth --growth_rate 8")
+        done
         ;;
     *) echo "$0: expected topologies or depths, found $what" >&2; exit 2 ;;
 esac
@@ -62,7 +66,8 @@ for seed in ${SEEDS:-$seeds}; do
         else
             rm -rf "$run" # a start that did not get as far as a run
             # shellcheck disable=SC2086 # flags are words
-            start $flags $recipe --seed "$seed" "${data[@]}" ${DATA_NAME:+--dataset_name "$DATA_NAME"} --out "$run"
+            start $flags $recipe --seed "$seed" "${data[@]}" --out "$run" \
+                ${DATA_NAME:+--dataset_name "$DATA_NAME"}
         fi
     done
 done

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Copies run folders into a folder of records: all but checkpoints, and of seeds above 0 no pictures either.
+# Copies run folders into a folder of records, without checkpoints; of seeds above 0 no pictures.
 #
 #   benchmarks/publish.sh RUN... FOLDER
 #
@@ -9,7 +9,10 @@ set -euo pipefail
 to=${!#}
 [ ! -e "$to/config.json" ] || { echo "$to: expected a folder of records, found a run" >&2; exit 1; }
 for run in "${@:1:$#-1}"; do
-    [ -e "$run/result.json" ] || { echo "$run: expected a run with a result, found none" >&2; exit 1; }
+    if [ ! -e "$run/result.json" ]; then
+        echo "$run: expected a run with a result, found none" >&2
+        exit 1
+    fi
     record=$to/$(basename "$run")
     mkdir -p "$record"
     cp "$run"/*.json "$run"/*.csv "$run"/*.txt "$run"/*.log "$record"

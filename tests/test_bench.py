@@ -1,26 +1,31 @@
-"""The benchmark can be believed: turns are taken, what is wrong is not timed, figures are what they say."""
+"""The benchmark can be believed: what is wrong is not timed, figures are what they say."""
 
 import json
 import math
+import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import tarfile
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
+import msgspec
 import pytest
 import torch
-from conftest import record_on_cpu
+from conftest import Outcome, record_on_cpu
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.bench import BenchConfig, bench, depth, equality, measure, memory, plots, tables
-from benchmarks.bench.epoch import epochs, trained, write_images
+from benchmarks.bench import __main__, depth, equality, measure, plots, tables
+from benchmarks.bench.comparison import BenchConfig, bench
+from benchmarks.bench.epoch import can_train, measure_epochs, write_images
 from benchmarks.bench.equality import check
-from benchmarks.bench.variants import Variant, Workload, defaults
+from benchmarks.bench.record import Epoch, Point, Record, Row, Spread, Sweep
+from benchmarks.bench.variants import Variant, default_variants
+from benchmarks.bench.workload import Case, Workload
 from sparsenet import zoo
 from sparsenet.architecture import Architecture
 from sparsenet.data.config import DataConfig
@@ -30,117 +35,111 @@ from sparsenet.ops.implementations import IMPLEMENTATIONS
 from sparsenet.ops.plan import EPS, Plan
 
 CPU = torch.device("cpu")
+LARGER = Case(Architecture(depth=10, growth_rate=12), 32, 16, CPU)
 TINY = Architecture(depth=10, growth_rate=4)  # two layers a stage
+CASE = Case(TINY, batch_size=4, image_size=8, device=CPU)
 REFERENCE, SHARED = Variant("reference", "fp32"), Variant("shared", "fp32")
-SMALL = {
-    "model": ("sparsenet_40_12",),
-    "batch_size": 2,
-    "image_size": 8,
-    "steps": 2,
-    "device": "cpu",
-}
+SHARED_BF16 = Variant("shared", "bf16")
+CAPTURED = Variant("shared", "fp32", ("captured",))
+FLAGS = ("--model", "sparsenet_40_12", "--batch_size", 2, "--image_size", 8, "--device", "cpu")
+SCRIPTS = Path(__file__).parent.parent / "benchmarks"
 
 
-def workload(name, batch_size=4, image_size=8, architecture=TINY):
-    return Workload(Variant.parse(name), architecture, batch_size, image_size, CPU)
+def tiny_config(**changes):
+    settings = {"model": ("sparsenet_40_12",), "batch_size": 2, "image_size": 8, "steps": 2}
+    return BenchConfig(**settings | {"device": "cpu"} | changes)
 
 
-def checked(*names, batch_size=4):
-    return check(
-        {Variant.parse(name): workload(name, batch_size) for name in names}, TINY, batch_size, 8
-    )
+def checked(*variants, case=CASE):
+    return check({variant: Workload(variant, case) for variant in variants})
 
 
-# --- variants -------------------------------------------------------------------------------------
+@pytest.fixture
+def bench_command(capfd, tmp_path, monkeypatch):
+    """Runs the command line in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        capfd.readouterr()
+        code = __main__.main([str(argument) for argument in arguments])
+        return Outcome(code, *capfd.readouterr())
+
+    return run
+
+
+# --- variants ------------------------------------------------------------------------------------
 
 
 @given(
     st.sampled_from(list(IMPLEMENTATIONS)),
     st.sampled_from(["fp32", "bf16"]),
-    st.permutations(["nhwc", "lean", "captured", "compiled"]),
-    st.integers(0, 4),
+    st.permutations(["nhwc", "captured", "compiled"]),
+    st.integers(0, 3),
 )
 def test_a_name_is_its_variant_in_any_order_of_options(implementation, precision, options, count):
-    name = "-".join((implementation, precision, *options[:count]))
-    variant = Variant.parse(name)
+    variant = Variant.parse("-".join((implementation, precision, *options[:count])))
     assert Variant.parse(str(variant)) == variant
-    assert (variant.implementation, variant.precision, set(variant.options)) == (
-        *(implementation, precision),
-        set(options[:count]),
-    )
+    assert (variant.implementation, variant.precision) == (implementation, precision)
+    assert set(variant.options) == set(options[:count])
 
 
 def test_by_default_every_implementation_is_compared_with_the_reference_first():
-    found = list(defaults(("fp32", "bf16"), False, CPU))
-    assert found[0] == REFERENCE
-    assert {v.implementation for v in found} == set(IMPLEMENTATIONS)
-    assert Variant("reference", "fp32", ("compiled",)) in defaults(("fp32",), True, CPU)
+    variants = list(default_variants(("fp32", "bf16"), CPU))
+    assert variants[0] == REFERENCE
+    assert {variant.implementation for variant in variants} == set(IMPLEMENTATIONS)
 
 
 def test_what_cannot_run_is_told_and_only_refused_where_it_was_asked_for(monkeypatch):
-    monkeypatch.setattr(
-        dispatch, "unavailable", lambda name, device: "of the moon" if name == "shared" else None
-    )
+    missing = lambda name, device: None if name == "reference" else "of the moon"  # noqa: E731
+    monkeypatch.setattr(dispatch, "unavailable", missing)
     with pytest.raises(ValueError, match=r"--variants: shared-fp32 cannot run here: of the moon"):
-        bench(BenchConfig(**SMALL, variants=("reference-fp32", "shared-fp32")))
-    monkeypatch.setattr(
-        dispatch,
-        "IMPLEMENTATIONS",
-        {name: IMPLEMENTATIONS[name] for name in ("reference", "shared")},
-    )
-    found = bench(BenchConfig(**SMALL, measures=("step",)))
-    assert found["absent"] == {"shared-fp32": "of the moon"}
-    assert [row["variant"] for row in found["rows"]] == ["reference-fp32"]
-    assert "Not run: shared-fp32: of the moon." in tables.report(found)
+        bench(tiny_config(variants=(REFERENCE, SHARED)))
+    record = bench(tiny_config(measures=("none",)))
+    others = [f"{name}-fp32" for name in IMPLEMENTATIONS if name != "reference"]
+    assert record.absent == dict.fromkeys(others, "of the moon")
+    assert f"Not run: {', '.join(others)}: of the moon." in tables.report(record)
 
 
-# --- correctness ----------------------------------------------------------------------------------
+# --- correctness ---------------------------------------------------------------------------------
 
 
-def test_equal_networks_pass_and_say_how_equal_they_are():
-    found = checked("reference-fp32", "shared-fp32", "shared-bf16")
-    for errors in found.values():
-        assert {"logits", "inference logits"} < errors.keys() and len(errors) == 3
-        assert all(0 <= each["error"] <= each["allowed"] for each in errors.values())
-
-
-def test_after_the_check_the_network_is_a_new_one_again():
-    work = workload("shared-fp32")
+def test_equal_networks_pass_say_how_equal_they_are_and_stay_as_they_were():
+    works = {variant: Workload(variant, LARGER) for variant in (REFERENCE, SHARED, SHARED_BF16)}
+    work = works[SHARED]
     before = {name: tensor.clone() for name, tensor in work.model.state_dict().items()}
     images, labels = work.images.clone(), work.labels.clone()
-    check({SHARED: work}, TINY, 4, 8)
-    assert all(
-        torch.equal(tensor, before[name]) for name, tensor in work.model.state_dict().items()
-    )
+    for errors in check(works).values():
+        assert {"logits", "inference logits"} < errors.keys() and len(errors) == 3
+        assert all(0 <= each.error <= each.allowed for each in errors.values())
+    for name, tensor in work.model.state_dict().items():
+        assert torch.equal(tensor, before[name])
     assert torch.equal(work.images, images) and torch.equal(work.labels, labels)
 
 
 @pytest.mark.parametrize(
-    "architecture",
+    "network",
     [
         Architecture(depth=7, growth_rate=4),
-        Architecture(depth=22, growth_rate=6, bottleneck=True),
-        Architecture(depth=16, growth_rate=8, aggregation="sum"),
-        zoo.architecture("sparsenet_40_12"),
+        Architecture(depth=10, growth_rate=12, bottleneck=True),
+        Architecture(depth=10, growth_rate=16, aggregation="sum"),
+        Architecture(depth=40, growth_rate=24),
     ],
     ids=["plain", "bottleneck", "sum", "deep"],
 )
-def test_no_luck_refuses_what_is_right_however_small(architecture):
-    """Of two images of 8 pixels a side, a few ReLUs that rounding flips are all of a gradient's error."""
-    variants = [Variant("shared", precision) for precision in ("fp32", "bf16")]
-    check({v: Workload(v, architecture, 2, 8, CPU) for v in variants}, architecture, 2, 8)
+def test_no_luck_refuses_what_is_right_however_small(network):
+    """Of two images of 8 pixels a side, a few flipped ReLUs are all of a gradient's error."""
+    checked(SHARED, SHARED_BF16, case=Case(network, 2, 8, CPU))
 
 
 @pytest.mark.parametrize("share", [0.02, 0.2])
 def test_an_error_by_chance_varies_as_much_as_is_derived(share):
-    """The gradient at a ReLU is like a product of two normal numbers, and at a share of them it changes."""
+    """A gradient at a ReLU is like a product of two normal numbers, and some of them change."""
     relus, random = 4096, torch.Generator().manual_seed(0)
     squares = torch.randn(2, 1000, relus, generator=random).prod(0).square()
     flipped = torch.rand(squares.shape, generator=random) < share
     errors = ((squares * flipped).sum(1) / squares.sum(1)).sqrt()
-    assert (
-        errors.std() <= equality.SPREAD / relus**0.5 <= 1.3 * errors.std()
-    )  # 1.2 times for 0.2: 1 / (1 - share)**.5
+    derived = equality.SPREAD / relus**0.5
+    assert errors.std() <= derived <= 1.3 * errors.std()  # 1.2 for 0.2: 1 / (1 - share)**.5
 
 
 def _without_a_gradient(plan, x, readers, statistics, training):
@@ -162,7 +161,22 @@ def _always_as_in_training(plan, x, readers, statistics, training):
     return dispatch.reference.aggregate(plan, x, readers, statistics, True)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def refusals(*variants):
+    """Checks all variants and returns what is said of those that are wrong."""
+    messages = {}
+
+    def note(variant, errors, raise_if_wrong=equality._raise_if_wrong):
+        try:
+            raise_if_wrong(variant, errors)
+        except ValueError as error:
+            messages[variant] = str(error)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(equality, "_raise_if_wrong", note)
+        checked(*variants, case=LARGER)
+    return messages
+
+
 @pytest.mark.parametrize(
     ("wrong", "what"),
     [
@@ -172,18 +186,25 @@ def _always_as_in_training(plan, x, readers, statistics, training):
         (_always_as_in_training, "inference logits"),
     ],
 )
-def test_what_computes_something_else_is_not_timed(monkeypatch, wrong, what, precision):
+def test_what_computes_something_else_is_refused_in_either_precision(monkeypatch, wrong, what):
     monkeypatch.setattr(dispatch.shared, "aggregate", wrong)
-    monkeypatch.setattr(measure, "interleaved", lambda *_: pytest.fail("was timed"))
-    name = f"shared-{precision}"
-    with pytest.raises(
-        ValueError, match=f"bench: the {what}.* of {name} differ from reference-fp32's by .*nothing"
-    ):
-        bench(
-            BenchConfig(
-                **SMALL | {"batch_size": 4}, variants=("reference-fp32", name), measures=("step",)
-            )
-        )
+    messages = refusals(SHARED, SHARED_BF16)
+    for variant in (SHARED, SHARED_BF16):
+        expected = f"the {what}.* of {variant} differ from reference-fp32's by .*nothing was timed"
+        assert re.match(expected, messages[variant])
+
+
+def test_what_is_refused_is_not_timed(monkeypatch, tiny_zoo):
+    monkeypatch.setattr(dispatch.shared, "aggregate", _without_shifts)
+    monkeypatch.setattr(measure, "time_in_turns", lambda *_: pytest.fail("was timed"))
+    with pytest.raises(ValueError, match="the inference logits of shared-fp32 differ"):
+        bench(tiny_config(variants=(REFERENCE, SHARED), batch_size=64))
+
+
+@pytest.fixture
+def tiny_zoo(monkeypatch):
+    """Makes every name that of the same small network."""
+    monkeypatch.setattr(zoo, "architecture", lambda name: TINY)
 
 
 def _times(factor, tensor):
@@ -225,31 +246,29 @@ def _as_if_statistics_had_no_gradient(plan, x, readers, statistics, training):
         return dispatch.reference.aggregate(plan, x, readers, statistics, training)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        _with_gradients(weight=0.9),
-        _with_gradients(scale=0.9),
-        _with_gradients(shift=0.9),
-        _with_gradients(weight=1.1),
-        _with_gradients(weight=-1.0),
-        _with_gradients(shift=-1.0),
-        _as_if_statistics_had_no_gradient,
-    ],
-    ids=["weights", "scales", "shifts", "larger", "sign", "sign of shifts", "statistics"],
-)
-def test_a_gradient_that_is_wrong_by_a_tenth_is_found_in_either_precision(
-    monkeypatch, wrong, precision
-):
+WRONG = {
+    "weights": _with_gradients(weight=0.9),
+    "scales": _with_gradients(scale=0.9),
+    "shifts": _with_gradients(shift=0.9),
+    "larger": _with_gradients(weight=1.1),
+    "sign": _with_gradients(weight=-1.0),
+    "sign of shifts": _with_gradients(shift=-1.0),
+    "statistics": _as_if_statistics_had_no_gradient,
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_gradient_that_is_wrong_by_a_tenth_is_found_in_either_precision(monkeypatch, wrong):
     """Though flipped ReLUs make an error of more than a tenth in bf16."""
-    architecture, variant = Architecture(depth=13, growth_rate=12), Variant("shared", precision)
-    check({variant: Workload(variant, architecture, 32, 16, CPU)}, architecture, 32, 16)
-    monkeypatch.setattr(dispatch.shared, "aggregate", wrong)
-    with pytest.raises(
-        ValueError, match=r"bench: the (lengths of the )?gradients of st.* of shared-.* differ"
-    ):
-        check({variant: Workload(variant, architecture, 32, 16, CPU)}, architecture, 32, 16)
+    monkeypatch.setattr(dispatch.shared, "aggregate", WRONG[wrong])
+    messages = refusals(SHARED, SHARED_BF16)
+    for variant in (SHARED, SHARED_BF16):
+        expected = f"the (lengths of the )?gradients of st.* of {variant} differ"
+        assert re.match(expected, messages[variant])
+
+
+def test_where_wrong_gradients_are_found_right_ones_are_not_refused():
+    assert refusals(SHARED, SHARED_BF16) == {}
 
 
 class Again:
@@ -280,35 +299,26 @@ class Again:
         return replay, outputs
 
 
-def test_what_is_captured_is_checked_and_timed_as_replayed(monkeypatch):
+def test_what_is_captured_is_checked_and_timed_as_replayed(monkeypatch, tiny_zoo):
     recorder = Again()
     record_on_cpu(monkeypatch, lambda device: recorder)
-    monkeypatch.setattr(equality, "ENOUGH", 1)  # one batch
-    found = bench(
-        BenchConfig(
-            **SMALL, variants=("reference-fp32", "shared-fp32-captured"), measures=("step", "infer")
-        )
-    )
-    assert found["rows"][1]["errors"]["logits"]["error"] > 0
-    assert recorder.replays == 2 * (1 + measure.WARM_UP + SMALL["steps"])
-    assert [v.options for v in defaults(("fp32",), False, CPU) if v.implementation == "shared"] == [
-        ("captured",),
-        (),
-    ]
+    monkeypatch.setattr(equality, "ENOUGH_RELUS", 1)  # one batch
+    config = tiny_config(variants=(REFERENCE, CAPTURED), measures=("step", "infer"))
+    record = bench(config)
+    assert record.rows[1].errors["logits"].error > 0
+    assert recorder.replays == 2 * (1 + measure.WARM_UP_ROUNDS + config.steps)
+    shared = [v for v in default_variants(("fp32",), CPU) if v.implementation == "shared"]
+    assert shared == [CAPTURED, SHARED]
 
 
 def test_what_cannot_be_captured_is_not_timed_as_if_it_were(monkeypatch):
     record_on_cpu(monkeypatch, lambda device: Again(fail=True))
-    with pytest.raises(
-        ValueError,
-        match=r"shared-fp32-captured: the inference pass is not captured: this device is",
-    ):
-        checked("reference-fp32", "shared-fp32-captured")
-    with pytest.raises(
-        ValueError,
-        match="an epoch of shared-fp32-captured: the training step is not captured: this",
-    ):
-        epochs([Variant("shared", "fp32", ("captured",))], TINY, 4, 8, CPU, 20)
+    message = "shared-fp32-captured: the inference pass is not captured: this device is"
+    with pytest.raises(ValueError, match=message):
+        checked(CAPTURED)
+    message = "an epoch of shared-fp32-captured: the training step is not captured: this"
+    with pytest.raises(ValueError, match=message):
+        measure_epochs([CAPTURED], CASE, images=20)
 
 
 def test_what_does_not_compile_is_told_in_one_line(monkeypatch):
@@ -316,146 +326,74 @@ def test_what_does_not_compile_is_told_in_one_line(monkeypatch):
         raise RuntimeError("BackendCompilerFailed: no compiler\nand much more")
 
     monkeypatch.setattr(torch, "compile", lambda model, fullgraph: fails)
-    with pytest.raises(
-        ValueError, match=r"^bench: reference-fp32-compiled does not compile: Back.*: no compiler$"
-    ):
-        checked("reference-fp32", "reference-fp32-compiled")
+    message = r"^reference-fp32-compiled does not compile: Back.*: no compiler$"
+    with pytest.raises(ValueError, match=message):
+        checked(Variant("reference", "fp32", ("compiled",)))
 
 
-# --- the clock ------------------------------------------------------------------------------------
+# --- the clock -----------------------------------------------------------------------------------
 
 
 @given(st.integers(1, 5), st.integers(1, 4))
 def test_turns_are_taken(rounds, count):
     calls = []
     acts = {name: lambda name=name: calls.append(name) for name in range(count)}
-    found = measure.interleaved(acts, rounds, CPU)
-    assert calls == list(range(count)) * (measure.WARM_UP + rounds)
-    assert list(found) == list(acts)
-    assert all(each["min"] <= each["median"] <= each["max"] for each in found.values())
+    seconds = measure.time_in_turns(acts, rounds, CPU)
+    assert calls == list(range(count)) * (measure.WARM_UP_ROUNDS + rounds)
+    assert list(seconds) == list(acts)
+    assert all(each.min <= each.median <= each.max for each in seconds.values())
+
+
+def _end(way):
+    if way == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if way == "ended":
+        os._exit(3)
+    raise {"full": RuntimeError(f"… {measure.OUT_OF_MEMORY}: …"), "wrong": KeyError("x")}[way]
+
+
+@pytest.mark.parametrize(
+    ("way", "kind", "message"),
+    [
+        ("killed", torch.OutOfMemoryError, "_end of killed: out of memory"),
+        ("full", torch.OutOfMemoryError, "out of memory"),
+        ("wrong", ValueError, "_end of wrong failed with exit code 1: KeyError: 'x'"),
+        ("ended", ValueError, "exit code 3"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*fork")
+def test_a_process_that_fails_says_why(monkeypatch, way, kind, message):
+    quick = multiprocessing.get_context("fork")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: quick)
+    with pytest.raises(kind, match=message):
+        measure.run_alone(_end, way)
 
 
 def test_a_process_of_its_own_measures_from_its_start():
-    work = measure.work_of(REFERENCE, TINY, 2, 8, CPU)
-    assert measure.alone("first", work | {"since": 0.0})["seconds"] > 1e9  # Unix time
+    seconds = measure.run_alone(measure.seconds_to_first_step, REFERENCE, CASE, 0.0, {})
+    assert seconds > 1e9  # Unix time
 
 
-@pytest.mark.parametrize(
-    ("code", "said", "expected"),
-    [
-        (-9, "", torch.OutOfMemoryError),
-        (1, "…\ntorch.OutOfMemoryError: CUDA out of memory. Tried …", torch.OutOfMemoryError),
-        (
-            1,
-            "RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory: …",
-            torch.OutOfMemoryError,
-        ),
-        (1, "Traceback\nKeyError: 'x'", ValueError),
-        (1, "", ValueError),
-    ],
-)
-def test_a_process_that_fails_says_why(monkeypatch, code, said, expected):
-    monkeypatch.setattr(
-        subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=code, stderr=said, stdout="")
-    )
-    with pytest.raises(
-        expected, match="memory" if expected is torch.OutOfMemoryError else "KeyError|exit code 1"
-    ):
-        measure.alone("memory", {"variant": "shared-fp32"})
-
-
-# --- the best batch -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("rates", "best", "ended"),
-    [
-        (
-            [10, 19, 30, 30.5],
-            512,
-            "batch 512 gains less than 3%",
-        ),  # and is still the best by a little
-        ([10, 19, 18], 128, "batch 256 gains less than 3%"),
-        ([10, 19, None], 128, "batch 256 does not fit into memory"),
-    ],
-)
-def test_the_best_batch_is_found_by_doubling(monkeypatch, rates, best, ended):
-    def alone(task, work):
-        rate = rates[int(math.log2(work["batch_size"] // 64))]
-        if rate is None:
-            raise torch.OutOfMemoryError
-        return {
-            "batch_size": work["batch_size"],
-            "train_images_per_second": rate,
-            "peak_memory_mb": 1.0,
-        }
-
-    monkeypatch.setattr(measure, "alone", alone)
-    found = measure.best_batch(3, measure.work_of(SHARED, TINY, 64, 8, CPU))
-    assert (found["batch_size"], found["ended"]) == (best, ended)
-    assert [trial["batch_size"] for trial in found["trials"]] == [
-        64 * 2**i for i, r in enumerate(rates) if r
-    ]
-
-
-def test_a_batch_that_would_not_fit_into_a_shared_memory_is_not_tried(monkeypatch):
-    trial = {"batch_size": 64, "train_images_per_second": 1.0, "peak_memory_mb": 600.0}
-    monkeypatch.setattr(measure, "alone", lambda *_: trial)
-    monkeypatch.setattr(memory, "available_mb", lambda: 1000.0)
-    found = measure.best_batch(3, measure.work_of(SHARED, TINY, 64, 8, CPU))
-    assert found["ended"] == "batch 128 needs about 1200 MB, 1000 MB are free"
-
-
-# --- memory ---------------------------------------------------------------------------------------
-
-
-def test_the_peak_is_of_what_is_alive_at_once():
-    live = memory.Live(CPU)
-    with live:
-        a = torch.zeros(1000)
-        b = a.view(10, 100) + 1  # its own memory; the view has none
-        del a
-        c = torch.zeros(500)
-        del b, c
-    assert (live.highest, live.total, sorted(live.peak.values())) == (8000, 0, [4000, 4000])
+# --- memory --------------------------------------------------------------------------------------
 
 
 def test_what_memory_consists_of_is_all_of_it():
-    work = workload("shared-fp32", batch_size=64, image_size=16)
-    work.mode(training=True)
-    work.step()
-    found = memory.parts(work, 100.0)
-    parameters = sum(p.nbytes for p in work.model.parameters()) / memory.MB
-    assert found["parameters"] == found["optimizer state"] == pytest.approx(parameters, abs=0.05)
-    assert sum(value for name, value in found.items() if name not in memory.BASE) == pytest.approx(
-        100.0, abs=0.5
-    )
-    reference = workload("reference-fp32", batch_size=64, image_size=16)
-    reference.mode(training=True)
-    reference.step()
-    plain = memory.parts(reference, 100.0)
-    assert plain["features"] == plain["gradient sums"] == plain["readers' buffers"] == 0
-    assert (
-        plain["other saved by autograd"] > found["features"] + found["other saved by autograd"] > 0
-    )
+    parts = {}
+    for variant in (SHARED, REFERENCE):
+        work = Workload(variant, Case(TINY, 64, 16, CPU))
+        work.set_training(True)
+        work.step()
+        parts[variant] = measure.parts_of_memory(work, 100.0)
+        weights = sum(p.nbytes for p in work.model.parameters()) / 1e6
+        for name in ("parameters", "gradients", "optimizer state"):
+            assert parts[variant][name] == pytest.approx(weights, abs=0.05)
+        above_base = [mb for name, mb in parts[variant].items() if name not in measure.IN_BASE]
+        assert sum(above_base) == pytest.approx(100.0, abs=0.5)
+    saved = [parts[variant]["saved for backward"] for variant in (REFERENCE, SHARED)]
+    assert saved[0] > saved[1] > 0
 
 
-def test_an_engines_blocks_are_known_by_the_sizes_of_its_plan():
-    architecture = zoo.architecture("sparsenet_40_12")
-    work = workload("shared-fp32", batch_size=16, image_size=8, architecture=architecture)
-    work.mode(training=True)
-    work.step()
-    found, sizes = memory.parts(work, 0.0), sorted(memory.feature_blocks(work))
-    # It is highest in the backward pass of the first stage: one block of features, one of their gradients' sums.
-    assert (
-        found["features"]
-        == found["gradient sums"]
-        == pytest.approx(sizes[-1] / memory.MB, abs=0.06)
-    )
-    assert 0 < found["readers' buffers"] < found["features"]
-
-
-# --- a whole epoch --------------------------------------------------------------------------------
+# --- a whole epoch -------------------------------------------------------------------------------
 
 
 def test_random_images_are_read_as_any_others(tmp_path):
@@ -466,134 +404,84 @@ def test_random_images_are_read_as_any_others(tmp_path):
 
 
 def test_an_epoch_of_fewer_images_is_an_estimate():
-    found = epochs([REFERENCE, SHARED], TINY, 8, 8, CPU, 20)
-    assert list(found) == [REFERENCE, SHARED]
-    for each in found.values():
-        assert (each["batch_size"], each["images"], each["estimated_from_steps"]) == (8, 20, 3)
-        assert each["train_seconds"]["median"] > 0 and each["test_seconds"]["median"] > 0
-    assert trained(Variant("shared", "fp32", ("lean", "captured")))
-    assert not trained(Variant("reference", "fp32", ("compiled",)))
-    assert not trained(Variant("torchvision", "fp32"))
+    epochs = measure_epochs([REFERENCE, SHARED], Case(TINY, 8, 8, CPU), images=20)
+    assert list(epochs) == [REFERENCE, SHARED]
+    for epoch in epochs.values():
+        assert (epoch.batch_size, epoch.images, epoch.estimated_from_steps) == (8, 20, 3)
+        assert epoch.train_seconds.median > 0 and epoch.test_seconds.median > 0
+    assert can_train(CAPTURED)
+    assert not can_train(Variant("reference", "fp32", ("compiled",)))
+    assert not can_train(Variant("torchvision", "fp32"))
 
 
-# --- depth ----------------------------------------------------------------------------------------
-
-
-@given(
-    st.floats(-10, 10),
-    st.floats(-10, 10),
-    st.lists(st.integers(7, 2000), min_size=2, max_size=8, unique=True),
-)
-def test_the_fit_finds_a_logarithm(a, b, depths):
-    line = depth.fit([(math.log2(d), a + b * math.log2(d)) for d in depths])
-    assert line["a"] + line["b"] * 7 == pytest.approx(
-        a + b * 7, abs=1e-6 * (1 + abs(a) + abs(b)) / _span(depths)
-    )
-    assert line["b"] == pytest.approx(b, abs=1e-8 * (1 + abs(a) + abs(b)) / _span(depths))
-
-
-def _span(depths):
-    return math.log2(max(depths)) - math.log2(min(depths))
-
-
-def test_growth_is_told_beside_the_logarithms():
-    points = [_point(d, (math.log2(d), 2.0)) for d in (40, 100, 1000)]
-    seconds, megabytes = depth.fits(points)
-    assert seconds["r2"] == pytest.approx(1) and (seconds["from"], seconds["to"]) == (100, 1000)
-    assert seconds["growth"] == pytest.approx(seconds["log_growth"]) == pytest.approx(1.5)
-    assert megabytes["growth"] == 1 and megabytes["b"] == pytest.approx(0)
-
-
-def _point(layers, figures, variant="shared-fp32", fetch="sparse"):
-    names = ("seconds_per_layer", "mb_per_layer")
-    total = {
-        "train_seconds": dict.fromkeys(("median", "min", "max"), figures[0] * layers),
-        "peak_memory_mb": 9.0,
-    }
-    where = {
-        "variant": variant,
-        "fetch": fetch,
-        "depth": layers,
-        "layers": layers,
-        "left_out": None,
-    }
-    return where | total | dict(zip(names, figures, strict=True))
+# --- depth ---------------------------------------------------------------------------------------
 
 
 def test_a_depth_is_the_nearest_there_is():
-    assert [depth.architecture("dense", d).depth for d in (7, 40, 250, 500, 1000)] == [
-        7,
-        40,
-        250,
-        499,
-        1000,
-    ]
+    depths = [depth.network_of_depth("dense", d).depth for d in (7, 40, 250, 500, 1000)]
+    assert depths == [7, 40, 250, 499, 1000]
 
 
 @pytest.mark.parametrize(
-    "seconds, free, reason", [(1.0, 1e9, "out of memory"), (400.0, 1e9, "s"), (1.0, 1.0, "MB")]
+    ("seconds", "free", "reason"),
+    [(1.0, 1e9, "out of memory"), (400.0, 1e9, "about [0-9]+ s"), (1.0, 1.0, "MB.* are free")],
 )
 def test_what_does_not_fit_is_left_out_and_so_is_what_is_deeper(monkeypatch, seconds, free, reason):
-    def alone(task, work):
-        if sum(Architecture(**work["architecture"]).stage_depths) > 20:
+    def run_alone(function, variant, case, *arguments):
+        if case.network.depth > 20:
             raise torch.OutOfMemoryError("far too much")
-        return {"train_seconds": {"median": seconds}, "peak_memory_mb": 10.0}
+        return measure.TrainingCost(10.0, None, Spread(seconds, seconds, seconds))
 
-    monkeypatch.setattr(measure, "alone", alone)
-    monkeypatch.setattr(memory, "available_mb", lambda: free)
-    points = depth.sweep([SHARED], [40, 10, 100], 2, 8, 1, CPU)["points"]
+    monkeypatch.setattr(depth, "run_alone", run_alone)
+    monkeypatch.setattr(depth, "available_mb", lambda: free)
+    points = depth.sweep([SHARED], [40, 10, 100], CASE, 1).points
     for fetch in depth.FETCHES:
-        own = [point for point in points if point["fetch"] == fetch]
-        assert [point["depth"] for point in own] == [10, 40]
-        assert (
-            own[0]["left_out"] is None and own[1]["left_out"].endswith(reason)
-        ) or "free" in own[1]["left_out"]
+        shallow, left_out = [point for point in points if point.fetch == fetch]
+        assert (shallow.depth, shallow.left_out) == (10, None)
+        assert (shallow.seconds_per_layer, shallow.mb_per_layer) == (seconds / 6, 10 / 6)
+        assert left_out.depth == 40 and re.search(reason, left_out.left_out)
 
 
-# --- what comes out -------------------------------------------------------------------------------
+# --- what comes out ------------------------------------------------------------------------------
 
 
 def _row(variant, seconds, megabytes):
     implementation, precision = variant.split("-")
-    times = {"median": seconds, "min": 0.9 * seconds, "max": 1.1 * seconds}
-    return {
-        "model": "sparsenet_100_24", "image_size": 32, "batch_size": 64, "variant": variant, "options": [],
-        "implementation": implementation, "precision": precision, "train_seconds": times, "infer_seconds": times,
-        "peak_memory_mb": megabytes,
-        "epoch": {
-            "batch_size": 64, "images": 320, "train_seconds": times, "test_seconds": times, "estimated_from_steps": 5,
-        },
-    }  # fmt: skip
+    spread = Spread(seconds, 0.9 * seconds, 1.1 * seconds)
+    row = Row("sparsenet_100_24", 32, 64, variant, implementation, precision, ())
+    row.train_seconds = row.infer_seconds = spread
+    row.peak_memory_mb = megabytes
+    row.epoch = Epoch(64, 320, spread, spread, estimated_from_steps=5)
+    return row
 
 
 @pytest.fixture
-def found():
-    rows = [
-        _row("reference-fp32", 8.0, 3000.0),
-        _row("reference-bf16", 4.0, 1500.0),
-        _row("shared-bf16", 2.0, 750.0),
+def record():
+    points = [
+        Point("shared-fp32", "sparse", d, d, Spread(1, 1, 1), 9.0, 0.001 * math.log2(d), 2.0)
+        for d in (40, 100, 1000)
     ]
-    points = [_point(d, (0.001 * math.log2(d), 2.0)) for d in (40, 100, 1000)]
-    points.append(
-        {
-            "variant": "shared-fp32",
-            "fetch": "dense",
-            "depth": 1000,
-            "layers": 996,
-            "left_out": "about 9 s",
-        }
+    points.append(Point("shared-fp32", "dense", 1000, 996, left_out="about 9 s"))
+    return Record(
+        model=("sparsenet_100_24",),
+        batch_size=64,
+        image_size=0,
+        precision=("fp32", "bf16"),
+        steps=5,
+        environment={"device_name": "a machine", "threads": 2, "torch": "2", "commit": None},
+        absent={},
+        rows=[
+            _row("reference-fp32", 8.0, 3000.0),
+            _row("reference-bf16", 4.0, 1500.0),
+            _row("shared-bf16", 2.0, 750.0),
+        ],
+        depth=Sweep(64, 12, points),
     )
-    sweep = {"batch_size": 64, "growth_rate": 12, "points": points, "fits": depth.fits(points)}
-    environment = {"device_name": "a machine", "threads": 2, "torch": "2", "commit": None}
-    return {"steps": 5, "environment": environment, "absent": {}, "rows": rows, "depth": sweep}
 
 
-def test_ratios_are_to_the_first_row_and_to_the_reference_in_the_same_precision(found):
-    cells = [
-        [cell.strip() for cell in line.split("|")[1:-1]]
-        for line in tables.report(found)
-        if line.startswith("| ")
-    ]
+def test_ratios_are_to_the_first_row_and_to_the_reference_in_the_same_precision(record):
+    lines = [line for line in tables.report(record) if line.startswith("| ")]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     rows = {each[0]: each[1:] for each in cells[1:4]}
     assert cells[0][:4] == ["batch 64", "training step, s", "ratio", "same precision"]
     assert rows["reference-bf16"][:3] == ["4.00 (3.60–4.40)", "0.50", "1.00"]
@@ -601,59 +489,46 @@ def test_ratios_are_to_the_first_row_and_to_the_reference_in_the_same_precision(
     assert rows["shared-bf16"][6:] == ["750", "0.25", "0.50"]
 
 
-def test_published_figures_are_named_as_such_and_estimates_as_estimates(found):
-    lines = tables.report(found)
+def test_published_figures_are_named_as_such_and_estimates_as_estimates(record):
+    lines = tables.report(record)
     published = [line for line in lines if "61–70" in line]
     assert len(published) == 1 and "*published:*" in published[0]
     assert sum("estimated from 5 steps" in line for line in lines) == 3
-    for row in found["rows"]:
-        row["model"] = "sparsenet_40_12"
-    assert not any("published" in line for line in tables.report(found))
+    for row in record.rows:
+        row.model = "sparsenet_40_12"
+    assert not any("published" in line for line in tables.report(record))
 
 
 def test_figures_have_three_digits():
     numbers = (0, 0.00012345, 0.98765, 1.2345, 98.765, 1234.5)
-    assert [tables._number(x) for x in numbers] == [
-        "0",
-        "0.000123",
-        "0.988",
-        "1.23",
-        "98.8",
-        "1,234",
-    ]
+    texts = ["0", "0.000123", "0.988", "1.23", "98.8", "1,234"]
+    assert [tables._format(number) for number in numbers] == texts
 
 
-def test_everything_is_written(found, tmp_path):
+def test_everything_is_written(record, tmp_path):
     folder = tmp_path / "out" / "of" / "it"
-    plots.write(found, folder)
-    assert {path.name for path in folder.iterdir()} == {
-        "bench.json",
-        "bench.md",
-        "sparsenet_100_24.png",
-        "depth.png",
-    }
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in folder.glob("*.png"))
-    assert json.loads((folder / "bench.json").read_text()) == found
+    plots.write_record(record, folder)
+    picture = "sparsenet_100_24.png"
+    assert {path.name for path in folder.iterdir()} == {"bench.json", "bench.md", picture}
+    assert (folder / picture).read_bytes().startswith(b"\x89PNG")
+    assert msgspec.json.decode((folder / "bench.json").read_bytes(), type=Record) == record
     page = (folder / "bench.md").read_text()
-    assert (
-        "](depth.png)" in page
-        and "left out: about 9 s" in page
-        and "×1.50, the logarithm ×1.50" in page
-    )
+    assert f"]({picture})" in page and "left out: about 9 s" in page
+    line = msgspec.json.encode(msgspec.structs.replace(record, record="all"))
+    (tmp_path / "bench.jsonl").write_bytes(line + b"\n")
+    plots.main(tmp_path / "bench.jsonl", tmp_path)
+    assert (tmp_path / "gpu-all" / "bench.md").read_text() == page
 
 
-def test_what_is_measured_is_a_json_value():
-    config = BenchConfig(
-        **SMALL, variants=("reference-fp32", "shared-bf16"), measures=("step", "infer")
-    )
-    found = bench(config)
-    assert json.loads(json.dumps(found)) == found
-    assert [row["variant"] for row in found["rows"]] == list(config.variants)
-    assert {"torch", "device_name", "commit", "threads"} <= found["environment"].keys()
-    assert tables.report(found) == tables.report(json.loads(json.dumps(found)))
+def test_the_records_that_are_kept_can_be_read_and_say_what_they_said():
+    for file in SCRIPTS.parent.glob("results/**/bench.json"):
+        record = msgspec.json.decode(file.read_bytes(), type=Record)
+        page = file.with_name("bench.md").read_text().splitlines()
+        lines = [line for line in page if not line.startswith(("- ", "!["))]  # fits and pictures
+        assert list(filter(None, lines)) == list(filter(None, tables.report(record)))
 
 
-# --- the command line -----------------------------------------------------------------------------
+# --- the command line ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -662,90 +537,86 @@ def test_what_is_measured_is_a_json_value():
         (("--variants", "refrence-fp32"), ("'refrence'", "did you mean reference?")),
         (("--variants", "shared"), ("a precision of fp32, bf16",)),
         (("--variants", "shared-fp32-fast"), ("'fast'", "compiled")),
-        (("--variants", "shared-fp32-captured"), ("only cuda records", "cpu")),
+        (("--variants", "shared-fp32-captured"), ("only CUDA devices record", "cpu")),
         (("--variants", "torchvision-fp64"), ("'fp64'",)),
-        (("--variants", "reference-fp32-lean"), ("keep everything",)),
-        (("--measures", "step,speed"), ("step,infer,memory,first,epoch", "'speed'")),
+        (("--variants", "native-fp32-compiled"), ("cannot look into",)),
+        (("--variants", ","), ("--variants", "at least one", "none")),
+        (("--measures", "step,speed"), ("step,infer,memory,parts,first,epoch", "'speed'")),
         (("--precision", "fp16"), ("fp32,bf16", "'fp16'")),
         (("--steps", "0"), ("--steps", "at least 1", "0")),
         (("--steps", "many"), ("--steps", "a whole number", "'many'")),
         (("--batch-size", "-4"), ("--batch_size", "at least 1", "-4")),
-        (("--epoch", "3", "--batch_size", "8"), ("--epoch", "3")),
+        (("--image_size", "3"), ("image_size: expected at least 4",)),
+        (("--image_size", "-1"), ("--image_size", "a whole number of at least 0")),
         (("--depths", "40,x"), ("--depths", "'x'")),
         (("--depths", "4"), ("--depths", "at least 7", "4")),
         (("--model", ""), ("--model", "none")),
-        (("--model", "sparsenet_40_12,sparsnet"), ("sparsenet", "'sparsnet'")),
+        (("--model", "sparsnet"), ("sparsenet", "'sparsnet'")),
+        (("--device", "gpu"), ("--device", "cpu", "'gpu'")),
+        (("--sped", "1"), ("--sped",)),
     ],
 )
-def test_a_bad_call_gets_one_line(call, flags, expected):
+def test_a_bad_call_gets_one_line(bench_command, flags, expected):
     outcome = bench_command("--device", "cpu", *flags)
     assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.error.startswith("sparsenet bench: ")
     assert all(part in outcome.error for part in expected), outcome.error
 
 
-def test_lists_may_have_commas_or_be_given_again(call):
-    tiny = (
-        "--batch_size",
-        2,
-        "--image_size",
-        8,
-        "--steps",
-        1,
-        "--device",
-        "cpu",
-        "--measures",
-        "step",
-    )
-    names = (
-        "--model",
-        "sparsenet_40_12",
-        "--model",
-        "densenet_40_12",
-        "--variants",
-        "reference-fp32,shared-fp32",
-    )
-    outcome = bench_command(*tiny, *names, "--out", "there", "--json")
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), MemoryError(), OSError("full")])
+def test_a_failure_gets_one_line_and_another_code(bench_command, monkeypatch, error):
+    def fails(config):
+        raise error
+
+    monkeypatch.setattr(__main__, "bench", fails)
+    outcome = bench_command()
+    assert outcome.code == 1 and outcome.error.endswith(("full", "out of memory"))
+
+
+def test_lists_may_have_commas_or_be_given_again(bench_command, tiny_zoo):
+    names = ("--model", "densenet_40_12", "--variants", "reference-fp32,shared-bf16")
+    measures = ("--steps", 1, "--measures", "step,infer", "--batch_size", 64)
+    outcome = bench_command(*FLAGS, *names, *measures, "--out", "there", "--json")
     assert (outcome.code, outcome.err) == (0, "")
-    found = json.loads(outcome.out)
-    assert [(row["model"], row["implementation"]) for row in found["rows"]] == [
-        (model, each)
+    value = json.loads(outcome.out)
+    assert [(row["model"], row["implementation"]) for row in value["rows"]] == [
+        (model, implementation)
         for model in ("sparsenet_40_12", "densenet_40_12")
-        for each in ("reference", "shared")
+        for implementation in ("reference", "shared")
     ]
-    assert json.loads(Path("there/bench.json").read_text()) == found
+    assert json.loads(Path("there/bench.json").read_text()) == value
+    assert {"torch", "device_name", "commit", "threads"} <= value["environment"].keys()
+    for row in value["rows"]:
+        assert row["options"] == [] and row["train_seconds"]["median"] > 0
+    record = msgspec.json.decode(outcome.out, type=Record)
+    assert Path("there/bench.md").read_text().startswith("\n".join(tables.report(record)))
 
 
-def test_the_network_of_a_run_can_be_timed(call, trained):
-    flags = (
-        "--variants",
-        "reference-fp32,shared-fp32",
-        "--measures",
-        "step",
-        "--steps",
-        1,
-        "--batch_size",
-        2,
-    )
-    found = json.loads(bench_command("--model", trained, *flags, "--device", "cpu", "--json").out)
-    assert [(row["model"], row["image_size"]) for row in found["rows"]] == [(str(trained), 8)] * 2
+def test_the_network_of_a_run_can_be_timed(bench_command, trained):
+    flags = ("--measures", "step", "--steps", 1, "--batch_size", 2, "--device", "cpu")
+    outcome = bench_command("--model", trained, "--variants", "reference-fp32", *flags, "--json")
+    [row] = json.loads(outcome.out)["rows"]
+    assert (row["model"], row["image_size"]) == (str(trained), 8)
     assert bench_command("--model", trained.parent, *flags).code == 2  # a folder that is no run
 
 
-def test_the_scripts_are_sound():
-    folder = Path(__file__).parent.parent / "benchmarks"
-    for name in ("compare.sh", "publish.sh"):
-        assert subprocess.run(["bash", "-n", folder / name]).returncode == 0
-        outcome = subprocess.run([folder / name], capture_output=True, text=True)
-        assert outcome.returncode == 2 and outcome.stderr.startswith("usage: ")
+# --- the scripts ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["compare.sh", "publish.sh", "gpu.sh"])
+def test_the_scripts_are_sound(name):
+    assert subprocess.run(["bash", "-n", SCRIPTS / name]).returncode == 0
+    outcome = subprocess.run([SCRIPTS / name], capture_output=True, text=True)
+    assert outcome.returncode == 2 and outcome.stderr.startswith("usage: ")
 
 
 PROGRAM = """#!/usr/bin/env bash
-# Stands in for the program, and for a Python that runs it: leaves a run of as many epochs as $EPOCHS has, or a record.
+# Stands in for the program and a Python that runs it: leaves a record, or a run of $EPOCHS epochs.
 [ -z "${FAIL:-}" ] || exit 1
 case " $* " in
     *" train "*) ;;
-    *" bench "*)
-        [[ $* != *"${WRONG:-nothing}"* ]] || { echo "sparsenet: bench: $WRONG: not captured" >&2; exit 2; }
+    *" benchmarks.bench "*)
+        [[ $* != *"${WRONG:-nothing}"* ]] || { echo "sparsenet bench: $WRONG: not so" >&2; exit 2; }
         [[ $* != *"measures ${HANGS:-nothing}"* ]] || exec sleep 600
         printf '{\n  "call": "%s"\n}\n' "$*"
         exit
@@ -777,7 +648,6 @@ def script(tmp_path):
     for name in ("sparsenet", "python"):
         (tmp_path / "bin" / name).write_text(PROGRAM)
         (tmp_path / "bin" / name).chmod(0o755)
-    folder = Path(__file__).parent.parent / "benchmarks"
     environment = os.environ | {
         "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
         "PYTHON": "python",
@@ -786,13 +656,9 @@ def script(tmp_path):
 
     def run(name, *arguments, until=None, **more):
         """*until*: a file and what is in it when the script is told to end."""
-        how = {
-            "env": environment | more,
-            "stdout": subprocess.PIPE,
-            "stderr": subprocess.PIPE,
-            "text": True,
-        }
-        with subprocess.Popen([folder / name, *arguments], cwd=tmp_path, **how) as process:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        command, variables = [SCRIPTS / name, *arguments], environment | more
+        with subprocess.Popen(command, cwd=tmp_path, env=variables, **pipes) as process:
             while until and process.poll() is None:
                 file, text = until
                 if (tmp_path / file).exists() and text in (tmp_path / file).read_text():
@@ -817,13 +683,11 @@ def test_comparisons_are_made_once_wherever_they_go_and_published_without_paths(
     assert script("publish.sh", *runs, "records").returncode == 0
     record = tmp_path / "records" / runs[0].name
     assert json.loads((record / "config.json").read_text())["data"]["dataset_dir"] == "my data"
-    assert {file.name for file in record.iterdir()} == {
-        "config.json", "result.json", "metrics.csv", "requirements.txt", "train.log", "curves.png", "graph.svg",
-    }  # fmt: skip
+    files = "config.json curves.png graph.svg metrics.csv requirements.txt result.json train.log"
+    assert sorted(file.name for file in record.iterdir()) == files.split()
     assert not (tmp_path / "records" / "densenet-22-8-seed1" / "curves.png").exists()
-    assert (
-        script("publish.sh", *runs[:2]).returncode == 1
-    )  # the last is a run, not a folder of records
+    # A run is no folder of records.
+    assert script("publish.sh", *runs[:2]).returncode == 1
     (runs[0] / "result.json").unlink()
     assert script("publish.sh", runs[0], "records").returncode == 1
 
@@ -856,19 +720,17 @@ def test_the_gpu_s_trainings_go_on_wherever_they_are_carried(script, tmp_path):
     large, two = str(8 * 2**20), {"PIECES": "fast-15-seed0|strong-seed0"}
     assert script("gpu.sh", "1", EPOCHS="1", SIZE=large, **two).returncode == 3  # of 3
     assert len(list((tmp_path / "1").glob("runs.tar.gz.*"))) == 2
-    found = members(tmp_path / "1", "runs")
-    assert "fast-15-seed0/checkpoints/last-1.json" in found and not any(
-        "best" in name for name in found
-    )
+    unfinished = members(tmp_path / "1", "runs")
+    assert "fast-15-seed0/checkpoints/last-1.json" in unfinished
+    assert not any("best" in name for name in unfinished)
     second = script("gpu.sh", "2", "1", EPOCHS="2", **two)
     assert second.returncode == 3 and "--resume" in second.stdout
     assert script("gpu.sh", "2", EPOCHS="3", **two).returncode == 0
     assert members(tmp_path / "2", "runs") == []
-    found = members(tmp_path / "2", "done")
-    assert {f"{run}-seed0/checkpoints/best-1.safetensors" for run in ("fast-15", "strong")} < set(
-        found
-    )
-    assert not any("last" in name for name in found)
+    finished = members(tmp_path / "2", "done")
+    for run in ("fast-15", "strong"):
+        assert f"{run}-seed0/checkpoints/best-1.safetensors" in finished
+    assert not any("last" in name for name in finished)
     for path in (tmp_path / "2").glob("done.*"):  # fetched and put away
         path.unlink()
     again = script("gpu.sh", "3", "2", EPOCHS="0", **two)
@@ -878,19 +740,15 @@ def test_the_gpu_s_trainings_go_on_wherever_they_are_carried(script, tmp_path):
 def test_a_variant_that_fails_on_the_gpu_takes_nothing_from_the_others(script, tmp_path):
     pieces = {"PIECES": "(step|epoch|compiled)-100-24"}
     outcome = script("gpu.sh", "out", WRONG="shared-fp32", **pieces)
-    assert (
-        outcome.returncode == 1
-        and "FAILED: step-100-24 epoch-100-24 compiled-100-24" in outcome.stdout
-    )
-    found = records(tmp_path / "out")
-    assert found.keys() == {
-        "step-100-24",
-        "compiled-100-24",
-    }  # an epoch is measured of that variant alone
-    assert all("reference-fp32-nhwc" in call and "shared" not in call for call in found.values())
+    assert outcome.returncode == 1
+    assert "FAILED: step-100-24 epoch-100-24 compiled-100-24" in outcome.stdout
+    calls = records(tmp_path / "out")
+    # An epoch is measured of that variant alone.
+    assert calls.keys() == {"step-100-24", "compiled-100-24"}
+    assert all("reference-fp32-nhwc" in call and "shared" not in call for call in calls.values())
     assert script("gpu.sh", "out", **pieces).returncode == 0
     assert all("shared" in call for call in records(tmp_path / "out").values())
-    assert "sparsenet bench" not in script("gpu.sh", "out", **pieces).stdout
+    assert "benchmarks.bench --variants" not in script("gpu.sh", "out", **pieces).stdout
 
 
 def test_wrong_kernels_are_told_and_the_rest_is_measured(script, tmp_path):
@@ -911,43 +769,13 @@ def test_the_gpu_script_killed_leaves_what_it_has(script, tmp_path):
 
 
 def test_a_piece_that_hangs_on_the_gpu_is_ended(script):
-    outcome = script("gpu.sh", "out", PIECES="epoch-100-24", HANGS="epoch", LIMIT="3")
+    outcome = script("gpu.sh", "out", PIECES="epoch-100-24", HANGS="epoch", LIMIT="2")
     assert outcome.returncode == 3 and "yet to be made, by a call with " in outcome.stdout
 
 
-def test_the_gpu_script_is_sound():
-    script = Path(__file__).parent.parent / "benchmarks" / "gpu.sh"
-    assert subprocess.run(["bash", "-n", script]).returncode == 0
-    outcome = subprocess.run([script], capture_output=True, text=True)
-    assert outcome.returncode == 2 and outcome.stderr.startswith("usage: ")
-
-
-def test_the_command_prints_one_json_value(bench_command):
-    tiny = ["--batch_size", "2", "--image_size", "8", "--steps", "1", "--device", "cpu"]
-    said = bench_command("--json", "--model", "sparsenet_40_12", *tiny)
-    found = json.loads(said.out)
-    assert (said.code, said.err) == (0, "")
-    assert {"model", "batch_size", "image_size", "precision", "environment", "rows"} <= found.keys()
-    assert {"reference", "shared"} <= {row["implementation"] for row in found["rows"]}
-    assert all(row["train_seconds"]["median"] > 0 for row in found["rows"])
-
-
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
-        (["--model", "sparsenet_40_21"], "sparsenet_40_12.*'sparsenet_40_21'"),
-        (["--model", "sparsenet_40_12", "--image_size", "3"], "image_size: expected at least 4"),
-        (
-            ["--model", "sparsenet_40_12", "--image_size", "-1"],
-            "--image_size: expected a whole number of at least 0",
-        ),
-        (["--device", "gpu"], "--device.*cpu.*'gpu'"),
-    ],
-)
-def test_a_bad_call_is_one_line(bench_command, flags, expected):
-    said = bench_command(*flags, "--batch_size", "2", "--steps", "1")
-    assert (
-        (said.code, said.out) == (2, "")
-        and said.err.count("\n") == 1
-        and re.search(expected, said.err)
-    ), said.err
+def test_a_gpu_machine_without_the_packages_is_told_so_at_once(script, tmp_path):
+    program = PROGRAM.replace("case", '[[ $* != *"import msgspec"* ]] || exit 1\ncase', 1)
+    (tmp_path / "bin" / "python").write_text(program)
+    outcome = script("gpu.sh", "out")
+    assert outcome.returncode == 1 and outcome.stderr.count("\n") == 1
+    assert "msgspec" in outcome.stderr and "benchmarks/README.md" in outcome.stderr

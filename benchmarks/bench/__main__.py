@@ -1,90 +1,127 @@
-"""``python -m benchmarks.bench``: the command line of the side-by-side benchmark."""
+"""Compares implementations of a network: ``python -m benchmarks.bench``.
+
+Exit codes: 0 done, 1 out of memory or a file that cannot be written, 2 a bad call or a variant
+that is wrong; one line on stderr says what was expected and found.
+"""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import sys
+from argparse import ArgumentTypeError
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bench import BenchConfig, bench
-from benchmarks.bench.plots import write
+import msgspec
+import torch
+
+from benchmarks.bench.comparison import MEASURES, BenchConfig, bench
+from benchmarks.bench.plots import write_record
 from benchmarks.bench.tables import report
+from benchmarks.bench.variants import OPTIONS, Variant
 from sparsenet.device import tune_process
+from sparsenet.extras import MissingExtra
+from sparsenet.flags import Parser
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     tune_process()
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.bench", description=__doc__, allow_abbrev=False
-    )
-    _bench_flags(parser)
-    parser.add_argument(
-        "--out",
-        default="",
-        metavar="DIR",
-        help="also write bench.json, bench.md and pictures there",
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="one JSON value on stdout and nothing else"
-    )
-    args = parser.parse_args(arguments)
-    names = [f.name for f in dataclasses.fields(BenchConfig) if f.name in args]
-    given: dict[str, Any] = {name: vars(args)[name] for name in names}
     try:
-        if given.get("variants") == []:
-            raise ValueError(
-                "--variants: expected names such as reference-fp32,native-bf16, found none"
-            )
-        given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
-        found = bench(BenchConfig(**given))
-    except ValueError as error:
-        print(f"benchmarks.bench: {error}", file=sys.stderr)
-        return 2
-    if args.out:
-        write(found, Path(args.out))
-    print(json.dumps(found, indent=2) if args.json else "\n".join(report(found)))
-    return 0
+        flags = vars(_parser().parse_args(arguments))
+        out, as_json = flags.pop("out"), flags.pop("json")
+        lists = {name: tuple(value) for name, value in flags.items() if isinstance(value, list)}
+        record = bench(BenchConfig(**flags | lists))
+        if out:
+            write_record(record, Path(out))
+        as_text = "\n".join(report(record))
+        print(msgspec.json.format(msgspec.json.encode(record)).decode() if as_json else as_text)
+        return 0
+    except (ValueError, MissingExtra) as error:
+        code, message = 2, str(error)
+    except (OSError, MemoryError, torch.OutOfMemoryError) as error:
+        code, message = 1, str(error)
+    print("sparsenet bench:", " ".join(message.split()) or "out of memory", file=sys.stderr)
+    return code
 
 
-def _bench_flags(parser: argparse.ArgumentParser) -> None:
-    """One flag for each setting; flags not given leave no trace in the namespace."""
-    for f in dataclasses.fields(BenchConfig):
-        how: dict[str, Any] = {"action": "store_true"}
-        shown = f.metadata["help"]
-        if isinstance(f.default, tuple):
-            how = {
-                "type": _whole_numbers if f.name == "depths" else _names,
-                "action": "extend",
-                "metavar": "LIST",
-            }
-            shown = f"{shown} (default {','.join(f.default)})" if f.default else shown
-        elif not isinstance(f.default, bool):
-            how = {
-                "type": type(f.default) if isinstance(f.default, str) else _whole_number,
-                "metavar": "VALUE",
-            }
-            shown = shown if f.default in (0, -1) else f"{shown} (default {f.default})"
-        if f.name == "epoch":
-            how |= {"nargs": "?", "const": 0}
-        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=shown, **how)
+def _parser() -> Parser:
+    parser = Parser(prog="python -m benchmarks.bench", description=__doc__)
+
+    def add(name: str, kind: Callable[[str], object], help: str) -> None:
+        default = getattr(BenchConfig, name)
+        how: dict[str, Any] = {"metavar": "VALUE"}
+        if isinstance(default, tuple):
+            how = {"metavar": "LIST", "action": "extend"}
+            default = ",".join(default)
+        shown = f"{help} (default {default})" if default else help
+        names = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
+        parser.add_argument(*names, type=kind, default=argparse.SUPPRESS, help=shown, **how)
+
+    add("model", _list_of(str), "names of 'sparsenet models', or run folders")
+    add("batch_size", _at_least(1), "images a step")
+    add("image_size", _at_least(0), "pixels; default: what the network is made for")
+    add("steps", _at_least(1), "counted steps of each variant")
+    add(
+        "precision",
+        _list_of(_one_of("fp32", "bf16")),
+        "arithmetic of what is compared without --variants; default: fp32 on a CPU, else both",
+    )
+    add(
+        "variants",
+        _list_of(Variant.parse),
+        "what to compare, as reference-fp32,shared-bf16; "
+        f"options: -{', -'.join(OPTIONS)}; default: all that can run",
+    )
+    add(
+        "measures",
+        _list_of(_one_of(*MEASURES, "none")),
+        f"what to measure, of {','.join(MEASURES)}; parts are those of the peak of memory; "
+        "none: nothing but the depths",
+    )
+    add(
+        "depths",
+        _list_of(_at_least(7)),
+        "also a sweep over depths, sparse and dense, as 40,100,250,500,1000",
+    )
+    add("device", str, "auto, cpu, cuda, …")
+    parser.add_argument(
+        "--out", default="", metavar="DIR", help="write a record and pictures there"
+    )
+    parser.add_argument("--json", action="store_true", help="print the record instead of tables")
+    return parser
 
 
-def _whole_number(text: str) -> int:
-    if not text.removeprefix("-").isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a whole number, found {text!r}")
-    return int(text)
+def _at_least(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.removeprefix("-").isdecimal() or int(text) < least:
+            raise ArgumentTypeError(f"expected a whole number of at least {least}, found {text!r}")
+        return int(text)
+
+    return parse
 
 
-def _whole_numbers(text: str) -> list[int]:
-    return [_whole_number(part) for part in _names(text)]
+def _one_of(*choices: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in choices:
+            raise ArgumentTypeError(f"expected some of {','.join(choices)}, found {text!r}")
+        return text
+
+    return parse
 
 
-def _names(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
+def _list_of(kind: Callable[[str], object]) -> Callable[[str], list[object]]:
+    def parse(text: str) -> list[object]:
+        parts = [part.strip() for part in text.split(",") if part.strip()]
+        if not parts:
+            raise ArgumentTypeError(f"expected at least one value, found none in {text!r}")
+        try:
+            return [kind(part) for part in parts]
+        except ValueError as error:
+            raise ArgumentTypeError(str(error)) from None
+
+    return parse
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -1,102 +1,102 @@
-"""A whole epoch as the program trains it: data, augmentation, optimizer and evaluation, on random images."""
+"""A whole epoch as the program trains it: data, augmentation, optimizer and evaluation."""
 
 from __future__ import annotations
 
+import csv
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 
-from benchmarks.bench.measure import Spread, spread
-from benchmarks.bench.variants import THEIRS, Variant
-from sparsenet.architecture import Architecture
+from benchmarks.bench.record import Epoch, Spread
+from benchmarks.bench.variants import TORCHVISION, Variant
+from benchmarks.bench.workload import Case
 from sparsenet.config import RunConfig, TrainConfig
 from sparsenet.data.config import DataConfig
 from sparsenet.events import EpochDone, Event, Message
 from sparsenet.run import Run
 from sparsenet.train import train
 
-TRAIN, TEST = 50_000, 10_000  # images of CIFAR-10
-EPOCHS = 3  # measured, after one that records, tunes and fills caches
-RECORD = 1 + 3 * 32 * 32  # bytes of a label and an image
+TRAIN_IMAGES, TEST_IMAGES = 50_000, 10_000  # of CIFAR-10
+EPOCHS = 3  # that are measured, after one that records, tunes and fills caches
+RECORD_BYTES = 1 + 3 * 32 * 32  # a label and an image
 
 
-def trained(variant: Variant) -> bool:
-    """Whether the program has this way to train: all but what is here to be compared with."""
-    return variant.implementation not in THEIRS and set(variant.options) <= {"lean", "captured"}
+def can_train(variant: Variant) -> bool:
+    """Says whether the program itself can train this way."""
+    return variant.implementation != TORCHVISION and set(variant.options) <= {"captured"}
 
 
-def epochs(
-    variants: Sequence[Variant],
-    architecture: Architecture,
-    batch_size: int,
-    image_size: int,
-    device: torch.device,
-    images: int,
-) -> dict[Variant, dict[str, Any]]:
-    """Seconds of a training epoch over *images* and of a pass over a fifth of them; they take turns epoch by epoch.
+def measure_epochs(
+    variants: Sequence[Variant], case: Case, images: int = TRAIN_IMAGES
+) -> dict[Variant, Epoch]:
+    """Times epochs of *images* random images, and test passes over a fifth; variants take turns.
 
-    Other numbers than CIFAR-10's are scaled to its 50,000 and 10,000 and say so.
+    Times of other numbers of images are scaled to those of CIFAR-10.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        write_images(Path(folder, "data"), images, -(-images * TEST // TRAIN))
-        data = DataConfig(
-            dataset="c10", dataset_dir=str(Path(folder, "data")), image_size=image_size
-        )
-        runs = {}
-        for variant in variants:
-            how = TrainConfig(
-                batch_size=batch_size, max_epoch=2 + EPOCHS, device=str(device), precision=variant.precision,
-                implementation=variant.implementation, capture="captured" in variant.options, save_every=1e9,
-                memory="lean" if "lean" in variant.options else "normal",
-            )  # fmt: skip
-            run = Run.create(Path(folder, str(variant)))
-            runs[variant] = train(RunConfig(network=architecture, data=data, train=how), run)
-        rows: dict[Variant, list[dict[str, Any]]] = {variant: [] for variant in variants}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_images(folder / "data", images, -(-images * TEST_IMAGES // TRAIN_IMAGES))
+        runs = {variant: Run.create(folder / str(variant)) for variant in variants}
+        trainings = {
+            variant: train(_run_config(variant, case, folder / "data"), run)
+            for variant, run in runs.items()
+        }
         for _ in range(1 + EPOCHS):
-            for variant, events in runs.items():
-                rows[variant].append(_next_row(variant, events))
-        for events in runs.values():
+            for variant, events in trainings.items():
+                _train_one_epoch(variant, events)
+        for events in trainings.values():
             events.close()  # type: ignore[attr-defined]
-    return {variant: _summary(found[1:], images, batch_size) for variant, found in rows.items()}
+        return {variant: _summary(run, images, case.batch_size) for variant, run in runs.items()}
 
 
-def _next_row(variant: Variant, events: Iterator[Event]) -> dict[str, Any]:
-    """Of the next epoch; ``ValueError`` where one that was to be recorded was not."""
+def _run_config(variant: Variant, case: Case, data: Path) -> RunConfig:
+    return RunConfig(
+        network=case.network,
+        data=DataConfig(dataset="c10", dataset_dir=str(data), image_size=case.image_size),
+        train=TrainConfig(
+            batch_size=case.batch_size,
+            max_epoch=2 + EPOCHS,
+            device=str(case.device),
+            precision=variant.precision,
+            implementation=variant.implementation,
+            capture="captured" in variant.options,
+            save_every=1e9,
+        ),
+    )
+
+
+def _train_one_epoch(variant: Variant, events: Iterator[Event]) -> None:
     for event in events:
         if isinstance(event, EpochDone):
-            return event.row
-        if (
-            isinstance(event, Message)
-            and "captured" in variant.options
-            and "not captured" in event.text
-        ):
-            raise ValueError(f"bench: an epoch of {variant}: {event.text}")
+            return
+        text = event.text if isinstance(event, Message) else ""
+        if "not captured" in text and "captured" in variant.options:
+            raise ValueError(f"an epoch of {variant}: {text}")
     raise AssertionError("training ended before its last epoch")
 
 
-def _summary(rows: Sequence[Mapping[str, float]], images: int, batch_size: int) -> dict[str, Any]:
-    scale = TRAIN / images
-    found: dict[str, Any] = {"batch_size": batch_size, "images": images}
-    for name, column in (("train_seconds", "seconds"), ("test_seconds", "eval_seconds")):
-        taken: Spread = spread([row[column] * scale for row in rows])
-        found[name] = taken
-    return {**found, "estimated_from_steps": None if images == TRAIN else -(-images // batch_size)}
+def _summary(run: Run, images: int, batch_size: int) -> Epoch:
+    with (run.path / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))[1:]
+    scale = TRAIN_IMAGES / images
+    return Epoch(
+        batch_size=batch_size,
+        images=images,
+        train_seconds=Spread.of([float(row["seconds"]) * scale for row in rows]),
+        test_seconds=Spread.of([float(row["eval_seconds"]) * scale for row in rows]),
+        estimated_from_steps=None if images == TRAIN_IMAGES else -(-images // batch_size),
+    )
 
 
 def write_images(folder: Path, train_images: int, test_images: int) -> None:
-    """Random pixels and labels in the binary layout of CIFAR-10, unpacked."""
+    """Writes random pixels and labels in the binary layout of CIFAR-10."""
     target, random = folder / "cifar-10-batches-bin", np.random.default_rng(0)
     target.mkdir(parents=True)
-    counts = {
-        f"data_batch_{i}": len(part)
-        for i, part in enumerate(np.array_split(np.empty(train_images), 5), 1)
-    }
+    counts = {f"data_batch_{i}": (train_images + 5 - i) // 5 for i in range(1, 6)}
     for name, count in (counts | {"test_batch": test_images}).items():
-        records = random.integers(0, 256, (count, RECORD), dtype=np.uint8)
+        records = random.integers(0, 256, (count, RECORD_BYTES), dtype=np.uint8)
         records[:, 0] %= 10
         (target / f"{name}.bin").write_bytes(records.tobytes())
     (target / "batches.meta.txt").write_text("\n".join(f"class {i}" for i in range(10)))

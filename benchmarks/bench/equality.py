@@ -1,19 +1,22 @@
-"""That everything which is measured computes the same: nothing is timed before.
+"""Nothing is timed before it has been shown to compute what the reference computes.
 
-Rounding flips a ReLU here and there, and the gradient changes by all that went through it. Which ones flip is chance:
-another processor rounds otherwise, and a bound that counts on the same ones refuses what is right. How many flip is
-not: an error of e in what a layer's ReLUs are given flips a share of at most 0.8 e of them, which adds 0.8 e to the
-square of the gradient's relative error.
+Rounding flips a ReLU here and there, and the gradient changes by all that went through it. Which
+ReLUs flip is chance: another processor rounds otherwise, and a bound that counts on the same ones
+refuses what is right. How many flip is not chance: an error of e in what a layer's ReLUs are given
+flips a share of at most 0.8 e of them, which adds 0.8 e to the square of the gradient's relative
+error.
 
-**How far chance goes.** Of n ReLUs, one that flips has a share w of the gradient's square: 1/n in the mean, and 9/n² in
-the mean of squares, since a gradient at a ReLU is like a product of two normal numbers, whose fourth moment is 9. A
-square of an error that is m in the mean so has a variance of 9 m/n, and the error itself a standard deviation of
-1.5 n^-½, whatever m is. Here n is of the smallest layer, and as many random batches are compared as make it large.
-Errors are means over them, in which every batch has the same say: in a sum one with many flips would outweigh the rest.
+**How far chance goes.** Of n ReLUs, one that flips has a share w of the gradient's square. The mean
+of w is 1/n and the mean of its square is 9/n², since a gradient at a ReLU is like a product of two
+normal numbers, whose fourth moment is 9. So the square of an error whose mean is m has a variance
+of 9 m/n, and the error itself has a standard deviation of 1.5 n^-½, whatever m is. Here n is that
+of the smallest layer, and as many random batches are compared as make it large. Errors are means
+over the batches: in a sum, a batch with many flips would outweigh the rest.
 
-**What a large error hides**, a gradient that is wrong by a factor or lacks a term, shows in the gradient's length. A
-flip takes a part away or adds another of the same size, so it changes the length only as far as the error happens to
-lie along the gradient, now longer, now shorter. How large that part is, the reference shows from batch to batch.
+**What a large error hides**, a gradient that is wrong by a factor or lacks a term, shows in the
+gradient's length. A flip takes a part away or adds another of the same size, so it changes the
+length only as far as the error happens to lie along the gradient, now longer, now shorter. The
+reference shows from batch to batch how large that part is.
 """
 
 from __future__ import annotations
@@ -22,218 +25,215 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from benchmarks.bench.variants import THEIRS, Variant, Workload
+from benchmarks.bench.record import Bounded
+from benchmarks.bench.variants import TORCHVISION, Variant
+from benchmarks.bench.workload import Case, Workload
 from sparsenet.adoption import adopt
 from sparsenet.architecture import Architecture
 
 TRUTH = Variant("reference", "fp32")
-HALF = Variant("reference", "bf16")  # how far from the truth others may be in bf16
-SMALL = 8  # images on which the reference's own error in fp32 is measured: fp64 is slow
-FLIPPED = 0.8  # share of ReLUs that an error flips, for each unit of it: twice the standard normal's density at 0
-SPREAD = 1.5  # standard deviation of a gradient's error, times the root of the number of ReLUs: see above
-ENOUGH = 4096  # ReLUs of the smallest layer, in all batches together: a standard deviation of 0.02
-SEVERAL = 4  # batches that show by how much a figure varies
+TRUTH_BF16 = Variant("reference", "bf16")  # how far from the truth others may be in bf16
+FP64_IMAGES = 8  # on which the reference's own error in fp32 is measured: fp64 is slow
+FLIPPED = 0.8  # share of ReLUs that an error flips, per unit: twice the normal density at 0
+SPREAD = 1.5  # standard deviation of a gradient's error, times the root of the number of ReLUs
+ENOUGH_RELUS = 4096  # of the smallest layer in all batches: a standard deviation of 0.02
+SEVERAL_BATCHES = 4  # show by how much a figure varies
 SURE = 5  # standard deviations: a normal number is larger once in three million times
 ROUNDING = {"fp32": torch.finfo(torch.float32).eps, "bf16": torch.finfo(torch.bfloat16).eps}
 
-Results = dict[str, Tensor]  # what is compared, flat, in fp64 on the CPU
-Errors = dict[str, tuple[float, float]]  # found, and what is allowed
+Results = dict[str, Tensor]  # by quantity: flat, in fp64, on the CPU
+# By quantity, (2, batches): relative errors, and by how much the norm is larger.
+Differences = dict[str, Tensor]
+Errors = dict[str, Bounded]  # by quantity
 
 
-def check(
-    workloads: Mapping[Variant, Workload],
-    architecture: Architecture,
-    batch_size: int,
-    image_size: int,
-) -> dict[Variant, dict[str, dict[str, float]]]:
-    """Runs every workload and compares it with ``reference-fp32`` on the same batches: the error found, and allowed.
+def check(workloads: Mapping[Variant, Workload]) -> dict[Variant, Errors]:
+    """Compares workloads of one case with ``reference-fp32`` on the same random batches.
 
-    Errors are relative, of the logits in training and in inference, and of the gradients of each kind of parameter
-    in each stage; means over random batches, of which the last is the one that is measured. In bf16 at most twice the
-    reference's own error is allowed, and a rounding; of lengths of gradients as well. In fp32 it is three times the
-    reference's own, measured against fp64 on a small batch: twice for the other, once because the truth is fp32 as
-    well; and a rounding for each layer, which add in squares. Gradients in fp32 are mostly nearer, but flips are rare
-    and change them much: twice what may flip at that error is allowed. For chance, there are five standard deviations
-    more: of an error; in bf16 of one less a double of another; of a length.
+    Errors are relative and means over the batches: of the logits in training and inference, and of
+    the gradients of each kind of parameter in each stage. In bf16 twice the reference's own error
+    and a rounding are allowed, of the gradients' lengths as well. In fp32 it is three times the
+    reference's own error, measured against fp64 on a small batch (the truth is fp32 as well), and
+    a rounding for each layer, which add in squares; for gradients, twice what may flip at that
+    error. For chance there are five standard deviations more.
 
-    Of the gradients, the error or length nearest to its bound is told. Raises ``ValueError`` for the first variant
-    that is wrong.
+    Returns the errors of the logits, and of the gradients the one nearest to its bound. Raises
+    ``ValueError`` for the first variant that is wrong.
     """
-    device = next(iter(workloads.values())).device
-    ours = {
-        variant: work for variant, work in workloads.items() if variant.implementation not in THEIRS
-    }
-    half = any(variant.precision == "bf16" for variant in ours)
-    for each in (HALF, TRUTH) if half else (TRUTH,):
-        work = ours.pop(each, None) or Workload(each, architecture, batch_size, image_size, device)
-        ours = {each: work, **ours}
-    relus = fewest_relus(architecture, batch_size, image_size)
-    batches = max(math.ceil(ENOUGH / relus), SEVERAL if half else 1)
+    case = next(iter(workloads.values())).case
+    ours = {v: work for v, work in workloads.items() if v.implementation != TORCHVISION}
+    in_bf16 = any(variant.precision == "bf16" for variant in ours)
+    for standard in (TRUTH_BF16, TRUTH) if in_bf16 else (TRUTH,):
+        work = ours.pop(standard, None) or Workload(standard, case)
+        ours = {standard: work, **ours}
+    relus = fewest_relus(case.network, case.batch_size, case.image_size)
+    batches = max(math.ceil(ENOUGH_RELUS / relus), SEVERAL_BATCHES if in_bf16 else 1)
     luck = chance(batches * relus)
-    own = _fp32_error(architecture, min(batch_size, SMALL), image_size, device)
-    compared = _compared(ours, batches)
+    reference_errors = _fp32_errors_of_logits(case)
+    differences = _compare(ours, batches)
 
-    found: dict[Variant, Errors] = {}
+    checked = {}
     for variant, work in workloads.items():
-        if variant.implementation in THEIRS:
-            found[variant] = {
-                "logits": (_their_error(work), _allowed_in_fp32("logits", own, architecture, luck))
-            }
-        elif variant.precision == "bf16":
-            found[variant] = dict(_in_bf16(compared[variant], compared[HALF], luck))
+        if variant.precision == "bf16" and variant in ours:
+            errors = dict(_bound_bf16(differences[variant], differences[TRUTH_BF16], luck))
         else:
-            errors = {what: each[0].mean().item() for what, each in compared[variant].items()}
-            found[variant] = {
-                k: (e, _allowed_in_fp32(k, own, architecture, luck)) for k, e in errors.items()
+            if variant in ours:
+                means = {what: each[0].mean().item() for what, each in differences[variant].items()}
+            else:
+                means = {"logits": _error_of_other_library(work)}
+            errors = {
+                what: Bounded(error, _allowed_fp32(what, reference_errors, case.network, luck))
+                for what, error in means.items()
             }
-        _refuse(variant, found[variant])
-    return {variant: _told(errors) for variant, errors in found.items()}
+        _raise_if_wrong(variant, errors)
+        checked[variant] = _worth_recording(errors)
+    return checked
 
 
 def fewest_relus(architecture: Architecture, batch_size: int, image_size: int) -> int:
-    """Of the smallest layer, for the whole batch."""
-    pairs = zip(architecture.stages, architecture.sizes(image_size), strict=True)
-    return min(
-        batch_size * size * size * width
-        for stage, size in pairs
-        for width in (
-            stage.out_width,
-            *(width for i in range(stage.topology.depth) for width, _, _ in stage.units(i + 1)),
-        )
-    )
+    """Returns the number of ReLUs of the smallest layer for the whole batch."""
+    fewest = []
+    for stage, side in zip(architecture.stages, architecture.sizes(image_size), strict=True):
+        layers = range(1, stage.topology.depth + 1)
+        widths = [width for layer in layers for width, _, _ in stage.units(layer)]
+        fewest.append(batch_size * side * side * min(stage.out_width, *widths))
+    return min(fewest)
 
 
 def chance(relus: int) -> float:
-    """Five standard deviations of a gradient's error where some of so many ReLUs flip."""
+    """Returns five standard deviations of a gradient's error where some of the ReLUs flip."""
     return SURE * SPREAD / math.sqrt(relus)
 
 
-def _allowed_in_fp32(
-    what: str, own: Mapping[str, float], architecture: Architecture, luck: float
+def _allowed_fp32(
+    what: str, reference_errors: Mapping[str, float], network: Architecture, luck: float
 ) -> float:
-    if what in own:
-        return 3 * own[what] + ROUNDING["fp32"] * math.sqrt(architecture.depth)
-    return 2 * math.sqrt(3 * own["logits"] * FLIPPED * architecture.depth) + luck
+    if what in reference_errors:
+        return 3 * reference_errors[what] + ROUNDING["fp32"] * math.sqrt(network.depth)
+    return 2 * math.sqrt(3 * reference_errors["logits"] * FLIPPED * network.depth) + luck
 
 
-def _in_bf16(
-    found: Mapping[str, Tensor], half: Mapping[str, Tensor], luck: float
-) -> Iterator[tuple[str, tuple[float, float]]]:
-    stages = torch.stack([each for what, each in half.items() if "stages" in what])
-    parts = stages[:, 1] / stages[:, 0].clamp(min=1e-30)
-    part = SURE * (parts.square().mean() / parts.shape[1]).sqrt()
-    for what, (errors, longer) in found.items():
-        allowed, allowed_longer = 2 * half[what].mean(1).abs() + ROUNDING["bf16"]
+def _bound_bf16(
+    differences: Differences, reference: Differences, luck: float
+) -> Iterator[tuple[str, Bounded]]:
+    stages = torch.stack([each for what, each in reference.items() if "stages" in what])
+    along_gradient = stages[:, 1] / stages[:, 0].clamp(min=1e-30)
+    batches = along_gradient.shape[1]
+    share = SURE * (along_gradient.square().mean() / batches).sqrt()
+    for what, (errors, lengthening) in differences.items():
+        allowed, allowed_length = 2 * reference[what].mean(1).abs() + ROUNDING["bf16"]
         if "logits" in what:
-            yield what, (errors.mean().item(), allowed.item())
-        else:
-            yield what, (errors.mean().item(), allowed.item() + 5**0.5 * luck)
-            allowed_longer += part * errors.square().mean().sqrt()
-            yield f"lengths of the {what}", (longer.mean().abs().item(), allowed_longer.item())
+            yield what, Bounded(errors.mean().item(), allowed.item())
+            continue
+        yield what, Bounded(errors.mean().item(), allowed.item() + 5**0.5 * luck)
+        allowed_length += share * errors.square().mean().sqrt()
+        length = lengthening.mean().abs().item()
+        yield f"lengths of the {what}", Bounded(length, allowed_length.item())
 
 
-def _told(errors: Errors) -> dict[str, dict[str, float]]:
+def _worth_recording(errors: Errors) -> Errors:
+    def closeness(what: str) -> float:
+        return errors[what].error / errors[what].allowed
+
     gradients = [what for what in errors if "gradients" in what]
-    worst = sorted(gradients, key=lambda what: errors[what][0] / errors[what][1])[-1:]
-    told = [what for what in errors if what not in gradients or what in worst]
-    return {what: dict(zip(("error", "allowed"), errors[what], strict=True)) for what in told}
+    closest = max(reversed(gradients), key=closeness) if gradients else None
+    return {
+        what: bounded
+        for what, bounded in errors.items()
+        if what not in gradients or what == closest
+    }
 
 
-def _refuse(variant: Variant, errors: Errors) -> None:
-    for what, (error, allowed) in errors.items():
-        if not error <= allowed:
+def _raise_if_wrong(variant: Variant, errors: Errors) -> None:
+    for what, bounded in errors.items():
+        if not bounded.error <= bounded.allowed:
             raise ValueError(
-                f"bench: the {what} of {variant} differ from {TRUTH}'s by {error:.1e}, expected at most {allowed:.1e}; "
-                "nothing was timed"
+                f"the {what} of {variant} differ from {TRUTH}'s by {bounded.error:.1e}, "
+                f"expected at most {bounded.allowed:.1e}; nothing was timed"
             )
 
 
-def _compared(works: Mapping[Variant, Workload], batches: int) -> dict[Variant, dict[str, Tensor]]:
-    """How far each is from the first of them, batch by batch: relative errors and how much longer, ``(2, batches)``.
+def _compare(works: Mapping[Variant, Workload], batches: int) -> dict[Variant, Differences]:
+    """Compares each workload with the first one.
 
-    Inference on all batches comes before any step, since steps change running statistics. The batch that is measured
-    comes last, and stays.
+    Inference on all batches comes before any step, since steps change running statistics. The
+    batch that is timed comes last, and stays.
     """
-    found: dict[Variant, dict[str, list[Tensor]]] = {variant: {} for variant in works}
+    columns: dict[Variant, dict[str, list[Tensor]]] = {variant: {} for variant in works}
     with ExitStack() as disturbed:
         for work in works.values():
             disturbed.enter_context(work.disturbed())
-        for results in (_inference, _training):
+        for compute in (_inference, _training):
             for number in reversed(range(batches)):
                 truth: Results = {}
                 for variant, work in works.items():
-                    work.draw(number)
-                    made = results(work, first=number == batches - 1)
-                    truth = truth or made
+                    work.draw_batch(number)
+                    results = compute(work, first=number == batches - 1)
+                    truth = truth or results
                     for what, value in truth.items():
-                        found[variant].setdefault(what, []).append(
-                            _difference(made.get(what), value)
-                        )
+                        difference = _difference(results.get(what), value)
+                        columns[variant].setdefault(what, []).append(difference)
     return {
-        variant: {what: torch.stack(each, 1) for what, each in errors.items()}
-        for variant, errors in found.items()
+        variant: {what: torch.stack(each, 1) for what, each in differences.items()}
+        for variant, differences in columns.items()
     }
 
 
 def _inference(work: Workload, first: bool) -> Results:
-    work.mode(training=False)
-    return _exact({"inference logits": work.settle(work.infer) if first else work.infer()})
+    work.set_training(False)
+    return _exact({"inference logits": work.warm_up(work.infer) if first else work.infer()})
 
 
 def _training(work: Workload, first: bool) -> Results:
-    work.mode(training=True)
-    found = {"logits": work.settle(work.step) if first else work.step()}
+    work.set_training(True)
+    results = {"logits": work.warm_up(work.step) if first else work.step()}
     gradients = sorted((_kind(name), i, g) for i, (name, g) in enumerate(work.gradients()))
     for kind, members in groupby(gradients, lambda each: each[0]):
-        found[kind] = torch.cat([gradient.flatten() for _, _, gradient in members])
-    return _exact(found)
+        results[kind] = torch.cat([gradient.flatten() for _, _, gradient in members])
+    return _exact(results)
 
 
-def _exact(found: Results) -> Results:
-    return {what: value.detach().flatten().cpu().double() for what, value in found.items()}
+def _exact(results: Results) -> Results:
+    return {what: value.detach().flatten().cpu().double() for what, value in results.items()}
 
 
 def _kind(name: str) -> str:
-    """``gradients of stages.1 norm.weight`` for every such parameter of the stage."""
+    """Returns ``gradients of stages.1 norm.weight`` for every such parameter of the stage."""
     return "gradients of " + re.sub(r"^(stages\.\d+).*\.(\w+\.\w+)$", r"\1 \2", name)
 
 
-def _fp32_error(
-    architecture: Architecture, images: int, image_size: int, device: torch.device
-) -> dict[str, float]:
-    """Of the reference's logits, against fp64."""
-    exact = (
-        device if device.type == "cuda" else torch.device("cpu")
-    )  # other accelerators may have no fp64
+def _fp32_errors_of_logits(case: Case) -> dict[str, float]:
+    """Returns the reference's own errors in fp32 against fp64."""
+    small = replace(case, batch_size=min(case.batch_size, FP64_IMAGES))
+    on_cpu = replace(small, device=torch.device("cpu"))  # other accelerators may have no fp64
+    fp64 = Variant("reference", "fp64")
     works = {
-        variant: Workload(variant, architecture, images, image_size, where)
-        for variant, where in ((Variant("reference", "fp64"), exact), (TRUTH, device))
+        fp64: Workload(fp64, small if case.device.type == "cuda" else on_cpu),
+        TRUTH: Workload(TRUTH, small),
     }
-    return {
-        what: each[0].item()
-        for what, each in _compared(works, 1)[TRUTH].items()
-        if "logits" in what
-    }
+    differences = _compare(works, 1)[TRUTH]
+    return {what: each[0].item() for what, each in differences.items() if "logits" in what}
 
 
-def _difference(found: Tensor | None, truth: Tensor) -> Tensor:
-    """Relative: the norm of the difference, and that of the norms."""
-    if found is None or found.shape != truth.shape:
+def _difference(value: Tensor | None, truth: Tensor) -> Tensor:
+    """Returns the norm of the difference and the difference of the norms, relative to the truth."""
+    if value is None or value.shape != truth.shape:
         return torch.full((2,), math.inf)
     length = truth.norm()
-    return torch.stack([(found - truth).norm(), found.norm() - length]).div(length.clamp(min=1e-30))
+    return torch.stack([(value - truth).norm(), value.norm() - length]).div(length.clamp(min=1e-30))
 
 
-def _their_error(work: Workload) -> float:
-    """Of another library's network, in fp32, against the reference with its weights."""
+def _error_of_other_library(work: Workload) -> float:
+    """Compares another library's network in fp32 with the reference that has its weights."""
     with work.disturbed():
-        _training(work, first=True)  # only so that it has run
-    ours = adopt(work.model, "reference")
+        _training(work, first=True)  # so that it has run
+    reference = adopt(work.model, "reference")
     with torch.no_grad():
-        theirs, truth = (model.train()(work.images).double().cpu() for model in (work.model, ours))
-    return _difference(theirs, truth)[0].item()
+        logits = [m.train()(work.images).double().cpu() for m in (work.model, reference)]
+    return _difference(*logits)[0].item()
