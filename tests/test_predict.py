@@ -14,6 +14,7 @@ from sparsenet.data.images import Preprocessing, read_image
 from sparsenet.model import SparseNet
 from sparsenet.predict import find_images, predict
 from sparsenet.trained import Trained
+from sparsenet.weights import About
 
 CLASSES = tuple("abcdef")
 
@@ -23,7 +24,9 @@ def trained() -> Trained:
     torch.manual_seed(0)
     model = SparseNet(Architecture(depth=7, growth_rate=4, num_classes=len(CLASSES))).eval()
     preprocessing = Preprocessing(16, 3, (0.5, 0.4, 0.3), (0.2, 0.2, 0.25))
-    return Trained(Path("run"), model, preprocessing, CLASSES, "colours", {})
+    architecture = model.architecture.to_dict()
+    about = About("0.1.0", architecture, preprocessing, CLASSES, "colours", recipe={}, epoch=1)
+    return Trained(Path("run"), model, about)
 
 
 @pytest.fixture

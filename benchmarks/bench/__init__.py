@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -130,7 +131,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     found: dict[str, Any] = {
         "model": list(config.model), "batch_size": config.batch_size, "image_size": config.image_size,
         "precision": list(dict.fromkeys(v.precision for v in variants)), "steps": config.steps,
-        "environment": environment(device), "absent": absent, "rows": rows,
+        "environment": dataclasses.asdict(environment(device)), "absent": absent, "rows": rows,
     }  # fmt: skip
     if config.depths:
         found["depth"] = _depths(config, variants, device)

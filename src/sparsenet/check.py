@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from collections.abc import Iterator
 from typing import Any
@@ -35,7 +36,7 @@ def check(dataset_dir: str = "", measure: bool = False) -> dict[str, Any]:
         for extra, names in EXTRAS.items()
     }
     found: dict[str, Any] = {
-        "environment": environment(choose_device("auto")),
+        "environment": dataclasses.asdict(environment(choose_device("auto"))),
         "devices": {str(device): _precisions(device) for device in devices},
         "implementations": {
             str(device): {name: dispatch.unavailable(name, device) for name in IMPLEMENTATIONS}
