@@ -431,7 +431,7 @@ def test_a_foreign_file_is_one_line(file: Path, trained: Path) -> None:
         ({"epoch": "two"}, r"Expected `int`, got `str` - at `\$\.epoch`"),
         ({"classes": ["ant", "bee"]}, "2 names for 10 classes"),
         ({"measured": {"bf16": 3}}, r"Expected `object`, got `int` - at `\$\.measured"),
-        ({"recipe": {"data": {}}}, "Object missing required field `test_fraction`"),
+        ({"recipe": {"data": {}}}, "'recipe' that does not say which images"),
         ({"preprocessing": {"mean": [0.1, 0.1, 0.1]}}, "'preprocessing' that does not fit"),
         ({"preprocessing": {"std": [0.0]}}, "'preprocessing' that divides by nothing"),
         (
@@ -606,7 +606,7 @@ def test_what_is_fetched_and_wrong_is_not_kept(
                 f"expected SHA256 {64 * 'a'} of .*, found [0-9a-f]{{64}}: deleted",
             ),
             (b"<html>", 6, "", "expected a safetensors file"),
-            (b"", 0, "", "expected a readable weights file"),
+            (b"", 0, "", "expected a weights file, found: HTTP Error 416"),
         ):
             server.content, server.limit = content, limit
             with pytest.raises(ValueError, match=expected) as found:

@@ -40,19 +40,15 @@ def download(
     except (OSError, HTTPException, ValueError) as error:  # ValueError: no address
         raise DownloadError(str(error) or type(error).__name__) from error
     if checksum:
-        _compare(part, url, checksum)
+        algorithm, _, expected = checksum.partition("=")
+        new_hash = partial(hashlib.new, algorithm, usedforsecurity=False)
+        with part.open("rb") as file:
+            actual = hashlib.file_digest(file, new_hash).hexdigest()
+        if actual != expected:
+            part.unlink()
+            expected = f"{algorithm.upper()} {expected}"
+            raise ChecksumError(f"expected {expected} of {url}, found {actual}: deleted")
     return part.replace(target)
-
-
-def _compare(part: Path, url: str, checksum: str) -> None:
-    algorithm, _, expected = checksum.partition("=")
-    with part.open("rb") as file:
-        digest = hashlib.file_digest(file, partial(hashlib.new, algorithm, usedforsecurity=False))
-    actual = digest.hexdigest()
-    if actual != expected:
-        part.unlink()
-        name = algorithm.upper()
-        raise ChecksumError(f"expected {name} {expected} of {url}, found {actual}: deleted")
 
 
 def _fetch(url: str, part: Path, limit: float, timeout: float) -> None:
@@ -62,11 +58,10 @@ def _fetch(url: str, part: Path, limit: float, timeout: float) -> None:
         with build_opener(_StayWithHttps).open(request, timeout=timeout) as response:
             _append(response, part, start, limit)
     except HTTPError as error:
-        with error:
-            if (
-                error.code != 416
-            ):  # nothing follows what is there; a checksum decides if that is all
-                raise
+        error.close()
+        nothing_follows = error.code == 416 and start  # a checksum decides whether that is all
+        if not nothing_follows:
+            raise
 
 
 class _StayWithHttps(HTTPRedirectHandler):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
-import json
 import math
 import re
 import tempfile
@@ -27,8 +26,8 @@ from safetensors.torch import save as serialise_tensors
 from torch import Tensor
 
 from sparsenet.data.images import Preprocessing
-from sparsenet.downloads import ChecksumError, DownloadError, download
-from sparsenet.files import cache_folder
+from sparsenet.downloads import DownloadError, download
+from sparsenet.files import cache_folder, read_json
 
 SHIPPED = Path(__file__).with_name("pretrained")  # NAME.safetensors; index.json: NAME to SHA-256
 SCHEME = "https://"
@@ -47,14 +46,6 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class TestSplit:
-    """The part of a recipe that decides which images are the test images."""
-
-    test_fraction: float
-    skip_corrupt: bool
-
-
-@dataclass(frozen=True)
 class About:
     """What a weights file says of its network."""
 
@@ -67,11 +58,6 @@ class About:
     epoch: int
     # By precision, the results of exactly the numbers in the file; a run has none.
     measured: dict[str, Measured] = field(default_factory=dict)
-
-    @property
-    def test_split(self) -> TestSplit:
-        """Raises ``ValueError`` where the recipe does not say it."""
-        return msgspec.convert(self.recipe.get("data"), TestSplit)
 
 
 @dataclass(frozen=True)
@@ -95,11 +81,11 @@ def load(source: str | Path, alternatives: str = "") -> Weights:
     damaged, too large or of another kind.
     """
     name = str(source)
+    scheme, separator, _ = name.partition("://")
     if exists(name):
-        return _parse(_read(Path(name), name), name, Path(name))
+        return _load_file(Path(name), name)
     if name.startswith(SCHEME):
         return _load_address(name)
-    scheme, separator, _ = name.partition("://")
     if separator:
         expected = f"an address that begins with {SCHEME}"
         raise ValueError(f"{name}: expected {expected}, found {scheme}://")
@@ -109,30 +95,22 @@ def load(source: str | Path, alternatives: str = "") -> Weights:
     hint = f"; did you mean {near[0]}?" if near else ""
     raise ValueError(
         f"{name}: expected {alternatives}a weights file, its {SCHEME} address or a name that has "
-        f"weights ({_shipped_names()}), found nothing of that name{hint}"
+        f"weights ({', '.join(shipped())}), found nothing of that name{hint}"
     )
 
 
 def load_shipped(name: str) -> Weights:
-    """Loads the weights of a network that come with the package.
-
-    Raises ``ValueError`` in one line where it has none.
-    """
+    """Loads weights that come with the package; ``ValueError`` where a network has none."""
     if name not in shipped():
-        expected = f"the name of a network that has weights ({_shipped_names()})"
+        expected = f"the name of a network that has weights ({', '.join(shipped())})"
         raise ValueError(f"pretrained: expected {expected}, found {name!r}")
     path = SHIPPED / f"{name}.safetensors"
-    return _parse(_read(path, str(path), shipped()[name]), name, path)
+    return dataclasses.replace(_load_file(path, str(path), shipped()[name]), source=name)
 
 
 def shipped() -> dict[str, str]:
     """Names of the weights that come with the package, each with the SHA-256 of its file."""
-    index: dict[str, str] = json.loads((SHIPPED / "index.json").read_text())
-    return index
-
-
-def _shipped_names() -> str:
-    return ", ".join(shipped()) or "none has any yet"
+    return read_json(SHIPPED / "index.json", dict[str, str])
 
 
 def exists(source: str) -> bool:
@@ -153,18 +131,18 @@ def rounded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if value.is_floating_point():
             value = value.detach().to(torch.float16 if value.ndim >= 2 else torch.float32)
         if not value.isfinite().all():
-            expected = "numbers within ±65504, which fp16 has"
-            raise ValueError(f"{name}: expected {expected}, found others")
+            raise ValueError(f"{name}: expected numbers within ±65504, those of fp16, found others")
         state[name] = value
     return state
 
 
 def pack(tensors: Mapping[str, Tensor], about: About) -> bytes:
-    """The content of a weights file with :func:`rounded` tensors."""
-    try:
-        _check(about)
-    except ValueError as error:
-        raise ValueError(f"weights: expected a network to describe, found {error}") from None
+    """The content of a weights file with :func:`rounded` tensors.
+
+    Raises ``ValueError`` for what :func:`load` would refuse in *about*.
+    """
+    if problem := _problem(about):
+        raise ValueError(f"weights: expected a network that a file can describe, found {problem}")
     contiguous = {name: value.cpu().contiguous() for name, value in tensors.items()}
     return serialise_tensors(contiguous, {"sparsenet": msgspec.json.encode(about).decode()})
 
@@ -187,25 +165,21 @@ def _load_address(address: str) -> Weights:
     cached = cache_folder() / "weights" / f"{key}.safetensors"
     if cached.exists():
         with suppress(ValueError):  # damaged meanwhile: downloaded again
-            sha256 = checksum.removeprefix("sha256=")
-            return _parse(_read(cached, address, sha256), address, cached)
+            return _load_file(cached, address, checksum.removeprefix("sha256="))
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cached.parent) as folder:
             file = download(url, Path(folder) / cached.name, checksum, LIMIT)
-            weights = _parse(_read(file, address), address, cached)
+            weights = _load_file(file, address)
             file.replace(cached)
-    except ChecksumError as error:
-        raise ValueError(f"{address}: {error}") from None
     except DownloadError as error:
         raise ValueError(f"{address}: expected a weights file, found: {error}") from None
     except OSError as error:
-        expected = "a cache that can be written"
-        raise ValueError(f"{address}: expected {expected}, found: {error}") from None
-    return weights
+        raise ValueError(f"{address}: expected a writable cache, found: {error}") from None
+    return dataclasses.replace(weights, path=cached)
 
 
-def _read(path: Path, source: str, sha256: str = "") -> bytes:
+def _load_file(path: Path, source: str, sha256: str = "") -> Weights:
     try:
         if path.stat().st_size > LIMIT:
             expected = f"at most {LIMIT / 2**20:.0f} MiB of weights"
@@ -216,10 +190,6 @@ def _read(path: Path, source: str, sha256: str = "") -> bytes:
         raise ValueError(f"{source}: expected {expected}, found: {error.strerror}") from None
     if sha256 and (actual := hashlib.sha256(data).hexdigest()) != sha256:
         raise ValueError(f"{source}: expected SHA-256 {sha256}, found {actual}: install it again")
-    return data
-
-
-def _parse(data: bytes, source: str, path: Path) -> Weights:
     try:
         stored = parse_tensors(data)
         value = description(data)
@@ -242,33 +212,36 @@ def _parse(data: bytes, source: str, path: Path) -> Weights:
 def _parse_about(value: Any) -> About:
     if not isinstance(value, dict):
         raise ValueError("no description in it")
-    try:
-        about = msgspec.convert(value, About)
-    except msgspec.ValidationError as error:
-        raise ValueError(f"a description of another kind: {error}") from None
+    about = msgspec.convert(value, About)
     known = {field.name for field in dataclasses.fields(Preprocessing)}
     if unknown := value["preprocessing"].keys() - known:
         name = min(unknown)
         raise ValueError(f"'preprocessing' with {name!r}, which this version does not know")
-    _check(about)
+    if problem := _problem(about):
+        raise ValueError(problem)
     return about
 
 
-def _check(about: About) -> None:
-    """Raises ``ValueError`` with a clause on what does not fit together in a file's *about*."""
+def _problem(about: About) -> str | None:
+    """What in a file's description does not fit together, in one clause."""
     architecture, images = about.architecture, about.preprocessing
     channels = {architecture.get("in_chans"), images.channels, len(images.mean), len(images.std)}
-    fits = len(channels) == 1 and 1 <= images.size <= MAX_IMAGE_SIZE
-    if not fits or not all(map(math.isfinite, images.mean)):
-        raise ValueError("'preprocessing' that does not fit the network")
-    if not all(0 < std < math.inf for std in images.std):
-        raise ValueError("'preprocessing' that divides by nothing")
-    classes = architecture.get("num_classes")
-    if len(about.classes) != classes:
-        raise ValueError(f"{len(about.classes)} names for {classes} classes")
-    if "fp32" not in about.measured:
-        raise ValueError("no 'measured' in fp32")
+    data = about.recipe.get("data", {})
+    test_images = type(data.get("test_fraction")), type(data.get("skip_corrupt"))
     datasets = [about.dataset, *(measured.dataset for measured in about.measured.values())]
+    classes = architecture.get("num_classes")
+    if len(channels) > 1 or not 1 <= images.size <= MAX_IMAGE_SIZE:
+        return "'preprocessing' that does not fit the network"
+    if not all(0 < std < math.inf for std in images.std):
+        return "'preprocessing' that divides by nothing"
+    if not all(map(math.isfinite, images.mean)):
+        return "'preprocessing' that subtracts no number"
+    if len(about.classes) != classes:
+        return f"{len(about.classes)} names for {classes} classes"
     if not all(name.isprintable() for name in (*about.classes, *datasets)):
-        raise ValueError("names that cannot be printed")
-    _ = about.test_split
+        return "names that cannot be printed"
+    if "fp32" not in about.measured:
+        return "no 'measured' in fp32"
+    if test_images != (float, bool):
+        return "a 'recipe' that does not say which images are the test images"
+    return None

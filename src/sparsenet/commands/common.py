@@ -57,8 +57,8 @@ def _stored_data(trained: Trained) -> DataConfig:
     """What a run or a weights file says of its data; a weights file only how its test images are found."""
     if trained.path.is_dir():
         return Run.open(trained.path).config().data
-    split = trained.about.test_split
-    return DataConfig(test_fraction=split.test_fraction, skip_corrupt=split.skip_corrupt)
+    told = trained.about.recipe["data"]
+    return DataConfig(test_fraction=told["test_fraction"], skip_corrupt=told["skip_corrupt"])
 
 
 def print_result(value: Any, lines: Sequence[str], as_json: bool) -> int:
