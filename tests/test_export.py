@@ -20,7 +20,7 @@ from sparsenet.architecture import Architecture
 from sparsenet.data.images import Preprocessing
 from sparsenet.export import RUNTIMES, runtimes
 from sparsenet.export import onnx as export_module
-from sparsenet.export.onnx import ExportReport, export_onnx, onnx_file, run_exported
+from sparsenet.export.onnx import Exported, ExportReport, export_onnx, onnx_file
 from sparsenet.export.runtimes import Runtime
 from sparsenet.extras import MissingExtra
 from sparsenet.model import SparseNet
@@ -60,8 +60,8 @@ def test_the_report_says_what_lies_on_disk(exported: tuple[Trained, ExportReport
     model = onnx.load(report.path)
     assert report.bytes == report.path.stat().st_size
     assert report.opset == model.opset_import[0].version
-    assert report.comparison.max_difference <= 1e-4 * max(1, report.comparison.max_logit)
-    assert report.comparison.real_images == 12
+    assert report.max_difference <= 1e-4 * max(1, report.max_logit)
+    assert report.real_images == 12
     assert list(report.path.parent.iterdir()) == [report.path]  # nothing left beside it
     assert "\n" not in report.summary()
 
@@ -148,7 +148,7 @@ def engine(request: pytest.FixtureRequest) -> str:
 
 def test_an_engine_computes_what_the_model_does(engine: str) -> None:
     trained = make(blocks=(2, 1, 1))
-    module = run_exported(trained, Runtime(engine), pixels(12))
+    module = Exported(trained, Runtime(engine), pixels(12))
     for count in (1, 5, 12):
         images = trained.preprocessing.normalise(pixels(count))
         expected = trained.model(images)
@@ -166,7 +166,7 @@ def test_an_engine_that_computes_something_else_is_not_used(engine: str) -> None
         ValueError,
         match=rf"{engine}'s logits within .* of the model's, found a difference of 1\.0e-02",
     ):
-        run_exported(make(blocks=(1, 1)), Runtime(engine), pixels(3))
+        Exported(make(blocks=(1, 1)), Runtime(engine), pixels(3))
 
 
 def test_an_engine_computes_in_the_precisions_it_has_or_says_so(engine: str) -> None:
@@ -183,7 +183,7 @@ def test_an_engine_computes_in_the_precisions_it_has_or_says_so(engine: str) -> 
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         own = trained.model(images).float()
     exact = trained.model(images)
-    found = run_exported(trained, Runtime(engine, "bf16"), pixels(12))(images)
+    found = Exported(trained, Runtime(engine, "bf16"), pixels(12))(images)
     error = (found - exact).abs().max()
     assert (
         1e-4 < error <= 2 * (own - exact).abs().max() + 1e-4 * exact.abs().max()

@@ -23,7 +23,6 @@ from test_data_archives import Server
 import sparsenet
 from sparsenet import Architecture, SparseNet, downloads, weights, zoo
 from sparsenet.data.load import load_dataset
-from sparsenet.export.check import Comparison
 from sparsenet.export.onnx import ExportReport
 from sparsenet.export.safetensors import export_weights
 from sparsenet.run import Run
@@ -378,7 +377,7 @@ def test_weights_become_onnx_in_the_folder_where_one_is(
 
     def export(*arguments: Any) -> ExportReport:
         asked.append(arguments)
-        return ExportReport(arguments[1], 20, 0, Comparison(0.0, 0.0, 0, 0))
+        return ExportReport(arguments[1], 20, 0, 0.0, 0.0, 0)
 
     monkeypatch.setattr("sparsenet.export.onnx.export_onnx", export)
     outcome = call("export", file.rename(shipped.parent / "far.safetensors"))

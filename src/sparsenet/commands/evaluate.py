@@ -6,7 +6,7 @@ import argparse
 
 from sparsenet.commands.common import data_now, load_run, print_result
 from sparsenet.device import choose_device
-from sparsenet.export.onnx import run_exported
+from sparsenet.export.onnx import Exported
 from sparsenet.export.runtimes import Runtime
 from sparsenet.ops import dispatch
 
@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
     trained = load_run(args, device)
     data = data_now(args, trained)
     pixels = data.test.pixels[: args.batch_size]
-    model = run_exported(trained, runtime, pixels) if runtime else trained.model
+    model = Exported(trained, runtime, pixels) if runtime else trained.model
     stated = trained.about.measured.get(precision)
     own = "fp32" if runtime else precision  # what PyTorch is left to do
     found = evaluate(model, data.test, trained.preprocessing, device, args.batch_size, own)

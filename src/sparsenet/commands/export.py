@@ -31,8 +31,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"sparsenet export: {problem}", file=sys.stderr)
         data = None
     target = Path(args.out) if args.out else _default_target(args, trained)
-    report = import_module(format.module).export(trained, target, data, args.opset)
-    print(report.summary())
+    print(import_module(format.module).export(trained, target, data, args.opset))
     return 0
 
 

@@ -13,8 +13,8 @@ class Format:
     """What is known of a format before its module, which needs PyTorch, is imported.
 
     The module has a function ``export(trained, target, data, opset)`` that writes the file *target*
-    and returns a report with a method ``summary()``. *data* is ``None`` where the images are not at
-    hand and the format does not need them.
+    and returns a line to print. *data* is ``None`` where the images are not at hand and the format
+    does not need them.
     """
 
     module: str

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,22 +10,13 @@ from torch import Tensor
 from sparsenet.model import SparseNet
 from sparsenet.trained import Trained
 
-BATCH_SIZES = (1, 2, 7)  # at which a file is checked
+RANDOM_IMAGES = 7
+BATCH_SIZES = (1, 2, RANDOM_IMAGES)  # at which a file is checked
 # Two orders of summing in fp32 differ by some 1e-6 of the largest logit even 200 layers deep, and a
 # wrong weight or constant by far more than this.
 TOLERANCE = 1e-4
 
 Run = Callable[[Tensor], Tensor]  # normalised float32 images (N, C, H, W) to logits (N, classes)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Logits of an exported network beside those of the model, over all images compared."""
-
-    max_difference: float
-    max_logit: float  # largest absolute logit of the model
-    random_images: int
-    real_images: int
 
 
 def reference_model(trained: Trained) -> SparseNet:
@@ -37,27 +27,28 @@ def reference_model(trained: Trained) -> SparseNet:
 
 
 def random_images(trained: Trained) -> Tensor:
-    """The same uint8 images ``(N, C, H, W)`` each time."""
+    """Pixels, uint8 ``(N, C, H, W)``, the same each time."""
     size, channels = trained.preprocessing.size, trained.preprocessing.channels
-    shape = (max(BATCH_SIZES), channels, size, size)
+    shape = (RANDOM_IMAGES, channels, size, size)
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
 
 
 @torch.no_grad()
 def compare(
-    trained: Trained, real_images: Tensor, engine: str, run: Run, precision: str = "fp32"
-) -> Comparison:
-    """Compares *run* with the model on random and on real images, uint8 ``(N, C, H, W)``.
+    trained: Trained, real_images: Tensor | None, engine: str, run: Run, precision: str = "fp32"
+) -> tuple[float, float]:
+    """The largest difference between the logits of *run* and the model, and the largest logit.
 
-    Each kind is compared in batches of :data:`BATCH_SIZES` and of all of them. Raises
-    ``ValueError``, which names *engine*, where the logits differ by more than rounding explains.
+    Random and any *real_images*, uint8 ``(N, C, H, W)``, are each compared in batches of
+    :data:`BATCH_SIZES` and of all of them. Raises ``ValueError``, which names *engine*, where the
+    logits differ by more than rounding explains.
     """
-    model, random = reference_model(trained), random_images(trained)
+    model = reference_model(trained)
     batches = []
-    for pixels in (random, real_images.cpu()):
-        images = trained.preprocessing.normalise(pixels)
-        if len(images):
+    for pixels in (random_images(trained), real_images):
+        if pixels is not None and len(pixels):
+            images = trained.preprocessing.normalise(pixels.cpu())
             batches += [images[:size] for size in (*BATCH_SIZES, len(images))]
     expected = torch.cat([model(batch) for batch in batches])
     largest = expected.abs().max().item()
@@ -70,7 +61,7 @@ def compare(
     difference = (logits - expected).abs().max().item()
     if not difference <= tolerance:  # neither is NaN
         raise ValueError(
-            f"onnx: expected {engine}'s logits within {tolerance:.1e} of the model's, "
+            f"export: expected {engine}'s logits within {tolerance:.1e} of the model's, "
             f"found a difference of {difference:.1e}; the exported network is not used"
         )
-    return Comparison(difference, largest, len(random), len(real_images))
+    return difference, largest

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sparsenet import __version__
 from sparsenet.data.dataset import Dataset
 from sparsenet.export import check_target, write_target
-from sparsenet.export.check import Comparison, Run, compare, random_images, reference_model
+from sparsenet.export.check import RANDOM_IMAGES, Run, compare, random_images, reference_model
 from sparsenet.export.runtimes import Runtime
 from sparsenet.extras import require
 from sparsenet.model import SparseNet
@@ -34,23 +34,23 @@ class ExportReport:
     path: Path
     opset: int
     bytes: int
-    comparison: Comparison
+    max_difference: float  # between logits, over all images compared
+    max_logit: float  # largest absolute logit of the model on them
+    real_images: int
 
     def summary(self) -> str:
         """One line to print."""
-        compared = self.comparison
         return (
             f"{self.path}: opset {self.opset}, {self.bytes / 2**20:.1f} MiB; onnxruntime's logits "
-            f"are within {compared.max_difference:.0e} of the model's on {compared.random_images} "
-            f"random and {compared.real_images} real images (largest logit "
-            f"{compared.max_logit:.1f})"
+            f"are within {self.max_difference:.0e} of the model's on {RANDOM_IMAGES} random and "
+            f"{self.real_images} real images (largest logit {self.max_logit:.1f})"
         )
 
 
-def export(trained: Trained, target: Path, data: Dataset | None, opset: int | None) -> ExportReport:
-    """Runs ``sparsenet export --format onnx``."""
+def export(trained: Trained, target: Path, data: Dataset | None, opset: int | None) -> str:
+    """Does what ``sparsenet export --format onnx`` asks for."""
     real_images = None if data is None else data.test.pixels[:MAX_REAL_IMAGES]
-    return export_onnx(trained, target, real_images, opset)
+    return export_onnx(trained, target, real_images, opset).summary()
 
 
 def export_onnx(
@@ -65,31 +65,28 @@ def export_onnx(
     """
     check_target(target)
     content, opset = onnx_file(trained, opset)
-    pixels = random_images(trained)[:0] if real_images is None else real_images
-    comparison = compare(trained, pixels, "onnxruntime", Runtime("onnxruntime").start(content))
+    run = Runtime("onnxruntime").start(content)
+    difference, largest = compare(trained, real_images, "onnxruntime", run)
     write_target(target, content)
-    return ExportReport(target, opset, len(content), comparison)
+    count = 0 if real_images is None else len(real_images)
+    return ExportReport(target, opset, len(content), difference, largest, count)
 
 
-def run_exported(trained: Trained, runtime: Runtime, pixels: Tensor) -> nn.Module:
-    """The network exported and run by another engine: a module from normalised images to logits.
+class Exported(nn.Module):
+    """The network exported and run by another engine, from normalised images to logits.
 
     Raises ``ValueError`` where its logits for *pixels*, uint8 ``(N, C, H, W)``, or for random
     images are not the model's. Of one image alone, the error in bf16 that others are held to would
     be a matter of luck.
     """
-    run = runtime.start(onnx_file(trained)[0])
-    compare(trained, pixels, runtime.name, run, runtime.precision)
-    return _Exported(run)
 
-
-class _Exported(nn.Module):
-    def __init__(self, run: Run):
+    def __init__(self, trained: Trained, runtime: Runtime, pixels: Tensor):
         super().__init__()
-        self.run = run
+        self.run: Run = runtime.start(onnx_file(trained)[0])
+        compare(trained, pixels, runtime.name, self.run, runtime.precision)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.run(images.contiguous())  # NumPy arrays have no other layout
+        return self.run(images.contiguous())  # NumPy knows no channels-last layout
 
 
 def onnx_file(trained: Trained, opset: int | None = None) -> tuple[bytes, int]:
@@ -112,21 +109,18 @@ def onnx_file(trained: Trained, opset: int | None = None) -> tuple[bytes, int]:
 def metadata(trained: Trained) -> dict[str, str]:
     """What a user of the file needs: text by key; numbers, lists and objects are JSON."""
     preprocessing = trained.preprocessing
-    values = {
-        "classes": trained.classes,
+    return {
+        "classes": json.dumps(trained.classes),
         "layout": "NCHW",
         "normalisation": "(pixels / 255 - mean) / std",
-        "size": preprocessing.size,
-        "channels": preprocessing.channels,
-        "mean": preprocessing.mean,
-        "std": preprocessing.std,
+        "size": str(preprocessing.size),
+        "channels": str(preprocessing.channels),
+        "mean": json.dumps(preprocessing.mean),
+        "std": json.dumps(preprocessing.std),
         "dataset": trained.about.dataset,
-        "architecture": trained.model.architecture.to_dict(),
+        "architecture": json.dumps(trained.model.architecture.to_dict()),
         "sparsenet.version": __version__,
-        "epoch": trained.about.epoch,
-    }
-    return {
-        key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()
+        "epoch": str(trained.about.epoch),
     }
 
 
@@ -155,8 +149,7 @@ def _quiet() -> Iterator[None]:
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             yield
     finally:
         logging.disable(level)

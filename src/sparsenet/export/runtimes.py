@@ -41,11 +41,9 @@ class Runtime:
         try:
             return start(content, self.precision)
         except RuntimeError as error:
-            version = sys.modules[self.name].__version__
+            engine = f"{self.name} {sys.modules[self.name].__version__}"
             problem = " ".join(str(error).split())
-            raise ValueError(
-                f"onnx: {self.name} {version} cannot run the file: {problem}"
-            ) from None
+            raise ValueError(f"onnx: {engine} cannot run the file: {problem}") from None
 
 
 def precisions(name: str) -> tuple[str, ...]:

@@ -26,19 +26,16 @@ class WeightsReport:
 
     def summary(self) -> str:
         """One line to print."""
-        errors = ", ".join(
-            f"{result.error:.2f} % in {precision}" for precision, result in self.measured.items()
-        )
+        results = self.measured.items()
+        errors = ", ".join(f"{each.error:.2f} % in {precision}" for precision, each in results)
         images = f"{self.measured['fp32'].images} images of {self.measured['fp32'].dataset}"
         return f"{self.path}: {self.bytes / 2**20:.1f} MiB; error {errors} ({images})"
 
 
-def export(
-    trained: Trained, target: Path, data: Dataset | None, opset: int | None
-) -> WeightsReport:
-    """Runs ``sparsenet export --format safetensors``."""
+def export(trained: Trained, target: Path, data: Dataset | None, opset: int | None) -> str:
+    """Does what ``sparsenet export --format safetensors`` asks for."""
     assert data is not None, "the format needs data"
-    return export_weights(trained, target, data)
+    return export_weights(trained, target, data).summary()
 
 
 def export_weights(trained: Trained, target: Path, data: Dataset) -> WeightsReport:
