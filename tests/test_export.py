@@ -1,4 +1,4 @@
-"""The exported file: enough on its own to do what the model does, or it is neither written nor run."""
+"""An exported file does alone what the model does, or it is neither written nor run."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_a_target_that_cannot_be_written_is_refused_at_once(tmp_path: Path, targ
         export_onnx(make(blocks=(1, 1)), tmp_path / target)
 
 
-# --- engines -------------------------------------------------------------------------------------------------
+# --- engines --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(params=RUNTIMES)
@@ -201,7 +201,9 @@ def test_an_engine_without_its_package_names_the_extra(monkeypatch: pytest.Monke
 
 def test_no_engine_loads_what_would_report_its_use(engine: str) -> None:
     code = f"import sys; from sparsenet.export.runtimes import Runtime; Runtime({engine!r})\n"
-    code += "print([name for name, module in sys.modules.items() if 'openvino_telemetry' in name and module])"
+    code += (
+        "print([n for n, module in sys.modules.items() if 'openvino_telemetry' in n and module])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
 

@@ -1,4 +1,4 @@
-"""Predicting: whatever is named gets one answer in its place, the right one or one line of error."""
+"""Whatever is named gets one answer in its place, the right one or one line of error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights files: what a run becomes in one, who may name it how, and that nothing wrong is ever loaded."""
+"""Weights files: what a run becomes in one, what names it, and that nothing wrong is loaded."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ import sparsenet
 from sparsenet import Architecture, SparseNet, downloads, weights, zoo
 from sparsenet.data.load import load_dataset
 from sparsenet.export.onnx import ExportReport
-from sparsenet.export.safetensors import export_weights
+from sparsenet.export.safetensors import export
 from sparsenet.run import Run
 from sparsenet.trained import load_trained
 
@@ -45,7 +45,7 @@ def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         tmp_path_factory.mktemp("exported") / "mine.safetensors",
         Run.open(trained).config().data,
     )
-    export_weights(load_trained(trained), path, load_dataset(data))
+    export(load_trained(trained), path, load_dataset(data))
     return path
 
 
@@ -94,7 +94,7 @@ def said(file: Path) -> Any:
         return json.loads(opened.metadata()["sparsenet"])
 
 
-# --- what is in a file ---------------------------------------------------------------------------------------
+# --- what is in a file ----------------------------------------------------------------------------
 
 
 def test_a_file_holds_the_runs_numbers_rounded(file: Path, trained: Path) -> None:
@@ -135,7 +135,8 @@ def test_the_stated_error_is_that_of_the_file(call: Call, file: Path) -> None:
         found = json.loads(passed(call(*arguments, "--json")).out)
         assert found["stated_error"] == result["error"]
         assert {name: found[name] for name in result} == result
-        line = f"stated: {result['error']:.2f} % ({precision}), for {result['images']} images of digits"
+        images = f"{result['images']} images of digits"
+        line = f"stated: {result['error']:.2f} % ({precision}), for {images}"
         assert passed(call(*arguments)).lines[-1] == line
 
 
@@ -233,7 +234,7 @@ def test_numbers_that_fp16_has_not_are_refused(call: Call, copied: Path) -> None
     assert not (copied / "model.safetensors").exists()
 
 
-# --- who may be named ----------------------------------------------------------------------------------------
+# --- who may be named -----------------------------------------------------------------------------
 
 
 def test_weights_of_the_package_are_found_by_name(call: Call, shipped: Path, file: Path) -> None:
@@ -285,7 +286,8 @@ def test_what_is_there_goes_before_a_name(
     [
         (
             "not-here",
-            r"not-here: expected a run folder, a weights file, its https:// address or a name .*sparsenet_7_4",
+            r"not-here: expected a run folder, a weights file, its https:// address or a name .*"
+            r"sparsenet_7_4",
         ),
         ("sparsenet_7_5", r"did you mean sparsenet_7_4\?"),
         (
@@ -392,7 +394,7 @@ def test_weights_become_onnx_in_the_folder_where_one_is(
     assert [None if real is None else len(real) for _, _, real, _ in asked] == [None, 64, 64]
 
 
-# --- damaged and foreign files -------------------------------------------------------------------------------
+# --- damaged and foreign files --------------------------------------------------------------------
 
 
 def refused(file: Path, expected: str) -> None:
@@ -488,7 +490,7 @@ def test_a_file_too_large_is_not_read(file: Path, monkeypatch: pytest.MonkeyPatc
         weights.load(file)
 
 
-# --- as a library --------------------------------------------------------------------------------------------
+# --- as a library ---------------------------------------------------------------------------------
 
 
 def test_a_model_by_name_has_the_weights_and_its_classifier(shipped: Path, file: Path) -> None:
@@ -553,7 +555,7 @@ def test_a_network_without_weights_is_told_those_that_have_some(shipped: Path) -
         sparsenet.create_model("sparsenet_7_5", pretrained=True)
 
 
-# --- from the network ----------------------------------------------------------------------------------------
+# --- from the network -----------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -644,7 +646,7 @@ def test_a_redirection_stays_with_https() -> None:
         assert followed is not None and followed.full_url == end
 
 
-# --- what comes with the package -----------------------------------------------------------------------------
+# --- what comes with the package ------------------------------------------------------------------
 
 
 def test_the_packages_weights_are_listed_small_and_in_the_wheel() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def load_trained(
     :func:`sparsenet.list_models` that has weights. Raises ``ValueError`` in one line
     (:class:`RunError` for a run folder).
     """
-    if weights.exists(str(source)) and Path(source).is_dir():
+    if os.path.isdir(source):  # noqa: PTH112 - where pathlib raises for what none can be called
         return _load_run(Path(source), kind, device, implementation)
     stored = weights.load(source, alternatives="a run folder, ")
     if kind != "best":

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import hashlib
 import math
+import os
 import re
 import tempfile
 from collections.abc import Mapping
@@ -82,7 +83,7 @@ def load(source: str | Path, alternatives: str = "") -> Weights:
     """
     name = str(source)
     scheme, separator, _ = name.partition("://")
-    if exists(name):
+    if os.path.exists(name):  # noqa: PTH110 - where pathlib raises for what no file can be called
         return _load_file(Path(name), name)
     if name.startswith(SCHEME):
         return _load_address(name)
@@ -111,14 +112,6 @@ def load_shipped(name: str) -> Weights:
 def shipped() -> dict[str, str]:
     """Names of the weights that come with the package, each with the SHA-256 of its file."""
     return read_json(SHIPPED / "index.json", dict[str, str])
-
-
-def exists(source: str) -> bool:
-    """Whether a file or folder is there; ``False`` for what cannot be the name of one."""
-    try:
-        return Path(source).exists()
-    except (OSError, ValueError):  # too long, or with a null byte
-        return False
 
 
 def rounded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

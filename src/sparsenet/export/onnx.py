@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from sparsenet import __version__
 from sparsenet.data.dataset import Dataset
-from sparsenet.export import check_target, write_target
+from sparsenet.export import check_target
 from sparsenet.export.check import RANDOM_IMAGES, Run, compare, random_images, reference_model
 from sparsenet.export.runtimes import Runtime
 from sparsenet.extras import require
+from sparsenet.files import write_atomic
 from sparsenet.model import SparseNet
 from sparsenet.trained import Trained
 
@@ -67,7 +68,7 @@ def export_onnx(
     content, opset = onnx_file(trained, opset)
     run = Runtime("onnxruntime").start(content)
     difference, largest = compare(trained, real_images, "onnxruntime", run)
-    write_target(target, content)
+    write_atomic(target, content)
     count = 0 if real_images is None else len(real_images)
     return ExportReport(target, opset, len(content), difference, largest, count)
 
