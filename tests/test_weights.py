@@ -434,6 +434,7 @@ def test_a_foreign_file_is_one_line(file: Path, trained: Path) -> None:
         ({"measured": {"bf16": 3}}, r"Expected `object`, got `int` - at `\$\.measured"),
         ({"recipe": {"data": {}}}, "'recipe' that does not say which images"),
         ({"preprocessing": {"mean": [0.1, 0.1, 0.1]}}, "'preprocessing' that does not fit"),
+        ({"architecture": {"in_chans": [1]}}, "'preprocessing' that does not fit"),
         ({"preprocessing": {"std": [0.0]}}, "'preprocessing' that divides by nothing"),
         (
             {"preprocessing": {"crop": 7}},
@@ -604,7 +605,7 @@ def test_what_is_fetched_and_wrong_is_not_kept(
                 whole,
                 len(whole),
                 f"#sha256={64 * 'a'}",
-                f"expected SHA256 {64 * 'a'} of .*, found [0-9a-f]{{64}}: deleted",
+                f"safetensors#sha256=a*: expected SHA256 {64 * 'a'} of .*, found [0-9a-f]{{64}}: deleted",
             ),
             (b"<html>", 6, "", "expected a safetensors file"),
             (b"", 0, "", "expected a weights file, found: HTTP Error 416"),

@@ -52,12 +52,12 @@ def load_trained(
     """
     if os.path.isdir(source):  # noqa: PTH112 - where pathlib raises for what none can be called
         return _load_run(Path(source), kind, device, implementation)
-    stored = weights.load(source, alternatives="a run folder, ")
+    file = weights.load(source, alternatives="a run folder, ")
     if kind != "best":
         expected = f"none for {source}, which is one set of weights"
         raise ValueError(f"--checkpoint: expected {expected}, found {kind!r}")
-    model = zoo.build(zoo.stored_architecture(stored), stored, implementation)
-    return Trained(stored.path, place(model.eval(), device), stored.about)
+    model = zoo.build(zoo.stored_architecture(file), file, implementation)
+    return Trained(file.path, place(model.eval(), device), file.about)
 
 
 def _load_run(path: Path, kind: str, device: torch.device | str, implementation: str) -> Trained:

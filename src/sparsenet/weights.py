@@ -27,7 +27,7 @@ from safetensors.torch import save as serialise_tensors
 from torch import Tensor
 
 from sparsenet.data.images import Preprocessing
-from sparsenet.downloads import DownloadError, download
+from sparsenet.downloads import ChecksumError, DownloadError, download
 from sparsenet.files import cache_folder, read_json
 
 SHIPPED = Path(__file__).with_name("pretrained")  # NAME.safetensors; index.json: NAME to SHA-256
@@ -165,6 +165,8 @@ def _load_address(address: str) -> Weights:
             file = download(url, Path(folder) / cached.name, checksum, LIMIT)
             weights = _load_file(file, address)
             file.replace(cached)
+    except ChecksumError as error:
+        raise ValueError(f"{address}: {error}") from None
     except DownloadError as error:
         raise ValueError(f"{address}: expected a weights file, found: {error}") from None
     except OSError as error:
@@ -218,12 +220,12 @@ def _parse_about(value: Any) -> About:
 def _problem(about: About) -> str | None:
     """What in a file's description does not fit together, in one clause."""
     architecture, images = about.architecture, about.preprocessing
-    channels = {architecture.get("in_chans"), images.channels, len(images.mean), len(images.std)}
+    channels = [architecture.get("in_chans"), len(images.mean), len(images.std)]
     data = about.recipe.get("data", {})
     test_images = type(data.get("test_fraction")), type(data.get("skip_corrupt"))
     datasets = [about.dataset, *(measured.dataset for measured in about.measured.values())]
     classes = architecture.get("num_classes")
-    if len(channels) > 1 or not 1 <= images.size <= MAX_IMAGE_SIZE:
+    if channels != [images.channels] * 3 or not 1 <= images.size <= MAX_IMAGE_SIZE:
         return "'preprocessing' that does not fit the network"
     if not all(0 < std < math.inf for std in images.std):
         return "'preprocessing' that divides by nothing"

@@ -111,31 +111,31 @@ def create_model(
             changes["num_classes"] = num_classes
         return SparseNet(architecture(name, in_chans=in_chans, **changes), implementation, memory)
     wanted = architecture(name, in_chans=in_chans, **changes)
-    source = weights.load_shipped(name) if pretrained is True else weights.load(pretrained)
-    stored = stored_architecture(source)
-    _check_same_network(wanted, stored, source.source)
+    file = weights.load_shipped(name) if pretrained is True else weights.load(pretrained)
+    stored = stored_architecture(file)
+    _check_same_network(wanted, stored, file.source)
     wanted = dataclasses.replace(wanted, num_classes=stored.num_classes)
-    model = build(wanted, source, implementation, memory)
+    model = build(wanted, file, implementation, memory)
     if num_classes is not None and num_classes != model.num_classes:
         model.reset_classifier(num_classes)
     return model
 
 
-def stored_architecture(source: Weights) -> Architecture:
+def stored_architecture(file: Weights) -> Architecture:
     """The architecture of a weights file; ``ValueError`` for one that this version has not."""
     try:
-        stored = Architecture(**source.about.architecture)
+        stored = Architecture(**file.about.architecture)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise _unknown_architecture(source, error) from None
-    layers, tensors = sum(stored.stage_depths), len(source.tensors)
+        raise _unknown_architecture(file, error) from None
+    layers, tensors = sum(stored.stage_depths), len(file.tensors)
     if layers > tensors:  # no network is built for a file that cannot fill it
-        raise _unknown_architecture(source, f"{layers} layers for {tensors} tensors")
+        raise _unknown_architecture(file, f"{layers} layers for {tensors} tensors")
     return stored
 
 
 def build(
     architecture: Architecture,
-    source: Weights,
+    file: Weights,
     implementation: str = "auto",
     memory: str = "normal",
 ) -> SparseNet:
@@ -144,15 +144,13 @@ def build(
         with torch.device("meta"):  # shapes alone: a file that does not fit takes no memory
             model = SparseNet(architecture, implementation, memory)
     except (RuntimeError, TypeError) as error:  # widths that no tensor has
-        raise _unknown_architecture(source, error) from None
-    expected, actual = _shapes_and_types(model.state_dict()), _shapes_and_types(source.tensors)
+        raise _unknown_architecture(file, error) from None
+    expected, actual = _shapes_and_types(model.state_dict()), _shapes_and_types(file.tensors)
     for name in sorted(expected.keys() | actual.keys()):
         if expected.get(name) != actual.get(name):
             problem = f"{name} of {actual.get(name)} instead of {expected.get(name)}"
-            raise ValueError(
-                f"{source.source}: expected the tensors of its network, found {problem}"
-            )
-    model.load_state_dict(source.tensors, assign=True)
+            raise ValueError(f"{file.source}: expected the tensors of its network, found {problem}")
+    model.load_state_dict(file.tensors, assign=True)
     return model
 
 
@@ -160,10 +158,10 @@ def _shapes_and_types(state: dict[str, torch.Tensor]) -> dict[str, tuple[Any, ..
     return {name: (*tensor.shape, tensor.dtype) for name, tensor in state.items()}
 
 
-def _unknown_architecture(source: Weights, problem: object) -> ValueError:
+def _unknown_architecture(file: Weights, problem: object) -> ValueError:
     first_line = str(problem).partition("\n")[0]
     expected = "an architecture that this version knows"
-    return ValueError(f"{source.source}: expected {expected}, found: {first_line}")
+    return ValueError(f"{file.source}: expected {expected}, found: {first_line}")
 
 
 def _check_same_network(wanted: Architecture, stored: Architecture, source: str) -> None:

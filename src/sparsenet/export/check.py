@@ -16,7 +16,8 @@ BATCH_SIZES = (1, 2, RANDOM_IMAGES)  # at which a file is checked
 # wrong weight or constant by far more than this.
 TOLERANCE = 1e-4
 
-Run = Callable[[Tensor], Tensor]  # normalised float32 images (N, C, H, W) to logits (N, classes)
+# From normalised float32 images (N, C, H, W) to logits (N, classes).
+Forward = Callable[[Tensor], Tensor]
 
 
 def reference_model(trained: Trained) -> SparseNet:
@@ -36,9 +37,13 @@ def random_images(trained: Trained) -> Tensor:
 
 @torch.no_grad()
 def compare(
-    trained: Trained, real_images: Tensor | None, engine: str, run: Run, precision: str = "fp32"
+    trained: Trained,
+    real_images: Tensor | None,
+    engine: str,
+    forward: Forward,
+    precision: str = "fp32",
 ) -> tuple[float, float]:
-    """The largest difference between the logits of *run* and the model, and the largest logit.
+    """The largest difference between the logits of *forward* and the model, and the largest logit.
 
     Random and any *real_images*, uint8 ``(N, C, H, W)``, are each compared in batches of
     :data:`BATCH_SIZES` and of all of them. Raises ``ValueError``, which names *engine*, where the
@@ -57,7 +62,7 @@ def compare(
         with torch.autocast("cpu", torch.bfloat16):
             in_bf16 = torch.cat([model(batch) for batch in batches]).float()
         tolerance += 2 * (in_bf16 - expected).abs().max().item()
-    logits = torch.cat([run(batch) for batch in batches])
+    logits = torch.cat([forward(batch) for batch in batches])
     difference = (logits - expected).abs().max().item()
     if not difference <= tolerance:  # neither is NaN
         raise ValueError(

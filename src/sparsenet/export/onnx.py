@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sparsenet import __version__
 from sparsenet.data.dataset import Dataset
 from sparsenet.export import check_target
-from sparsenet.export.check import RANDOM_IMAGES, Run, compare, random_images, reference_model
+from sparsenet.export.check import RANDOM_IMAGES, Forward, compare, random_images, reference_model
 from sparsenet.export.runtimes import Runtime
 from sparsenet.extras import require
 from sparsenet.files import write_atomic
@@ -66,8 +66,8 @@ def export_onnx(
     """
     check_target(target)
     content, opset = onnx_file(trained, opset)
-    run = Runtime("onnxruntime").start(content)
-    difference, largest = compare(trained, real_images, "onnxruntime", run)
+    forward = Runtime("onnxruntime").start(content)
+    difference, largest = compare(trained, real_images, "onnxruntime", forward)
     write_atomic(target, content)
     count = 0 if real_images is None else len(real_images)
     return ExportReport(target, opset, len(content), difference, largest, count)
@@ -83,7 +83,7 @@ class Exported(nn.Module):
 
     def __init__(self, trained: Trained, runtime: Runtime, pixels: Tensor):
         super().__init__()
-        self.run: Run = runtime.start(onnx_file(trained)[0])
+        self.run: Forward = runtime.start(onnx_file(trained)[0])
         compare(trained, pixels, runtime.name, self.run, runtime.precision)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from sparsenet.export import RUNTIMES
-from sparsenet.export.check import Run
+from sparsenet.export.check import Forward
 from sparsenet.extras import require
 
 
@@ -35,7 +35,7 @@ class Runtime:
             expected = f"{' or '.join(able)} for {self.name} on this CPU"
             raise ValueError(f"--precision: expected {expected}, found {self.precision}")
 
-    def start(self, content: bytes) -> Run:
+    def start(self, content: bytes) -> Forward:
         """Reads the *content* of a file; ``ValueError`` in one line where it cannot be run."""
         start = {"onnxruntime": _start_onnxruntime, "openvino": _start_openvino}[self.name]
         try:
@@ -55,7 +55,7 @@ def precisions(name: str) -> tuple[str, ...]:
     return ("fp32", "bf16") if "BF16" in able else ("fp32",)
 
 
-def _start_onnxruntime(content: bytes, precision: str) -> Run:
+def _start_onnxruntime(content: bytes, precision: str) -> Forward:
     onnxruntime = require("onnxruntime", "export")
     errors = require("onnxruntime.capi.onnxruntime_pybind11_state", "export")
     options = onnxruntime.SessionOptions()
@@ -68,7 +68,7 @@ def _start_onnxruntime(content: bytes, precision: str) -> Run:
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
-def _start_openvino(content: bytes, precision: str) -> Run:
+def _start_openvino(content: bytes, precision: str) -> Forward:
     core = _openvino_core()
     hints = {
         "PERFORMANCE_HINT": "LATENCY",  # one batch at a time, on all threads
