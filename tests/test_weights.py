@@ -605,7 +605,7 @@ def test_what_is_fetched_and_wrong_is_not_kept(
                 whole,
                 len(whole),
                 f"#sha256={64 * 'a'}",
-                f"safetensors#sha256=a*: expected SHA256 {64 * 'a'} of .*, found [0-9a-f]{{64}}: deleted",
+                f"#sha256=a*: expected SHA256 {64 * 'a'} of .*, found [0-9a-f]{{64}}: deleted",
             ),
             (b"<html>", 6, "", "expected a safetensors file"),
             (b"", 0, "", "expected a weights file, found: HTTP Error 416"),

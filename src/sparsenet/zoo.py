@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import fnmatch
 import reprlib
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -134,10 +135,7 @@ def stored_architecture(file: Weights) -> Architecture:
 
 
 def build(
-    architecture: Architecture,
-    file: Weights,
-    implementation: str = "auto",
-    memory: str = "normal",
+    architecture: Architecture, file: Weights, implementation: str = "auto", memory: str = "normal"
 ) -> SparseNet:
     """A network with the tensors of a weights file; ``ValueError`` naming one that does not fit."""
     try:
@@ -165,17 +163,13 @@ def _unknown_architecture(file: Weights, problem: object) -> ValueError:
 
 
 def _check_same_network(wanted: Architecture, stored: Architecture, source: str) -> None:
-    def network(each: Architecture) -> tuple[object, ...]:
-        return each.stages, each.stem, each.in_chans
-
+    network = attrgetter("stages", "stem", "in_chans")
     if network(wanted) == network(stored):
         return
     differences = []
-    for field in dataclasses.fields(Architecture):
-        here, there = getattr(wanted, field.name), getattr(stored, field.name)
-        if here != there and field.name not in ("dropout", "num_classes"):
-            differences.append(
-                f"{field.name} {reprlib.repr(there)} instead of {reprlib.repr(here)}"
-            )
+    for name in [field.name for field in dataclasses.fields(Architecture)]:
+        here, there = getattr(wanted, name), getattr(stored, name)
+        if here != there and name not in ("dropout", "num_classes"):
+            differences.append(f"{name} {reprlib.repr(there)} instead of {reprlib.repr(here)}")
     problem = f"those of one with {', '.join(differences)}"
     raise ValueError(f"{source}: expected weights of this network, found {problem}")

@@ -25,7 +25,6 @@ from sparsenet.model import SparseNet
 from sparsenet.trained import Trained
 
 MIN_OPSET = 18  # that PyTorch's exporter writes
-MAX_REAL_IMAGES = 64  # of the test images, that a file is checked on
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,8 @@ class ExportReport:
 
 def export(trained: Trained, target: Path, data: Dataset | None, opset: int | None) -> str:
     """Does what ``sparsenet export --format onnx`` asks for."""
-    real_images = None if data is None else data.test.pixels[:MAX_REAL_IMAGES]
-    return export_onnx(trained, target, real_images, opset).summary()
+    some_images = None if data is None else data.test.pixels[:64]
+    return export_onnx(trained, target, some_images, opset).summary()
 
 
 def export_onnx(
