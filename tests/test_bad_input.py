@@ -636,7 +636,7 @@ def test_a_loss_that_is_lost_later_keeps_what_was_before(
         outcome = call("train", *TINY, "--max_epoch", 2, "--out", "run")
     assert outcome.code == 1
     assert "step 32 " in outcome.error and "not finite" in outcome.error
-    assert load_trained(Path("run"), "best").info["step"] == 23
+    assert load_trained(Path("run"), "best").step == 23
     assert call("eval", "run").code == 0
     assert call("train", "--resume", "run").code == 0
     name = f"checkpoints/{LAST}.safetensors"
@@ -657,7 +657,7 @@ def test_weights_that_a_step_of_finite_loss_has_lost_are_not_saved(
         outcome = call("train", *TINY, "--max_epoch", 2, "--save_every", 0, "--out", "run")
     assert outcome.code == 1
     assert "weights of step 31 are not finite" in outcome.error and "--lr" in outcome.error
-    assert load_trained(Path("run"), "last").info["step"] == 30
+    assert load_trained(Path("run"), "last").step == 30
     assert call("train", "--resume", "run").code == 0
     name = f"checkpoints/{LAST}.safetensors"
     ours, theirs = load_file(Path("run") / name), load_file(trained / name)

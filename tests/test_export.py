@@ -1,4 +1,4 @@
-"""The exported file: enough on its own to do what the model does, or it is neither written nor run."""
+"""An exported file does alone what the model does, or it is neither written nor run."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from torch import Tensor
 
 from sparsenet.architecture import Architecture
 from sparsenet.data.preprocessing import Preprocessing
-from sparsenet.export import RUNTIMES, onnx_file, runtimes
-from sparsenet.export.check import specification
-from sparsenet.export.onnx import ExportReport, export_onnx
+from sparsenet.export import RUNTIMES, runtimes
+from sparsenet.export import onnx as export_module
+from sparsenet.export.onnx import Exported, ExportReport, export_onnx, onnx_file
 from sparsenet.export.runtimes import Runtime
 from sparsenet.extras import MissingExtra
 from sparsenet.model import SparseNet
 from sparsenet.trained import Trained
+from sparsenet.weights import About
 
 CLASSES = ("cat", "dog", "größer", '"quoted"')
 
@@ -38,9 +39,9 @@ def make(**options: Any) -> Trained:
         if name.endswith("running_var"):  # as if trained: statistics that are not the identity
             value.uniform_(0.5, 2)
     preprocessing = Preprocessing(8, 3, (0.5, 0.4, 0.3), (0.2, 0.2, 0.25))
-    return Trained(
-        Path("run"), model, preprocessing, CLASSES, "animals", {"epoch": 3, "error": None}
-    )
+    architecture = model.architecture.to_dict()
+    about = About("0.1.0", architecture, preprocessing, CLASSES, "animals", recipe={}, epoch=3)
+    return Trained(Path("run"), model, about)
 
 
 def pixels(count: int) -> Tensor:
@@ -85,7 +86,7 @@ def test_the_file_alone_classifies_as_the_model_does(
 def test_the_file_tells_nothing_of_its_makers_machine(
     exported: tuple[Trained, ExportReport],
 ) -> None:
-    assert str(Path(onnx_file.__file__).parent).encode() not in exported[1].path.read_bytes()
+    assert str(Path(export_module.__file__).parent).encode() not in exported[1].path.read_bytes()
 
 
 def test_another_topology_and_opset_in_silence(
@@ -99,14 +100,14 @@ def test_another_topology_and_opset_in_silence(
 @pytest.fixture
 def wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """An exporter whose file computes something else."""
-    right = onnx_file._program
+    right = export_module._program
 
     def off(model: SparseNet, images: Tensor, opset: int | None) -> Any:
         changed = copy.deepcopy(model)
         changed.state_dict()["classifier.bias"].add_(0.01)
         return right(changed, images, opset)
 
-    monkeypatch.setattr(onnx_file, "_program", off)
+    monkeypatch.setattr(export_module, "_program", off)
 
 
 @pytest.mark.usefixtures("wrong")
@@ -147,7 +148,7 @@ def engine(request: pytest.FixtureRequest) -> str:
 
 def test_an_engine_computes_what_the_model_does(engine: str) -> None:
     trained = make(blocks=(2, 1, 1))
-    module = Runtime(engine).load(trained, pixels(12))
+    module = Exported(trained, Runtime(engine), pixels(12))
     for count in (1, 5, 12):
         images = trained.preprocessing.normalise(pixels(count))
         expected = trained.model(images)
@@ -165,11 +166,11 @@ def test_an_engine_that_computes_something_else_is_not_used(engine: str) -> None
         ValueError,
         match=rf"{engine}'s logits within .* of the model's, found a difference of 1\.0e-02",
     ):
-        Runtime(engine).load(make(blocks=(1, 1)), pixels(3))
+        Exported(make(blocks=(1, 1)), Runtime(engine), pixels(3))
 
 
 def test_an_engine_computes_in_the_precisions_it_has_or_says_so(engine: str) -> None:
-    able = runtimes._precisions(engine)
+    able = runtimes.precisions(engine)
     assert able[0] == "fp32" and Runtime(engine, "auto").precision == able[-1]
     if "bf16" not in able:
         with pytest.raises(
@@ -182,7 +183,7 @@ def test_an_engine_computes_in_the_precisions_it_has_or_says_so(engine: str) -> 
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         own = trained.model(images).float()
     exact = trained.model(images)
-    found = Runtime(engine, "bf16").load(trained, pixels(12))(images)
+    found = Exported(trained, Runtime(engine, "bf16"), pixels(12))(images)
     error = (found - exact).abs().max()
     assert (
         1e-4 < error <= 2 * (own - exact).abs().max() + 1e-4 * exact.abs().max()
@@ -193,25 +194,27 @@ def test_an_engine_without_its_package_names_the_extra(monkeypatch: pytest.Monke
     for name, extra in (("onnxruntime", "export"), ("openvino", "openvino")):
         monkeypatch.setitem(sys.modules, name, None)
         with pytest.raises(
-            MissingExtra, match=rf"expected the package {name}, found none: .*sparsenet\[{extra}\]"
+            MissingExtra, match=rf"expected the package {name}, found none: .*\[{extra}\]"
         ):
             Runtime(name)
 
 
 def test_no_engine_loads_what_would_report_its_use(engine: str) -> None:
     code = f"import sys; from sparsenet.export.runtimes import Runtime; Runtime({engine!r})\n"
-    code += "print([name for name, module in sys.modules.items() if 'openvino_telemetry' in name and module])"
+    code += (
+        "print([n for n, module in sys.modules.items() if 'openvino_telemetry' in n and module])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
 
 
 def test_a_file_that_an_engine_cannot_run_is_one_line(engine: str) -> None:
     trained = make(blocks=(1, 1))
-    file, _ = onnx_file.onnx_file(specification(trained), trained, None)
+    file, _ = onnx_file(trained)
     model = onnx.load_from_string(file)
     model.graph.node[0].op_type = "NoSuchOperator"
     with pytest.raises(
         ValueError, match=rf"^onnx: {engine} \S+ cannot run the file: .*NoSuchOperator"
     ) as found:
-        runtimes.PASSES[engine](model.SerializeToString(), "fp32")
+        Runtime(engine).start(model.SerializeToString())
     assert "\n" not in str(found.value)

@@ -1,4 +1,4 @@
-"""Predicting: whatever is named gets one answer in its place, the right one or one line of error."""
+"""Whatever is named gets one answer in its place, the right one or one line of error."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from sparsenet.data.preprocessing import Preprocessing
 from sparsenet.model import SparseNet
 from sparsenet.predict import find_images, predict
 from sparsenet.trained import Trained
+from sparsenet.weights import About
 
 CLASSES = tuple("abcdef")
 
@@ -24,7 +25,9 @@ def trained() -> Trained:
     torch.manual_seed(0)
     model = SparseNet(Architecture(depth=7, growth_rate=4, num_classes=len(CLASSES))).eval()
     preprocessing = Preprocessing(16, 3, (0.5, 0.4, 0.3), (0.2, 0.2, 0.25))
-    return Trained(Path("run"), model, preprocessing, CLASSES, "colours", {})
+    architecture = model.architecture.to_dict()
+    about = About("0.1.0", architecture, preprocessing, CLASSES, "colours", recipe={}, epoch=1)
+    return Trained(Path("run"), model, about)
 
 
 @pytest.fixture

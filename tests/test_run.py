@@ -1,5 +1,6 @@
 """The run folder: written whole or not at all, refused when damaged."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -103,7 +104,7 @@ def test_what_a_run_says_of_itself(tmp_path):
     run.describe(RunConfig(), 32, graph(RunConfig().network), environment(torch.device("cpu")))
     found = json.loads((run.path / "environment.json").read_text())
     assert found["torch"] == torch.__version__
-    assert found == environment(torch.device("cpu"))
+    assert found == dataclasses.asdict(environment(torch.device("cpu")))
     assert f"torch=={torch.__version__}" in installed()
     assert json.loads((run.path / "graph.json").read_text())["parameters"] == 189_514
     assert run.config() == RunConfig()

@@ -272,12 +272,12 @@ def test_only_finite_weights_are_saved():
 def test_the_best_checkpoint_is_chosen_on_the_held_out_part(whole):
     rows = whole.metrics()
     best = min(range(len(rows)), key=lambda i: rows[i]["val_error"])
-    assert load_trained(whole.path).info["epoch"] == rows[best]["epoch"]
+    assert load_trained(whole.path).about.epoch == rows[best]["epoch"]
 
 
 def test_without_one_the_last_epoch_is_reported(tmp_path):
     run = finished(tmp_path / "run", tiny(data={"val_fraction": 0.0}))
-    assert load_trained(run.path).info["epoch"] == 3
+    assert load_trained(run.path).about.epoch == 3
     assert [row["val_error"] for row in run.metrics()] == [None] * 3
 
 

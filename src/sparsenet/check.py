@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from sparsenet.data.config import DataConfig
 from sparsenet.data.load import load_dataset
 from sparsenet.device import choose_device, computes_in_bf16
-from sparsenet.environment import environment
+from sparsenet.environment import Environment, environment
 from sparsenet.extras import install_hint, missing_packages
 from sparsenet.ops import dispatch
 from sparsenet.ops.implementations import IMPLEMENTATIONS
@@ -52,7 +51,7 @@ class DataSummary:
 class MachineReport:
     """What :func:`check` finds; all but *extras* and *data* are by device."""
 
-    environment: Any
+    environment: Environment
     devices: dict[str, list[str]]  # precisions in which a convolution runs, forward and backward
     implementations: dict[str, dict[str, str | None]]  # why one cannot run; ``None``: it can
     auto: dict[str, AutoChoices]
@@ -125,12 +124,12 @@ def lines(report: MachineReport) -> Iterator[str]:
     """Yield the report as lines for people."""
     env = report.environment
     yield (
-        f"sparsenet {env['sparsenet']}, torch {env['torch']}, Python {env['python']}, "
-        f"{env['platform']}"
+        f"sparsenet {env.sparsenet}, torch {env.torch}, Python {env.python}, "
+        f"{env.platform}"
     )
     for device, precisions in report.devices.items():
         yield f"device {device}: {', '.join(precisions)}"
-    yield f"{env['device_name']}, {env['threads']} threads"
+    yield f"{env.device_name}, {env.threads} threads"
     for device, reasons in report.implementations.items():
         for name, reason in reasons.items():
             yield f"{device}: {name} {f'cannot run: {reason}' if reason else 'runs'}"

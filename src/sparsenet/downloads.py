@@ -1,35 +1,70 @@
-"""Files fetched over the network: resumed where they stopped, and never by a redirection from https to http."""
+"""Files fetched over the network."""
 
 from __future__ import annotations
 
+import hashlib
 import math
-from http.client import HTTPMessage, HTTPResponse
+from functools import partial
+from http.client import HTTPException, HTTPMessage, HTTPResponse
 from pathlib import Path
 from typing import IO
 from urllib.error import HTTPError
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
+BLOCK = 1 << 20  # bytes read at a time
 
-def fetch(url: str, file: Path, timeout: float = 30.0, limit: float = math.inf) -> None:
-    """Fetches *url* into *file*, from where an earlier call stopped if there is something in it.
 
-    *timeout*: seconds without an answer; *limit*: bytes. Raises ``OSError`` or ``http.client.HTTPException``, which
-    leaves in *file* what came; a redirection from https to anything else is an error too.
+class DownloadError(Exception):
+    """What came is not all of the file; the message says what was received instead."""
+
+
+class ChecksumError(DownloadError):
+    """The whole file came, and it is another one; it has been deleted."""
+
+
+def download(
+    url: str, target: Path, checksum: str = "", limit: float = math.inf, timeout: float = 30.0
+) -> Path:
+    """Fetches *url* into *target*, by way of ``target.part``, which a later call resumes.
+
+    *checksum*, ``md5=HEX`` or ``sha256=HEX``, is compared before the file gets its name. *limit* is
+    the most bytes to accept, *timeout* the seconds to wait for an answer. An https address is never
+    left for another kind by a redirection.
+
+    Raises :class:`DownloadError`, and ``OSError`` where *target* cannot be written.
     """
-    have = file.stat().st_size if file.exists() else 0
-    request = Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f"{target.name}.part")
     try:
-        with build_opener(_StaysSecure).open(request, timeout=timeout) as response:
-            _append(response, file, have, limit)
+        _fetch(url, part, limit, timeout)
+    except (OSError, HTTPException, ValueError) as error:  # ValueError: no address
+        raise DownloadError(str(error) or type(error).__name__) from error
+    if checksum:
+        algorithm, _, expected = checksum.partition("=")
+        new_hash = partial(hashlib.new, algorithm, usedforsecurity=False)
+        with part.open("rb") as file:
+            actual = hashlib.file_digest(file, new_hash).hexdigest()
+        if actual != expected:
+            part.unlink()
+            expected = f"{algorithm.upper()} {expected}"
+            raise ChecksumError(f"expected {expected} of {url}, found {actual}: deleted")
+    return part.replace(target)
+
+
+def _fetch(url: str, part: Path, limit: float, timeout: float) -> None:
+    start = part.stat().st_size if part.exists() else 0
+    request = Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+    try:
+        with build_opener(_StayWithHttps).open(request, timeout=timeout) as response:
+            _append(response, part, start, limit)
     except HTTPError as error:
-        with error:
-            if (
-                error.code != 416
-            ):  # nothing beyond what is there: whether that is all, a checksum decides
-                raise
+        error.close()
+        nothing_follows = error.code == 416 and start  # a checksum decides whether that is all
+        if not nothing_follows:
+            raise
 
 
-class _StaysSecure(HTTPRedirectHandler):
+class _StayWithHttps(HTTPRedirectHandler):
     def redirect_request(
         self, req: Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
     ) -> Request | None:
@@ -38,19 +73,21 @@ class _StaysSecure(HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def _append(response: HTTPResponse, file: Path, have: int, limit: float) -> None:
-    resumed = response.status == 206 and response.headers.get("Content-Range", "").startswith(
-        f"bytes {have}-"
-    )
-    with file.open("ab" if resumed else "wb") as out:  # a server may send the whole file instead
-        before = out.tell()
-        expected = int(response.headers.get("Content-Length", -1))
-        while (
-            before + expected <= limit and out.tell() <= limit and (block := response.read(1 << 20))
-        ):
-            out.write(block)
-        total = out.tell()
-    if max(total, before + expected) > limit:
-        raise OSError(f"more than {limit / 2**20:.0f} MiB")
-    if expected >= 0 and total != before + expected:
-        raise OSError(f"{total} of {before + expected} bytes")
+def _append(response: HTTPResponse, part: Path, start: int, limit: float) -> None:
+    content_range = response.headers.get("Content-Range", "")
+    resumed = response.status == 206 and content_range.startswith(f"bytes {start}-")
+    if not resumed:  # the server sends the whole file instead
+        start = 0
+    length = response.headers.get("Content-Length")
+    total = start + int(length) if length else None
+    too_much = OSError(f"more than {limit / 2**20:.0f} MiB")
+    if total is not None and total > limit:
+        raise too_much
+    with part.open("ab" if resumed else "wb") as file:
+        while block := response.read(BLOCK):
+            if file.tell() + len(block) > limit:
+                raise too_much
+            file.write(block)
+        size = file.tell()
+    if total is not None and size != total:
+        raise OSError(f"{size} of {total} bytes")

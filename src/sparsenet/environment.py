@@ -6,8 +6,8 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,43 +15,59 @@ from sparsenet import __version__
 from sparsenet.device import device_name
 
 
+@dataclass(frozen=True)
+class Environment:
+    """Versions, hardware and commit; the fields are the keys of environment.json."""
+
+    sparsenet: str
+    commit: str | None  # ends in "-dirty" where files were changed; ``None`` outside a repository
+    python: str
+    torch: str
+    platform: str
+    device: str
+    device_name: str
+    driver: dict[str, str | None] | None  # versions of CUDA and HIP; ``None`` on a CPU
+    threads: int
+    cpus: int | None
+    precision: str | None = None  # that a run computes in
+    implementation: str | None = None  # that a run computes with
+
+
+def environment(
+    device: torch.device, precision: str | None = None, implementation: str | None = None
+) -> Environment:
+    """Describes this process on *device*."""
+    driver = {"cuda": torch.version.cuda, "hip": torch.version.hip}
+    return Environment(
+        sparsenet=__version__,
+        commit=_commit(),
+        python=platform.python_version(),
+        torch=str(torch.__version__),
+        platform=platform.platform(),
+        device=str(device),
+        device_name=device_name(device),
+        driver=driver if device.type == "cuda" else None,
+        threads=torch.get_num_threads(),
+        cpus=os.cpu_count(),
+        precision=precision,
+        implementation=implementation,
+    )
+
+
 def installed() -> list[str]:
     """``name==version`` of every installed package, sorted."""
-    found = {
-        (d.metadata["Name"], d.version)
-        for d in importlib.metadata.distributions()
-        if d.metadata["Name"]
-    }
-    return sorted((f"{name}=={version}" for name, version in found), key=str.lower)
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, hardware and commit: what a figure needs beside it."""
-    return {
-        "sparsenet": __version__,
-        "commit": _commit(),
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "platform": platform.platform(),
-        "device": str(device),
-        "device_name": device_name(device),
-        "driver": {"cuda": torch.version.cuda, "hip": torch.version.hip}
-        if device.type == "cuda"
-        else None,
-        "threads": torch.get_num_threads(),
-        "cpus": os.cpu_count(),
-    }
+    packages = set()
+    for package in importlib.metadata.distributions():
+        if name := package.metadata["Name"]:
+            packages.add(f"{name}=={package.version}")
+    return sorted(packages, key=str.lower)
 
 
 def _commit() -> str | None:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    folder = Path(__file__).parent
     try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
+        git = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return found.stdout.strip() if found.returncode == 0 else None
+    return git.stdout.strip() if git.returncode == 0 else None

@@ -1,4 +1,4 @@
-"""The user's cache folder, and files written whole."""
+"""The user's cache folder, files written whole, and JSON."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON value or a dataclass of such, indented."""
-    text: bytes = msgspec.json.format(msgspec.json.encode(value), indent=2)
-    write_atomic(path, text + b"\n")
+    write_atomic(path, msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
 
 
 def parse_json(data: bytes | str, kind: type[T], where: str) -> T:
-    """*data* as JSON of a *kind* that may be a dataclass, whose fields and their types are checked.
+    """Parses JSON into a *kind*, such as a dataclass, whose fields and their types are checked.
 
-    Fields that *kind* does not have are passed over. Raises ``ValueError`` in one line that begins with *where*.
+    Fields that *kind* does not have are passed over. Raises ``ValueError`` in one line that begins
+    with *where*.
     """
     try:
         return msgspec.json.decode(data, type=kind)
@@ -59,7 +59,7 @@ def parse_json(data: bytes | str, kind: type[T], where: str) -> T:
 
 
 def read_json(file: Path, kind: type[T]) -> T:
-    """The content of *file* by :func:`parse_json`; also ``ValueError`` where it cannot be read."""
+    """Reads a file with :func:`parse_json`; also ``ValueError`` where it cannot be read."""
     try:
         data = file.read_bytes()
     except OSError as error:

@@ -1,6 +1,6 @@
-"""Classes of image files, decoded by many threads and classified batch by batch, in the order given."""
+"""Classes of image files, decoded by many threads and classified in batches, in the order given."""
 
-# os.path and glob: pathlib raises where a folder may not be entered, which here is the error of one file only.
+# os.path and glob: pathlib raises where a folder may not be entered, here the error of one file.
 # ruff: noqa: PTH111, PTH112, PTH207
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from sparsenet.data.dataset import Example, Images
+from sparsenet.data.dataset import Example
 from sparsenet.data.errors import BadImage
 from sparsenet.data.images import SUFFIXES, read_image, read_images
 from sparsenet.trained import Trained
@@ -22,11 +22,11 @@ from sparsenet.trained import Trained
 
 @dataclass(frozen=True)
 class Prediction:
-    """The most probable *classes* of the image at *path*, best first, or the one-line *error* that it met."""
+    """The most probable classes of an image, best first, or the one-line error that it met."""
 
     path: str
     classes: tuple[str, ...] = ()
-    probabilities: tuple[float, ...] = ()  # from 0 to 1, of all classes, in the order of *classes*
+    probabilities: tuple[float, ...] = ()  # of these classes, from 0 to 1
     error: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -35,86 +35,85 @@ class Prediction:
             return {"path": self.path, "error": self.error}
         return {"path": self.path, "classes": self.classes, "probabilities": self.probabilities}
 
+    def summary(self) -> str:
+        """One line to print."""
+        ranked = zip(self.classes, self.probabilities, strict=True)
+        shown = ", ".join(f"{name} {100 * probability:.1f} %" for name, probability in ranked)
+        return f"{self.path}: {shown}"
+
 
 def find_images(patterns: Sequence[str]) -> list[Path]:
-    """The image files that *patterns* (files, folders, globs; ``**`` goes deep) name, in the order given.
+    """The image files that files, folders and globs (``**`` goes deep) name, in the order given.
 
-    A folder gives every image file in it and below, hidden ones left out, sorted. What names nothing stays in
-    the list as it is, so that :func:`predict` reports it in its place and goes on with the others.
+    A folder gives every image file in it and below, sorted, without hidden ones. A pattern that
+    names nothing stays in the list as it is, so that :func:`predict` reports it in its place.
     """
-    found: list[Path] = []
+    images: list[Path] = []
     for pattern in patterns:
         path = os.path.expanduser(pattern)
         matches = [path] if os.path.lexists(path) else sorted(glob.glob(path, recursive=True))
-        images = [
-            image
-            for match in matches
-            for image in (_inside(match) if os.path.isdir(match) else [Path(match)])
-        ]
-        found += images or [Path(path)]
-    return found
+        named: list[Path] = []
+        for match in matches:
+            named += _images_below(match) if os.path.isdir(match) else [Path(match)]
+        images += named or [Path(path)]
+    return images
 
 
-def _inside(folder: str) -> list[Path]:
-    found = []
-    for where, folders, files in os.walk(folder):
+def _images_below(folder: str) -> list[Path]:
+    images = []
+    for parent, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        paths = (Path(where, name) for name in files if not name.startswith("."))
-        found += [path for path in paths if path.suffix.lower() in SUFFIXES]
-    return sorted(found)
+        for name in files:
+            path = Path(parent, name)
+            if not name.startswith(".") and path.suffix.lower() in SUFFIXES:
+                images.append(path)
+    return sorted(images)
 
 
 def predict(
     trained: Trained, paths: Iterable[Path], top: int = 5, batch_size: int = 64
 ) -> Iterator[Prediction]:
-    """The *top* classes of the images at *paths*, one :class:`Prediction` a path and in their order.
+    """Yields the *top* classes of each image, in the order of *paths*.
 
-    It runs where the model lies and holds one batch of images at a time. A file that cannot be read gives a
-    prediction with an error. Raises ``ValueError`` for a *top* or *batch_size* below 1.
+    It computes where the model lies and holds one batch of images at a time. A file that cannot be
+    read gives a prediction with an error. Raises ``ValueError`` for a *top* or *batch_size*
+    below 1.
     """
     for flag, value in (("top", top), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"--{flag}: expected at least 1, found {value}")
-    rest = iter(paths)
-    batches = iter(lambda: list(islice(rest, batch_size)), [])
+    remaining = iter(paths)
+    batches = iter(lambda: list(islice(remaining, batch_size)), [])
     return (prediction for batch in batches for prediction in _predict_batch(trained, batch, top))
 
 
-def _predict_batch(trained: Trained, paths: list[Path], top: int) -> list[Prediction]:
-    # The label of an example is its place in the batch: those missing afterwards could not be read.
-    examples = [Example(str(path), path, place) for place, path in enumerate(paths)]
-    preprocessing = trained.preprocessing
-    images, _ = read_images(examples, preprocessing.size, preprocessing.channels, skip_corrupt=True)
-    predictions = dict(
-        zip(images.labels.tolist(), _classify(trained, images, paths, top), strict=True)
-    )
-    return [predictions.get(place) or _failure(trained, path) for place, path in enumerate(paths)]
-
-
 @torch.inference_mode()
-def _classify(
-    trained: Trained, images: Images, paths: list[Path], top: int
-) -> Iterator[Prediction]:
-    if not len(images):
-        return
-    device = next(trained.model.parameters()).device
-    logits = trained.model(
-        trained.preprocessing.normalise(images.pixels.to(device))
-    )  # (N, classes)
-    best = logits.float().softmax(1).topk(min(top, len(trained.classes)), 1)
-    rows = zip(images.labels.tolist(), best.indices.tolist(), best.values.tolist(), strict=True)
-    for place, indices, probabilities in rows:
-        classes = tuple(trained.classes[index] for index in indices)
-        yield Prediction(str(paths[place]), classes, tuple(probabilities))
+def _predict_batch(trained: Trained, paths: list[Path], top: int) -> list[Prediction]:
+    # The label of an example is its index in the batch: those missing afterwards were not readable.
+    examples = [Example(str(path), path, index) for index, path in enumerate(paths)]
+    size, channels = trained.preprocessing.size, trained.preprocessing.channels
+    images, _ = read_images(examples, size, channels, skip_corrupt=True)
+    predictions: dict[int, Prediction] = {}
+    if len(images):
+        device = next(trained.model.parameters()).device
+        normalised = trained.preprocessing.normalise(images.pixels.to(device))
+        logits = trained.model(normalised).float()  # (N, classes)
+        best = logits.softmax(1).topk(min(top, len(trained.classes)), 1)
+        rows = zip(images.labels.tolist(), best.indices.tolist(), best.values.tolist(), strict=True)
+        for index, labels, probabilities in rows:
+            classes = tuple(trained.classes[label] for label in labels)
+            predictions[index] = Prediction(str(paths[index]), classes, tuple(probabilities))
+    return [predictions.get(index) or _failure(trained, path) for index, path in enumerate(paths)]
 
 
 def _failure(trained: Trained, path: Path) -> Prediction:
-    """Reads *path* once more, alone, to learn what was wrong with it."""
+    """Reads an image once more, alone, to learn what is wrong with it."""
     error = f"{path}: expected an image, found one that changed while it was read"
     if os.path.isdir(path):
         error = f"{path}: expected a folder with images, found none in it"
     elif not os.path.lexists(path):
-        error = f"{path}: expected an image, a folder or a glob that matches some, found nothing of that name"
+        expected = "an image, a folder or a glob that matches some"
+        error = f"{path}: expected {expected}, found nothing of that name"
     else:
         try:
             read_image(path, trained.preprocessing.size, trained.preprocessing.channels)

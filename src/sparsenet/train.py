@@ -193,7 +193,7 @@ def train(
     resumed = list(_resume(session, state)) if resume else []  # refused before anything is written
     nodes = graph(config.network, preprocessing.size)
     used = {"precision": arithmetic.precision, "implementation": arithmetic.implementation}
-    run.describe(config, preprocessing.size, nodes, environment(device) | used)
+    run.describe(config, preprocessing.size, nodes, environment(device, **used))
     pictures.draw_graph(nodes, run.path / "graph.svg", run.path.name)
     yield from _introduce(session, state, nodes)
     yield from resumed
@@ -352,7 +352,7 @@ def _conclude(session: Session, state: State) -> Iterator[Event]:
     found = _evaluate(session, trained.model, data.test, session.scorer(trained.model))
     result = {
         "dataset": data.name, "error": found.error, "top5_error": found.top5_error, "loss": found.loss,
-        "images": found.images, "seconds": found.seconds, "epochs": trained.info["epoch"],
+        "images": found.images, "seconds": found.seconds, "epochs": trained.about.epoch,
         "checkpoint": "lowest validation error" if data.val else "last epoch",
         "classes": list(data.classes), "class_errors": found.class_errors(data.classes),
     }  # fmt: skip

@@ -1,11 +1,12 @@
-"""Trained networks: whatever names one, with all that is needed to use it."""
+"""Trained networks, loaded from whatever names one."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import msgspec
 import torch
 
 from sparsenet import weights, zoo
@@ -15,6 +16,7 @@ from sparsenet.data.preprocessing import Preprocessing
 from sparsenet.device import place
 from sparsenet.model import SparseNet
 from sparsenet.run import Run
+from sparsenet.weights import About
 
 
 @dataclass(frozen=True)
@@ -23,11 +25,17 @@ class Trained:
 
     path: Path  # the run folder, or the weights file
     model: SparseNet  # in evaluation mode
-    preprocessing: Preprocessing
-    classes: tuple[str, ...]
-    dataset: str
-    info: dict[str, Any]  # epoch, recipe, version: what the weights say of themselves
+    about: About
+    step: int | None = None  # of a run: optimizer steps that led to these weights
     warnings: tuple[str, ...] = ()  # damaged checkpoints that were passed over
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        return self.about.preprocessing
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.about.classes
 
 
 def load_trained(
@@ -36,60 +44,42 @@ def load_trained(
     device: torch.device | str = "cpu",
     implementation: str = "auto",
 ) -> Trained:
-    """The network of a run folder, from its ``best`` or ``last`` checkpoint, or of whatever names weights.
+    """The network of a run folder, from its ``best`` or ``last`` checkpoint, or of weights.
 
-    That is, in this order: a folder or file that exists, an ``https://`` address, a name of
-    :func:`sparsenet.list_models` that has weights. Raises ``ValueError`` in one line (:class:`RunError` for a run
-    folder).
+    *source* is, in this order: a folder or file that exists, an ``https://`` address, a name of
+    :func:`sparsenet.list_models` that has weights. Raises ``ValueError`` in one line
+    (:class:`RunError` for a run folder).
     """
-    if weights.exists(str(source)) and Path(source).is_dir():
-        return _from_run(Path(source), kind, device, implementation)
-    found = weights.load(source, also="a run folder, ")
+    if os.path.isdir(source):  # noqa: PTH112 - where pathlib raises for what none can be called
+        return _load_run(Path(source), kind, device, implementation)
+    file = weights.load(source, alternatives="a run folder, ")
     if kind != "best":
-        raise ValueError(
-            f"--checkpoint: expected none for {source}, which is one set of weights, found {kind!r}"
-        )
-    model = zoo.filled(zoo.stored_architecture(found), found, implementation)
-    return _trained(found.path, model, device, found.about)
+        expected = f"none for {source}, which is one set of weights"
+        raise ValueError(f"--checkpoint: expected {expected}, found {kind!r}")
+    model = zoo.build(zoo.stored_architecture(file), file, implementation)
+    return Trained(file.path, place(model.eval(), device), file.about)
 
 
-def _from_run(path: Path, kind: str, device: torch.device | str, implementation: str) -> Trained:
+def _load_run(path: Path, kind: str, device: torch.device | str, implementation: str) -> Trained:
     checkpoint, warnings = Run.open(path).restore(kind)
-    about = checkpoint.manifest["about"]
+    manifest = checkpoint.manifest
     try:
-        model = SparseNet(Architecture(**about["architecture"]), implementation)
-    except TypeError as error:
-        raise RunError(
-            f"{checkpoint.path}: expected an architecture that this version knows, found: {error}"
-        ) from None
+        about = msgspec.convert({**manifest["about"], "epoch": manifest["epoch"]}, About)
+        model = SparseNet(Architecture(**about.architecture), implementation)
+    except (LookupError, TypeError, ValueError) as error:
+        expected = "an architecture that this version knows"
+        raise RunError(f"{checkpoint.path}: expected {expected}, found: {error}") from None
     averaged = any(name.startswith("average.") for name in checkpoint.tensors)
     prefix = "average." if averaged else "model."  # the weights that are evaluated
-    tensors = {
-        k.removeprefix(prefix): v for k, v in checkpoint.tensors.items() if k.startswith(prefix)
+    state = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in checkpoint.tensors.items()
+        if name.startswith(prefix)
     }
     try:
-        model.load_state_dict(tensors)
+        model.load_state_dict(state)
     except RuntimeError as error:
-        raise RunError(
-            f"{checkpoint.path}: its weights do not fit its architecture ({error})"
-        ) from None
-    info = {**about, "epoch": checkpoint.manifest["epoch"], "step": checkpoint.manifest["step"]}
-    return _trained(path, model, device, info, tuple(warnings))
-
-
-def _trained(
-    path: Path,
-    model: SparseNet,
-    device: torch.device | str,
-    info: dict[str, Any],
-    warnings: tuple[str, ...] = (),
-) -> Trained:
-    return Trained(
-        path,
-        place(model.eval(), device),
-        Preprocessing(**info["preprocessing"]),
-        tuple(info["classes"]),
-        info["dataset"],
-        info,
-        warnings,
-    )
+        problem = f"its weights do not fit its architecture ({error})"
+        raise RunError(f"{checkpoint.path}: {problem}") from None
+    model = place(model.eval(), device)
+    return Trained(path, model, about, manifest["step"], tuple(warnings))

@@ -1,63 +1,64 @@
-"""Weights files: one safetensors file with all that is needed to use a network, and what it measures.
+"""Weights files: all that is needed to use a trained network, in one safetensors file.
 
-Matrices and convolutions are fp16 in the file, vectors fp32 and counters integers; a network gets them back in fp32.
-``__metadata__["sparsenet"]`` is JSON (see :data:`ABOUT`), ``measured`` in it the error of exactly these numbers.
+Matrices and convolutions are fp16 in the file, vectors fp32 and counters integers; a network gets
+them back in fp32. The file's metadata hold an :class:`About` as JSON under ``sparsenet``.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import hashlib
-import json
 import math
+import os
 import re
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
-from http.client import HTTPException
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as serialise_tensors
 from torch import Tensor
 
-from sparsenet.downloads import fetch
-from sparsenet.files import cache_folder
+from sparsenet.data.preprocessing import Preprocessing
+from sparsenet.downloads import ChecksumError, DownloadError, download
+from sparsenet.files import cache_folder, read_json
 
-SHIPPED = Path(__file__).with_name(
-    "pretrained"
-)  # NAME.safetensors, and index.json: NAME to SHA-256
+SHIPPED = Path(__file__).with_name("pretrained")  # NAME.safetensors; index.json: NAME to SHA-256
 SCHEME = "https://"
 LIMIT = 512 * 2**20  # bytes of a weights file
-RESULT = {
-    "error": float,
-    "top5_error": float,
-    "images": int,
-    "dataset": str,
-}  # errors in percent; of which images
-LARGEST = 4096  # side of images in pixels
-# What a file says of its network: a name to a type, to names that an object has, or to a list's kind of entries.
-ABOUT: dict[str, Any] = {
-    "sparsenet": str,  # the version that trained it
-    "architecture": {"num_classes": int, "in_chans": int},  # and the other fields of Architecture
-    "preprocessing": {"size": int, "channels": int, "mean": [float], "std": [float]},
-    "classes": [str],
-    "dataset": str,
-    "recipe": {  # sparsenet.config.recipe
-        "data": {
-            "test_fraction": float,
-            "skip_corrupt": bool,
-        },  # which decide which images are the test images
-        "optim": dict,
-        "train": {"seed": int},
-    },
-    "epoch": int,
-    "measured": {"fp32": RESULT},  # by precision; bf16 too where it was measured
-}
+MAX_IMAGE_SIZE = 4096  # pixels
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a network measures on test images; errors are percentages."""
+
+    error: float
+    top5_error: float
+    images: int
+    dataset: str
+
+
+@dataclass(frozen=True)
+class About:
+    """What a weights file says of its network."""
+
+    sparsenet: str  # the version that trained it
+    architecture: dict[str, Any]  # the fields of Architecture
+    preprocessing: Preprocessing
+    classes: tuple[str, ...]
+    dataset: str
+    recipe: dict[str, dict[str, Any]]  # sparsenet.config.recipe
+    epoch: int
+    # By precision, the results of exactly the numbers in the file; a run has none.
+    measured: dict[str, Measured] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -67,213 +68,175 @@ class Weights:
     source: str  # what the user named
     path: Path
     tensors: dict[str, Tensor]  # a state dict; what was fp16 is fp32 again
-    about: dict[str, Any]  # :data:`ABOUT`
+    about: About
 
 
-def load(source: str | Path, also: str = "") -> Weights:
-    """The weights that *source* names: a file that exists, else an ``https://`` address, else a shipped name.
+def load(source: str | Path, alternatives: str = "") -> Weights:
+    """Loads what *source* names: a file that exists, else an https address, else a shipped name.
 
-    An address may end in ``#sha256=HEX``; what it gives is downloaded once, into the user's cache. The hash of a
-    shipped file is always checked. *also*: what else the caller would have taken, for the message. Raises
-    ``ValueError`` in one line for what names nothing, and for a file that is damaged, too large or of another kind.
+    An address may end in ``#sha256=HEX``; it is downloaded once, into the user's cache. The hash of
+    a shipped file is always checked. The error for a source that names nothing also lists
+    *alternatives*, other things that the caller accepts.
+
+    Raises ``ValueError`` in one line for a source that names nothing, and for a file that is
+    damaged, too large or of another kind.
     """
     name = str(source)
-    if exists(name):
-        return _parse(_read(Path(name), name), name, Path(name))
+    scheme, separator, _ = name.partition("://")
+    if os.path.exists(name):  # noqa: PTH110 - where pathlib raises for what no file can be called
+        return _load_file(Path(name), name)
     if name.startswith(SCHEME):
-        return _downloaded(name)
-    if "://" in name:
-        raise ValueError(
-            f"{name}: expected an address that begins with {SCHEME}, found {name.split('://')[0]}://"
-        )
+        return _load_address(name)
+    if separator:
+        expected = f"an address that begins with {SCHEME}"
+        raise ValueError(f"{name}: expected {expected}, found {scheme}://")
     if name in shipped():
         return load_shipped(name)
     near = difflib.get_close_matches(name, shipped(), 1, 0.5)
+    hint = f"; did you mean {near[0]}?" if near else ""
     raise ValueError(
-        f"{name}: expected {also}a weights file, its {SCHEME} address or a name that has weights "
-        f"({', '.join(shipped()) or 'none has any yet'}), found nothing of that name"
-        + (f"; did you mean {near[0]}?" if near else "")
+        f"{name}: expected {alternatives}a weights file, its {SCHEME} address or a name that has "
+        f"weights ({', '.join(shipped())}), found nothing of that name{hint}"
     )
 
 
-def exists(source: str) -> bool:
-    """Whether a file or folder is there; ``False`` for what cannot be the name of one."""
-    try:
-        return Path(source).exists()
-    except (OSError, ValueError):  # too long, or with a null byte
-        return False
+def load_shipped(name: str) -> Weights:
+    """Loads weights that come with the package; ``ValueError`` where a network has none."""
+    if name not in shipped():
+        expected = f"the name of a network that has weights ({', '.join(shipped())})"
+        raise ValueError(f"pretrained: expected {expected}, found {name!r}")
+    path = SHIPPED / f"{name}.safetensors"
+    return dataclasses.replace(_load_file(path, str(path), shipped()[name]), source=name)
 
 
 def shipped() -> dict[str, str]:
     """Names of the weights that come with the package, each with the SHA-256 of its file."""
-    found: dict[str, str] = json.loads((SHIPPED / "index.json").read_text())
-    return found
-
-
-def pack(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> bytes:
-    """A weights file of :func:`rounded` *tensors*; ``ValueError`` where *about* has not what :data:`ABOUT` lists."""
-    if wrong := _wrong(about):
-        raise ValueError(
-            f"weights: expected what a weights file says of its network, found {wrong}"
-        )
-    whole = {name: value.cpu().contiguous() for name, value in tensors.items()}
-    return serialise_tensors(whole, {"sparsenet": json.dumps(about)})
+    return read_json(SHIPPED / "index.json", dict[str, str])
 
 
 def rounded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """*tensors* as a weights file holds them; ``ValueError`` naming one whose numbers fp16 does not have."""
-    found = {}
+    """The *tensors* of a state dict in the precisions of a weights file.
+
+    Raises ``ValueError`` naming a tensor with numbers that fp16 does not have.
+    """
+    state = {}
     for name, value in tensors.items():
-        wanted = torch.float16 if value.ndim >= 2 else torch.float32
-        found[name] = value.detach().to(wanted) if value.is_floating_point() else value
-        if not found[name].isfinite().all():
-            raise ValueError(
-                f"{name}: expected numbers within ±65504, which fp16 has, found others"
-            )
-    return found
+        if value.is_floating_point():
+            value = value.detach().to(torch.float16 if value.ndim >= 2 else torch.float32)
+        if not value.isfinite().all():
+            raise ValueError(f"{name}: expected numbers within ±65504, those of fp16, found others")
+        state[name] = value
+    return state
 
 
-def load_shipped(name: str) -> Weights:
-    """The weights of a network that come with the package; ``ValueError`` in one line where it has none."""
-    if name not in shipped():
-        names = ", ".join(shipped()) or "none has any yet"
-        raise ValueError(
-            f"pretrained: expected the name of a network that has weights ({names}), found {name!r}"
-        )
-    path = SHIPPED / f"{name}.safetensors"
-    data = _read(path, name)
-    if hashlib.sha256(data).hexdigest() != shipped()[name]:
-        raise ValueError(
-            f"{path}: expected the weights that the package came with, found others: install it again"
-        )
-    return _parse(data, name, path)
+def pack(tensors: Mapping[str, Tensor], about: About) -> bytes:
+    """The content of a weights file with :func:`rounded` tensors.
 
-
-def _downloaded(address: str) -> Weights:
-    url, _, fragment = address.partition("#")
-    pinned = re.fullmatch(r"(?:sha256=([0-9a-f]{64}))?", fragment.lower())
-    if not pinned:
-        raise ValueError(
-            f"{address}: expected #sha256= and 64 hexadecimal digits at its end, found #{fragment}"
-        )
-    key = hashlib.sha256(address.encode()).hexdigest()[
-        :32
-    ]  # with the hash: a kept file is the one asked for
-    kept = cache_folder() / "weights" / f"{key}.safetensors"
-    if kept.exists():
-        with suppress(ValueError):  # damaged meanwhile: fetched again
-            return _checked(kept, address, pinned[1])
-    try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
-            part = Path(folder) / kept.name
-            _fetch(url, part, address)
-            found = _checked(part, address, pinned[1])
-            part.replace(kept)
-    except OSError as error:
-        raise ValueError(
-            f"{address}: expected a cache that can be written, found: {error}"
-        ) from None
-    return Weights(address, kept, found.tensors, found.about)
-
-
-def _fetch(url: str, part: Path, address: str) -> None:
-    try:
-        fetch(url, part, limit=LIMIT)
-    except (OSError, HTTPException, ValueError) as error:  # ValueError: no such address can be
-        raise ValueError(
-            f"{address}: expected a weights file, found: {error or type(error).__name__}"
-        ) from None
-
-
-def _checked(path: Path, address: str, sha256: str | None) -> Weights:
-    data = _read(path, address)
-    found = hashlib.sha256(data).hexdigest()
-    if found != (sha256 or found):
-        raise ValueError(f"{address}: expected a file of this SHA-256, found {found}; not kept")
-    return _parse(data, address, path)
-
-
-def _read(path: Path, where: str) -> bytes:
-    try:
-        if path.stat().st_size > LIMIT:
-            raise ValueError(
-                f"{where}: expected at most {LIMIT / 2**20:.0f} MiB of weights, found more"
-            )
-        return path.read_bytes()
-    except OSError as error:
-        raise ValueError(
-            f"{where}: expected a readable weights file, found: {error.strerror}"
-        ) from None
+    Raises ``ValueError`` for what :func:`load` would refuse in *about*.
+    """
+    if problem := _problem(about):
+        raise ValueError(f"weights: expected a network that a file can describe, found {problem}")
+    contiguous = {name: value.cpu().contiguous() for name, value in tensors.items()}
+    return serialise_tensors(contiguous, {"sparsenet": msgspec.json.encode(about).decode()})
 
 
 def description(data: bytes) -> Any:
-    """The JSON value that a safetensors file's metadata have under ``sparsenet``; ``None`` where there is none."""
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    return json.loads(header.get("__metadata__", {}).get("sparsenet", "null"))
+    """The JSON value under ``sparsenet`` in a safetensors file's metadata, ``None`` without one."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = msgspec.json.decode(data[8:end], type=dict[str, dict[str, Any]])
+    return msgspec.json.decode(header.get("__metadata__", {}).get("sparsenet", "null"))
 
 
-def _parse(data: bytes, where: str, path: Path) -> Weights:
+def _load_address(address: str) -> Weights:
+    url, _, fragment = address.partition("#")
+    checksum = fragment.lower()
+    if not re.fullmatch(r"(sha256=[0-9a-f]{64})?", checksum):
+        expected = "#sha256= and 64 hexadecimal digits at its end"
+        raise ValueError(f"{address}: expected {expected}, found #{fragment}")
+    # With the checksum in the key, the file in the cache is the one that was asked for.
+    key = hashlib.sha256(address.encode()).hexdigest()[:32]
+    cached = cache_folder() / "weights" / f"{key}.safetensors"
+    if cached.exists():
+        with suppress(ValueError):  # damaged meanwhile: downloaded again
+            return _load_file(cached, address, checksum.removeprefix("sha256="))
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cached.parent) as folder:
+            file = download(url, Path(folder) / cached.name, checksum, LIMIT)
+            weights = _load_file(file, address)
+            file.replace(cached)
+    except ChecksumError as error:
+        raise ValueError(f"{address}: {error}") from None
+    except DownloadError as error:
+        raise ValueError(f"{address}: expected a weights file, found: {error}") from None
+    except OSError as error:
+        raise ValueError(f"{address}: expected a writable cache, found: {error}") from None
+    return dataclasses.replace(weights, path=cached)
+
+
+def _load_file(path: Path, source: str, sha256: str = "") -> Weights:
+    try:
+        if path.stat().st_size > LIMIT:
+            expected = f"at most {LIMIT / 2**20:.0f} MiB of weights"
+            raise ValueError(f"{source}: expected {expected}, found more")
+        data = path.read_bytes()
+    except OSError as error:
+        expected = "a readable weights file"
+        raise ValueError(f"{source}: expected {expected}, found: {error.strerror}") from None
+    if sha256 and (actual := hashlib.sha256(data).hexdigest()) != sha256:
+        raise ValueError(f"{source}: expected SHA-256 {sha256}, found {actual}: install it again")
     try:
         stored = parse_tensors(data)
-        about = description(data)
-    except (
-        SafetensorError,
-        AttributeError,
-        LookupError,
-        RecursionError,
-        TypeError,
-        ValueError,
-    ) as error:
-        raise ValueError(
-            f"{where}: expected a safetensors file, found another kind or damage ({error})"
-        ) from None
-    if wrong := _wrong(about):
-        raise ValueError(
-            f"{where}: expected a file from sparsenet export --format safetensors, found {wrong}"
-        )
-    # Copied: what safetensors gives does not begin where kernels expect a tensor to begin.
-    tensors = {
-        name: value.to(torch.float32 if value.is_floating_point() else value.dtype, copy=True)
-        for name, value in stored.items()
-    }
-    return Weights(where, path, tensors, about)
+        value = description(data)
+    except (SafetensorError, LookupError, RecursionError, TypeError, ValueError) as error:
+        problem = f"another kind or damage ({error})"
+        raise ValueError(f"{source}: expected a safetensors file, found {problem}") from None
+    try:
+        about = _parse_about(value)
+    except ValueError as error:
+        expected = "a file from sparsenet export --format safetensors"
+        raise ValueError(f"{source}: expected {expected}, found {error}") from None
+    tensors = {}
+    for name, tensor in stored.items():
+        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+        # Copied because what safetensors gives does not begin where kernels expect a tensor to.
+        tensors[name] = tensor.to(dtype, copy=True)
+    return Weights(source, path, tensors, about)
 
 
-def _wrong(about: Any) -> str | None:
-    """What :data:`ABOUT` does not allow in *about*, in one clause."""
-    if not isinstance(about, dict):
-        return "no description in it"
-    for name, kind in ABOUT.items():
-        if not _fits(about.get(name), kind):
-            return f"a description whose {name!r} is missing or of another kind"
-    if not all(_fits(result, RESULT) for result in about["measured"].values()):
-        return "a description whose 'measured' has more than results"
-    if unknown := about["preprocessing"].keys() - ABOUT["preprocessing"].keys():
-        return f"a description whose 'preprocessing' has {min(unknown)!r}, which this version does not know"
-    of = (result["dataset"] for result in about["measured"].values())
-    if not all(name.isprintable() for name in (about["dataset"], *about["classes"], *of)):
+def _parse_about(value: Any) -> About:
+    if not isinstance(value, dict):
+        raise ValueError("no description in it")
+    about = msgspec.convert(value, About)
+    known = {field.name for field in dataclasses.fields(Preprocessing)}
+    if unknown := value["preprocessing"].keys() - known:
+        name = min(unknown)
+        raise ValueError(f"'preprocessing' with {name!r}, which this version does not know")
+    if problem := _problem(about):
+        raise ValueError(problem)
+    return about
+
+
+def _problem(about: About) -> str | None:
+    """What in a file's description does not fit together, in one clause."""
+    architecture, images = about.architecture, about.preprocessing
+    channels = [architecture.get("in_chans"), len(images.mean), len(images.std)]
+    data = about.recipe.get("data", {})
+    test_images = type(data.get("test_fraction")), type(data.get("skip_corrupt"))
+    datasets = [about.dataset, *(measured.dataset for measured in about.measured.values())]
+    classes = architecture.get("num_classes")
+    if channels != [images.channels] * 3 or not 1 <= images.size <= MAX_IMAGE_SIZE:
+        return "'preprocessing' that does not fit the network"
+    if not all(0 < std < math.inf for std in images.std):
+        return "'preprocessing' that divides by nothing"
+    if not all(map(math.isfinite, images.mean)):
+        return "'preprocessing' that subtracts no number"
+    if len(about.classes) != classes:
+        return f"{len(about.classes)} names for {classes} classes"
+    if not all(name.isprintable() for name in (*about.classes, *datasets)):
         return "names that cannot be printed"
-    network, images = about["architecture"], about["preprocessing"]
-    channels = {network["in_chans"], images["channels"], len(images["mean"]), len(images["std"])}
-    if (
-        len(channels) > 1
-        or not 1 <= images["size"] <= LARGEST
-        or not all(map(math.isfinite, images["mean"]))
-    ):
-        return "a description whose 'preprocessing' does not fit the network"
-    if not all(0 < std < math.inf for std in images["std"]):
-        return "a description whose 'preprocessing' divides by nothing"
-    if len(about["classes"]) != network["num_classes"]:
-        return f"{len(about['classes'])} names for {network['num_classes']} classes"
+    if "fp32" not in about.measured:
+        return "no 'measured' in fp32"
+    if test_images != (float, bool):
+        return "a 'recipe' that does not say which images are the test images"
     return None
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    if isinstance(kind, dict):
-        return isinstance(value, dict) and all(
-            _fits(value.get(name), inner) for name, inner in kind.items()
-        )
-    if isinstance(kind, list):
-        return isinstance(value, list) and all(_fits(entry, kind[0]) for entry in value)
-    return isinstance(value, kind) and isinstance(value, bool) == (kind is bool)

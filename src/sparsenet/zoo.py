@@ -1,4 +1,4 @@
-"""Names to networks."""
+"""Networks by name."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import fnmatch
 import reprlib
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -16,68 +17,74 @@ from sparsenet.architecture import Architecture
 from sparsenet.model import SparseNet
 from sparsenet.weights import Weights
 
-IMAGENET_BLOCKS = {
-    "121": (6, 12, 24, 16), "161": (6, 12, 36, 24), "169": (6, 12, 32, 32),
-    "201": (6, 12, 48, 32), "264": (6, 12, 64, 48),
-}  # fmt: skip
+# Published in arXiv:1801.05895 (sparse) and arXiv:1608.06993 (dense): depth, and the growth rate of
+# all stages or of each.
 CIFAR_NETWORKS = {
-    # published in arXiv:1801.05895 (sparse) and arXiv:1608.06993 (dense): depth and growth rate of each stage
     "sparsenet": ((40, 12), (40, 24), (100, 24), (100, 36), (100, 16, 32, 64)),
     "sparsenet_bc": ((100, 24), (100, 16, 32, 64), (100, 32, 64, 128)),
     "densenet": ((40, 12), (100, 12), (100, 24)),
     "densenet_bc": ((100, 12),),
 }
+IMAGENET_BLOCKS = {
+    "121": (6, 12, 24, 16),
+    "161": (6, 12, 36, 24),
+    "169": (6, 12, 32, 32),
+    "201": (6, 12, 48, 32),
+    "264": (6, 12, 64, 48),
+}
 
 
 def _networks() -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {}
+    networks: dict[str, dict[str, Any]] = {}
     for family, rows in CIFAR_NETWORKS.items():
-        fetch = "dense" if family.startswith("densenet") else "sparse"
-        for depth, *growth in rows:
-            name = "_".join(map(str, (family, depth, *growth)))
-            settings = {
+        for depth, *growth_rates in rows:
+            name = "_".join(map(str, (family, depth, *growth_rates)))
+            networks[name] = {
+                "fetch": "dense" if family.startswith("densenet") else "sparse",
                 "depth": depth,
-                "growth_rate": tuple(growth),
+                "growth_rate": tuple(growth_rates),
                 "bottleneck": family.endswith("_bc"),
             }
-            found[name] = {"fetch": fetch, **settings}
     for fetch in ("sparse", "dense"):
         for number, blocks in IMAGENET_BLOCKS.items():
-            found[f"{fetch}net{number}"] = {
-                "fetch": fetch, "blocks": blocks, "growth_rate": 48 if number == "161" else 32,
-                "bottleneck": True, "stem": "imagenet", "num_classes": 1000,
-            }  # fmt: skip
-    return found
+            networks[f"{fetch}net{number}"] = {
+                "fetch": fetch,
+                "blocks": blocks,
+                "growth_rate": 48 if number == "161" else 32,
+                "bottleneck": True,
+                "stem": "imagenet",
+                "num_classes": 1000,
+            }
+    return networks
 
 
-NETWORKS = _networks()
-
-
-def image_size(name: str) -> int:
-    """Side in pixels of the images that a named network was designed for, and its MACs are counted at."""
-    return 224 if NETWORKS[name].get("stem") == "imagenet" else 32
+NETWORKS = _networks()  # fields of Architecture that are not its defaults
 
 
 def list_models(pattern: str = "*", pretrained: bool = False) -> list[str]:
-    """Names of networks that match a shell pattern: ``list_models("densenet*")``; *pretrained*: that have weights."""
-    found = fnmatch.filter(NETWORKS, pattern)
-    able = weights.shipped() if pretrained else found
-    return [name for name in found if name in able]
+    """Names of networks that match a shell pattern, such as ``list_models("densenet*")``.
+
+    With *pretrained*, only those whose weights come with the package.
+    """
+    names = fnmatch.filter(NETWORKS, pattern)
+    return [name for name in names if name in weights.shipped()] if pretrained else names
 
 
-def known(name: str) -> str:
-    """*name*, if a network has it; ``ValueError`` with the nearest names otherwise."""
-    if name not in NETWORKS:
-        near = difflib.get_close_matches(name, NETWORKS, 3, 0.5) or list(NETWORKS)[:3]
-        raise ValueError(
-            f"model: expected a name such as {', '.join(near)}, found {name!r} (see list_models())"
-        )
-    return name
+def image_size(name: str) -> int:
+    """Side in pixels of the images that a network is designed for and its MACs are counted at."""
+    return 224 if NETWORKS[name].get("stem") == "imagenet" else 32
 
 
 def architecture(name: str, **changes: Any) -> Architecture:
-    """The architecture of a named network with some fields changed."""
-    return Architecture(**{**NETWORKS[known(name)], **changes})
+    """The architecture of a named network with some fields changed.
+
+    Raises ``ValueError`` with the nearest names for one that no network has.
+    """
+    if name not in NETWORKS:
+        near = difflib.get_close_matches(name, NETWORKS, 3, 0.5) or list(NETWORKS)[:3]
+        expected = f"a name such as {', '.join(near)}"
+        raise ValueError(f"model: expected {expected}, found {name!r} (see list_models())")
+    return Architecture(**{**NETWORKS[name], **changes})
 
 
 def create_model(
@@ -89,13 +96,14 @@ def create_model(
     pretrained: bool | str | Path = False,
     **changes: Any,
 ) -> SparseNet:
-    """A network by name, with any field of :class:`Architecture` changed by keyword; new, or with weights in it.
+    """Creates a network by name, with any field of :class:`Architecture` changed by keyword.
 
-    *num_classes* defaults to that of the weights, else to 10 for CIFAR networks and 1000 for ImageNet ones.
-    *pretrained*: ``True`` for the weights that come with this package, which works offline; or a weights file from
-    ``sparsenet export RUN --format safetensors``, by its path or its ``https://`` address, with ``#sha256=HEX`` at the
-    end if it is to be checked. With another *num_classes* than theirs the classifier is a new one. Parameters are
-    fp32. How images are normalised, and the names of the classes, are in ``sparsenet.weights.load(name).about``.
+    *pretrained* is ``True`` for the weights that come with this package, which works offline; or a
+    weights file from ``sparsenet export RUN --format safetensors``, by its path or its ``https://``
+    address, with ``#sha256=HEX`` at the end if it is to be checked. *num_classes* defaults to that
+    of the weights, else to 10 for CIFAR networks and 1000 for ImageNet ones; with another number
+    than the weights have, the classifier is a new one. Parameters are fp32. How images are
+    normalised, and the names of the classes, are in ``sparsenet.weights.load(name).about``.
 
     Raises ``ValueError``, also where there are no weights or they are of another network.
     """
@@ -103,76 +111,65 @@ def create_model(
         if num_classes is not None:
             changes["num_classes"] = num_classes
         return SparseNet(architecture(name, in_chans=in_chans, **changes), implementation, memory)
-    found = weights.load_shipped(known(name)) if pretrained is True else weights.load(pretrained)
-    wanted = _fitting(architecture(name, in_chans=in_chans, **changes), found)
-    model = filled(wanted, found, implementation, memory)
+    wanted = architecture(name, in_chans=in_chans, **changes)
+    file = weights.load_shipped(name) if pretrained is True else weights.load(pretrained)
+    stored = stored_architecture(file)
+    _check_same_network(wanted, stored, file.source)
+    wanted = dataclasses.replace(wanted, num_classes=stored.num_classes)
+    model = build(wanted, file, implementation, memory)
     if num_classes is not None and num_classes != model.num_classes:
         model.reset_classifier(num_classes)
     return model
 
 
-def stored_architecture(found: Weights) -> Architecture:
-    """The architecture that a weights file is of; ``ValueError`` for one that this version does not know."""
+def stored_architecture(file: Weights) -> Architecture:
+    """The architecture of a weights file; ``ValueError`` for one that this version has not."""
     try:
-        stored = Architecture(**found.about["architecture"])
-        if sum(stored.stage_depths) > len(
-            found.tensors
-        ):  # no network is built for a file that cannot fill it
-            raise ValueError(f"{sum(stored.stage_depths)} layers for {len(found.tensors)} tensors")
-        return stored
+        stored = Architecture(**file.about.architecture)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise _unknown(found, error) from None
+        raise _unknown_architecture(file, error) from None
+    layers, tensors = sum(stored.stage_depths), len(file.tensors)
+    if layers > tensors:  # no network is built for a file that cannot fill it
+        raise _unknown_architecture(file, f"{layers} layers for {tensors} tensors")
+    return stored
 
 
-def filled(
-    wanted: Architecture, found: Weights, implementation: str = "auto", memory: str = "normal"
+def build(
+    architecture: Architecture, file: Weights, implementation: str = "auto", memory: str = "normal"
 ) -> SparseNet:
     """A network with the tensors of a weights file; ``ValueError`` naming one that does not fit."""
     try:
         with torch.device("meta"):  # shapes alone: a file that does not fit takes no memory
-            model = SparseNet(wanted, implementation, memory)
+            model = SparseNet(architecture, implementation, memory)
     except (RuntimeError, TypeError) as error:  # widths that no tensor has
-        raise _unknown(found, error) from None
-    expected, kinds = (
-        {n: (*t.shape, t.dtype) for n, t in d.items()} for d in (model.state_dict(), found.tensors)
-    )
-    for name in sorted(expected.keys() | kinds.keys()):
-        if expected.get(name) != kinds.get(name):
-            raise ValueError(
-                f"{found.source}: expected the tensors of its network, found {name} of {kinds.get(name)} "
-                f"instead of {expected.get(name)}"
-            )
-    model.load_state_dict(found.tensors, assign=True)
+        raise _unknown_architecture(file, error) from None
+    expected, actual = _shapes_and_types(model.state_dict()), _shapes_and_types(file.tensors)
+    for name in sorted(expected.keys() | actual.keys()):
+        if expected.get(name) != actual.get(name):
+            problem = f"{name} of {actual.get(name)} instead of {expected.get(name)}"
+            raise ValueError(f"{file.source}: expected the tensors of its network, found {problem}")
+    model.load_state_dict(file.tensors, assign=True)
     return model
 
 
-def _unknown(found: Weights, error: Exception) -> ValueError:
-    first = str(error).partition("\n")[0]
-    return ValueError(
-        f"{found.source}: expected an architecture that this version knows, found: {first}"
-    )
+def _shapes_and_types(state: dict[str, torch.Tensor]) -> dict[str, tuple[Any, ...]]:
+    return {name: (*tensor.shape, tensor.dtype) for name, tensor in state.items()}
 
 
-def _fitting(wanted: Architecture, found: Weights) -> Architecture:
-    """*wanted* with the classes of the weights; ``ValueError`` where they are of another network."""
-    theirs = stored_architecture(found)
-    if (wanted.stages, wanted.stem, wanted.in_chans) != (
-        theirs.stages,
-        theirs.stem,
-        theirs.in_chans,
-    ):
-        names = [
-            f.name
-            for f in dataclasses.fields(Architecture)
-            if f.name not in ("dropout", "num_classes")
-        ]
-        pairs = ((name, getattr(theirs, name), getattr(wanted, name)) for name in names)
-        other = ", ".join(
-            f"{name} {reprlib.repr(a)} instead of {reprlib.repr(b)}"
-            for name, a, b in pairs
-            if a != b
-        )
-        raise ValueError(
-            f"{found.source}: expected weights of this network, found those of one with {other}"
-        )
-    return dataclasses.replace(wanted, num_classes=theirs.num_classes)
+def _unknown_architecture(file: Weights, problem: object) -> ValueError:
+    first_line = str(problem).partition("\n")[0]
+    expected = "an architecture that this version knows"
+    return ValueError(f"{file.source}: expected {expected}, found: {first_line}")
+
+
+def _check_same_network(wanted: Architecture, stored: Architecture, source: str) -> None:
+    network = attrgetter("stages", "stem", "in_chans")
+    if network(wanted) == network(stored):
+        return
+    differences = []
+    for name in [field.name for field in dataclasses.fields(Architecture)]:
+        here, there = getattr(wanted, name), getattr(stored, name)
+        if here != there and name not in ("dropout", "num_classes"):
+            differences.append(f"{name} {reprlib.repr(there)} instead of {reprlib.repr(here)}")
+    problem = f"those of one with {', '.join(differences)}"
+    raise ValueError(f"{source}: expected weights of this network, found {problem}")

@@ -58,7 +58,7 @@ def _stored_data(trained: Trained) -> DataConfig:
     """What a run or a weights file says of its data; a weights file only how its test images are found."""
     if trained.path.is_dir():
         return Run.open(trained.path).config().data
-    told = trained.info["recipe"]["data"]
+    told = trained.about.recipe["data"]
     return DataConfig(test_fraction=told["test_fraction"], skip_corrupt=told["skip_corrupt"])
 
 

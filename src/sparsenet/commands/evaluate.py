@@ -6,6 +6,7 @@ import argparse
 
 from sparsenet.commands.common import data_now, load_run, print_result
 from sparsenet.device import choose_device
+from sparsenet.export.onnx import Exported
 from sparsenet.export.runtimes import Runtime
 from sparsenet.ops import dispatch
 
@@ -22,15 +23,16 @@ def run(args: argparse.Namespace) -> int:
     )
     trained = load_run(args, device)
     data = data_now(args, trained)
-    model = runtime.load(trained, data.test.pixels[: args.batch_size]) if runtime else trained.model
-    stated = trained.info.get("measured", {}).get(precision)
+    pixels = data.test.pixels[: args.batch_size]
+    model = Exported(trained, runtime, pixels) if runtime else trained.model
+    stated = trained.about.measured.get(precision)
     own = "fp32" if runtime else precision  # what PyTorch is left to do
     found = evaluate(model, data.test, trained.preprocessing, device, args.batch_size, own)
     value = {
         "run": args.run, "dataset": data.name, "checkpoint": args.checkpoint, "engine": args.engine,
         "precision": precision, "error": found.error, "top5_error": found.top5_error, "loss": found.loss,
         "images": found.images, "seconds": found.seconds, "class_errors": found.class_errors(data.classes),
-        "stated_error": stated and stated["error"],
+        "stated_error": stated and stated.error,
     }  # fmt: skip
     lines = [
         f"{data.name}: {found.images} images in {found.seconds:.2f} s{f' by {args.engine}' if runtime else ''}",
@@ -41,8 +43,8 @@ def run(args: argparse.Namespace) -> int:
         ),
     ]
     if stated:
-        of = f"{stated['images']} images of {stated['dataset']}"
-        lines.append(f"stated: {stated['error']:.2f} % ({precision}), for {of}")
+        of = f"{stated.images} images of {stated.dataset}"
+        lines.append(f"stated: {stated.error:.2f} % ({precision}), for {of}")
     return print_result(value, lines, args.json)
 
 

@@ -8,23 +8,20 @@ import sys
 
 from sparsenet.commands.common import load_run
 from sparsenet.device import choose_device
+from sparsenet.predict import find_images, predict
 
 
 def run(args: argparse.Namespace) -> int:
-    from sparsenet.predict import find_images, predict
-
-    device = choose_device(args.device)
-    trained = load_run(args, device)
-    found = []
-    for result in predict(trained, find_images(args.images), args.top, args.batch_size):
-        found.append(result)
+    trained = load_run(args, choose_device(args.device))
+    predictions = []
+    for prediction in predict(trained, find_images(args.images), args.top, args.batch_size):
+        predictions.append(prediction)
         if args.json:
             continue
-        if result.error is not None:
-            print(f"sparsenet predict: {result.error}", file=sys.stderr)
+        if prediction.error is not None:
+            print(f"sparsenet predict: {prediction.error}", file=sys.stderr)
         else:
-            ranked = zip(result.classes, result.probabilities, strict=True)
-            print(f"{result.path}: " + ", ".join(f"{name} {100 * p:.1f} %" for name, p in ranked))
+            print(prediction.summary())
     if args.json:
-        print(json.dumps([result.to_dict() for result in found], indent=2))
-    return 1 if all(result.error is not None for result in found) else 0
+        print(json.dumps([prediction.to_dict() for prediction in predictions], indent=2))
+    return 1 if all(prediction.error is not None for prediction in predictions) else 0

@@ -1,34 +1,41 @@
-"""Trained networks as files that run elsewhere. A new format is one entry here and the module it names."""
+"""Trained networks as files that run elsewhere. A new format is an entry here and its module."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
 class Format:
-    """What is known of a format before its module is loaded.
+    """What is known of a format before its module, which needs PyTorch, is imported.
 
-    The module offers ``export(trained, target, data, opset)``, which writes the file *target* and returns a report
-    with ``summary()``. *data* is ``None`` where the images are not at hand and the format does not need them.
+    The module has a function ``export(trained, target, data, opset)`` that writes the file *target*
+    and returns a line to print. *data* is ``None`` where the images are not at hand and the format
+    does not need them.
     """
 
     module: str
     help: str
-    needs_data: bool  # whether the test images must be there
-    on_cpu_only: bool
+    needs_data: bool = False  # the test images must be there
+    on_cpu_only: bool = False
 
 
-FORMATS = {  # the names are also the ends of the files' names
-    "onnx": Format("sparsenet.export.onnx", "onnx, checked against the model", False, True),
+FORMATS = {  # the names are also the suffixes of the files
+    "onnx": Format("sparsenet.export.onnx", "onnx, checked against the model", on_cpu_only=True),
     "safetensors": Format(
         "sparsenet.export.safetensors",
         "safetensors: weights in fp16, with their error on the test images",
-        True,
-        False,
+        needs_data=True,
     ),
 }
-RUNTIMES = (
-    "onnxruntime",
-    "openvino",
-)  # engines that can run an exported network: see sparsenet.export.runtimes
+RUNTIMES = ("onnxruntime", "openvino")  # that run an ONNX file: sparsenet.export.runtimes
+
+
+def check_target(target: Path) -> None:
+    """Raises ``ValueError`` for a file that could not be written, before there is work done."""
+    if target.is_dir() or not target.parent.is_dir():
+        raise ValueError(f"{target}: expected the name of a file in a folder that exists")
+    if not os.access(target.parent, os.W_OK):
+        raise ValueError(f"{target}: expected a folder that can be written, found one that cannot")

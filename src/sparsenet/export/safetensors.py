@@ -1,66 +1,43 @@
-"""Export to a weights file (:mod:`sparsenet.weights`), which says what exactly its numbers measure."""
+"""Weights files (:mod:`sparsenet.weights`), which say what exactly their numbers measure."""
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+import dataclasses
 from pathlib import Path
-from typing import Any
 
 from sparsenet import weights
 from sparsenet.data.dataset import Dataset
 from sparsenet.device import computes_in_bf16
 from sparsenet.evaluate import evaluate
-from sparsenet.export.target import check_target, write
+from sparsenet.export import check_target
+from sparsenet.files import write_atomic
 from sparsenet.trained import Trained
+from sparsenet.weights import Measured
 
 
-@dataclass(frozen=True)
-class WeightsReport:
-    """The weights file that was written and what exactly its numbers measure."""
+def export(trained: Trained, target: Path, data: Dataset | None, opset: int | None = None) -> str:
+    """Writes the network as a weights file and returns a line to print.
 
-    path: Path
-    bytes: int
-    measured: dict[str, dict[str, Any]]  # by precision: see :data:`sparsenet.weights.RESULT`
-
-    def summary(self) -> str:
-        """One line to print."""
-        errors = ", ".join(
-            f"{found['error']:.2f} % in {precision}" for precision, found in self.measured.items()
-        )
-        of = "{images} images of {dataset}".format(**self.measured["fp32"])
-        return f"{self.path}: {self.bytes / 2**20:.1f} MiB; error {errors} ({of})"
-
-
-def export_weights(trained: Trained, target: Path, data: Dataset) -> WeightsReport:
-    """The network as a weights file (:mod:`sparsenet.weights`), in which it is rounded and says what it measures then.
-
-    It is measured on the test images of *data*, in fp32 and where the model's device computes in it in bf16. Raises
-    ``ValueError`` for a *target* that cannot be written and for weights that fp16 does not have.
+    The numbers in the file are measured on the test images of *data*, in fp32 and, where the
+    model's device computes in it, in bf16. Raises ``ValueError`` for a *target* that cannot be
+    written and for weights that fp16 does not have.
     """
+    assert data is not None, "the format needs data"
     check_target(target)
     if target.resolve() == trained.path.resolve():
-        raise ValueError(
-            f"--out: expected another file than the weights themselves, found {target}"
-        )
+        expected = "another file than the weights themselves"
+        raise ValueError(f"--out: expected {expected}, found {target}")
     tensors = weights.rounded(trained.model.state_dict())
     model = copy.deepcopy(trained.model)
     model.load_state_dict(tensors)
     device = next(model.parameters()).device
     measured = {}
     for precision in ("fp32", "bf16") if computes_in_bf16(device) else ("fp32",):
-        found = evaluate(model, data.test, trained.preprocessing, device, precision=precision)
-        errors = {"error": found.error, "top5_error": found.top5_error}
-        measured[precision] = {**errors, "images": found.images, "dataset": data.name}
-    about = {name: value for name, value in trained.info.items() if name != "step"}
-    file = weights.pack(tensors, {**about, "measured": measured})
-    write(target, file)
-    return WeightsReport(target, len(file), measured)
-
-
-def export(
-    trained: Trained, target: Path, data: Dataset | None, opset: int | None
-) -> WeightsReport:
-    """What ``sparsenet export --format safetensors`` does."""
-    assert data is not None, "the format needs data"
-    return export_weights(trained, target, data)
+        result = evaluate(model, data.test, trained.preprocessing, device, precision=precision)
+        measured[precision] = Measured(result.error, result.top5_error, result.images, data.name)
+    content = weights.pack(tensors, dataclasses.replace(trained.about, measured=measured))
+    write_atomic(target, content)
+    errors = ", ".join(f"{each.error:.2f} % in {name}" for name, each in measured.items())
+    images = f"{len(data.test)} images of {data.name}"
+    return f"{target}: {len(content) / 2**20:.1f} MiB; error {errors} ({images})"
