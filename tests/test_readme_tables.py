@@ -124,7 +124,7 @@ def test_a_table_has_the_columns_that_are_asked_for(tmp_path: Path) -> None:
     assert update(page) == 1
     assert "| error % | network |\n| --- | --- |\n| 5.50 | SparseNet-" in page.read_text()
     page.write_text("<!-- report run columns=error,speed -->\n<!-- /report -->\n")
-    with pytest.raises(ValueError, match="expected columns of .*error.*, found 'speed'"):
+    with pytest.raises(ValueError, match=r"expected columns of .*error.*, found 'speed'"):
         update(page)
 
 

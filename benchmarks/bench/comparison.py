@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +73,7 @@ def bench(config: BenchConfig) -> Record:
         image_size=config.image_size,
         precision=tuple(dict.fromkeys(variant.precision for variant in variants)),
         steps=config.steps,
-        environment=environment(device),
+        environment=dataclasses.asdict(environment(device)),
         absent=absent,
         rows=rows,
         depth=_sweep(config, variants, device) if config.depths else None,

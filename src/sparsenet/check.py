@@ -123,10 +123,7 @@ def _choices(device: torch.device, dtype: torch.dtype, measure: bool) -> dict[st
 def lines(report: MachineReport) -> Iterator[str]:
     """Yield the report as lines for people."""
     env = report.environment
-    yield (
-        f"sparsenet {env.sparsenet}, torch {env.torch}, Python {env.python}, "
-        f"{env.platform}"
-    )
+    yield (f"sparsenet {env.sparsenet}, torch {env.torch}, Python {env.python}, {env.platform}")
     for device, precisions in report.devices.items():
         yield f"device {device}: {', '.join(precisions)}"
     yield f"{env.device_name}, {env.threads} threads"
