@@ -15,15 +15,18 @@ import torch
 from PIL import Image
 
 from sparsenet import device
+from sparsenet.checkpoints import restore
 from sparsenet.config import replace
 from sparsenet.evaluate import evaluate
 from sparsenet.events import Concluded, EpochDone, Message, Step, Stopped
 from sparsenet.presets import preset
-from sparsenet.run import TIMES, Run
+from sparsenet.run import Run
+from sparsenet.state import check_finite
 from sparsenet.step import TrainingStep
-from sparsenet.train import TIME_LIMIT, DivergedError, _finite, train
+from sparsenet.train import TIME_LIMIT, DivergedError, train
 from sparsenet.trained import load_trained
 
+TIMES = ("seconds", "images_per_second", "eval_seconds", "peak_memory_mb")  # differ in equal runs
 TINY = {
     "network": {"depth": 7, "growth_rate": 4, "dropout": 0.1},
     "optim": {"ema": 0.9, "grad_clip": 5.0},
@@ -39,8 +42,8 @@ def tiny(**changes):
 
 def outcome(run):
     """All that a run leaves, times aside: tensors of the newest checkpoints by kind, and the metrics."""
-    tensors = {kind: run.restore(kind)[0].tensors for kind in ("last", "best")}
-    rows = [{k: v for k, v in row.items() if k not in TIMES} for row in run.metrics()]
+    tensors = {kind: restore(run.checkpoints, kind)[0].tensors for kind in ("last", "best")}
+    rows = [dataclasses.replace(row, **dict.fromkeys(TIMES)) for row in run.metrics()]
     return tensors, rows
 
 
@@ -71,7 +74,7 @@ def test_the_digits_are_learned(tmp_path):
     )
     *_, last = train(config, Run.create(tmp_path / "run"))
     assert isinstance(last, Concluded)
-    assert last.result["error"] < 15  # of 90 by chance
+    assert last.result.error < 15  # of 90 by chance
 
 
 def test_the_same_settings_give_the_same_weights(whole, tmp_path):
@@ -80,7 +83,7 @@ def test_the_same_settings_give_the_same_weights(whole, tmp_path):
 
 def test_another_seed_gives_others(whole, tmp_path):
     other = finished(tmp_path / "other", tiny(train={"seed": 1}))
-    assert other.metrics()[0]["train_loss"] != whole.metrics()[0]["train_loss"]
+    assert other.metrics()[0].train_loss != whole.metrics()[0].train_loss
 
 
 @pytest.mark.parametrize("stops", [[1], [5, 6], [4, 9, 14], [3, 8]])
@@ -230,7 +233,7 @@ def test_the_time_limit_ends_a_run_with_everything_saved(tmp_path):
     stopped = [e for e in events if isinstance(e, Stopped)]
     assert [e.reason for e in stopped] == [TIME_LIMIT]
     assert isinstance(events[-1], Concluded)
-    assert run.restore("last")[0].manifest["step"] == 1
+    assert restore(run.checkpoints, "last")[0].manifest.step == 1
     assert {"curves.png", "confusion.png", "samples.png", "graph.svg", "result.json"} <= {
         f.name for f in run.path.iterdir()
     }
@@ -261,35 +264,35 @@ def test_only_finite_weights_are_saved():
             "d": torch.ones(2, dtype=torch.int64),
         }
         if bad == largest:
-            assert _finite(tensors, 7) is tensors
+            check_finite(tensors, 7)
         else:
             with pytest.raises(
                 DivergedError, match=r"the weights of step 7 are not finite; .*--lr"
             ):
-                _finite(tensors, 7)
+                check_finite(tensors, 7)
 
 
 def test_the_best_checkpoint_is_chosen_on_the_held_out_part(whole):
     rows = whole.metrics()
-    best = min(range(len(rows)), key=lambda i: rows[i]["val_error"])
-    assert load_trained(whole.path).info["epoch"] == rows[best]["epoch"]
+    best = min(range(len(rows)), key=lambda i: rows[i].val_error)
+    assert load_trained(whole.path).info["epoch"] == rows[best].epoch
 
 
 def test_without_one_the_last_epoch_is_reported(tmp_path):
     run = finished(tmp_path / "run", tiny(data={"val_fraction": 0.0}))
     assert load_trained(run.path).info["epoch"] == 3
-    assert [row["val_error"] for row in run.metrics()] == [None] * 3
+    assert [row.val_error for row in run.metrics()] == [None] * 3
 
 
 def test_events_and_metrics_agree(tmp_path):
     run = Run.create(tmp_path / "run")
     events = list(train(tiny(), run))
-    rows = [event.row for event in events if isinstance(event, EpochDone)]
+    rows = [event.metrics for event in events if isinstance(event, EpochDone)]
     assert rows == run.metrics()
     steps = [event for event in events if isinstance(event, Step)]
     assert [s.step for s in steps] == [*range(1, steps[0].steps + 1)] * 3
     ends = [s for s in steps if s.step == s.steps]
-    assert [s.error for s in ends] == [row["train_error"] for row in rows]
+    assert [s.error for s in ends] == [row.train_error for row in rows]
     with (run.path / "metrics.csv").open() as file:
         assert len(list(csv.reader(file))) == 4
 

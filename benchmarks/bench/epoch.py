@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -68,7 +69,7 @@ def _next_row(variant: Variant, events: Iterator[Event]) -> dict[str, Any]:
     """Of the next epoch; ``ValueError`` where one that was to be recorded was not."""
     for event in events:
         if isinstance(event, EpochDone):
-            return event.row
+            return dataclasses.asdict(event.metrics)
         if (
             isinstance(event, Message)
             and "captured" in variant.options

@@ -19,7 +19,7 @@ import torch
 from benchmarks.bench import memory
 from benchmarks.bench.variants import Variant, Workload
 from sparsenet.architecture import Architecture
-from sparsenet.device import memory_mb, peak_memory_mb
+from sparsenet.memory import memory_mb, peak_memory_mb
 
 WARM_UP = 1  # rounds, after those of the check
 SAMPLE = 0.05  # seconds that a sample takes at least on an accelerator, whose clock is read by waiting for it

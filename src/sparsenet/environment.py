@@ -31,7 +31,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "sparsenet": __version__,
         "commit": _commit(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "platform": platform.platform(),
         "device": str(device),
         "device_name": device_name(device),

@@ -16,6 +16,7 @@ from torch import Tensor
 from sparsenet.architecture import Node
 from sparsenet.extras import require
 from sparsenet.files import write_atomic
+from sparsenet.results import EpochMetrics
 
 INK, FAINT, GRID = "#22272e", "#8a929c", "#e3e6ea"
 COLOURS = {
@@ -39,7 +40,7 @@ LOOK = {
 KINDS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", INK, FAINT)
 SHEET = (4, 8)  # rows and columns of the sheet of mistakes
 
-Row = Mapping[str, float | None]
+Row = EpochMetrics
 
 
 @contextmanager
@@ -88,7 +89,7 @@ def draw_curves(rows: Sequence[Row], target: Path, title: str = "") -> None:
 
 
 def _points(rows: Sequence[Row], column: str) -> list[tuple[float, float]]:
-    cells = [(row.get("epoch"), row.get(column)) for row in rows]
+    cells = [(row.epoch, getattr(row, column)) for row in rows]
     return [(epoch, value) for epoch, value in cells if epoch is not None and value is not None]
 
 

@@ -386,7 +386,7 @@ def read_json(file: Path) -> dict[str, Any]:
 def read_metrics(run: Path) -> list[dict[str, float | None]]:
     """The rows of a run's metrics.csv."""
     try:
-        return Run(run).metrics()
+        return [dataclasses.asdict(row) for row in Run(run).metrics()]
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(
             f"{run / 'metrics.csv'}: expected a table of numbers, found: {error}"

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sparsenet import weights, zoo
+from sparsenet import checkpoints, weights, zoo
 from sparsenet.architecture import Architecture
 from sparsenet.checkpoints import RunError
 from sparsenet.data.images import Preprocessing
@@ -54,8 +54,8 @@ def load_trained(
 
 
 def _from_run(path: Path, kind: str, device: torch.device | str, implementation: str) -> Trained:
-    checkpoint, warnings = Run.open(path).restore(kind)
-    about = checkpoint.manifest["about"]
+    checkpoint, warnings = checkpoints.restore(Run.open(path).checkpoints, kind)
+    about = checkpoint.manifest.about
     try:
         model = SparseNet(Architecture(**about["architecture"]), implementation)
     except TypeError as error:
@@ -73,7 +73,7 @@ def _from_run(path: Path, kind: str, device: torch.device | str, implementation:
         raise RunError(
             f"{checkpoint.path}: its weights do not fit its architecture ({error})"
         ) from None
-    info = {**about, "epoch": checkpoint.manifest["epoch"], "step": checkpoint.manifest["step"]}
+    info = {**about, "epoch": checkpoint.manifest.epoch, "step": checkpoint.manifest.step}
     return _trained(path, model, device, info, tuple(warnings))
 
 
