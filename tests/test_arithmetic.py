@@ -1,4 +1,4 @@
-"""What ``auto`` comes to is recorded by a run, so that resuming stays bit-exact whatever the figures say by then."""
+"""A run records what it chose for ``auto``, so that resuming it stays bit-exact."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The learning rate is a function of the step; decay reaches weights only; averages forget their start."""
+"""Rates are functions of the step; decay reaches weights only; averages forget their start."""
 
 import copy
 

@@ -41,9 +41,7 @@ def test_the_newest_checkpoint_comes_back_and_two_are_kept(tmp_path):
     checkpoint, warnings = restore(run.checkpoints, "last")
     assert (checkpoint.manifest.step, warnings) == (3, [])
     assert torch.equal(checkpoint.tensors["x"], torch.full((3,), 3.0))
-    assert sorted(f.name for f in run.checkpoints.iterdir()) == [
-        "last-00000002.json", "last-00000002.safetensors", "last-00000003.json", "last-00000003.safetensors"
-    ]  # fmt: skip
+    assert {file.name for file in run.checkpoints.iterdir()} == checkpoint_files(2, 3)
 
 
 def test_only_files_that_the_program_wrote_are_removed(tmp_path):
@@ -63,8 +61,7 @@ def test_only_files_that_the_program_wrote_are_removed(tmp_path):
     save(run.checkpoints, later, {"x": torch.zeros(3)})
     assert restore(run.checkpoints, "last")[1] == []
     names = {path.name for path in run.checkpoints.iterdir()}
-    steps = {f"last-0000000{step}.{kind}" for step in (2, 3) for kind in ("json", "safetensors")}
-    assert names == steps | set(mine)
+    assert names == checkpoint_files(2, 3) | set(mine)
 
 
 def test_a_manifest_has_the_keys_that_it_always_had(tmp_path):
@@ -76,6 +73,10 @@ def test_a_manifest_has_the_keys_that_it_always_had(tmp_path):
             json.loads((run.checkpoints / f"{kind}-00000003.json").read_text()).keys()
             == keys | more
         )
+
+
+def checkpoint_files(*steps):
+    return {f"last-{step:08d}.{kind}" for step in steps for kind in ("json", "safetensors")}
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest", "empty manifest"])
@@ -142,9 +143,9 @@ def test_a_folder_is_held_by_one_process_and_freed_by_a_kill(tmp_path):
 def test_what_a_run_says_of_itself(tmp_path):
     run = Run.create(tmp_path / "run")
     run.describe(RunConfig(), 32, graph(RunConfig().network), environment(torch.device("cpu")))
-    found = json.loads((run.path / "environment.json").read_text())
-    assert found["torch"] == torch.__version__
-    assert found == environment(torch.device("cpu"))
+    recorded = json.loads((run.path / "environment.json").read_text())
+    assert recorded["torch"] == torch.__version__
+    assert recorded == environment(torch.device("cpu"))
     assert f"torch=={torch.__version__}" in installed()
     assert json.loads((run.path / "graph.json").read_text())["parameters"] == 189_514
     assert run.config() == RunConfig()

@@ -1,4 +1,4 @@
-"""What is recorded and replayed equals what is called: functions, training to the last bit, evaluation."""
+"""Replaying what was recorded equals calling it: functions, training, evaluation."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ REFUSED = "operation not permitted when stream is capturing"
 
 
 class Tape(TorchDispatchMode):
-    """What a CUDA graph is, on a CPU: operators with their tensors and numbers, repeated on the same memory.
+    """A CUDA graph for the CPU: it repeats operators with their numbers on the same memory.
 
-    As a capture does, recording computes nothing that stays, freezes every number that came from Python, leaves
-    random numbers to the generator's state at replay, and refuses to read a value on the host. It sees PyTorch's
-    operators, so it holds engines that are made of them.
+    As a capture does, recording computes nothing that stays, freezes every number that came from
+    Python, leaves random numbers to the generator's state at replay, and refuses to read a value
+    on the host. It sees PyTorch's operators, so it holds engines that are made of them.
     """
 
     def __init__(self, device=None, refuses=HOST_READS):
@@ -112,11 +112,8 @@ def test_captured_equals_the_function_call_by_call(calls):
         (captured(*given), plain(*given))
         for given in ((torch.arange(n), torch.tensor(f)) for n, f in calls)
     ]
-    for (
-        found,
-        expected,
-    ) in results:  # looked at afterwards: a later replay leaves earlier results alone
-        assert torch.equal(found[0], expected[0])
+    for replayed, called in results:  # a later replay leaves earlier results alone
+        assert torch.equal(replayed[0], called[0])
     assert torch.equal(recorded.total, plain.total)
     counts = [sum(n == m for m, _ in calls) for n in (1, 2, 3)]
     assert recorded.runs == sum(min(count, WARM_UP + 1) for count in counts)

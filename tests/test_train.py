@@ -1,7 +1,9 @@
-"""Training: it learns, it is a function of its settings, and being killed does not change that function."""
+"""Training learns, is a function of its settings, and goes on after a kill as if there was none."""
 
 import csv
 import dataclasses
+import io
+import json
 import math
 import random
 import subprocess
@@ -13,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from sparsenet import device
 from sparsenet.checkpoints import restore
@@ -41,7 +44,7 @@ def tiny(**changes):
 
 
 def outcome(run):
-    """All that a run leaves, times aside: tensors of the newest checkpoints by kind, and the metrics."""
+    """All that a run leaves but times: tensors of the newest checkpoints by kind, and metrics."""
     tensors = {kind: restore(run.checkpoints, kind)[0].tensors for kind in ("last", "best")}
     rows = [dataclasses.replace(row, **dict.fromkeys(TIMES)) for row in run.metrics()]
     return tensors, rows
@@ -116,7 +119,7 @@ def test_a_run_that_goes_on_has_no_result_until_its_end(tmp_path):
 
 
 def test_weights_may_lie_otherwise(tmp_path, monkeypatch):
-    """As on CUDA; momenta that a checkpoint gives back lie as their weights do, which the fused update asks for."""
+    """As on CUDA; restored momenta lie as their weights do, which the fused update asks for."""
     traits = dataclasses.replace(device.TRAITS["cpu"], weight_layout=torch.channels_last)
     monkeypatch.setitem(device.TRAITS, "cpu", traits)
     whole, run = finished(tmp_path / "whole", tiny()), Run.create(tmp_path / "run")
@@ -142,16 +145,14 @@ def test_killed_before_the_first_checkpoint_starts_from_the_beginning(whole, tmp
     for event in train(tiny(), run):
         if isinstance(event, Step):
             break
-    run.write_metrics(
-        whole.metrics()[:1]
-    )  # as a kill between the first row and its checkpoint leaves it
+    # As a kill between the first row and its checkpoint leaves it.
+    run.write_metrics(whole.metrics()[:1])
     (run.checkpoints / ".last-00000005.safetensors.x").write_bytes(b"half")
     for _ in train(tiny(), run, resume=True):
         pass
     assert_same(outcome(run), outcome(whole))
-    assert (
-        len(list(run.checkpoints.iterdir())) == 6
-    )  # two of last and one of best, with their manifests
+    # Two of last and one of best, with their manifests.
+    assert len(list(run.checkpoints.iterdir())) == 6
 
 
 KILLED = """
@@ -176,28 +177,24 @@ for event in T.train(config, run, resume): pass
 
 
 def kill_and_resume(config, folder, seed):
-    """Kills the run with SIGKILL before a random write, again and again, until it has come to its end."""
-    import json
-
+    """Kills the run before a random write, again and again, until it comes to its end."""
     chance, kills = random.Random(seed), 0
     while True:
         resume = (folder / "config.json").exists()
         kill_at = chance.randint(8, 14) if kills < 4 else 0
         arguments = [json.dumps(config.to_dict()), str(folder), str(int(resume)), str(kill_at)]
-        found = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True
         )
-        if found.returncode == 0:
+        if process.returncode == 0:
             return kills
-        assert found.returncode == -9, found.stderr
+        assert process.returncode == -9, process.stderr
         kills += 1
 
 
 @pytest.fixture(scope="module")
 def parquet_folder(tmp_path_factory):
     folder, chance = tmp_path_factory.mktemp("parquet"), random.Random(0)
-    import io
-
     for split, count in (("train", 48), ("test", 12)):
         rows = []
         for i in range(count):
@@ -248,8 +245,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tmp_path):
         for _ in train(config, run):
             pass
     for checkpoint in run.checkpoints.glob("last-*.safetensors"):
-        from safetensors.torch import load_file
-
         assert load_file(checkpoint)["epoch.losses"].isfinite().all()
     assert not list(run.checkpoints.glob("best-*"))
 

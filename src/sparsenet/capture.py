@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Generic, Protocol, TypeVar, cast
+from typing import Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -22,20 +22,6 @@ WARM_UP = 3  # calls before a capture: they compile and tune kernels and make th
 
 Outputs = TypeVar("Outputs", bound=Tensor | tuple[Tensor, ...])
 Shapes = tuple[tuple[torch.Size, torch.dtype], ...]
-
-
-class Recorder(Protocol):
-    """How a device records work."""
-
-    def warm_up(self, work: Callable[[], Outputs]) -> Outputs:
-        """Does *work* in the way that recording it later asks for."""
-
-    def capture(self, work: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
-        """Records *work* without doing it.
-
-        Returns a function that does it, and the outputs, which each of its calls writes anew.
-        Raises ``RuntimeError`` where it cannot be recorded, and leaves the device usable.
-        """
 
 
 class CudaGraphs:
@@ -51,6 +37,7 @@ class CudaGraphs:
         self.pool = torch.cuda.graph_pool_handle()
 
     def warm_up(self, work: Callable[[], Outputs]) -> Outputs:
+        """Does *work* on the stream that will record it."""
         current = torch.cuda.current_stream(self.stream.device)
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
@@ -59,6 +46,11 @@ class CudaGraphs:
         return outputs
 
     def capture(self, work: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
+        """Records *work* without doing it.
+
+        Returns a function that does it, and the outputs, which each of its calls writes anew.
+        Raises ``RuntimeError`` where it cannot be recorded, and leaves the device usable.
+        """
         graph = torch.cuda.CUDAGraph()
         # torch.cuda.graph does not restore the current stream where a capture fails.
         with torch.cuda.stream(self.stream):
@@ -79,7 +71,7 @@ class CudaGraphs:
             torch.zeros(1, device=self.stream.device)
 
 
-def recorder(device: torch.device) -> Recorder | None:
+def recorder(device: torch.device) -> CudaGraphs | None:
     """What records the work of *device*; ``None`` where nothing can."""
     return CudaGraphs(device) if traits(device).records else None
 
@@ -116,7 +108,7 @@ class Captured(Generic[Outputs]):
         self,
         function: Callable[..., Outputs],
         name: str = "the function",
-        recorder: Recorder | None = None,
+        recorder: CudaGraphs | None = None,
         tell: Callable[[str], None] = lambda line: None,
     ):
         self.function, self.name = function, name
@@ -147,7 +139,9 @@ class Captured(Generic[Outputs]):
             self._give_up(f"expected a device of type cuda, found {device.type}")
         self.possible = self.recorder is not None
 
-    def _record(self, recorder: Recorder, shapes: Shapes, inputs: tuple[Tensor, ...]) -> str | None:
+    def _record(
+        self, recorder: CudaGraphs, shapes: Shapes, inputs: tuple[Tensor, ...]
+    ) -> str | None:
         """Records a call; returns the reason where that is impossible."""
         copies = tuple(each.clone() for each in inputs)
         try:

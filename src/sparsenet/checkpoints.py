@@ -26,17 +26,17 @@ class RunError(ValueError):
     """A run folder that cannot be used; the message says what was expected, found, and to do."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Manifest:
     """What a checkpoint says of its tensors, in a JSON file beside them."""
 
+    kind: str  # "last" or "best"
+    step: int  # optimizer steps since the start of the run
     epoch: int  # epochs that were finished
     about: dict[str, Any]  # what is needed to use the weights
-    seconds: float = 0.0  # of the epoch that has begun; only in the kind "last"
+    seconds: float = 0.0  # training time of the epoch that has begun; only in "last"
     best: float | None = None  # lowest validation error so far, in percent; only in "last"
-    kind: str
-    step: int
-    sha256: str = ""  # of the tensors' file
+    sha256: str = ""  # of the tensors' file; :func:`save` fills it in
 
 
 @dataclass(frozen=True)

@@ -8,18 +8,18 @@ from sparsenet import pictures
 from sparsenet.capture import Captures
 from sparsenet.evaluate import EvaluationStep, evaluate
 from sparsenet.files import write_json
-from sparsenet.preparation import Preparation
+from sparsenet.preparation import Setup
 from sparsenet.results import EpochMetrics, TrainingResult
 from sparsenet.run import Run
 from sparsenet.trained import load_trained
 
 
 def conclude(
-    run: Run, preparation: Preparation, rows: Sequence[EpochMetrics], captures: Captures
+    run: Run, setup: Setup, rows: Sequence[EpochMetrics], captures: Captures
 ) -> TrainingResult:
     """Evaluates the best checkpoint on the test images; writes result.json and the pictures."""
-    data, device = preparation.data, preparation.device
-    arithmetic, preprocessing = preparation.arithmetic, preparation.preprocessing
+    data, device = setup.data, setup.device
+    arithmetic, preprocessing = setup.arithmetic, setup.preprocessing
     trained = load_trained(run.path, "best", device, arithmetic.implementation)
     step = EvaluationStep(trained.model, preprocessing, arithmetic.precision)
     score = captures(step, "the evaluation")

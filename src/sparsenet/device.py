@@ -19,18 +19,12 @@ Model = TypeVar("Model", bound=nn.Module)
 class DeviceTraits:
     """What this library does differently on one kind of device."""
 
-    # How weights of convolutions lie in memory.
-    weight_layout: torch.memory_format = torch.contiguous_format
-    # Implementations that ``auto`` prefers to ``shared``.
-    engines: tuple[str, ...] = ()
-    # Whether ``auto`` goes by timings; not where steps are replayed or nothing is computed.
-    measured: bool = True
-    # Whether SGD's update is one kernel, which reads its rate from a tensor on the device.
-    fused_update: bool = False
-    # Whether a step can be recorded and replayed: see sparsenet.capture.
-    records: bool = False
-    # Whether operations may go on after their calls return, so that looking at a value waits.
-    asynchronous: bool = True
+    weight_layout: torch.memory_format = torch.contiguous_format  # of convolutions
+    engines: tuple[str, ...] = ()  # implementations that ``auto`` prefers to ``shared``
+    measured: bool = True  # whether ``auto`` goes by timings; not where steps are replayed
+    fused_update: bool = False  # whether SGD reads its rate from a tensor on the device
+    records: bool = False  # whether steps can be recorded and replayed: see sparsenet.capture
+    asynchronous: bool = True  # whether calls return before their work is done
 
 
 TRAITS = {

@@ -22,7 +22,7 @@ from sparsenet.ops import dispatch
 
 
 @dataclass(frozen=True)
-class Preparation:
+class Setup:
     """What stays the same while a run goes on."""
 
     config: RunConfig  # with the channels and classes of the data
@@ -49,7 +49,7 @@ class Preparation:
         }
 
 
-def prepare(config: RunConfig, previous: Arithmetic) -> Preparation:
+def prepare(config: RunConfig, previous: Arithmetic) -> Setup:
     """Loads the data and decides what only the data and the device can say.
 
     *previous* is the arithmetic of a run that is resumed. Raises ``ValueError`` in one line where
@@ -71,7 +71,7 @@ def prepare(config: RunConfig, previous: Arithmetic) -> Preparation:
     mean, std = channel_statistics(data.train)
     preprocessing = Preprocessing(size, channels, mean, std)
     arithmetic = choose_arithmetic(config.train, device, previous)
-    return Preparation(config, _on_device(data, device), preprocessing, device, arithmetic)
+    return Setup(config, _on_device(data, device), preprocessing, device, arithmetic)
 
 
 def _check_sizes(config: RunConfig, size: int) -> None:
@@ -96,9 +96,9 @@ def _on_device(data: Dataset, device: torch.device) -> Dataset:
     return data.to(device) if free is not None and data.nbytes <= free // 2 else data
 
 
-def introduce(preparation: Preparation, previous: Arithmetic) -> Iterator[str]:
+def introduce(setup: Setup, previous: Arithmetic) -> Iterator[str]:
     """Lines for the user that say what is trained on what, and how."""
-    data, nodes = preparation.data, preparation.nodes
+    data, nodes = setup.data, setup.nodes
     validation = f", {len(data.val)} validation" if data.val else ""
     yield (
         f"{data.name}: {len(data.train)} training{validation} and {len(data.test)} test images, "
@@ -106,12 +106,12 @@ def introduce(preparation: Preparation, previous: Arithmetic) -> Iterator[str]:
     )
     if data.skipped:
         yield f"skipped {len(data.skipped)} corrupt images, the first: {data.skipped[0]}"
-    network = preparation.config.network
+    network = setup.config.network
     parameters, macs = sum(n.parameters for n in nodes), sum(n.macs for n in nodes)
     yield (
         f"{network.fetch if isinstance(network.fetch, str) else 'custom'} network, "
         f"{network.stage_depths} layers, growth {network.growth_rates}: "
         f"{parameters:,} parameters, {macs:,} MACs"
     )
-    settings = preparation.config.train
-    yield from explain(preparation.arithmetic, settings, preparation.device, previous)
+    settings = setup.config.train
+    yield from explain(setup.arithmetic, settings, setup.device, previous)

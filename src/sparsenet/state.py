@@ -6,6 +6,8 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,7 @@ from sparsenet.data.images import Preprocessing
 from sparsenet.data.sampling import stream
 from sparsenet.device import place
 from sparsenet.model import SparseNet
-from sparsenet.preparation import Preparation
+from sparsenet.preparation import Setup
 from sparsenet.results import EpochMetrics
 from sparsenet.run import Run
 
@@ -57,33 +59,23 @@ class TrainingState:
         """The weights that are evaluated and kept: the average where there is one."""
         return self.model if self.average is None else self.average
 
-    def save_last(self, run: Run, about: dict[str, object]) -> None:
-        """Writes all of the state. Raises :class:`DivergedError` where it is not finite."""
-        tensors = _named("model.", self.model.state_dict())
+    def save(self, kind: str, folder: Path, about: dict[str, Any]) -> None:
+        """Writes a checkpoint: all of the state as ``last``, the evaluated weights as ``best``.
+
+        Raises :class:`DivergedError` where they are not finite.
+        """
+        tensors = self._tensors() if kind == "last" else _named("model.", self.evaluated)
+        check_finite(tensors, self.step)
+        manifest = Manifest(kind, self.step, self.epoch, about, self.seconds, self.best)
+        checkpoints.save(folder, manifest, tensors)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = _named("model.", self.model)
         for index, entry in self.optimizer.state_dict()["state"].items():
             tensors[f"optimizer.{index}"] = entry["momentum_buffer"]
         if self.average is not None:
-            tensors |= _named("average.", self.average.state_dict())
-        tensors |= {"epoch.losses": self.losses, "epoch.wrongs": self.mistakes}
-        self._save("last", run, about, tensors)
-
-    def save_best(self, run: Run, about: dict[str, object]) -> None:
-        """Writes the evaluated weights alone, as the best. Raises :class:`DivergedError`."""
-        self._save("best", run, about, _named("model.", self.evaluated.state_dict()))
-
-    def _save(
-        self, kind: str, run: Run, about: dict[str, object], tensors: dict[str, Tensor]
-    ) -> None:
-        check_finite(tensors, self.step)
-        manifest = Manifest(
-            epoch=self.epoch,
-            about=about,
-            seconds=self.seconds,
-            best=self.best,
-            kind=kind,
-            step=self.step,
-        )
-        checkpoints.save(run.checkpoints, manifest, tensors)
+            tensors |= _named("average.", self.average)
+        return tensors | {"epoch.losses": self.losses, "epoch.wrongs": self.mistakes}
 
     def load(self, checkpoint: Checkpoint, rows: list[EpochMetrics]) -> None:
         """Takes over a checkpoint of the kind ``last``, and the *rows* of the epochs before it."""
@@ -105,8 +97,8 @@ class TrainingState:
         self.rows = rows[: self.epoch]
 
 
-def _named(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {prefix + name: tensor for name, tensor in tensors.items()}
+def _named(prefix: str, model: nn.Module) -> dict[str, Tensor]:
+    return {prefix + name: tensor for name, tensor in model.state_dict().items()}
 
 
 def check_finite(tensors: Mapping[str, Tensor], step: int) -> None:
@@ -119,20 +111,20 @@ def check_finite(tensors: Mapping[str, Tensor], step: int) -> None:
         raise DivergedError(f"the weights of step {step} are")
 
 
-def new_state(preparation: Preparation) -> TrainingState:
+def new_state(setup: Setup) -> TrainingState:
     """The state before the first step."""
-    config, device = preparation.config, preparation.device
+    config, device = setup.config, setup.device
     torch.manual_seed(stream(config.train.seed, "weights").initial_seed())
-    implementation = preparation.arithmetic.implementation
+    implementation = setup.arithmetic.implementation
     model = place(SparseNet(config.network, implementation, config.train.memory), device)
     average = copy.deepcopy(model) if config.optim.ema else None
-    steps = -(-len(preparation.data.train) // config.train.batch_size)
+    steps = -(-len(setup.data.train) // config.train.batch_size)
     losses = torch.zeros(steps, device=device)
     mistakes = torch.zeros(steps, dtype=torch.int64, device=device)
     return TrainingState(model, optim.sgd(model, config.optim), average, losses, mistakes)
 
 
-def restore(state: TrainingState, preparation: Preparation, run: Run) -> list[str]:
+def restore(state: TrainingState, setup: Setup, run: Run) -> list[str]:
     """Loads the last intact checkpoint of *run* into a new *state*; returns lines for the user.
 
     Raises :class:`RunError` where there are only damaged ones, or where the data is another.
@@ -140,21 +132,21 @@ def restore(state: TrainingState, preparation: Preparation, run: Run) -> list[st
     if not checkpoints.saved(run.checkpoints, "last"):
         return ["stopped before the first checkpoint: starting from the beginning"]
     checkpoint, warnings = checkpoints.restore(run.checkpoints, "last")
-    _check_data(checkpoint, state.steps_per_epoch, preparation)
+    _check_data(checkpoint, state.steps_per_epoch, setup)
     state.load(checkpoint, run.metrics())
     lines = [f"warning: {warning}" for warning in warnings]
     return [*lines, f"resumed at step {state.step} (epoch {1 + state.epoch})"]
 
 
-def _check_data(checkpoint: Checkpoint, steps: int, preparation: Preparation) -> None:
-    data, about = preparation.data, checkpoint.manifest.about
+def _check_data(checkpoint: Checkpoint, steps: int, setup: Setup) -> None:
+    data, about = setup.data, checkpoint.manifest.about
     if about["classes"] != list(data.classes):
         raise RunError(
             f"{checkpoint.path}: expected the {len(about['classes'])} classes it was trained on, "
             f"found {len(data.classes)} classes in the data"
         )
     expected = f"{checkpoint.path}: expected the images it was trained on"
-    if Preprocessing(**about["preprocessing"]) != preparation.preprocessing:
+    if Preprocessing(**about["preprocessing"]) != setup.preprocessing:
         raise RunError(f"{expected}, found others (mean or size differ)")
     before = len(checkpoint.tensors["epoch.losses"])
     if before != steps:

@@ -21,7 +21,7 @@ from sparsenet.environment import environment
 from sparsenet.evaluate import Evaluation, EvaluationStep, Scorer, evaluate
 from sparsenet.events import Concluded, EpochDone, Event, Message, Step, Stopped
 from sparsenet.memory import peak_memory_mb
-from sparsenet.preparation import Preparation, introduce, prepare
+from sparsenet.preparation import Setup, introduce, prepare
 from sparsenet.results import EpochMetrics
 from sparsenet.run import Run
 from sparsenet.schedule import learning_rate
@@ -50,30 +50,30 @@ def train(
     """
     began = time.monotonic()
     previous = run.arithmetic() if resume else Arithmetic()
-    preparation = prepare(config, previous)
-    state = new_state(preparation)
-    restored = restore(state, preparation, run) if resume else []  # refused before writing
-    _describe(run, preparation)
-    yield from map(Message, introduce(preparation, previous))
+    setup = prepare(config, previous)
+    state = new_state(setup)
+    restored = restore(state, setup, run) if resume else []  # refused before writing
+    _describe(run, setup)
+    yield from map(Message, introduce(setup, previous))
     yield from map(Message, restored)
     run.write_metrics(state.rows)
     (run.path / "result.json").unlink(missing_ok=True)  # of fewer epochs
-    captures = Captures(preparation.device, config.train.capture)
-    make_step, score = _captured(preparation, state, captures)
+    captures = Captures(setup.device, config.train.capture)
+    make_step, score = _captured(setup, state, captures)
     stop: str | None = None
     saved = time.monotonic()
-    for step in _make_steps(preparation, state, make_step):
+    for step in _make_steps(setup, state, make_step):
         yield step
         yield from map(Message, captures.new_messages())
         limit = config.train.time_limit
         late = limit and time.monotonic() - began > limit
         stop = should_stop() or (TIME_LIMIT if late else None)
         if step.step == step.steps:
-            yield _finish_epoch(run, preparation, state, score)
+            yield _finish_epoch(run, setup, state, score)
             yield from map(Message, captures.new_messages())
             saved = time.monotonic()
         elif stop or time.monotonic() - saved >= config.train.save_every:
-            state.save_last(run, preparation.about)
+            state.save("last", run.checkpoints, setup.about)
             saved = time.monotonic()
         if stop:
             break
@@ -81,51 +81,49 @@ def train(
         yield Stopped(stop)
     if stop in (None, TIME_LIMIT):  # a signal wants out at once; everything is saved already
         if not state.rows:  # stopped within the first epoch
-            state.save_best(run, preparation.about)
-        yield Concluded(conclude(run, preparation, state.rows, captures))
+            state.save("best", run.checkpoints, setup.about)
+        yield Concluded(conclude(run, setup, state.rows, captures))
 
 
-def _describe(run: Run, preparation: Preparation) -> None:
-    arithmetic, nodes = preparation.arithmetic, preparation.nodes
-    about = environment(preparation.device)
+def _describe(run: Run, setup: Setup) -> None:
+    arithmetic, nodes = setup.arithmetic, setup.nodes
+    about = environment(setup.device)
     about["precision"] = arithmetic.precision
     about["implementation"] = arithmetic.implementation
-    run.describe(preparation.config, preparation.preprocessing.size, nodes, about)
+    run.describe(setup.config, setup.preprocessing.size, nodes, about)
     pictures.draw_graph(nodes, run.path / "graph.svg", run.path.name)
 
 
 def _captured(
-    preparation: Preparation, state: TrainingState, captures: Captures
+    setup: Setup, state: TrainingState, captures: Captures
 ) -> tuple[StepFunction, Scorer]:
-    preprocessing, precision = preparation.preprocessing, preparation.arithmetic.precision
+    preprocessing, precision = setup.preprocessing, setup.arithmetic.precision
     training = TrainingStep(
-        state.model, state.optimizer, state.average, preparation.config, preprocessing, precision
+        state.model, state.optimizer, state.average, setup.config, preprocessing, precision
     )
     evaluation = EvaluationStep(state.evaluated, preprocessing, precision)
     return captures(training, "the training step"), captures(evaluation, "the evaluation")
 
 
-def _make_steps(
-    preparation: Preparation, state: TrainingState, make_step: StepFunction
-) -> Iterator[Step]:
+def _make_steps(setup: Setup, state: TrainingState, make_step: StepFunction) -> Iterator[Step]:
     """Makes the remaining steps, and yields those after which the loss is looked at."""
-    config, full_size = preparation.config, preparation.preprocessing.size
-    images = preparation.data.train
+    config, full_size = setup.config, setup.preprocessing.size
+    images = setup.data.train
     while state.epoch < config.train.max_epoch:
         size = training_size(state.epoch, config.train.max_epoch, config.data.first_size, full_size)
         if images.pixels.shape[-1] != size:
-            images = resized(preparation.data.train, size)
+            images = resized(setup.data.train, size)
         state.model.train()
-        yield from _make_epoch_steps(preparation, state, make_step, images)
+        yield from _make_epoch_steps(setup, state, make_step, images)
 
 
 def _make_epoch_steps(
-    preparation: Preparation, state: TrainingState, make_step: StepFunction, images: Images
+    setup: Setup, state: TrainingState, make_step: StepFunction, images: Images
 ) -> Iterator[Step]:
-    config, device = preparation.config, preparation.device
+    config, device = setup.config, setup.device
     seed, batch_size, epochs = config.train.seed, config.train.batch_size, config.train.max_epoch
     epoch, steps, start = state.epoch, state.steps_per_epoch, state.step % state.steps_per_epoch
-    data = config.data.scaled(images.pixels.shape[-1], preparation.preprocessing.size)
+    data = config.data.scaled(images.pixels.shape[-1], setup.preprocessing.size)
     plan = plan_epoch(seed, epoch, len(images), data)
     batches = Batches(images, batch_size, plan, start, device)
     rates, ema_rates = optim.epoch_rates(config.optim, epoch, steps, epochs, device)
@@ -164,13 +162,11 @@ def _progress(
     return losses.mean().item(), 100 * state.mistakes[:steps].sum().item() / seen
 
 
-def _finish_epoch(
-    run: Run, preparation: Preparation, state: TrainingState, score: Scorer
-) -> EpochDone:
-    config, data, device = preparation.config, preparation.data, preparation.device
+def _finish_epoch(run: Run, setup: Setup, state: TrainingState, score: Scorer) -> EpochDone:
+    config, data, device = setup.config, setup.data, setup.device
 
     def evaluated(images: Images) -> Evaluation:
-        return evaluate(state.evaluated, images, preparation.preprocessing, device, score=score)
+        return evaluate(state.evaluated, images, setup.preprocessing, device, score=score)
 
     loss, error = _progress(state, state.steps_per_epoch, config.train.batch_size, len(data.train))
     test, validation = evaluated(data.test), evaluated(data.val) if data.val else None
@@ -201,6 +197,6 @@ def _finish_epoch(
     state.seconds = 0.0
     run.write_metrics(state.rows)
     if best:  # before "last", so that resuming after a kill between the two writes it again
-        state.save_best(run, preparation.about)
-    state.save_last(run, preparation.about)
+        state.save("best", run.checkpoints, setup.about)
+    state.save("last", run.checkpoints, setup.about)
     return EpochDone(row, config.train.max_epoch)
