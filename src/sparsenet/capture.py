@@ -128,7 +128,8 @@ class Captured(Generic[Outputs]):
         self.calls[shapes] += 1
         if self.calls[shapes] <= WARM_UP:
             return self.recorder.warm_up(partial(self.function, *inputs))
-        if reason := self._record(self.recorder, shapes, inputs):
+        reason = self._record(self.recorder, shapes, inputs)
+        if reason is not None:
             self._give_up(reason)
             return self.function(*inputs)
         return self.recordings[shapes](*inputs)

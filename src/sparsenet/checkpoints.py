@@ -89,10 +89,9 @@ def _remove_others(folder: Path, kind: str, newest: str) -> None:
 
 def saved(folder: Path, kind: str) -> list[Path]:
     """The manifests of *kind* in *folder*, newest first, whether intact or not."""
-    manifest = re.compile(rf"{kind}-{NUMBER}\.json")
-    return sorted(
-        filter(lambda path: manifest.fullmatch(path.name), folder.iterdir()), reverse=True
-    )
+    name = re.compile(rf"{kind}-{NUMBER}\.json")
+    manifests = [path for path in folder.glob("*.json") if name.fullmatch(path.name)]
+    return sorted(manifests, reverse=True)
 
 
 def restore(folder: Path, kind: str) -> tuple[Checkpoint, list[str]]:

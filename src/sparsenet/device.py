@@ -67,8 +67,10 @@ def computes_in_bf16(device: torch.device) -> bool:
         return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
     if device.type == "mps":
         return False
-    supported = getattr(torch.get_device_module(device), "is_bf16_supported", lambda **_: True)
-    return bool(supported(including_emulation=False) if device.type == "cuda" else supported())
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    supported = getattr(torch.get_device_module(device), "is_bf16_supported", None)
+    return supported is None or bool(supported())
 
 
 def place(model: Model, device: torch.device | str) -> Model:

@@ -56,7 +56,7 @@ class TrainingState:
 
     @property
     def evaluated(self) -> nn.Module:
-        """The weights that are evaluated and kept: the average where there is one."""
+        """The weights that are evaluated and become the best: the average where there is one."""
         return self.model if self.average is None else self.average
 
     def save(self, kind: str, folder: Path, about: dict[str, Any]) -> None:
@@ -78,7 +78,7 @@ class TrainingState:
         return tensors | {"epoch.losses": self.losses, "epoch.wrongs": self.mistakes}
 
     def load(self, checkpoint: Checkpoint, rows: list[EpochMetrics]) -> None:
-        """Takes over a checkpoint of the kind ``last``, and the *rows* of the epochs before it."""
+        """Loads a checkpoint of the kind ``last``, and the *rows* of the epochs before it."""
         self.model.load_state_dict(checkpoint.part("model."))
         if self.average is not None:
             self.average.load_state_dict(checkpoint.part("average."))

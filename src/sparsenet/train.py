@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -59,7 +60,9 @@ def train(
     run.write_metrics(state.rows)
     (run.path / "result.json").unlink(missing_ok=True)  # of fewer epochs
     captures = Captures(setup.device, config.train.capture)
-    make_step, score = _captured(setup, state, captures)
+    make_step = captures(_training_step(setup, state), "the training step")
+    evaluation = EvaluationStep(state.evaluated, setup.preprocessing, setup.arithmetic.precision)
+    score = captures(evaluation, "the evaluation")
     stop: str | None = None
     saved = time.monotonic()
     for step in _make_steps(setup, state, make_step):
@@ -86,23 +89,14 @@ def train(
 
 
 def _describe(run: Run, setup: Setup) -> None:
-    arithmetic, nodes = setup.arithmetic, setup.nodes
-    about = environment(setup.device)
-    about["precision"] = arithmetic.precision
-    about["implementation"] = arithmetic.implementation
-    run.describe(setup.config, setup.preprocessing.size, nodes, about)
-    pictures.draw_graph(nodes, run.path / "graph.svg", run.path.name)
+    used = environment(setup.device) | dataclasses.asdict(setup.arithmetic)
+    run.describe(setup.config, setup.preprocessing.size, setup.nodes, used)
+    pictures.draw_graph(setup.nodes, run.path / "graph.svg", run.path.name)
 
 
-def _captured(
-    setup: Setup, state: TrainingState, captures: Captures
-) -> tuple[StepFunction, Scorer]:
-    preprocessing, precision = setup.preprocessing, setup.arithmetic.precision
-    training = TrainingStep(
-        state.model, state.optimizer, state.average, setup.config, preprocessing, precision
-    )
-    evaluation = EvaluationStep(state.evaluated, preprocessing, precision)
-    return captures(training, "the training step"), captures(evaluation, "the evaluation")
+def _training_step(setup: Setup, state: TrainingState) -> TrainingStep:
+    trained = state.model, state.optimizer, state.average
+    return TrainingStep(*trained, setup.config, setup.preprocessing, setup.arithmetic.precision)
 
 
 def _make_steps(setup: Setup, state: TrainingState, make_step: StepFunction) -> Iterator[Step]:
