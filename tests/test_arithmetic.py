@@ -1,4 +1,4 @@
-"""What ``auto`` comes to is recorded by a run, so that resuming stays bit-exact whatever the figures say by then."""
+"""A run records what it chose for ``auto``, so that resuming it stays bit-exact."""
 
 import json
 
@@ -8,7 +8,7 @@ from conftest import CPU, Call, Found
 from test_train import assert_same, finished, outcome, tiny
 
 from sparsenet import arithmetic
-from sparsenet.arithmetic import Arithmetic, explain, settle
+from sparsenet.arithmetic import Arithmetic, choose_arithmetic, explain
 from sparsenet.config import TrainConfig
 from sparsenet.events import Message
 from sparsenet.ops import dispatch
@@ -91,25 +91,36 @@ def test_a_recorded_implementation_that_cannot_run_here(found, monkeypatch, call
 def test_what_is_asked_for_is_used(found):
     found(FAST, bf16=FAST)
     asked = TrainConfig(precision="fp32", implementation="reference")
-    assert settle(asked, {"precision": "bf16", "implementation": "shared"}, CPU) == Arithmetic(
-        "fp32", "reference"
-    )
-    assert settle(TrainConfig(memory="lean"), {}, CPU).implementation == "shared"
-    assert settle(TrainConfig(), {}, CPU).dtype == torch.bfloat16
-    began = {"precision": "bf16", "implementation": "reference"}
-    assert settle(TrainConfig(), began, CPU) == Arithmetic("bf16", "reference", kept=True)
-    assert not settle(
-        TrainConfig(implementation="shared"), began, CPU
-    ).kept  # the user has changed it
-    assert not settle(TrainConfig(), {"precision": "bf16"}, CPU).kept
+    began = Arithmetic("bf16", "shared")
+    assert choose_arithmetic(asked, CPU, began) == Arithmetic("fp32", "reference")
+    assert choose_arithmetic(TrainConfig(memory="lean"), CPU).implementation == "shared"
+    assert choose_arithmetic(TrainConfig(), CPU).dtype == torch.bfloat16
     with pytest.raises(ValueError, match=r"^implementation: 'triton' cannot run here"):
-        settle(TrainConfig(implementation="triton"), {}, torch.device("meta"))
+        choose_arithmetic(TrainConfig(implementation="triton"), torch.device("meta"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "previous", "unchanged"),
+    [
+        ({}, Arithmetic("bf16", "reference"), True),
+        ({"implementation": "shared"}, Arithmetic("bf16", "reference"), False),
+        ({}, Arithmetic("bf16"), False),
+        ({}, Arithmetic(), False),
+    ],
+)
+def test_what_a_resumed_run_had_is_used_and_said(asked, previous, unchanged, found):
+    found(FAST, bf16=FAST)
+    config = TrainConfig(**asked)
+    arithmetic = choose_arithmetic(config, CPU, previous)
+    assert (arithmetic == previous) == unchanged
+    line = next(explain(arithmetic, config, CPU, previous))
+    assert line.endswith(", as the run began") == unchanged
 
 
 def test_the_log_says_which_and_by_how_much(found: Found, monkeypatch):
     def told(**asked):
         config = TrainConfig(**asked)
-        return list(explain(settle(config, {}, CPU), config, CPU))
+        return list(explain(choose_arithmetic(config, CPU), config, CPU))
 
     monkeypatch.setattr(dispatch, "unavailable", lambda name, device: None)
     found(

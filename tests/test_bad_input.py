@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import io
 import json
@@ -20,7 +21,7 @@ import torch
 from conftest import CLASSES, TINY, Call, snapshot, write_cifar10, write_classes
 from safetensors.torch import load_file
 
-from sparsenet import files, optim
+from sparsenet import checkpoints, files, optim
 from sparsenet.run import Run
 from sparsenet.trained import load_trained
 
@@ -598,10 +599,9 @@ def test_tampered_weights_are_refused(
 
 def test_weights_of_another_network_are_refused(refused: Callable[..., str], copied: Path) -> None:
     run = Run(copied)
-    checkpoint, _ = run.restore("best")
-    about = checkpoint.manifest["about"]
-    about["architecture"]["num_classes"] = 7
-    run.save("best", 46, checkpoint.tensors, {"epoch": 2, "about": about})
+    checkpoint, _ = checkpoints.restore(run.checkpoints, "best")
+    checkpoint.manifest.about["architecture"]["num_classes"] = 7
+    checkpoints.save(run.checkpoints, checkpoint.manifest, checkpoint.tensors)
     line = refused("eval", copied)
     assert str(copied) in line and "do not fit" in line
 
@@ -691,8 +691,8 @@ def test_a_full_disk_fails_the_run_and_loses_nothing(
     name = f"checkpoints/{LAST}.safetensors"
     ours, theirs = load_file(Path("run") / name), load_file(trained / name)
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-    assert [row["test_error"] for row in Run(Path("run")).metrics()] == [
-        r["test_error"] for r in Run(trained).metrics()
+    assert [row.test_error for row in Run(Path("run")).metrics()] == [
+        row.test_error for row in Run(trained).metrics()
     ]
 
 
@@ -708,10 +708,7 @@ def test_a_run_that_ends_before_an_epoch_is_evaluated_loses_no_epoch(
     assert call("train", "--resume", "run").code == 0
     times = ("seconds", "images_per_second", "eval_seconds", "peak_memory_mb")
     ours, theirs = (
-        [
-            {name: value for name, value in row.items() if name not in times}
-            for row in Run(run).metrics()
-        ]
+        [dataclasses.replace(row, **dict.fromkeys(times)) for row in Run(run).metrics()]
         for run in (Path("run"), trained)
     )
     assert ours == theirs

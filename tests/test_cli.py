@@ -327,7 +327,7 @@ def test_resuming_can_extend_the_run(call: Call, copied: Path, trained: Path) ->
     assert outcome.lines[-1] == str(copied)
     assert "resumed at step 46" in outcome.out
     rows, before = Run.open(copied).metrics(), Run.open(trained).metrics()
-    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    assert [row.epoch for row in rows] == [1, 2, 3]
     assert rows[:2] == before
     assert Run.open(copied).config().train.max_epoch == 3
 

@@ -1,4 +1,4 @@
-"""The learning rate is a function of the step; decay reaches weights only; averages forget their start."""
+"""Rates are functions of the step; decay reaches weights only; averages forget their start."""
 
 import copy
 
@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sparsenet import create_model
-from sparsenet.optim import schedule, sgd, update_average
-from sparsenet.schedule import OptimConfig, average_share, learning_rate
+from sparsenet.optim import epoch_rates, sgd, update_average
+from sparsenet.schedule import OptimConfig, ema_rate, learning_rate
 
 
 def test_the_papers_schedule():
@@ -53,11 +53,11 @@ def test_smooth_schedules_rise_then_fall_to_nothing(steps, epochs):
 
 def test_an_epochs_schedule_is_that_of_its_steps():
     config = OptimConfig(schedule="onecycle", ema=0.9)
-    rates, shares = schedule(config, 2, 7, 5, torch.device("cpu"))
+    rates, ema_rates = epoch_rates(config, 2, 7, 5, torch.device("cpu"))
     assert rates.tolist() == pytest.approx(
         [learning_rate(config, step, 7, 5) for step in range(14, 21)]
     )
-    assert shares.tolist() == pytest.approx([average_share(0.9, step) for step in range(14, 21)])
+    assert ema_rates.tolist() == pytest.approx([ema_rate(0.9, step) for step in range(14, 21)])
 
 
 def test_an_update_is_nesterovs_at_the_rate_in_the_tensor():
@@ -96,7 +96,7 @@ def test_the_average_is_the_exponential_one_and_includes_running_statistics():
             for tensor in (*model.parameters(), model[1].running_mean):
                 tensor.fill_(step)
         model[1].num_batches_tracked.fill_(step)
-        update_average(average, model, torch.tensor(average_share(decay, step)))
+        update_average(average, model, torch.tensor(ema_rate(decay, step)))
         now = min(decay, (1 + step) / (10 + step))
         expected = now * expected + (1 - now) * step
     assert average[0].weight[0, 0].item() == pytest.approx(expected, rel=1e-5)

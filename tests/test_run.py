@@ -1,6 +1,5 @@
 """The run folder: written whole or not at all, refused when damaged."""
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -9,12 +8,13 @@ import sys
 import pytest
 import torch
 
-from sparsenet.checkpoints import RunError
+from sparsenet.checkpoints import Manifest, RunError, restore, save
 from sparsenet.config import RunConfig
 from sparsenet.environment import environment, installed
 from sparsenet.files import write_atomic, write_json
 from sparsenet.graph import graph
-from sparsenet.run import COLUMNS, Run
+from sparsenet.results import EpochMetrics
+from sparsenet.run import Run
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
@@ -31,18 +31,52 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
 def saved(tmp_path, steps=(1, 2, 3)):
     run = Run.create(tmp_path / "run")
     for step in steps:
-        run.save("last", step, {"x": torch.full((3,), float(step))}, {"epoch": step})
+        manifest = Manifest(kind="last", step=step, epoch=step, about={"classes": ["a"]})
+        save(run.checkpoints, manifest, {"x": torch.full((3,), float(step))})
     return run
 
 
 def test_the_newest_checkpoint_comes_back_and_two_are_kept(tmp_path):
     run = saved(tmp_path)
-    checkpoint, warnings = run.restore("last")
-    assert (checkpoint.manifest["step"], warnings) == (3, [])
+    checkpoint, warnings = restore(run.checkpoints, "last")
+    assert (checkpoint.manifest.step, warnings) == (3, [])
     assert torch.equal(checkpoint.tensors["x"], torch.full((3,), 3.0))
-    assert sorted(f.name for f in run.checkpoints.iterdir()) == [
-        "last-00000002.json", "last-00000002.safetensors", "last-00000003.json", "last-00000003.safetensors"
-    ]  # fmt: skip
+    assert {file.name for file in run.checkpoints.iterdir()} == checkpoint_files(2, 3)
+
+
+def test_only_files_that_the_program_wrote_are_removed(tmp_path):
+    run = saved(tmp_path, steps=(1, 2))
+    mine = [
+        "my-last-1.safetensors",
+        "last-1.json",
+        "last-mine.json",
+        ".last-notes",
+        "x.last-00000001.json",
+    ]
+    for name in mine:
+        (run.checkpoints / name).write_text("mine")
+    half = run.checkpoints / ".last-00000001.safetensors.k3_x9abc"  # as a kill leaves it
+    half.write_text("half")
+    later = Manifest(kind="last", step=3, epoch=3, about={})
+    save(run.checkpoints, later, {"x": torch.zeros(3)})
+    assert restore(run.checkpoints, "last")[1] == []
+    names = {path.name for path in run.checkpoints.iterdir()}
+    assert names == checkpoint_files(2, 3) | set(mine)
+
+
+def test_a_manifest_has_the_keys_that_it_always_had(tmp_path):
+    run = Run.create(tmp_path / "run")
+    keys = {"epoch", "about", "kind", "step", "sha256"}
+    for kind, more in (("best", set()), ("last", {"seconds", "best"})):
+        save(run.checkpoints, Manifest(kind=kind, step=3, epoch=1, about={}), {"x": torch.zeros(3)})
+        assert (
+            json.loads((run.checkpoints / f"{kind}-00000003.json").read_text()).keys()
+            == keys | more
+        )
+
+
+def checkpoint_files(*steps):
+    return {f"last-{step:08d}.{kind}" for step in steps for kind in ("json", "safetensors")}
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest", "empty manifest"])
@@ -60,8 +94,8 @@ def test_damage_falls_back_to_the_one_before_with_a_warning(tmp_path, damage):
         "manifest": lambda: manifest.write_text("{"),
         "empty manifest": lambda: manifest.write_text("{}"),
     }[damage]()
-    checkpoint, warnings = run.restore("last")
-    assert checkpoint.manifest["step"] == 2
+    checkpoint, warnings = restore(run.checkpoints, "last")
+    assert checkpoint.manifest.step == 2
     assert len(warnings) == 1
     assert "last-00000003: damaged" in warnings[0]
 
@@ -69,17 +103,24 @@ def test_damage_falls_back_to_the_one_before_with_a_warning(tmp_path, damage):
 def test_nothing_intact_is_one_clear_line(tmp_path):
     run = saved(tmp_path, steps=(1,))
     with pytest.raises(RunError, match="expected an intact 'best' checkpoint, found none"):
-        run.restore("best")
+        restore(run.checkpoints, "best")
     next(run.checkpoints.glob("*.safetensors")).write_bytes(b"")
     with pytest.raises(RunError, match="found 1 damaged"):
-        run.restore("last")
+        restore(run.checkpoints, "last")
 
 
 def test_metrics_come_back_exactly(tmp_path):
     run = Run.create(tmp_path / "run")
-    rows = [{column: 0.1 * i + 1 / 3 for i, column in enumerate(COLUMNS)} | {"val_loss": None}]
+    numbers = [0.1 * i + 1 / 3 for i in range(11)]
+    rows = [EpochMetrics(1, 7, *numbers), EpochMetrics(2, 14, 1e-300, val_error=0.0)]
     run.write_metrics(rows)
     assert run.metrics() == rows
+    lines = (run.path / "metrics.csv").read_text().splitlines()
+    assert lines[0].startswith("epoch,step,lr,train_loss,train_error,val_loss,val_error,test_loss")
+    assert lines[1:] == [
+        ",".join(map(repr, [1, 7, *numbers])),
+        "2,14,1e-300,,,,0.0,,,,,,",
+    ]
 
 
 def test_a_folder_is_held_by_one_process_and_freed_by_a_kill(tmp_path):
@@ -102,9 +143,9 @@ def test_a_folder_is_held_by_one_process_and_freed_by_a_kill(tmp_path):
 def test_what_a_run_says_of_itself(tmp_path):
     run = Run.create(tmp_path / "run")
     run.describe(RunConfig(), 32, graph(RunConfig().network), environment(torch.device("cpu")))
-    found = json.loads((run.path / "environment.json").read_text())
-    assert found["torch"] == torch.__version__
-    assert found == dataclasses.asdict(environment(torch.device("cpu")))
+    recorded = json.loads((run.path / "environment.json").read_text())
+    assert recorded["torch"] == torch.__version__
+    assert recorded == dataclasses.asdict(environment(torch.device("cpu")))
     assert f"torch=={torch.__version__}" in installed()
     assert json.loads((run.path / "graph.json").read_text())["parameters"] == 189_514
     assert run.config() == RunConfig()

@@ -1,4 +1,4 @@
-"""What is recorded and replayed equals what is called: functions, training to the last bit, evaluation."""
+"""Replaying what was recorded equals calling it: functions, training, evaluation."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from sparsenet.data.augment import augment, mix
 from sparsenet.data.dataset import Images
 from sparsenet.data.preprocessing import Preprocessing
 from sparsenet.data.sampling import plan_epoch, training_size
-from sparsenet.evaluate import evaluate, scorer
+from sparsenet.evaluate import EvaluationStep, evaluate
 from sparsenet.events import Message
 from sparsenet.model import SparseNet
 from sparsenet.run import Run
-from sparsenet.step import TrainingStep, judge
+from sparsenet.step import TrainingStep, loss_and_mistakes
 from sparsenet.train import train
 
 HOST_READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
@@ -33,11 +33,11 @@ REFUSED = "operation not permitted when stream is capturing"
 
 
 class Tape(TorchDispatchMode):
-    """What a CUDA graph is, on a CPU: operators with their tensors and numbers, repeated on the same memory.
+    """A CUDA graph for the CPU: it repeats operators with their numbers on the same memory.
 
-    As a capture does, recording computes nothing that stays, freezes every number that came from Python, leaves
-    random numbers to the generator's state at replay, and refuses to read a value on the host. It sees PyTorch's
-    operators, so it holds engines that are made of them.
+    As a capture does, recording computes nothing that stays, freezes every number that came from
+    Python, leaves random numbers to the generator's state at replay, and refuses to read a value
+    on the host. It sees PyTorch's operators, so it holds engines that are made of them.
     """
 
     def __init__(self, device=None, refuses=HOST_READS):
@@ -112,11 +112,8 @@ def test_captured_equals_the_function_call_by_call(calls):
         (captured(*given), plain(*given))
         for given in ((torch.arange(n), torch.tensor(f)) for n, f in calls)
     ]
-    for (
-        found,
-        expected,
-    ) in results:  # looked at afterwards: a later replay leaves earlier results alone
-        assert torch.equal(found[0], expected[0])
+    for replayed, called in results:  # a later replay leaves earlier results alone
+        assert torch.equal(replayed[0], called[0])
     assert torch.equal(recorded.total, plain.total)
     counts = [sum(n == m for m, _ in calls) for n in (1, 2, 3)]
     assert recorded.runs == sum(min(count, WARM_UP + 1) for count in counts)
@@ -191,7 +188,7 @@ def trained(config, precision, wrap, implementation="shared"):
     average = copy.deepcopy(model) if config.optim.ema else None
     optimizer = optim.sgd(model, config.optim)
     act = wrap(TrainingStep(model, optimizer, average, config, PREPROCESSING, precision))
-    rates, shares = optim.schedule(config.optim, 0, 12, 1, torch.device("cpu"))
+    rates, ema_rates = optim.epoch_rates(config.optim, 0, 12, 1, torch.device("cpu"))
     found = []
     for number in range(12):
         torch.manual_seed(number)  # a step's dropout continues from here
@@ -202,7 +199,7 @@ def trained(config, precision, wrap, implementation="shared"):
             torch.randint(10, (count,)),
         )
         plan = plan_epoch(number, 0, count, config.data.scaled(side, 8))
-        found += act(pixels, labels, rates[number], shares[number], *plan.moves)
+        found += act(pixels, labels, rates[number], ema_rates[number], *plan.moves)
     networks = [model] if average is None else [model, average]
     found += [value for network in networks for value in network.state_dict().values()]
     return found + [entry["momentum_buffer"] for entry in optimizer.state.values()]
@@ -236,15 +233,15 @@ def test_a_mixed_label_counts_by_its_share(count, smoothing, seed):
     labels = torch.randint(5, (count,), generator=random)
     own, other = (nn.functional.one_hot(each, 5) for each in (labels, labels.flip(0)))
     mixture = shares[:, None] * own + (1 - shares[:, None]) * other
-    loss, wrong = judge(logits, labels, shares, smoothing)
+    loss, wrong = loss_and_mistakes(logits, labels, shares, smoothing)
     torch.testing.assert_close(
         loss, nn.functional.cross_entropy(logits, mixture, label_smoothing=smoothing)
     )
     assert wrong == (logits.argmax(1) != mixture.argmax(1)).sum()
-    loss, wrong = judge(logits, labels, None, smoothing)
+    loss, wrong = loss_and_mistakes(logits, labels, None, smoothing)
     assert torch.equal(loss, nn.functional.cross_entropy(logits, labels, label_smoothing=smoothing))
     assert wrong == (logits.argmax(1) != labels).sum()
-    same = judge(logits, labels, torch.ones(count), smoothing)
+    same = loss_and_mistakes(logits, labels, torch.ones(count), smoothing)
     torch.testing.assert_close(same, (loss, wrong))
 
 
@@ -272,7 +269,7 @@ def test_a_step_learns_from_the_images_as_they_are_augmented_and_mixed(changes, 
     images, shares = PREPROCESSING.normalise(augment(pixels, moves, data, act.fill)), None
     if data.mixup or data.cutmix:
         images, shares = mix(images, moves)
-    assert_equal([seen[0], loss, wrong], [images, *judge(seen[1], labels, shares, 0.1)])
+    assert_equal([seen[0], loss, wrong], [images, *loss_and_mistakes(seen[1], labels, shares, 0.1)])
 
 
 FUSED_SGD, CONVOLUTION = (
@@ -295,7 +292,7 @@ def test_evaluation_is_recorded_once_and_follows_the_weights():
     torch.manual_seed(0)
     model, news = SparseNet(CONFIG.network, "shared"), []
     images = Images(torch.randint(256, (10, 3, 8, 8), dtype=torch.uint8), torch.arange(10) % 3)
-    score = Captured(scorer(model, PREPROCESSING, "fp32"), "it", Tape(), news.append)
+    score = Captured(EvaluationStep(model, PREPROCESSING, "fp32"), "it", Tape(), news.append)
     given = model, images, PREPROCESSING, torch.device("cpu"), 4, "fp32"
     for _ in range(WARM_UP + 3):
         found, expected = evaluate(*given, score), evaluate(*given)
@@ -411,7 +408,7 @@ def test_cuda_is_usable_after_a_capture_that_failed():
 @pytest.mark.parametrize("on_device", [True, False])
 def test_cuda_training_is_captured_and_learns_the_same(on_device, tmp_path, monkeypatch):
     if not on_device:
-        monkeypatch.setattr("sparsenet.train._on_device", lambda data, device: data)
+        monkeypatch.setattr("sparsenet.preparation._on_device", lambda data, device: data)
     changes = {"device": "cuda", "max_epoch": 5, "precision": "fp32"}
     runs = [Run.create(tmp_path / name) for name in ("captured", "called")]
     told = captures(train(whole(**changes), runs[0]))
@@ -421,4 +418,4 @@ def test_cuda_training_is_captured_and_learns_the_same(on_device, tmp_path, monk
     for row, other in zip(
         first, second, strict=True
     ):  # as far as the device's sums repeat themselves
-        assert row["train_loss"] == pytest.approx(other["train_loss"], rel=1e-2)
+        assert row.train_loss == pytest.approx(other.train_loss, rel=1e-2)

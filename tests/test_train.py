@@ -1,7 +1,9 @@
-"""Training: it learns, it is a function of its settings, and being killed does not change that function."""
+"""Training learns, is a function of its settings, and goes on after a kill as if there was none."""
 
 import csv
 import dataclasses
+import io
+import json
 import math
 import random
 import subprocess
@@ -13,17 +15,21 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from sparsenet import device
+from sparsenet.checkpoints import restore
 from sparsenet.config import replace
 from sparsenet.evaluate import evaluate
 from sparsenet.events import Concluded, EpochDone, Message, Step, Stopped
 from sparsenet.presets import preset
-from sparsenet.run import TIMES, Run
+from sparsenet.run import Run
+from sparsenet.state import check_finite
 from sparsenet.step import TrainingStep
-from sparsenet.train import TIME_LIMIT, DivergedError, _finite, train
+from sparsenet.train import TIME_LIMIT, DivergedError, train
 from sparsenet.trained import load_trained
 
+TIMES = ("seconds", "images_per_second", "eval_seconds", "peak_memory_mb")  # differ in equal runs
 TINY = {
     "network": {"depth": 7, "growth_rate": 4, "dropout": 0.1},
     "optim": {"ema": 0.9, "grad_clip": 5.0},
@@ -38,9 +44,9 @@ def tiny(**changes):
 
 
 def outcome(run):
-    """All that a run leaves, times aside: tensors of the newest checkpoints by kind, and the metrics."""
-    tensors = {kind: run.restore(kind)[0].tensors for kind in ("last", "best")}
-    rows = [{k: v for k, v in row.items() if k not in TIMES} for row in run.metrics()]
+    """All that a run leaves but times: tensors of the newest checkpoints by kind, and metrics."""
+    tensors = {kind: restore(run.checkpoints, kind)[0].tensors for kind in ("last", "best")}
+    rows = [dataclasses.replace(row, **dict.fromkeys(TIMES)) for row in run.metrics()]
     return tensors, rows
 
 
@@ -71,7 +77,7 @@ def test_the_digits_are_learned(tmp_path):
     )
     *_, last = train(config, Run.create(tmp_path / "run"))
     assert isinstance(last, Concluded)
-    assert last.result["error"] < 15  # of 90 by chance
+    assert last.result.error < 15  # of 90 by chance
 
 
 def test_the_same_settings_give_the_same_weights(whole, tmp_path):
@@ -80,7 +86,7 @@ def test_the_same_settings_give_the_same_weights(whole, tmp_path):
 
 def test_another_seed_gives_others(whole, tmp_path):
     other = finished(tmp_path / "other", tiny(train={"seed": 1}))
-    assert other.metrics()[0]["train_loss"] != whole.metrics()[0]["train_loss"]
+    assert other.metrics()[0].train_loss != whole.metrics()[0].train_loss
 
 
 @pytest.mark.parametrize("stops", [[1], [5, 6], [4, 9, 14], [3, 8]])
@@ -113,7 +119,7 @@ def test_a_run_that_goes_on_has_no_result_until_its_end(tmp_path):
 
 
 def test_weights_may_lie_otherwise(tmp_path, monkeypatch):
-    """As on CUDA; momenta that a checkpoint gives back lie as their weights do, which the fused update asks for."""
+    """As on CUDA; restored momenta lie as their weights do, which the fused update asks for."""
     traits = dataclasses.replace(device.TRAITS["cpu"], weight_layout=torch.channels_last)
     monkeypatch.setitem(device.TRAITS, "cpu", traits)
     whole, run = finished(tmp_path / "whole", tiny()), Run.create(tmp_path / "run")
@@ -139,16 +145,14 @@ def test_killed_before_the_first_checkpoint_starts_from_the_beginning(whole, tmp
     for event in train(tiny(), run):
         if isinstance(event, Step):
             break
-    run.write_metrics(
-        whole.metrics()[:1]
-    )  # as a kill between the first row and its checkpoint leaves it
+    # As a kill between the first row and its checkpoint leaves it.
+    run.write_metrics(whole.metrics()[:1])
     (run.checkpoints / ".last-00000005.safetensors.x").write_bytes(b"half")
     for _ in train(tiny(), run, resume=True):
         pass
     assert_same(outcome(run), outcome(whole))
-    assert (
-        len(list(run.checkpoints.iterdir())) == 6
-    )  # two of last and one of best, with their manifests
+    # Two of last and one of best, with their manifests.
+    assert len(list(run.checkpoints.iterdir())) == 6
 
 
 KILLED = """
@@ -173,28 +177,24 @@ for event in T.train(config, run, resume): pass
 
 
 def kill_and_resume(config, folder, seed):
-    """Kills the run with SIGKILL before a random write, again and again, until it has come to its end."""
-    import json
-
+    """Kills the run before a random write, again and again, until it comes to its end."""
     chance, kills = random.Random(seed), 0
     while True:
         resume = (folder / "config.json").exists()
         kill_at = chance.randint(8, 14) if kills < 4 else 0
         arguments = [json.dumps(config.to_dict()), str(folder), str(int(resume)), str(kill_at)]
-        found = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True
         )
-        if found.returncode == 0:
+        if process.returncode == 0:
             return kills
-        assert found.returncode == -9, found.stderr
+        assert process.returncode == -9, process.stderr
         kills += 1
 
 
 @pytest.fixture(scope="module")
 def parquet_folder(tmp_path_factory):
     folder, chance = tmp_path_factory.mktemp("parquet"), random.Random(0)
-    import io
-
     for split, count in (("train", 48), ("test", 12)):
         rows = []
         for i in range(count):
@@ -230,7 +230,7 @@ def test_the_time_limit_ends_a_run_with_everything_saved(tmp_path):
     stopped = [e for e in events if isinstance(e, Stopped)]
     assert [e.reason for e in stopped] == [TIME_LIMIT]
     assert isinstance(events[-1], Concluded)
-    assert run.restore("last")[0].manifest["step"] == 1
+    assert restore(run.checkpoints, "last")[0].manifest.step == 1
     assert {"curves.png", "confusion.png", "samples.png", "graph.svg", "result.json"} <= {
         f.name for f in run.path.iterdir()
     }
@@ -245,8 +245,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tmp_path):
         for _ in train(config, run):
             pass
     for checkpoint in run.checkpoints.glob("last-*.safetensors"):
-        from safetensors.torch import load_file
-
         assert load_file(checkpoint)["epoch.losses"].isfinite().all()
     assert not list(run.checkpoints.glob("best-*"))
 
@@ -261,35 +259,35 @@ def test_only_finite_weights_are_saved():
             "d": torch.ones(2, dtype=torch.int64),
         }
         if bad == largest:
-            assert _finite(tensors, 7) is tensors
+            check_finite(tensors, 7)
         else:
             with pytest.raises(
                 DivergedError, match=r"the weights of step 7 are not finite; .*--lr"
             ):
-                _finite(tensors, 7)
+                check_finite(tensors, 7)
 
 
 def test_the_best_checkpoint_is_chosen_on_the_held_out_part(whole):
     rows = whole.metrics()
-    best = min(range(len(rows)), key=lambda i: rows[i]["val_error"])
-    assert load_trained(whole.path).about.epoch == rows[best]["epoch"]
+    best = min(range(len(rows)), key=lambda i: rows[i].val_error)
+    assert load_trained(whole.path).about.epoch == rows[best].epoch
 
 
 def test_without_one_the_last_epoch_is_reported(tmp_path):
     run = finished(tmp_path / "run", tiny(data={"val_fraction": 0.0}))
     assert load_trained(run.path).about.epoch == 3
-    assert [row["val_error"] for row in run.metrics()] == [None] * 3
+    assert [row.val_error for row in run.metrics()] == [None] * 3
 
 
 def test_events_and_metrics_agree(tmp_path):
     run = Run.create(tmp_path / "run")
     events = list(train(tiny(), run))
-    rows = [event.row for event in events if isinstance(event, EpochDone)]
+    rows = [event.metrics for event in events if isinstance(event, EpochDone)]
     assert rows == run.metrics()
     steps = [event for event in events if isinstance(event, Step)]
     assert [s.step for s in steps] == [*range(1, steps[0].steps + 1)] * 3
     ends = [s for s in steps if s.step == s.steps]
-    assert [s.error for s in ends] == [row["train_error"] for row in rows]
+    assert [s.error for s in ends] == [row.train_error for row in rows]
     with (run.path / "metrics.csv").open() as file:
         assert len(list(csv.reader(file))) == 4
 

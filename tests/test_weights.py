@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save
 from test_data_archives import Server
 
 import sparsenet
-from sparsenet import Architecture, SparseNet, downloads, weights, zoo
+from sparsenet import Architecture, SparseNet, checkpoints, downloads, weights, zoo
 from sparsenet.data.load import load_dataset
 from sparsenet.export.onnx import ExportReport
 from sparsenet.export.safetensors import export
@@ -103,8 +103,9 @@ def test_a_file_holds_the_runs_numbers_rounded(file: Path, trained: Path) -> Non
     for name, value in theirs.items():
         assert ours[name].dtype == (torch.float16 if value.ndim >= 2 else torch.float32)
         torch.testing.assert_close(ours[name].float(), value, rtol=2**-11, atol=2**-25)
-    about, manifest = said(file), Run.open(trained).restore("best")[0].manifest
-    assert about | manifest["about"] == about and about["epoch"] == manifest["epoch"] == 2
+    checkpoint, _ = checkpoints.restore(Run.open(trained).checkpoints, "best")
+    about, manifest = said(file), checkpoint.manifest
+    assert about | manifest.about == about and about["epoch"] == manifest.epoch == 2
     assert str(trained) not in file.read_bytes().decode("latin-1")
 
 
@@ -223,12 +224,12 @@ def test_predictions_are_those_of_the_rounded_weights(
 
 def test_numbers_that_fp16_has_not_are_refused(call: Call, copied: Path) -> None:
     run = Run.open(copied)
-    checkpoint, _ = run.restore("best")
+    checkpoint, _ = checkpoints.restore(run.checkpoints, "best")
     tensors = {
         **checkpoint.tensors,
         "model.stem.0.weight": checkpoint.tensors["model.stem.0.weight"] + 1e5,
     }
-    run.save("best", 47, tensors, {"epoch": 2, "about": checkpoint.manifest["about"]})
+    checkpoints.save(run.checkpoints, checkpoint.manifest, tensors)
     outcome = call("export", copied, "--format", "safetensors")
     assert outcome.code == 2 and "stem.0.weight" in outcome.error and "65504" in outcome.error
     assert not (copied / "model.safetensors").exists()

@@ -19,7 +19,8 @@ from torch import Tensor
 from benchmarks.bench.record import FirstStep, Spread
 from benchmarks.bench.variants import Variant
 from benchmarks.bench.workload import Case, Workload
-from sparsenet.device import memory_mb, peak_memory_mb, tune_process
+from sparsenet.device import tune_process
+from sparsenet.memory import memory_mb, peak_memory_mb
 
 WARM_UP_ROUNDS = 1  # after those of the check
 SAMPLE = 0.05  # seconds: an accelerator's clock is read by waiting, so a sample takes at least this

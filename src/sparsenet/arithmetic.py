@@ -1,9 +1,9 @@
-"""With what a run computes: its precision and its implementation, what ``auto`` came to, and why."""
+"""The precision and the implementation that a run computes with, and what ``auto`` stands for."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
@@ -14,66 +14,70 @@ from sparsenet.ops import dispatch, measured
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """What was asked for, ``auto`` resolved."""
+    """A precision and an implementation; ``auto`` is one that is not known yet."""
 
-    precision: str
-    implementation: str
-    kept: bool = False  # whether it is what ``auto`` came to when the run began
+    precision: str = "auto"
+    implementation: str = "auto"
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of features."""
+        """The type of features."""
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
 
-def settle(asked: TrainConfig, before: Mapping[str, str], device: torch.device) -> Arithmetic:
-    """What is *asked* for; ``auto`` is what a resumed run had *before*, so that it goes on bit for bit, else the best.
+def choose_arithmetic(
+    config: TrainConfig, device: torch.device, previous: Arithmetic = Arithmetic()
+) -> Arithmetic:
+    """What *config* asks for, with a choice in place of ``auto``.
 
+    That is what a resumed run had *previously*, so that it goes on bit for bit, else the fastest.
     Raises ``ValueError`` for an implementation that cannot run on *device*.
     """
-    implementation = (
-        before.get("implementation", "auto")
-        if asked.implementation == "auto"
-        else asked.implementation
-    )
-    precision = before.get("precision", "auto") if asked.precision == "auto" else asked.precision
+    precision, implementation = config.precision, config.implementation
+    if precision == "auto":
+        precision = previous.precision
+    if implementation == "auto":
+        implementation = previous.implementation
     try:
-        dispatch.choose(implementation, device, memory=asked.memory)
+        dispatch.choose(implementation, device, memory=config.memory)
     except ValueError as error:
-        if implementation == asked.implementation:
+        if implementation == config.implementation:
             raise
-        other = dispatch.choose("auto", device, memory=asked.memory)
+        other = dispatch.choose("auto", device, memory=config.memory)
         raise ValueError(
-            f"--resume: the run began with implementation {implementation!r}; {error}. Resume it where that can run, "
-            f"or go on with another, no longer bit for bit: --implementation {other}"
+            f"--resume: the run began with implementation {implementation!r}; {error}. Resume it "
+            "where that can run, or go on with another, no longer bit for bit: "
+            f"--implementation {other}"
         ) from None
-    precision = dispatch.choose_precision(precision, device, implementation, memory=asked.memory)
-    autos = [name for name in ("implementation", "precision") if getattr(asked, name) == "auto"]
-    kept = (
-        bool(autos)
-        and all(name in before for name in autos)
-        and implementation == before.get("implementation")
-    )
-    found = Arithmetic(precision, implementation, kept)
-    return replace(
-        found,
-        implementation=dispatch.choose(implementation, device, found.dtype, memory=asked.memory),
+    precision = dispatch.choose_precision(precision, device, implementation, memory=config.memory)
+    dtype = Arithmetic(precision).dtype
+    return Arithmetic(
+        precision, dispatch.choose(implementation, device, dtype, memory=config.memory)
     )
 
 
-def explain(used: Arithmetic, asked: TrainConfig, device: torch.device) -> Iterator[str]:
-    """Lines for the user: what it is, and why where that was left to the program."""
-    line = f"{device}, {used.precision}, implementation {used.implementation}"
-    if used.kept:
+def explain(
+    arithmetic: Arithmetic,
+    config: TrainConfig,
+    device: torch.device,
+    previous: Arithmetic = Arithmetic(),
+) -> Iterator[str]:
+    """Lines for the user: the choice, and the reasons for it where *config* says ``auto``."""
+    precision, implementation = arithmetic.precision, arithmetic.implementation
+    line = f"{device}, {precision}, implementation {implementation}"
+    if arithmetic == previous and "auto" in (config.precision, config.implementation):
         yield f"{line}, as the run began"
         return
-    figures = dispatch.figures(device, used.dtype) if asked.implementation == "auto" else None
-    if figures and used.implementation in figures.training:
-        line += f", {measured.compared(used.implementation, figures.training)} here, in training steps of small layers"
+    steps = "training steps of small layers"
+    if config.implementation == "auto":
+        figures = dispatch.figures(device, arithmetic.dtype)
+        if figures and implementation in figures.training:
+            line += f", {measured.compared(implementation, figures.training)} here, in {steps}"
     yield line
-    compared = asked.precision == "auto" and computes_in_bf16(device)
-    if compared and (times := dispatch.slowdown(device, asked.implementation, memory=asked.memory)):
-        yield f"precision {used.precision}: training steps of small layers take {times:.2f} of fp32's time in bf16 here"
-    if asked.implementation == "auto":
+    if config.precision == "auto" and computes_in_bf16(device):
+        times = dispatch.slowdown(device, config.implementation, memory=config.memory)
+        if times:
+            yield f"precision {precision}: {steps} take {times:.2f} of fp32's time in bf16 here"
+    if config.implementation == "auto":
         for name, reason in dispatch.passed_over(device).items():
             yield f"implementation {name} cannot run here: {reason}"

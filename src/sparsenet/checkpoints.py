@@ -1,9 +1,11 @@
-"""Checkpoints: tensors in a safetensors file beside a manifest with its hash, written whole or not at all."""
+"""Checkpoints: a safetensors file and a manifest with its hash, written whole or not at all."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,65 +19,105 @@ from torch import Tensor
 from sparsenet import files, weights
 
 KEPT = {"last": 2, "best": 1}  # checkpoints of each kind that stay on disk
+NUMBER = r"\d{8,}"  # a step in the name of a file
 
 
 class RunError(ValueError):
-    """A run folder that cannot be used; the message says what was expected, found, and what to do."""
+    """A run folder that cannot be used; the message says what was expected, found, and to do."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint says of its tensors, in a JSON file beside them."""
+
+    kind: str  # "last" or "best"
+    step: int  # optimizer steps since the start of the run
+    epoch: int  # epochs that were finished
+    about: dict[str, Any]  # what is needed to use the weights
+    seconds: float = 0.0  # training time of the epoch that has begun; only in "last"
+    best: float | None = None  # lowest validation error so far, in percent; only in "last"
+    sha256: str = ""  # of the tensors' file; :func:`save` fills it in
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Tensors by name, and a manifest: kind, step, epoch, sha256 and whatever the writer added."""
+    """A checkpoint that was read and is intact; *path* is that of its manifest."""
 
     path: Path
     tensors: dict[str, Tensor]
-    manifest: dict[str, Any]
+    manifest: Manifest
+
+    def part(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors whose names begin with *prefix*, named without it."""
+        return {
+            name.removeprefix(prefix): tensor
+            for name, tensor in self.tensors.items()
+            if name.startswith(prefix)
+        }
 
 
-def save(
-    folder: Path, kind: str, step: int, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]
-) -> None:
-    """A checkpoint, whole or not at all; the manifest is written last and makes it valid."""
+def save(folder: Path, manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
+    """Writes a checkpoint whole or not at all, then removes older ones of its kind.
+
+    The manifest is written last and makes the checkpoint valid.
+    """
+    description = dataclasses.asdict(manifest)
+    if manifest.kind == "best":  # weights alone, without the state of their training
+        del description["seconds"], description["best"]
+    identity = {name: description.pop(name) for name in ("kind", "step", "sha256")}
     data = serialise_tensors(
         {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-        {"sparsenet": json.dumps(manifest)},
+        {"sparsenet": json.dumps(description)},
     )
-    stem = folder / f"{kind}-{step:08d}"
+    identity["sha256"] = hashlib.sha256(data).hexdigest()
+    stem = folder / f"{manifest.kind}-{manifest.step:08d}"
     files.write_atomic(stem.with_suffix(".safetensors"), data)
-    digest = hashlib.sha256(data).hexdigest()
-    files.write_json(
-        stem.with_suffix(".json"), {**manifest, "kind": kind, "step": step, "sha256": digest}
-    )
-    newest = [path for path in _saved(folder, kind) if path.stem <= stem.name][: KEPT[kind]]
-    kept = {path.stem for path in newest}  # later steps are of a run that was taken back
-    for old in sorted(folder.glob(f"*{kind}-*")):  # manifests before tensors, and what a kill left
-        if old.stem not in kept:
-            old.unlink()
+    files.write_json(stem.with_suffix(".json"), description | identity)
+    _remove_others(folder, manifest.kind, stem.name)
+
+
+def _remove_others(folder: Path, kind: str, newest: str) -> None:
+    # Later steps are of a run that was taken back.
+    manifests = [path for path in saved(folder, kind) if path.stem <= newest]
+    kept = {path.stem for path in manifests[: KEPT[kind]]}
+    whole = rf"{kind}-{NUMBER}\.(json|safetensors)"
+    half = rf"\.{whole}\.\w+"  # named by files.write_atomic, and left by a kill
+    for path in sorted(folder.iterdir()):  # manifests before tensors
+        if re.fullmatch(f"{whole}|{half}", path.name) and path.stem not in kept:
+            path.unlink()
+
+
+def saved(folder: Path, kind: str) -> list[Path]:
+    """The manifests of *kind* in *folder*, newest first, whether intact or not."""
+    name = re.compile(rf"{kind}-{NUMBER}\.json")
+    manifests = [path for path in folder.glob("*.json") if name.fullmatch(path.name)]
+    return sorted(manifests, reverse=True)
 
 
 def restore(folder: Path, kind: str) -> tuple[Checkpoint, list[str]]:
-    """The newest intact checkpoint of *kind*, and a warning for each damaged one before it."""
+    """The newest intact checkpoint of *kind*, and a warning for each damaged one before it.
+
+    Raises :class:`RunError` where there is none.
+    """
     warnings: list[str] = []
-    for manifest_path in _saved(folder, kind):
+    for path in saved(folder, kind):
         try:
-            return _read_checkpoint(manifest_path), warnings
+            return _read(path), warnings
         except (OSError, ValueError, SafetensorError) as error:
-            warnings.append(f"{manifest_path.stem}: damaged ({error}), passed over")
-    found = f"{len(warnings)} damaged: {warnings[0]}" if warnings else "none"
+            warnings.append(f"{path.stem}: damaged ({error}), passed over")
+    state = f"{len(warnings)} damaged: {warnings[0]}" if warnings else "none"
     other = " (--checkpoint last may have one)" if kind == "best" else ""
-    raise RunError(f"{folder.parent}: expected an intact '{kind}' checkpoint, found {found}{other}")
+    raise RunError(f"{folder.parent}: expected an intact '{kind}' checkpoint, found {state}{other}")
 
 
-def _saved(folder: Path, kind: str) -> list[Path]:
-    return sorted(folder.glob(f"{kind}-*.json"), reverse=True)
-
-
-def _read_checkpoint(manifest_path: Path) -> Checkpoint:
-    manifest = json.loads(manifest_path.read_text())
-    data = manifest_path.with_suffix(".safetensors").read_bytes()
-    if not isinstance(manifest, dict) or hashlib.sha256(data).hexdigest() != manifest.get("sha256"):
+def _read(path: Path) -> Checkpoint:
+    manifest = files.read_json(path, Manifest)
+    data = path.with_suffix(".safetensors").read_bytes()
+    if hashlib.sha256(data).hexdigest() != manifest.sha256:
         raise ValueError("its hash is not the one in its manifest")
-    written = weights.description(data)
-    if not isinstance(written, dict) or {**manifest, **written} != manifest:
+    description = weights.description(data)
+    if not isinstance(description, dict) or any(
+        getattr(manifest, name, None) != value for name, value in description.items()
+    ):
         raise ValueError("its manifest is not the one it was written with")
-    return Checkpoint(manifest_path, parse_tensors(data), manifest)
+    return Checkpoint(path, parse_tensors(data), manifest)

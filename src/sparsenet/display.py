@@ -4,98 +4,92 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 from sparsenet.events import Concluded, EpochDone, Event, Message, Step, Stopped
 from sparsenet.extras import require
+from sparsenet.results import EpochMetrics
 from sparsenet.run import Run
 
 
 def display(events: Iterable[Event], run: Run) -> str | None:
-    """Shows the events of a run as they come and keeps their lines in train.log; why it stopped early, if so."""
+    """Shows the events of a run as they come and writes their lines to train.log.
+
+    Returns the reason why the run stopped early, if it did.
+    """
     reason = None
-    with _bar() as bar:
+    bar = _Bar() if sys.stdout.isatty() else None
+    with bar.progress if bar else nullcontext():
         for event in events:
-            if isinstance(event, Step):
-                bar.show(event)
-            elif isinstance(event, Stopped):
+            if isinstance(event, Stopped):
                 reason = event.reason
-            if line := _line(event):
+            if isinstance(event, Step):
+                if bar:
+                    bar.show(event)
+                continue
+            line = _line(event)
+            if bar:
                 bar.print(line)
-                run.log(line)
+            else:
+                print(line, flush=True)
+            run.log(line)
     return reason
 
 
-def _line(event: Event) -> str | None:
+def _line(event: Message | EpochDone | Stopped | Concluded) -> str:
     match event:
         case Message(text):
             return text
-        case EpochDone(row, epochs):
-            return _epoch_line(row, epochs)
+        case EpochDone(metrics, epochs):
+            return _epoch_line(metrics, epochs)
         case Stopped(reason):
             return f"saved and stopped: {reason}"
         case Concluded(result):
             return (
-                f"{result['dataset']}: test error {result['error']:.2f} %, top-5 {result['top5_error']:.2f} % "
-                f"({result['checkpoint']}, epoch {result['epochs']})"
+                f"{result.dataset}: test error {result.error:.2f} %, "
+                f"top-5 error {result.top5_error:.2f} % "
+                f"({result.checkpoint}, epoch {result.epochs})"
             )
-    return None
 
 
-def _epoch_line(row: dict[str, Any], epochs: int) -> str:
-    peak = "" if row["peak_memory_mb"] is None else f"  peak {row['peak_memory_mb']:.0f} MB"
-    held = "" if row["val_error"] is None else f"  validation {row['val_error']:.2f} %"
-    return (
-        f"epoch {row['epoch']}/{epochs}  lr {row['lr']:.4g}  loss {row['train_loss']:.4f}  "
-        f"error {row['train_error']:.2f} %{held}  test {row['test_error']:.2f} %  "
-        f"{row['seconds']:.1f} s + {row['eval_seconds']:.1f} s  {row['images_per_second']:.0f} images/s{peak}"
-    )
-
-
-def _bar() -> Any:
-    return _Bar() if sys.stdout.isatty() else _Plain()
-
-
-class _Plain:
-    def __enter__(self) -> _Plain:
-        return self
-
-    def __exit__(self, *error: object) -> None: ...
-
-    def show(self, step: Step) -> None: ...
-
-    def print(self, line: str) -> None:
-        print(line, flush=True)
+def _epoch_line(row: EpochMetrics, epochs: int) -> str:
+    figures = [
+        f"epoch {row.epoch}/{epochs}",
+        f"lr {row.lr:.4g}",
+        f"loss {row.train_loss:.4f}",
+        f"error {row.train_error:.2f} %",
+        None if row.val_error is None else f"validation {row.val_error:.2f} %",
+        f"test {row.test_error:.2f} %",
+        f"{row.seconds:.1f} s + {row.eval_seconds:.1f} s",
+        f"{row.images_per_second:.0f} images/s",
+        None if row.peak_memory_mb is None else f"peak {row.peak_memory_mb:.0f} MB",
+    ]
+    return "  ".join(figure for figure in figures if figure)
 
 
 class _Bar:
     def __init__(self) -> None:
-        progress = require("rich.progress", "train")
-        self.progress = progress.Progress(
-            progress.TextColumn("epoch {task.fields[epoch]}"),
-            progress.BarColumn(),
-            progress.TextColumn("{task.fields[figures]}"),
-            progress.TextColumn("left"),
-            progress.TimeRemainingColumn(elapsed_when_finished=True),
+        rich = require("rich.progress", "train")
+        self.progress = rich.Progress(
+            rich.TextColumn("epoch {task.fields[epoch]}"),
+            rich.BarColumn(),
+            rich.TextColumn("{task.fields[figures]}"),
+            rich.TextColumn("left"),
+            rich.TimeRemainingColumn(elapsed_when_finished=True),
         )
         self.task: Any = None
 
-    def __enter__(self) -> _Bar:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.progress.stop()
-
     def show(self, step: Step) -> None:
-        done = (step.epoch - 1) * step.steps + step.step
-        figures = (
-            f"loss {step.loss:.4f}  error {step.error:.2f} %  {step.images_per_second:.0f} images/s"
-        )
-        shown = {"completed": done, "epoch": f"{step.epoch}/{step.epochs}", "figures": figures}
+        fields = {
+            "completed": (step.epoch - 1) * step.steps + step.step,
+            "epoch": f"{step.epoch}/{step.epochs}",
+            "figures": f"loss {step.loss:.4f}  error {step.error:.2f} %  "
+            f"{step.images_per_second:.0f} images/s",
+        }
         if self.task is None:
-            self.task = self.progress.add_task("", total=step.epochs * step.steps, **shown)
-        self.progress.update(self.task, **shown)
+            self.task = self.progress.add_task("", total=step.epochs * step.steps, **fields)
+        self.progress.update(self.task, **fields)
 
     def print(self, line: str) -> None:
         self.progress.console.print(line, markup=False, highlight=False, soft_wrap=True)

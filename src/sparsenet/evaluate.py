@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +15,12 @@ from sparsenet.data.dataset import Images
 from sparsenet.data.preprocessing import Preprocessing
 from sparsenet.data.sampling import Batches
 
-Scorer = Callable[
-    [Tensor, Tensor], tuple[Tensor, ...]
-]  # pixels and labels to losses, classes, confidences, top-5 hits
+Scorer = Callable[[Tensor, Tensor], tuple[Tensor, ...]]  # an EvaluationStep, captured or not
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a pass found. Entry *i* of the three tensors belongs to image *i*; all lie on the CPU."""
+    """The result of a pass; entry *i* of each tensor, on the CPU, belongs to image *i*."""
 
     loss: float  # mean cross-entropy, nats
     seconds: float  # wall time of the pass, the copy to the device included
@@ -55,28 +52,33 @@ class Evaluation:
         """Error of each class in percent; ``None`` where the data has no image of it."""
         counts = self.confusion(len(names)).double()
         totals = counts.sum(1)
-        wrong = 100 * (totals - counts.diagonal()) / totals
+        errors = (100 * (totals - counts.diagonal()) / totals).tolist()
         return {
-            name: None if totals[i] == 0 else round(wrong[i].item(), 4)
-            for i, name in enumerate(names)
+            name: round(error, 4) if total else None
+            for name, error, total in zip(names, errors, totals.tolist(), strict=True)
         }
 
 
-def scorer(model: nn.Module, preprocessing: Preprocessing, precision: str) -> Scorer:
-    """The work that :func:`evaluate` has with a batch: for whoever wants it captured once for many passes."""
-    return partial(_score, model, preprocessing, precision)
+@dataclass(frozen=True)
+class EvaluationStep:
+    """The work that :func:`evaluate` has with a batch."""
 
+    model: nn.Module
+    preprocessing: Preprocessing
+    precision: str
 
-def _score(
-    model: nn.Module, preprocessing: Preprocessing, precision: str, pixels: Tensor, labels: Tensor
-) -> tuple[Tensor, ...]:
-    with torch.autocast(pixels.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        logits = model(preprocessing.normalise(pixels))
-    logits = logits.float()
-    confidence, predicted = logits.softmax(1).max(1)
-    top5 = logits.topk(min(5, logits.shape[1]), 1).indices
-    losses = F.cross_entropy(logits, labels, reduction="none")
-    return losses, predicted, confidence, (top5 == labels[:, None]).any(1)
+    def __call__(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        """Losses, predicted classes, confidences and top-5 hits, ``(N,)`` each.
+
+        *pixels* are uint8 ``(N, C, S, S)`` and *labels* int64 ``(N,)``.
+        """
+        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            logits = self.model(self.preprocessing.normalise(pixels))
+        logits = logits.float()
+        confidence, predicted = logits.softmax(1).max(1)
+        top5 = logits.topk(min(5, logits.shape[1]), 1).indices
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        return losses, predicted, confidence, (top5 == labels[:, None]).any(1)
 
 
 @torch.no_grad()
@@ -89,11 +91,12 @@ def evaluate(
     precision: str = "fp32",
     score: Scorer | None = None,
 ) -> Evaluation:
-    """Runs *model* in evaluation mode over *images*, in order; the model's mode is put back afterwards.
+    """Runs *model* in evaluation mode over *images*, in order, and restores its mode afterwards.
 
-    *score* is the model's :func:`scorer`, captured or not; by default one that this pass captures where it can.
+    *score* is the model's :class:`EvaluationStep`, for whoever wants it captured once for many
+    passes; by default this pass makes one and captures it where it can.
     """
-    score = score or Captured(scorer(model, preprocessing, precision))
+    score = score or Captured(EvaluationStep(model, preprocessing, precision))
     was_training = model.training
     model.eval()
     start = time.perf_counter()

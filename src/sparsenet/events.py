@@ -1,9 +1,10 @@
-"""What training tells whoever iterates over it."""
+"""What training yields to whoever iterates over it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+
+from sparsenet.results import EpochMetrics, TrainingResult
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,9 @@ class Step:
 
 @dataclass(frozen=True)
 class EpochDone:
-    """An epoch was finished; ``row`` is its line in metrics.csv."""
+    """An epoch was finished; ``metrics`` is its row in metrics.csv."""
 
-    row: dict[str, float | None]
+    metrics: EpochMetrics
     epochs: int
 
 
@@ -43,9 +44,9 @@ class Stopped:
 
 @dataclass(frozen=True)
 class Concluded:
-    """The final evaluation; ``result`` is what result.json holds."""
+    """The best weights were evaluated; ``result`` is what result.json holds."""
 
-    result: dict[str, Any]
+    result: TrainingResult
 
 
 Event = Message | Step | EpochDone | Stopped | Concluded

@@ -1,4 +1,4 @@
-"""Parameter groups, an epoch's schedule as tensors, weight averaging."""
+"""The optimizer, its rates in each step of an epoch as tensors, and the averaging of weights."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ import torch
 from torch import Tensor, nn
 
 from sparsenet.device import traits
-from sparsenet.schedule import OptimConfig, average_share, learning_rate
+from sparsenet.schedule import OptimConfig, ema_rate, learning_rate
 
 
-def schedule(
+def epoch_rates(
     config: OptimConfig, epoch: int, steps_per_epoch: int, max_epoch: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Learning rate and average's share of an epoch's steps (from 0), float32 ``(steps_per_epoch,)`` each.
+    """Learning rates and rates of averaging in an epoch (from 0), float32 ``(steps_per_epoch,)``.
 
     They lie where a step on *device* reads them without waiting for it.
     """
     steps = range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch)
     rates = [learning_rate(config, step, steps_per_epoch, max_epoch) for step in steps]
-    shares = [average_share(config.ema, step) for step in steps]
-    home = device if traits(device).fused_update else torch.device("cpu")
-    return torch.tensor(rates, device=home), torch.tensor(shares, device=home)
+    ema_rates = [ema_rate(config.ema, step) for step in steps]
+    reader = device if traits(device).fused_update else torch.device("cpu")
+    return torch.tensor(rates, device=reader), torch.tensor(ema_rates, device=reader)
 
 
 def sgd(model: nn.Module, config: OptimConfig) -> torch.optim.SGD:
-    """SGD whose weight decay reaches convolution and linear weights only, not scales, shifts and biases.
+    """SGD with weight decay on convolution and linear weights only, not on scales and shifts.
 
-    To be made when the model lies on its device.
+    The *model* has to lie on its device already.
     """
     parameters = list(model.parameters())
     groups = [
@@ -40,16 +40,16 @@ def sgd(model: nn.Module, config: OptimConfig) -> torch.optim.SGD:
 
 
 @torch.no_grad()
-def update_average(average: nn.Module, model: nn.Module, share: Tensor) -> None:
-    """Moves *average* the part *share*, float32 ``()``, of the way towards *model*, running statistics included."""
-    pairs = list(zip(average.state_dict().values(), model.state_dict().values(), strict=True))
-    floating = [pair for pair in pairs if pair[0].is_floating_point()]
-    targets, values = ([pair[side] for pair in floating] for side in (0, 1))
-    differences = torch._foreach_sub(values, targets)
-    torch._foreach_mul_(
-        differences, share
-    )  # a tensor: in a captured step a number would be that of the capture
-    torch._foreach_add_(targets, differences)
+def update_average(average: nn.Module, model: nn.Module, rate: Tensor) -> None:
+    """Moves *average*, with its running statistics, towards *model* by *rate*, float32 ``()``."""
+    targets, values = [], []
+    pairs = zip(average.state_dict().values(), model.state_dict().values(), strict=True)
     for target, value in pairs:
-        if not target.is_floating_point():
+        if target.is_floating_point():
+            targets.append(target)
+            values.append(value)
+        else:
             target.copy_(value)
+    differences = torch._foreach_sub(values, targets)
+    torch._foreach_mul_(differences, rate)  # a number would be frozen in a captured step
+    torch._foreach_add_(targets, differences)

@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import msgspec
-
 from sparsenet.config import RunConfig, load
 from sparsenet.files import read_json
-from sparsenet.results import EpochMetrics, TrainingResult
+from sparsenet.results import TrainingResult
 from sparsenet.run import Run
 from sparsenet.summary import MeasuredRun, RunSummary
 
@@ -112,7 +110,7 @@ def read_run(path: Path) -> tuple[RunSummary, MeasuredRun]:
     environment = _read_if_there(path / "environment.json", Environment)
     costs = _read_if_there(path / "graph.json", Costs) or Costs()
     result = _read_if_there(path / "result.json", TrainingResult)
-    run = MeasuredRun(path, config.train.seed if config else None, None, _read_metrics(path))
+    run = MeasuredRun(path, config.train.seed if config else None, None, tuple(Run(path).metrics()))
     tested = run.column("test_error") or run.column("val_error")
     if result or tested:
         run = dataclasses.replace(run, error=result.error if result else tested[-1])
@@ -142,13 +140,6 @@ def read_run(path: Path) -> tuple[RunSummary, MeasuredRun]:
 
 def _read_if_there(file: Path, kind: type[T]) -> T | None:
     return read_json(file, kind) if file.is_file() else None
-
-
-def _read_metrics(run: Path) -> tuple[EpochMetrics, ...]:
-    try:
-        return msgspec.convert(Run(run).metrics(), tuple[EpochMetrics, ...])
-    except msgspec.ValidationError as error:
-        raise ValueError(f"{run / 'metrics.csv'}: {error}") from None
 
 
 def describe_recipe(config: RunConfig, epochs: int) -> str:

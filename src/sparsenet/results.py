@@ -13,7 +13,7 @@ class EpochMetrics:
     """
 
     epoch: int  # from 1
-    step: int  # optimizer steps since the start of the run
+    step: int | None = None  # optimizer steps since the start of the run
     lr: float | None = None  # of the epoch's last step
     train_loss: float | None = None
     train_error: float | None = None

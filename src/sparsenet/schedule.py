@@ -1,24 +1,25 @@
-"""The optimizer's settings, and the learning rate as a pure function of the step. Nothing here needs PyTorch."""
+"""The optimizer's settings and rates as pure functions of the step. Nothing here needs PyTorch."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
 
+SCHEDULES = ("step", "cosine", "onecycle")
 DROP = 0.1  # factor of the step schedule at each drop
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """SGD with Nesterov momentum; the defaults are the paper's. Raises ``ValueError`` naming the field."""
+    """SGD with Nesterov momentum; the defaults are the paper's.
+
+    Raises ``ValueError`` naming the field.
+    """
 
     lr: float = field(default=0.1, metadata={"help": "peak learning rate"})
     schedule: str = field(
         default="step",
-        metadata={
-            "help": "how the rate changes over the run",
-            "choices": ("step", "cosine", "onecycle"),
-        },
+        metadata={"help": "how the rate changes over the run", "choices": SCHEDULES},
     )
     drop_1: int = field(
         default=150, metadata={"help": "epochs before the first division of the rate by 10"}
@@ -45,11 +46,7 @@ class OptimConfig:
     def __post_init__(self) -> None:
         expectations = [
             ("lr", 0 < self.lr < math.inf, "a positive number"),
-            (
-                "schedule",
-                self.schedule in ("step", "cosine", "onecycle"),
-                "step, cosine or onecycle",
-            ),
+            ("schedule", self.schedule in SCHEDULES, "step, cosine or onecycle"),
             ("drop_1", self.drop_1 >= 0, "a number of epochs"),
             ("drop_2", self.drop_2 >= self.drop_1, f"at least drop_1 ({self.drop_1})"),
             ("warmup", self.warmup >= 0, "a number of epochs"),
@@ -65,25 +62,23 @@ class OptimConfig:
 
 
 def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, max_epoch: int) -> float:
-    """The rate of optimizer step *step* (from 0) of a run of ``max_epoch * steps_per_epoch`` steps."""
-    epoch, total = step / steps_per_epoch, max_epoch
+    """The rate of step *step* (from 0) of a run of ``max_epoch * steps_per_epoch`` steps."""
+    begun = step / steps_per_epoch  # epochs before this step
+    done = begun + 1 / steps_per_epoch  # epochs after it
     if config.schedule == "step":
-        drops = (epoch >= config.drop_1) + (epoch >= config.drop_2)
-        return (
-            config.lr
-            * DROP**drops
-            * min(1.0, (epoch + 1 / steps_per_epoch) / max(config.warmup, 1e-9))
-        )
-    rise = config.warmup or (0.3 * total if config.schedule == "onecycle" else 0.0)
-    if epoch < rise:
-        start = 0.04 if config.schedule == "onecycle" else 0.0
-        return config.lr * (start + (1 - start) * min(1.0, (epoch + 1 / steps_per_epoch) / rise))
-    done = (epoch - rise) / max(total - rise, 1e-9)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+        drops = (begun >= config.drop_1) + (begun >= config.drop_2)
+        return config.lr * DROP**drops * min(1.0, done / max(config.warmup, 1e-9))
+    onecycle = config.schedule == "onecycle"
+    rise = config.warmup or (0.3 * max_epoch if onecycle else 0.0)
+    if begun < rise:
+        start = 0.04 if onecycle else 0.0
+        return config.lr * (start + (1 - start) * min(1.0, done / rise))
+    fallen = min((begun - rise) / max(max_epoch - rise, 1e-9), 1.0)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * fallen))
 
 
-def average_share(decay: float, step: int) -> float:
-    """How far averaged weights move towards the current ones after step *step* (from 0), as a part of the way.
+def ema_rate(decay: float, step: int) -> float:
+    """How far averaged weights move towards the current ones after *step* (from 0), from 0 to 1.
 
     The decay rises to *decay* as steps accumulate, so that the initial weights are soon forgotten.
     """

@@ -17,11 +17,11 @@ from sparsenet.optim import update_average
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """Augmentation, forward, backward, update and average: all that one batch asks of the device.
+    """Augmentation, forward, backward, update and average: all that a batch asks of the device.
 
-    Changes the model, the optimizer's state and the average in place, and never waits for the device, so that it can
-    be recorded (:mod:`sparsenet.capture`). What changes from step to step is an argument, and so
-    a tensor; what draws random numbers (dropout) is to be seeded before each call.
+    A call changes the model, the optimizer's state and the average in place, and never waits for
+    the device, so that it can be recorded (:mod:`sparsenet.capture`). What changes from step to
+    step is an argument, and so a tensor; dropout has to be seeded before each call.
     """
 
     model: nn.Module
@@ -33,60 +33,56 @@ class TrainingStep:
 
     @cached_property
     def fill(self) -> Tensor:
-        """What lies beyond an image and where it is cut out: the mean colour, uint8 ``(C,)``."""
+        """The mean colour, uint8 ``(C,)``, for what lies beyond an image or is cut out."""
         mean = (torch.tensor(self.preprocessing.mean) * 255).round().to(torch.uint8)
         return mean.to(next(self.model.parameters()).device)
 
     def __call__(
-        self, pixels: Tensor, labels: Tensor, rate: Tensor, share: Tensor, *moves: Tensor
+        self, pixels: Tensor, labels: Tensor, rate: Tensor, ema_rate: Tensor, *moves: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The batch's mean loss, float32 ``()``, and its wrong images, int64 ``()``, both from before the update.
+        """Makes a step; returns :func:`loss_and_mistakes` of the batch before the update.
 
-        Takes pixels uint8 ``(N, C, S, S)`` and labels int64 ``(N,)`` as they are in the data, at full size or smaller;
-        the learning rate and the average's share of :func:`sparsenet.optim.schedule`, ``()``; and a :class:`Moves`.
+        *pixels*, uint8 ``(N, C, S, S)``, may be smaller than the data's; *labels* int64 ``(N,)``;
+        the rates, ``()``, are of :func:`sparsenet.optim.epoch_rates`; *moves* are a :class:`Moves`.
         """
-        settings, data = (
-            self.config.optim,
-            self.config.data.scaled(pixels.shape[-1], self.preprocessing.size),
-        )
+        optim = self.config.optim
+        data = self.config.data.scaled(pixels.shape[-1], self.preprocessing.size)
         changes, shares = Moves(*moves), None
         images = self.preprocessing.normalise(augment(pixels, changes, data, self.fill))
         if data.mixup or data.cutmix:
             images, shares = mix(images, changes)
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             logits = self.model(images).float()
-            loss, wrong = judge(logits, labels, shares, settings.label_smoothing)
-        self.optimizer.zero_grad(
-            set_to_none=True
-        )  # within: a graph's gradients have addresses of their own
+            loss, mistakes = loss_and_mistakes(logits, labels, shares, optim.label_smoothing)
+        # Here, so that gradients of a captured step have addresses of their own.
+        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        if settings.grad_clip:
-            nn.utils.clip_grad_norm_(self.model.parameters(), settings.grad_clip)
+        if optim.grad_clip:
+            nn.utils.clip_grad_norm_(self.model.parameters(), optim.grad_clip)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         if self.average is not None:
-            update_average(self.average, self.model, share)
-        return loss.detach(), wrong
+            update_average(self.average, self.model, ema_rate)
+        return loss.detach(), mistakes
 
 
-def judge(
+def loss_and_mistakes(
     logits: Tensor, labels: Tensor, shares: Tensor | None, smoothing: float
 ) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy ``()`` of logits ``(N, classes)`` and how many classes are wrong, int64 ``()``.
+    """Mean cross-entropy ``()`` of logits ``(N, classes)``; the number of mistakes, int64 ``()``.
 
-    Of images that :func:`mix` has mixed, each label counts by its share, float32 ``(N,)`` being the image's own; a
-    class is wrong if it is not that with the larger share.
+    Images that :func:`mix` has mixed have two labels, each of which counts by its share, and the
+    larger one is the right one; *shares*, float32 ``(N,)``, are those of the image's own label.
     """
     predicted = logits.detach().argmax(1)
     if shares is None:
-        return F.cross_entropy(logits, labels, label_smoothing=smoothing), (
-            predicted != labels
-        ).sum()
-    others = labels.flip(0)
-    own, other = (
+        loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
+        return loss, (predicted != labels).sum()
+    partners = labels.flip(0)
+    own_loss, partner_loss = (
         F.cross_entropy(logits, each, reduction="none", label_smoothing=smoothing)
-        for each in (labels, others)
+        for each in (labels, partners)
     )
-    larger = torch.where(shares < 0.5, others, labels)
-    return torch.lerp(other, own, shares).mean(), (predicted != larger).sum()
+    right = torch.where(shares < 0.5, partners, labels)
+    return torch.lerp(partner_loss, own_loss, shares).mean(), (predicted != right).sum()

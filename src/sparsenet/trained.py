@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import torch
 
-from sparsenet import weights, zoo
+from sparsenet import checkpoints, weights, zoo
 from sparsenet.architecture import Architecture
 from sparsenet.checkpoints import RunError
 from sparsenet.data.preprocessing import Preprocessing
@@ -61,10 +61,10 @@ def load_trained(
 
 
 def _load_run(path: Path, kind: str, device: torch.device | str, implementation: str) -> Trained:
-    checkpoint, warnings = Run.open(path).restore(kind)
+    checkpoint, warnings = checkpoints.restore(Run.open(path).checkpoints, kind)
     manifest = checkpoint.manifest
     try:
-        about = msgspec.convert({**manifest["about"], "epoch": manifest["epoch"]}, About)
+        about = msgspec.convert({**manifest.about, "epoch": manifest.epoch}, About)
         model = SparseNet(Architecture(**about.architecture), implementation)
     except (LookupError, TypeError, ValueError) as error:
         expected = "an architecture that this version knows"
@@ -82,4 +82,4 @@ def _load_run(path: Path, kind: str, device: torch.device | str, implementation:
         problem = f"its weights do not fit its architecture ({error})"
         raise RunError(f"{checkpoint.path}: {problem}") from None
     model = place(model.eval(), device)
-    return Trained(path, model, about, manifest["step"], tuple(warnings))
+    return Trained(path, model, about, manifest.step, tuple(warnings))

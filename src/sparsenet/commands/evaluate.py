@@ -3,49 +3,68 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from sparsenet.commands.common import data_now, load_run, print_result
 from sparsenet.device import choose_device
+from sparsenet.evaluate import evaluate
 from sparsenet.export.onnx import Exported
 from sparsenet.export.runtimes import Runtime
 from sparsenet.ops import dispatch
+from sparsenet.weights import Measured
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """What the command prints with ``--json``. Errors are percentages."""
+
+    run: str
+    dataset: str
+    checkpoint: str
+    engine: str
+    precision: str
+    error: float
+    top5_error: float
+    loss: float  # mean cross-entropy, nats
+    images: int
+    seconds: float
+    class_errors: dict[str, float | None]  # ``None``: no image of the class
+    stated_error: float | None  # what a weights file says of itself
 
 
 def run(args: argparse.Namespace) -> int:
-    from sparsenet.evaluate import evaluate
-
+    """Evaluates a run's network on its test images."""
     runtime = _runtime(args)
     device = choose_device("cpu" if runtime else args.device)
-    precision = (
-        runtime.precision
-        if runtime
-        else dispatch.choose_precision(args.precision, device, training=False)
-    )
+    if runtime:
+        precision = runtime.precision
+    else:
+        precision = dispatch.choose_precision(args.precision, device, training=False)
     trained = load_run(args, device)
     data = data_now(args, trained)
     pixels = data.test.pixels[: args.batch_size]
     model = Exported(trained, runtime, pixels) if runtime else trained.model
+    torch_precision = "fp32" if runtime else precision  # of what PyTorch is left to do
+    evaluation = evaluate(
+        model, data.test, trained.preprocessing, device, args.batch_size, torch_precision
+    )
     stated = trained.about.measured.get(precision)
-    own = "fp32" if runtime else precision  # what PyTorch is left to do
-    found = evaluate(model, data.test, trained.preprocessing, device, args.batch_size, own)
-    value = {
-        "run": args.run, "dataset": data.name, "checkpoint": args.checkpoint, "engine": args.engine,
-        "precision": precision, "error": found.error, "top5_error": found.top5_error, "loss": found.loss,
-        "images": found.images, "seconds": found.seconds, "class_errors": found.class_errors(data.classes),
-        "stated_error": stated and stated.error,
-    }  # fmt: skip
-    lines = [
-        f"{data.name}: {found.images} images in {found.seconds:.2f} s{f' by {args.engine}' if runtime else ''}",
-        f"error {found.error:.2f} %, top-5 error {found.top5_error:.2f} %, loss {found.loss:.4f}",
-        *(
-            f"  {name}: {'no image' if e is None else f'{e:.2f} %'}"
-            for name, e in value["class_errors"].items()
-        ),
-    ]
-    if stated:
-        of = f"{stated.images} images of {stated.dataset}"
-        lines.append(f"stated: {stated.error:.2f} % ({precision}), for {of}")
-    return print_result(value, lines, args.json)
+    report = EvaluationReport(
+        run=args.run,
+        dataset=data.name,
+        checkpoint=args.checkpoint,
+        engine=args.engine,
+        precision=precision,
+        error=evaluation.error,
+        top5_error=evaluation.top5_error,
+        loss=evaluation.loss,
+        images=evaluation.images,
+        seconds=evaluation.seconds,
+        class_errors=evaluation.class_errors(data.classes),
+        stated_error=stated.error if stated else None,
+    )
+    return print_result(report, _lines(report, stated), args.json)
 
 
 def _runtime(args: argparse.Namespace) -> Runtime | None:
@@ -57,3 +76,18 @@ def _runtime(args: argparse.Namespace) -> Runtime | None:
             f"--device: expected auto or cpu with --engine {args.engine}, found {args.device!r}"
         )
     return Runtime(args.engine, args.precision)
+
+
+def _lines(report: EvaluationReport, stated: Measured | None) -> Iterator[str]:
+    engine = "" if report.engine == "torch" else f" by {report.engine}"
+    yield f"{report.dataset}: {report.images} images in {report.seconds:.2f} s{engine}"
+    yield (
+        f"error {report.error:.2f} %, top-5 error {report.top5_error:.2f} %, loss {report.loss:.4f}"
+    )
+    for name, error in report.class_errors.items():
+        yield f"  {name}: {'no image' if error is None else f'{error:.2f} %'}"
+    if stated:
+        yield (
+            f"stated: {stated.error:.2f} % ({report.precision}), "
+            f"for {stated.images} images of {stated.dataset}"
+        )

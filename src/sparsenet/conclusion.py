@@ -1,0 +1,52 @@
+"""The end of a run: its best weights are evaluated, and pictures show how it went."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sparsenet import pictures
+from sparsenet.capture import Captures
+from sparsenet.evaluate import EvaluationStep, evaluate
+from sparsenet.files import write_json
+from sparsenet.preparation import Setup
+from sparsenet.results import EpochMetrics, TrainingResult
+from sparsenet.run import Run
+from sparsenet.trained import load_trained
+
+
+def conclude(
+    run: Run, setup: Setup, rows: Sequence[EpochMetrics], captures: Captures
+) -> TrainingResult:
+    """Evaluates the best checkpoint on the test images; writes result.json and the pictures."""
+    data, device = setup.data, setup.device
+    arithmetic, preprocessing = setup.arithmetic, setup.preprocessing
+    trained = load_trained(run.path, "best", device, arithmetic.implementation)
+    step = EvaluationStep(trained.model, preprocessing, arithmetic.precision)
+    score = captures(step, "the evaluation")
+    evaluation = evaluate(trained.model, data.test, preprocessing, device, score=score)
+    result = TrainingResult(
+        dataset=data.name,
+        error=evaluation.error,
+        top5_error=evaluation.top5_error,
+        loss=evaluation.loss,
+        images=evaluation.images,
+        seconds=evaluation.seconds,
+        epochs=trained.info["epoch"],
+        checkpoint="lowest validation error" if data.val else "last epoch",
+        classes=data.classes,
+        class_errors=evaluation.class_errors(data.classes),
+    )
+    write_json(run.path / "result.json", result)
+    title = f"{run.path.name} on {data.name}"
+    pictures.draw_curves(rows, run.path / "curves.png", title)
+    confusion = evaluation.confusion(len(data.classes))
+    pictures.draw_confusion(confusion, data.classes, run.path / "confusion.png")
+    pictures.draw_samples(
+        data.test.pixels.cpu(),
+        evaluation.labels,
+        evaluation.predicted,
+        evaluation.confidence,
+        data.classes,
+        run.path / "samples.png",
+    )
+    return result

@@ -1,0 +1,156 @@
+"""The state of training: what a checkpoint holds and a resumed run starts from."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsenet import checkpoints, optim
+from sparsenet.checkpoints import Checkpoint, Manifest, RunError
+from sparsenet.data.preprocessing import Preprocessing
+from sparsenet.data.sampling import stream
+from sparsenet.device import place
+from sparsenet.model import SparseNet
+from sparsenet.preparation import Setup
+from sparsenet.results import EpochMetrics
+from sparsenet.run import Run
+
+
+class DivergedError(RuntimeError):
+    """The loss or the weights are no longer numbers."""
+
+    def __init__(self, subject: str):
+        advice = "start again with a lower --lr, with --grad_clip or with --precision fp32"
+        super().__init__(f"{subject} not finite; {advice}")
+
+
+@dataclass
+class TrainingState:
+    """All that training changes."""
+
+    model: SparseNet
+    optimizer: torch.optim.SGD
+    average: nn.Module | None
+    losses: Tensor  # (steps an epoch,) float32: this epoch's losses, on the device
+    mistakes: Tensor  # (steps an epoch,) int64: this epoch's numbers of wrong images
+    step: int = 0  # optimizer steps made since the start of the run
+    seconds: float = 0.0  # training time of this epoch so far
+    best: float | None = None  # lowest validation error so far, in percent
+    rows: list[EpochMetrics] = field(default_factory=list)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.losses)
+
+    @property
+    def epoch(self) -> int:
+        """The number of finished epochs."""
+        return self.step // self.steps_per_epoch
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The weights that are evaluated and become the best: the average where there is one."""
+        return self.model if self.average is None else self.average
+
+    def save(self, kind: str, folder: Path, about: dict[str, Any]) -> None:
+        """Writes a checkpoint: all of the state as ``last``, the evaluated weights as ``best``.
+
+        Raises :class:`DivergedError` where they are not finite.
+        """
+        tensors = self._tensors() if kind == "last" else _named("model.", self.evaluated)
+        check_finite(tensors, self.step)
+        manifest = Manifest(kind, self.step, self.epoch, about, self.seconds, self.best)
+        checkpoints.save(folder, manifest, tensors)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = _named("model.", self.model)
+        for index, entry in self.optimizer.state_dict()["state"].items():
+            tensors[f"optimizer.{index}"] = entry["momentum_buffer"]
+        if self.average is not None:
+            tensors |= _named("average.", self.average)
+        return tensors | {"epoch.losses": self.losses, "epoch.wrongs": self.mistakes}
+
+    def load(self, checkpoint: Checkpoint, rows: list[EpochMetrics]) -> None:
+        """Loads a checkpoint of the kind ``last``, and the *rows* of the epochs before it."""
+        self.model.load_state_dict(checkpoint.part("model."))
+        if self.average is not None:
+            self.average.load_state_dict(checkpoint.part("average."))
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        momenta = {}
+        for name, buffer in checkpoint.part("optimizer.").items():
+            # Laid out as the parameter, which a fused update asks for.
+            momentum = torch.empty_like(parameters[int(name)]).copy_(buffer)
+            momenta[int(name)] = {"momentum_buffer": momentum}
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": momenta, "param_groups": groups})
+        self.losses.copy_(checkpoint.tensors["epoch.losses"])
+        self.mistakes.copy_(checkpoint.tensors["epoch.wrongs"])
+        manifest = checkpoint.manifest
+        self.step, self.seconds, self.best = manifest.step, manifest.seconds, manifest.best
+        self.rows = rows[: self.epoch]
+
+
+def _named(prefix: str, model: nn.Module) -> dict[str, Tensor]:
+    return {prefix + name: tensor for name, tensor in model.state_dict().items()}
+
+
+def check_finite(tensors: Mapping[str, Tensor], step: int) -> None:
+    """Raises :class:`DivergedError` where a tensor is not finite.
+
+    A finite loss may have had gradients that were not, and nothing would undo a save.
+    """
+    floating = [tensor for tensor in tensors.values() if tensor.is_floating_point()]
+    if not nn.utils.get_total_norm(floating, math.inf).isfinite():
+        raise DivergedError(f"the weights of step {step} are")
+
+
+def new_state(setup: Setup) -> TrainingState:
+    """The state before the first step."""
+    config, device = setup.config, setup.device
+    torch.manual_seed(stream(config.train.seed, "weights").initial_seed())
+    implementation = setup.arithmetic.implementation
+    model = place(SparseNet(config.network, implementation, config.train.memory), device)
+    average = copy.deepcopy(model) if config.optim.ema else None
+    steps = -(-len(setup.data.train) // config.train.batch_size)
+    losses = torch.zeros(steps, device=device)
+    mistakes = torch.zeros(steps, dtype=torch.int64, device=device)
+    return TrainingState(model, optim.sgd(model, config.optim), average, losses, mistakes)
+
+
+def restore(state: TrainingState, setup: Setup, run: Run) -> list[str]:
+    """Loads the last intact checkpoint of *run* into a new *state*; returns lines for the user.
+
+    Raises :class:`RunError` where there are only damaged ones, or where the data is another.
+    """
+    if not checkpoints.saved(run.checkpoints, "last"):
+        return ["stopped before the first checkpoint: starting from the beginning"]
+    checkpoint, warnings = checkpoints.restore(run.checkpoints, "last")
+    _check_data(checkpoint, state.steps_per_epoch, setup)
+    state.load(checkpoint, run.metrics())
+    lines = [f"warning: {warning}" for warning in warnings]
+    return [*lines, f"resumed at step {state.step} (epoch {1 + state.epoch})"]
+
+
+def _check_data(checkpoint: Checkpoint, steps: int, setup: Setup) -> None:
+    data, about = setup.data, checkpoint.manifest.about
+    if about["classes"] != list(data.classes):
+        raise RunError(
+            f"{checkpoint.path}: expected the {len(about['classes'])} classes it was trained on, "
+            f"found {len(data.classes)} classes in the data"
+        )
+    expected = f"{checkpoint.path}: expected the images it was trained on"
+    if Preprocessing(**about["preprocessing"]) != setup.preprocessing:
+        raise RunError(f"{expected}, found others (mean or size differ)")
+    before = len(checkpoint.tensors["epoch.losses"])
+    if before != steps:
+        raise RunError(
+            f"{expected}, {before} steps an epoch, "
+            f"found {len(data.train)} images, {steps} steps an epoch"
+        )
