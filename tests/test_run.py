@@ -1,5 +1,6 @@
 """The run folder: written whole or not at all, refused when damaged."""
 
+import dataclasses
 import json
 import os
 import subprocess

@@ -10,19 +10,22 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "sparsenet"
 # From the ground up. A room may import rooms on lower floors, and those before it on its own.
 FLOORS = [
-    "topology extras validation results events files downloads schedule".split(),
-    "architecture graph device memory environment capture".split(),
-    "ops".split(),
-    "model".split(),
-    "data optim".split(),
-    "weights zoo adoption".split(),
-    "config presets arithmetic".split(),
-    "checkpoints run trained".split(),
-    "preparation state step evaluate".split(),
-    "summary pictures records conclusion".split(),
-    "train predict export report check".split(),
-    "display flags commands".split(),
-    "cli".split(),
+    line.split()
+    for line in """
+    topology extras validation results events files downloads schedule
+    architecture graph device memory environment capture
+    ops
+    model
+    data optim
+    weights zoo adoption
+    config presets arithmetic
+    checkpoints run trained
+    preparation state step evaluate
+    summary pictures records conclusion
+    train predict export report check
+    display flags commands
+    cli
+    """.strip().splitlines()
 ]
 ORDER = {
     room: (floor, place) for floor, rooms in enumerate(FLOORS) for place, room in enumerate(rooms)

@@ -31,7 +31,7 @@ def conclude(
         loss=evaluation.loss,
         images=evaluation.images,
         seconds=evaluation.seconds,
-        epochs=trained.info["epoch"],
+        epochs=trained.about.epoch,
         checkpoint="lowest validation error" if data.val else "last epoch",
         classes=data.classes,
         class_errors=evaluation.class_errors(data.classes),

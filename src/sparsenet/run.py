@@ -13,12 +13,12 @@ from pathlib import Path
 import msgspec
 
 from sparsenet import files
-from sparsenet.architecture import Node
 from sparsenet.arithmetic import Arithmetic
 from sparsenet.checkpoints import RunError
 from sparsenet.config import RunConfig, load
 from sparsenet.environment import Environment, installed
 from sparsenet.extras import require
+from sparsenet.graph import Node
 from sparsenet.results import EpochMetrics
 
 
