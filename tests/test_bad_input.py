@@ -425,7 +425,10 @@ def test_no_run_folder(refused: Callable[..., str], command: str, folder_data: P
 
 
 def test_two_processes_training_into_one_folder(refused: Callable[..., str], copied: Path) -> None:
-    hold = "import sys, filelock\nwith filelock.FileLock(sys.argv[1]): print(1, flush=True); sys.stdin.read()"
+    hold = (
+        "import sys, filelock\n"
+        "with filelock.FileLock(sys.argv[1]): print(1, flush=True); sys.stdin.read()"
+    )
     command = [sys.executable, "-c", hold, str(copied / ".lock")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None

@@ -89,7 +89,7 @@ def test_structure_needs_no_torch(path):
 
 
 def test_building_a_model_needs_the_core_only():
-    """What ``import sparsenet`` loads beyond the core dependencies is an extra, imported when first used."""
+    """Packages beyond the core dependencies are extras, which are imported when first used."""
     core = {"torch", "numpy", "safetensors", "jinja2", "msgspec", "sparsenet", "__future__"}
     import sys
 

@@ -16,7 +16,7 @@ FAILED, BAD_CALL = 1, 2
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command and return its exit code. Help and wrong flags are answered without PyTorch."""
+    """Run one command and return its exit code. Help and wrong flags do not load PyTorch."""
     from importlib import import_module
 
     from sparsenet import commands, flags

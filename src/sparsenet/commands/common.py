@@ -15,51 +15,61 @@ import torch
 from sparsenet.data.config import DataConfig
 from sparsenet.data.dataset import Dataset
 from sparsenet.data.load import load_dataset
+from sparsenet.data.registry import lies_in_folder
 from sparsenet.run import Run
 from sparsenet.trained import Trained, load_trained
 
 
-def load_run(args: argparse.Namespace, device: torch.device) -> Trained:
+def load_network(args: argparse.Namespace, device: torch.device) -> Trained:
+    """Load what RUN names, and warn of damaged checkpoints that were passed over."""
     trained = load_trained(args.run, args.checkpoint, device)
     for warning in trained.warnings:
         print(f"sparsenet: warning: {warning}", file=sys.stderr)
     return trained
 
 
-def data_now(args: argparse.Namespace, trained: Trained) -> Dataset:
-    """The run's images, or those that the flags name; ``ValueError`` where they have other classes."""
+def load_images(args: argparse.Namespace, trained: Trained) -> Dataset:
+    """Load the images of the run, or those that the flags name.
 
-    if not (trained.path.is_dir() or args.dataset_dir or args.dataset == "digits"):
-        expected = "the folder of the test images, which a weights file does not know (or --dataset digits)"
-        raise ValueError(f"--dataset_dir: expected {expected}, found none")
-    stored = _stored_data(trained)
-    dataset = args.dataset or (
-        "auto" if args.dataset_dir and stored.dataset == "digits" else stored.dataset
-    )
-    asked = dataclasses.replace(
+    Raises ``ValueError`` where they have other classes than the network.
+    """
+    data = load_dataset(_data_config(args, trained))
+    if data.classes != trained.classes:
+        raise ValueError(
+            f"--dataset_dir: expected the {len(trained.classes)} classes of the training "
+            f"{list(trained.classes)[:5]}, found {len(data.classes)} classes "
+            f"{list(data.classes)[:5]}"
+        )
+    return data
+
+
+def _data_config(args: argparse.Namespace, trained: Trained) -> DataConfig:
+    is_run = trained.path.is_dir()
+    if not is_run and not args.dataset_dir and lies_in_folder(args.dataset or "auto"):
+        raise ValueError(
+            "--dataset_dir: expected the folder of the test images, which a weights file does not "
+            "know (or --dataset digits), found none"
+        )
+    if is_run:
+        stored = Run.open(trained.path).config().data
+    else:  # a weights file knows only how its test images were found
+        recipe = trained.about.recipe["data"]
+        stored = DataConfig(
+            test_fraction=recipe["test_fraction"], skip_corrupt=recipe["skip_corrupt"]
+        )
+    dataset = args.dataset or stored.dataset
+    if not args.dataset and args.dataset_dir and not lies_in_folder(dataset):
+        dataset = "auto"
+    folder = args.dataset_dir or (stored.dataset_dir if lies_in_folder(dataset) else "")
+    return dataclasses.replace(
         stored,
         dataset=dataset,
-        dataset_dir=args.dataset_dir or ("" if dataset == "digits" else stored.dataset_dir),
+        dataset_dir=folder,
         dataset_name="" if args.dataset or args.dataset_dir else stored.dataset_name,
         image_size=trained.preprocessing.size,
         in_chans=trained.preprocessing.channels,
         download=False,
     )
-    data = load_dataset(asked)
-    if data.classes != trained.classes:
-        raise ValueError(
-            f"--dataset_dir: expected the {len(trained.classes)} classes of the training {list(trained.classes)[:5]}, "
-            f"found {len(data.classes)} classes {list(data.classes)[:5]}"
-        )
-    return data
-
-
-def _stored_data(trained: Trained) -> DataConfig:
-    """What a run or a weights file says of its data; a weights file only how its test images are found."""
-    if trained.path.is_dir():
-        return Run.open(trained.path).config().data
-    told = trained.about.recipe["data"]
-    return DataConfig(test_fraction=told["test_fraction"], skip_corrupt=told["skip_corrupt"])
 
 
 def print_result(value: Any, lines: Iterable[str], as_json: bool) -> int:

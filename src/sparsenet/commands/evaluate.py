@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sparsenet.commands.common import data_now, load_run, print_result
+from sparsenet.commands.common import load_images, load_network, print_result
 from sparsenet.device import choose_device
 from sparsenet.evaluate import evaluate
 from sparsenet.export.onnx import Exported
@@ -41,8 +41,8 @@ def run(args: argparse.Namespace) -> int:
         precision = runtime.precision
     else:
         precision = dispatch.choose_precision(args.precision, device, training=False)
-    trained = load_run(args, device)
-    data = data_now(args, trained)
+    trained = load_network(args, device)
+    data = load_images(args, trained)
     pixels = data.test.pixels[: args.batch_size]
     model = Exported(trained, runtime, pixels) if runtime else trained.model
     torch_precision = "fp32" if runtime else precision  # of what PyTorch is left to do

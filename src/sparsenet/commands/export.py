@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from sparsenet.commands.common import data_now, load_run
+from sparsenet.commands.common import load_images, load_network
 from sparsenet.device import choose_device
 from sparsenet.export import FORMATS
 from sparsenet.trained import Trained
@@ -21,9 +21,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--device: expected auto or cpu {asked} {args.device!r}")
     if args.opset is not None and args.format != "onnx":
         raise ValueError(f"--opset: expected none {asked} {args.opset}")
-    trained = load_run(args, choose_device("cpu" if format.on_cpu_only else args.device))
+    trained = load_network(args, choose_device("cpu" if format.on_cpu_only else args.device))
     try:
-        data = data_now(args, trained)
+        data = load_images(args, trained)
     except ValueError as error:
         if format.needs_data or args.dataset or args.dataset_dir:
             raise

@@ -6,13 +6,13 @@ import argparse
 import json
 import sys
 
-from sparsenet.commands.common import load_run
+from sparsenet.commands.common import load_network
 from sparsenet.device import choose_device
 from sparsenet.predict import find_images, predict
 
 
 def run(args: argparse.Namespace) -> int:
-    trained = load_run(args, choose_device(args.device))
+    trained = load_network(args, choose_device(args.device))
     predictions = []
     for prediction in predict(trained, find_images(args.images), args.top, args.batch_size):
         predictions.append(prediction)

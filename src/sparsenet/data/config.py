@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sparsenet.data.errors import DataError
-from sparsenet.data.registry import DATASETS, KINDS
+from sparsenet.data.registry import DATASETS, KINDS, lies_in_folder
 from sparsenet.validation import check_settings, setting
 
 
@@ -64,7 +64,7 @@ class DataConfig:
             prefix="--",
             error=DataError,
         )
-        if self.dataset_dir and self.dataset != "auto" and not KINDS[self.dataset].in_folder:
+        if self.dataset_dir and not lies_in_folder(self.dataset):
             raise DataError(
                 f"--dataset_dir: expected none with --dataset {self.dataset}, which need no "
                 f"folder, found {self.dataset_dir!r}; --dataset auto takes what lies there"

@@ -52,3 +52,8 @@ def resolve(dataset: str, dataset_dir: str) -> str:
     if dataset == "auto" and not dataset_dir:
         return next(name for name, kind in KINDS.items() if not kind.in_folder)
     return dataset
+
+
+def lies_in_folder(dataset: str) -> bool:
+    """Whether ``--dataset_dir`` says where such data lie; it does for ``auto``."""
+    return dataset not in KINDS or KINDS[dataset].in_folder
