@@ -1,4 +1,4 @@
-"""What ``auto`` comes to is recorded by a run, so that resuming stays bit-exact whatever the figures say by then."""
+"""What ``auto`` comes to is recorded by a run, so that resuming stays bit-exact whatever the timings say by then."""
 
 import json
 

@@ -14,9 +14,10 @@ from torch.nn import functional as F
 
 from sparsenet.architecture import Architecture
 from sparsenet.model import SparseNet
-from sparsenet.ops import native
+from sparsenet.ops import compiler, native
 from sparsenet.ops.blocks import IDLE, LEAST, Block
 from sparsenet.ops.dispatch import aggregate
+from sparsenet.ops.engine import StageCall
 from sparsenet.ops.plan import EPS, Plan, Reader, Statistics
 
 if reason := native.unavailable(torch.device("cpu")):
@@ -170,17 +171,23 @@ def test_other_users_of_the_matrix_unit_are_not_disturbed():
         assert torch.equal(call(), expected)
 
 
-def test_memory_that_cannot_be_had_is_an_error():
-    x = torch.randn(1, 4, 4, 4)
-    work = native.Native(Plan(((0,),)), x, [torch.ones(4), torch.zeros(4)])
-    with pytest.raises(MemoryError, match="no memory for what 'measure' works with"):
-        work.call("measure", {"x": x, "found": work.found}, out=1 << 44)
-    work.call(
-        "measure",
-        {"x": x.contiguous(memory_format=torch.channels_last), "found": work.found},
-        out=4,
+def engine_for(x):
+    """An engine for a stage that is nothing but its output norm."""
+    width = x.shape[1]
+    call = StageCall(
+        Plan(((0,),)), x.shape, (width,), x.dtype, x.device, torch.channels_last, training=True
     )
-    assert torch.allclose(work.found[0], x.double().mean((0, 2, 3)), atol=1e-6)
+    return native.Native(call, [torch.ones(width), torch.zeros(width)])
+
+
+def test_memory_that_cannot_be_had_is_an_error():
+    x = torch.randn(1, 4, 4, 4).contiguous(memory_format=torch.channels_last)
+    engine = engine_for(x)
+    tensors = {"x": x, "moments": engine.moments}
+    with pytest.raises(MemoryError, match="no memory for what 'measure' works with"):
+        engine.run("measure", tensors, out_channels=1 << 44)
+    engine.run("measure", tensors, out_channels=4)
+    assert torch.allclose(engine.moments[0], x.double().mean((0, 2, 3)), atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -197,19 +204,20 @@ def test_the_program_says_so_in_one_line(call, monkeypatch, said, told):
 
 def test_a_compiler_that_hangs_is_stopped(tmp_path, monkeypatch):
     """What it has started, too, which would hold what it writes to open."""
-    compiler = tmp_path / "cc"
-    compiler.write_text("#!/bin/sh\nsleep 600 &\nwait\n")
-    compiler.chmod(0o755)
-    monkeypatch.setattr(native, "PATIENCE", 0.2)
-    assert "nothing after 0.2 s" in native._compile([str(compiler)], [], tmp_path / "native.so")
+    hanging = tmp_path / "cc"
+    hanging.write_text("#!/bin/sh\nsleep 600 &\nwait\n")
+    hanging.chmod(0o755)
+    monkeypatch.setattr(compiler, "TIME_LIMIT", 0.2)
+    with pytest.raises(RuntimeError, match=r"nothing after 0\.2 s"):
+        compiler.compile_library([str(hanging)], [], tmp_path / "native.so")
     assert not list(tmp_path.glob("*.so"))
 
 
 def test_a_compiler_that_is_interrupted_is_stopped(tmp_path, monkeypatch):
     started = tmp_path / "started"
-    compiler = tmp_path / "cc"
-    compiler.write_text(f"#!/bin/sh\necho $$ > {started}\nsleep 600\n")
-    compiler.chmod(0o755)
+    sleeping = tmp_path / "cc"
+    sleeping.write_text(f"#!/bin/sh\necho $$ > {started}\nsleep 600\n")
+    sleeping.chmod(0o755)
 
     def interrupted(*_, **__):
         while not (started.exists() and started.read_text()):
@@ -218,7 +226,7 @@ def test_a_compiler_that_is_interrupted_is_stopped(tmp_path, monkeypatch):
 
     monkeypatch.setattr(subprocess.Popen, "communicate", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        native._run([str(compiler)])
+        compiler.run_compiler([str(sleeping)])
     with pytest.raises(ProcessLookupError):
         os.kill(int(started.read_text()), 0)
 
@@ -234,11 +242,11 @@ def test_statistics_far_from_zero():
     """A variance is taken from distances that are small, not as a difference of large squares."""
     torch.manual_seed(0)
     x = (torch.randn(4, 3, 16, 16) + 1e4).contiguous(memory_format=torch.channels_last)
-    work = native.Native(Plan(((0,),)), x, [torch.ones(3), torch.zeros(3)])
-    work.call("measure", {"x": x, "found": work.found}, out=3)
+    engine = engine_for(x)
+    engine.run("measure", {"x": x, "moments": engine.moments}, out_channels=3)
     exact = x.double()
-    assert torch.allclose(work.found[0], exact.mean((0, 2, 3)), rtol=1e-7)
-    assert torch.allclose(work.found[1], exact.var((0, 2, 3), correction=0), rtol=1e-4)
+    assert torch.allclose(engine.moments[0], exact.mean((0, 2, 3)), rtol=1e-7)
+    assert torch.allclose(engine.moments[1], exact.var((0, 2, 3), correction=0), rtol=1e-4)
 
 
 def test_a_block_is_handed_out_again_once_nobody_holds_it():
@@ -275,17 +283,17 @@ def test_one_block_is_kept_and_none_that_is_too_large():
 
 def test_lean_memory_keeps_no_block(monkeypatch):
     """Neither of a step nor of an evaluation."""
-    for name in ("FEATURES", "SUMS"):
+    for name in ("FEATURES", "GRADIENTS"):
         monkeypatch.setattr(native, name, Block())
     model = SparseNet(Architecture(depth=10, growth_rate=12), "native", memory="lean")
     images = torch.randn(32, 3, 32, 32)
     model.train()(images).sum().backward()
     with torch.no_grad():
         model.eval()(images)
-    assert native.FEATURES.memory is native.SUMS.memory is None
+    assert native.FEATURES.memory is native.GRADIENTS.memory is None
     normal = SparseNet(model.architecture, "native").train()
     normal(images).sum().backward()
-    assert native.FEATURES.memory is not None and native.SUMS.memory is not None
+    assert native.FEATURES.memory is not None and native.GRADIENTS.memory is not None
 
 
 def test_a_kept_graph_keeps_its_block():

@@ -141,6 +141,6 @@ def feature_blocks(work: Workload) -> set[int]:
     for stage, module, side in zip(model.architecture.stages, model.stages, sizes, strict=True):
         plan: Plan = module.plan  # type: ignore[assignment]
         found.add(
-            plan.stored.columns(stage.unit_widths).total * len(images) * side * side * itemsize
+            plan.for_engine.columns(stage.unit_widths).total * len(images) * side * side * itemsize
         )
     return found

@@ -67,9 +67,9 @@ def explain(used: Arithmetic, asked: TrainConfig, device: torch.device) -> Itera
     if used.kept:
         yield f"{line}, as the run began"
         return
-    figures = dispatch.figures(device, used.dtype) if asked.implementation == "auto" else None
+    figures = dispatch.timings(device, used.dtype) if asked.implementation == "auto" else None
     if figures and used.implementation in figures.training:
-        line += f", {measured.compared(used.implementation, figures.training)} here, in training steps of small layers"
+        line += f", {measured.describe_speedup(used.implementation, figures.training)} here, in training steps of small layers"
     yield line
     compared = asked.precision == "auto" and computes_in_bf16(device)
     if compared and (times := dispatch.slowdown(device, asked.implementation, memory=asked.memory)):

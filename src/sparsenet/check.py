@@ -14,7 +14,7 @@ from sparsenet.device import choose_device, computes_in_bf16
 from sparsenet.environment import environment
 from sparsenet.ops import dispatch
 from sparsenet.ops.implementations import IMPLEMENTATIONS
-from sparsenet.ops.measured import KINDS
+from sparsenet.ops.measured import MODES
 
 EXTRAS = {
     "train": ("filelock", "matplotlib", "PIL", "pyarrow", "rich", "sklearn"),
@@ -62,18 +62,18 @@ def _auto(device: torch.device, measure: bool) -> dict[str, Any]:
         {"bf16": torch.bfloat16} if computes_in_bf16(device) else {}
     )
     for precision, dtype in dtypes.items():
-        figures = dispatch.figures(device, dtype, anew=measure)
+        figures = dispatch.timings(device, dtype, anew=measure)
         found["implementation"][precision] = {
             kind: {
                 "taken": dispatch.choose("auto", device, dtype, kind == "training"),
                 "seconds": figures and figures.of(kind == "training"),
                 "busy": bool(figures and figures.busy),
             }
-            for kind in KINDS
+            for kind in MODES
         }
     found["precision"] = {
         kind: dispatch.choose_precision("auto", device, training=kind == "training")
-        for kind in KINDS
+        for kind in MODES
     }
     return found
 
