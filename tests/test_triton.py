@@ -262,7 +262,7 @@ def test_a_second_backward_over_a_kept_graph_gives_the_same():
     most=st.integers(1, 1000) | st.none(),
 )
 def test_every_pixel_is_dealt_out_once(pixels, programs, width, processors, most):
-    rows, span, parts = triton.Spread.over(pixels, programs, width, processors, most)
+    rows, span, parts = triton.PixelSplit.of(pixels, programs, width, processors, most)
     assert span % rows == 0 and 1 <= parts <= (most or pixels)
     assert (parts - 1) * span < pixels <= parts * span
 

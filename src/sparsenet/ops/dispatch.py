@@ -15,7 +15,7 @@ from sparsenet.extras import MissingExtra
 from sparsenet.ops import measured, reference, shared  # noqa: F401 - always loaded
 from sparsenet.ops.implementations import IMPLEMENTATIONS, OPAQUE
 from sparsenet.ops.measured import Timings
-from sparsenet.ops.plan import Plan, Reader, Statistics, stands_for_another
+from sparsenet.ops.plan import Plan, Readers, Statistics, stands_for_another
 
 MEASURED = (torch.float32, torch.bfloat16)  # fp64 is for checks; fp16 takes a CPU minutes
 
@@ -27,7 +27,7 @@ class Implementation(Protocol):
         self,
         plan: Plan,
         x: Tensor,
-        readers: Sequence[Reader],
+        readers: Readers,
         statistics: Sequence[Statistics],
         training: bool,
     ) -> Tensor: ...
@@ -143,7 +143,7 @@ def aggregate(
     implementation: str,
     plan: Plan,
     x: Tensor,
-    readers: Sequence[Reader],
+    readers: Readers,
     statistics: Sequence[Statistics],
     training: bool,
 ) -> Tensor:

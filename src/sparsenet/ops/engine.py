@@ -39,7 +39,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsenet.ops.plan import EPS, Columns, Plan, Reader, Statistics
+from sparsenet.ops.plan import EPS, Columns, Plan, Readers, Statistics
 from sparsenet.ops.sums import SumAggregation
 
 
@@ -104,7 +104,7 @@ class Engine(ABC):
         if not saved:
             channels = call.first_channels[-1]
             mean_rstd = torch.empty(2, channels, dtype=self.statistics_dtype, device=call.device)
-            saved = self.new_feature_block(), mean_rstd, *self.cast_weights()
+            saved = self.new_block("features"), mean_rstd, *self.cast_weights()
         self.saved = tuple(saved)
         self.feature_block, self.mean_rstd, *self.casts = saved
         self.features = self._views(self.feature_block)
@@ -149,15 +149,13 @@ class Engine(ABC):
             self._buffers[name] = self.empty(max(len(scale) for scale in self.scales))
         return self.view(self._buffers[name][: self.call.pixels * width], width)
 
-    def new_feature_block(self) -> Tensor:
-        return self.empty(self.call.columns.total)
-
-    def new_gradient_block(self) -> Tensor:
+    def new_block(self, kind: str) -> Tensor:
+        """Uninitialised memory for all ``features`` or for all their ``gradients``, flat."""
         return self.empty(self.call.columns.total)
 
     @cached_property
     def gradient_block(self) -> Tensor:
-        return self.new_gradient_block()
+        return self.new_block("gradients")
 
     @cached_property
     def gradient_sums(self) -> list[Tensor]:
@@ -262,20 +260,12 @@ class Engine(ABC):
 
         That of the weight may be in another precision and layout than the weight.
         """
-        weight = self.weight(r)
+        activation, weight = self.activation(r), self.weight(r)
         padding = weight.shape[-1] // 2
+        # Stride, padding, dilation, not transposed, no padding of the output, one group.
+        settings = [1, 1], [padding, padding], [1, 1], False, [0, 0], 1
         d_activated, d_weight, _ = torch.ops.aten.convolution_backward(
-            d_output,
-            self.activation(r),
-            weight,
-            bias_sizes=None,
-            stride=[1, 1],
-            padding=[padding, padding],
-            dilation=[1, 1],
-            transposed=False,
-            output_padding=[0, 0],
-            groups=1,
-            output_mask=[True, True, False],
+            d_output, activation, weight, None, *settings, output_mask=[True, True, False]
         )
         return *self.backward_activation(r, d_activated), d_weight
 
@@ -284,7 +274,7 @@ def aggregate(
     engine_type: type[Engine],
     plan: Plan,
     x: Tensor,
-    readers: Sequence[Reader],
+    readers: Readers,
     statistics: Sequence[Statistics],
     training: bool,
 ) -> Tensor:
@@ -390,7 +380,7 @@ def _backward(
 
 
 def _match_weights(gradients: list[Tensor | None], weights: Sequence[Tensor]) -> None:
-    """Casts, in place and all at once, gradients in another precision or layout than the weights."""
+    """Casts gradients in another precision or layout than the weights, in place and at once."""
     others: dict[int, Tensor] = {}
     for r, (gradient, weight) in enumerate(zip(gradients, weights, strict=True)):
         if gradient is None:

@@ -28,10 +28,10 @@ from torch import Tensor
 from sparsenet.architecture import Architecture, Stage
 from sparsenet.device import device_name
 from sparsenet.files import cache_folder, read_json, write_json
-from sparsenet.ops.plan import Plan, Reader, Statistics
+from sparsenet.ops.plan import Plan, Reader, Readers, Statistics
 
 Clock = Callable[[], float]
-Aggregate = Callable[[Plan, Tensor, Sequence[Reader], Sequence[Statistics], bool], Tensor]
+Aggregate = Callable[[Plan, Tensor, Readers, Sequence[Statistics], bool], Tensor]
 
 MODES = ("training", "inference")
 MARGIN = 1.05  # another implementation has to be faster by this factor than a preferred one

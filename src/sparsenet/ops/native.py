@@ -18,10 +18,10 @@ from torch import Tensor
 from sparsenet.ops import engine
 from sparsenet.ops.blocks import Block
 from sparsenet.ops.compiler import library
-from sparsenet.ops.plan import EPS, MOMENTUM, Plan, Reader, Statistics, stands_for_another
+from sparsenet.ops.plan import EPS, MOMENTUM, Plan, Readers, Statistics, stands_for_another
 
 SUFFIXES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16"}
-FEATURES, GRADIENTS = Block(), Block()
+BLOCKS = {"features": Block(), "gradients": Block()}  # kept for the next step
 NO_DATA = (
     "implementation 'native': expected tensors with data, found one without; ask for 'reference'"
 )
@@ -39,11 +39,7 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def aggregate(
-    plan: Plan,
-    x: Tensor,
-    readers: Sequence[Reader],
-    statistics: Sequence[Statistics],
-    training: bool,
+    plan: Plan, x: Tensor, readers: Readers, statistics: Sequence[Statistics], training: bool
 ) -> Tensor:
     """The stage output; ``ValueError`` for features in another precision than fp64, fp32, bf16."""
     if x.dtype not in SUFFIXES:
@@ -120,22 +116,19 @@ class Native(engine.Engine):
     def cast_weights(self) -> list[Tensor]:
         return []  # the kernels round weights where they need it
 
-    def new_feature_block(self) -> Tensor:
-        return self._block(FEATURES)
-
-    def new_gradient_block(self) -> Tensor:
-        return self._block(GRADIENTS)
-
-    def _block(self, block: Block) -> Tensor:
-        """Memory for all features; where it is to be lean, none is kept for the next step."""
-        if self.plan.memory == "lean":
-            return self.empty(self.call.columns.total)
-        return block.take(self.call.pixels * self.call.columns.total, self.call.dtype)
+    def new_block(self, kind: str) -> Tensor:
+        if self.plan.memory == "lean":  # no block stays for the next step
+            return super().new_block(kind)
+        return BLOCKS[kind].take(self.call.pixels * self.call.columns.total, self.call.dtype)
 
     @cached_property
     def moments(self) -> Tensor:
         """Mean and biased variance of the batch, of all channels, ``(2, C)``."""
         return torch.empty(2, self.call.first_channels[-1], dtype=torch.float64, device="cpu")
+
+    @cached_property
+    def reader_tables(self) -> list[ReaderTables]:
+        return _reader_tables(self.plan, self.widths)
 
     @property
     def convolutions_make_features(self) -> bool:
@@ -170,8 +163,8 @@ class Native(engine.Engine):
             numbers |= {"out_channels": len(weight), "kernel": weight.shape[-1]}
         else:
             numbers["kernel"] = 1
-        tables = _reader_tables(self.plan, self.widths)[r]
-        addresses = {name: ctypes.addressof(each) for name, each in tables._asdict().items()}
+        tables = self.reader_tables[r]._asdict()
+        addresses = {name: ctypes.addressof(table) for name, table in tables.items()}
         self.run(function, tensors, **numbers, **addresses)
 
     def wide(self, parameter: Tensor) -> Tensor:
@@ -234,7 +227,7 @@ class Native(engine.Engine):
         return self._run_backward("backward_activation", r, d_activated, {})
 
     def term_gradient(self, j: int) -> Tensor | None:
-        """As in :class:`Engine`, but without the correction where a convolution does it on the way."""
+        """As in :class:`Engine`; not yet corrected where the next convolution does that itself."""
         is_read = self.plan.first_gradient_from[j] is not None
         if j > 0 and is_read and self.convolutions_make_features:
             return self.gradient_sums[j]

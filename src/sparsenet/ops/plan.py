@@ -17,7 +17,7 @@ EPS = 1e-5  # added to the variance
 
 
 def stands_for_another(tensor: Tensor) -> bool:
-    """Whether *tensor* has no data of its own to compute with, as fake tensors and other wrappers."""
+    """Whether *tensor* has no data of its own to compute with, as fake tensors and the like."""
     return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
@@ -36,8 +36,11 @@ class Statistics(NamedTuple):
     var: Tensor  # (C,)
 
 
+Readers = Sequence[Reader]
+
+
 class Columns(NamedTuple):
-    """Where the features of a stage lie in a block of memory: feature *j* begins at ``first[j]``."""
+    """Where the features of a stage lie in a block of memory: feature *j* from ``first[j]`` on."""
 
     first: tuple[int, ...]
     total: int
@@ -156,12 +159,7 @@ class Plan:
 
 @lru_cache(maxsize=1024)
 def _lay_out(plan: Plan, widths: tuple[int, ...]) -> Columns:
-    released_by = defaultdict[int, list[int]](
-        list
-    )  # feature that is made -> features not needed then
-    for j in range(len(widths)):
-        if not plan.gradient or j in plan.recomputed:
-            released_by[max(plan.topology.last_reader[j], j)].append(j)
+    released_by = defaultdict[int, list[int]](list)  # feature made -> features not needed then
     first: list[int] = []
     total = 0
     free = defaultdict[int, list[int]](list)  # width -> first columns of free places

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsenet.ops import engine, reference
-from sparsenet.ops.plan import EPS, MOMENTUM, Plan, Reader, Statistics
+from sparsenet.ops.plan import EPS, MOMENTUM, Plan, Readers, Statistics
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -20,13 +20,9 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def aggregate(
-    plan: Plan,
-    x: Tensor,
-    readers: Sequence[Reader],
-    statistics: Sequence[Statistics],
-    training: bool,
+    plan: Plan, x: Tensor, readers: Readers, statistics: Sequence[Statistics], training: bool
 ) -> Tensor:
-    """The stage output; in evaluation without a gradient it is the reference's, which is as lean."""
+    """The stage output; without a gradient in evaluation the reference is as lean, so it runs."""
     if training or torch.is_grad_enabled():
         return engine.aggregate(Shared, plan, x, readers, statistics, training)
     return reference.aggregate(plan, x, readers, statistics, training)
@@ -44,18 +40,9 @@ class Shared(engine.Engine):
         out = self.features[j]
         mean, rstd = self.mean_and_rstd(j)
         if self.takes_statistics:
-            running_mean, running_var = self.running_statistics[j]
-            torch.native_batch_norm(
-                feature,
-                None,
-                None,
-                running_mean,
-                running_var,
-                True,
-                MOMENTUM,
-                EPS,
-                out=(out, mean, rstd),
-            )
+            running = self.running_statistics[j]
+            to = out, mean, rstd
+            torch.native_batch_norm(feature, None, None, *running, True, MOMENTUM, EPS, out=to)
         elif self.running_statistics:
             _batch_norm(feature, None, None, *self.running_statistics[j], EPS, out)
         else:
@@ -64,8 +51,8 @@ class Shared(engine.Engine):
     def write_activation(self, r: int, out: Tensor) -> None:
         gathered = self.gather_buffer(r)
         torch.cat([self.features[j] for j in self.plan.reads[r]], 1, out=gathered)
-        zero, one = _standard(self.scales[r])
-        _batch_norm(gathered, self.scales[r], self.shifts[r], zero, one, 0.0, out)
+        statistics = _standard(self.scales[r])
+        _batch_norm(gathered, self.scales[r], self.shifts[r], *statistics, 0.0, out)
         out.relu_()
         self.reader_in_buffers = r
 
@@ -78,17 +65,10 @@ class Shared(engine.Engine):
         if self.reader_in_buffers != r:
             self.write_activation(r, activated)
         is_output = r == len(self.scales) - 1  # whose gradient belongs to the caller
-        g = torch.ops.aten.threshold_backward.grad_input(
-            d_activated,
-            activated,
-            0,
-            grad_input=torch.empty_like(activated) if is_output else d_activated,
-        )
-        scale = self.scales[r]
-        zero, one = _standard(scale)
-        _, d_scale, d_shift = torch.ops.aten.native_batch_norm_backward(
-            g, self.gather_buffer(r), scale, zero, one, zero, one, False, 0.0, [False, True, True]
-        )
+        g = torch.empty_like(activated) if is_output else d_activated
+        torch.ops.aten.threshold_backward.grad_input(d_activated, activated, 0, grad_input=g)
+        scale, gathered = self.scales[r], self.gather_buffer(r)
+        _, d_scale, d_shift = _batch_norm_backward(g, gathered, scale, False, [False, True, True])
         g.mul_(scale.to(g.dtype).view(-1, 1, 1))
         read = self.plan.reads[r]
         for j, part in zip(read, g.split([self.widths[j] for j in read], 1), strict=True):
@@ -101,20 +81,8 @@ class Shared(engine.Engine):
     def feature_gradient(self, j: int) -> Tensor:
         # The gradient of a batch norm whose input has mean 0 and deviation 1, scaled by rstd.
         _, rstd = self.mean_and_rstd(j)
-        zero, one = _standard(rstd)
-        d_feature: Tensor = torch.ops.aten.native_batch_norm_backward(
-            self.gradient_sums[j],
-            self.features[j],
-            rstd,
-            zero,
-            one,
-            zero,
-            one,
-            self.call.training,
-            0.0,
-            [True, False, False],
-        )[0]
-        return d_feature
+        h, z, training = self.gradient_sums[j], self.features[j], self.call.training
+        return _batch_norm_backward(h, z, rstd, training, [True, False, False])[0]
 
 
 def _batch_norm(
@@ -129,6 +97,17 @@ def _batch_norm(
     """Writes *x*, normalised by the given mean and variance, scaled and shifted, to *out*."""
     no_statistics = mean.new_empty(0), mean.new_empty(0)
     torch.native_batch_norm(x, scale, shift, mean, var, False, 0.0, eps, out=(out, *no_statistics))
+
+
+def _batch_norm_backward(
+    d_out: Tensor, x: Tensor, scale: Tensor, training: bool, wanted: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The *wanted* ones of the gradients of x, scale and shift, for an *x* that is normalised."""
+    statistics = _standard(scale)
+    gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.native_batch_norm_backward(
+        d_out, x, scale, *statistics, *statistics, training, 0.0, wanted
+    )
+    return gradients
 
 
 def _standard(like: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ first one has made the tables.
 from __future__ import annotations
 
 import math
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from itertools import accumulate
 from subprocess import SubprocessError
 from typing import Any, NamedTuple
@@ -83,10 +83,10 @@ class Tables(NamedTuple):
 def _rows(
     plan: Plan, widths: tuple[int, ...], read: tuple[int, ...], reader: int | None, width: int
 ) -> list[tuple[int, ...]]:
-    """The rows of a table for the features *read*, in the order of ``triton_kernels.read_piece``."""
+    """The rows of a table for the features *read*: see :func:`.triton_kernels.read_piece`."""
     first_columns, first_channels = plan.columns(widths).first, [0, *accumulate(widths)]
     gathered = sum(widths[j] for j in read)
-    rows = []
+    rows: list[tuple[int, ...]] = []
     column = 0
     for j in read:
         adds = reader is not None and plan.first_gradient_from[j] != reader
@@ -144,7 +144,7 @@ class Triton(engine.Engine):
     def choose_layout(x: Tensor) -> torch.memory_format:
         return torch.channels_last
 
-    @property
+    @cached_property
     def tables(self) -> Tables:
         return Tables.of(self.plan, self.widths, self.call.device)
 
@@ -157,74 +157,35 @@ class Triton(engine.Engine):
         split = self.split(pieces, PARTS)
         partials = self.partials(split, self.widths[j])
         self.launch(kernels.measure, pieces, split, feature, self.feature_block, partials)
-        self.launch_sum(
-            kernels.finish_statistics,
-            pieces,
-            split,
-            partials,
-            self.mean_rstd,
-            *self.running_statistics[j],
-            EPS=EPS,
-            MOMENTUM=MOMENTUM,
-        )
+        tensors = partials, self.mean_rstd, *self.running_statistics[j]
+        constants = {"EPS": EPS, "MOMENTUM": MOMENTUM}
+        self.launch_sum(kernels.finish_statistics, pieces, split, *tensors, **constants)
 
     def write_activation(self, r: int, out: Tensor) -> None:
         pieces = self.tables.readers[r]
-        self.launch(
-            kernels.write_activation,
-            pieces,
-            self.split(pieces),
-            self.feature_block,
-            self.mean_rstd,
-            self.scales[r],
-            self.shifts[r],
-            out,
-        )
+        tensors = self.feature_block, self.mean_rstd, self.scales[r], self.shifts[r], out
+        self.launch(kernels.write_activation, pieces, self.split(pieces), *tensors)
 
     def backward_activation(self, r: int, d_activated: Tensor) -> tuple[Tensor, Tensor]:
         pieces, scale, shift = self.tables.readers[r], self.scales[r], self.shifts[r]
-        d_scale, d_shift = torch.empty_like(scale), torch.empty_like(shift)
+        d_activated = d_activated.to(self.call.dtype).contiguous(memory_format=self.call.layout)
         split = self.split(pieces, PARTS)
         partials = self.partials(split, len(scale))
-        self.launch(
-            kernels.backward_activation,
-            pieces,
-            split,
-            self.feature_block,
-            self.gradient_block,
-            d_activated.to(self.call.dtype).contiguous(memory_format=self.call.layout),
-            self.mean_rstd,
-            scale,
-            shift,
-            partials,
-        )
-        self.launch_sum(
-            kernels.finish_gradients,
-            pieces,
-            split,
-            partials,
-            self.mean_rstd,
-            scale,
-            d_scale,
-            d_shift,
-            self.gradient_totals,
-        )
+        blocks = self.feature_block, self.gradient_block
+        given = *blocks, d_activated, self.mean_rstd, scale, shift, partials
+        self.launch(kernels.backward_activation, pieces, split, *given)
+        d_scale, d_shift = torch.empty_like(scale), torch.empty_like(shift)
+        sums = partials, self.mean_rstd, scale, d_scale, d_shift, self.gradient_totals
+        self.launch_sum(kernels.finish_gradients, pieces, split, *sums)
         return d_scale, d_shift
 
     def feature_gradient(self, j: int) -> Tensor:
-        pieces = self.tables.features[j]
+        pieces, training = self.tables.features[j], self.call.training
         d_feature = self.view(self.empty(self.widths[j]), self.widths[j])
-        self.launch(
-            kernels.feature_gradient,
-            pieces,
-            self.split(pieces),
-            self.feature_block,
-            self.gradient_block,
-            self.mean_rstd,
-            self.gradient_totals,
-            d_feature,
-            TRAINING=self.call.training,
-        )
+        blocks = self.feature_block, self.gradient_block
+        given = *blocks, self.mean_rstd, self.gradient_totals, d_feature
+        kernel = kernels.feature_gradient
+        self.launch(kernel, pieces, self.split(pieces), *given, TRAINING=training)
         return d_feature
 
     def split(self, pieces: Pieces, most: int | None = None) -> PixelSplit:
@@ -240,44 +201,25 @@ class Triton(engine.Engine):
         self, kernel: Any, pieces: Pieces, split: PixelSplit, *tensors: Tensor, **constants: Any
     ) -> None:
         """Runs a kernel over the pixels: a program for each part of each piece."""
-        arguments = *tensors, pieces.table, pieces.number
-        self._launch(
-            kernel, pieces.number * split.parts, split.rows, split.span, arguments, constants
-        )
+        constants |= {"span": split.span, "ROWS": split.rows}
+        programs = pieces.number * split.parts
+        self._launch(kernel, programs, *tensors, pieces.table, pieces.number, **constants)
 
     def launch_sum(
         self, kernel: Any, pieces: Pieces, split: PixelSplit, *tensors: Tensor, **constants: Any
     ) -> None:
         """Runs a kernel that adds up the parts: a program for each piece."""
-        rows = triton.next_power_of_2(split.parts)
-        arguments = *tensors, pieces.table, split.parts
-        self._launch(kernel, pieces.number, rows, split.span, arguments, constants)
+        constants |= {"span": split.span, "ROWS": triton.next_power_of_2(split.parts)}
+        self._launch(kernel, pieces.number, *tensors, pieces.table, split.parts, **constants)
 
-    def _launch(
-        self,
-        kernel: Any,
-        programs: int,
-        rows: int,
-        span: int,
-        arguments: tuple[Any, ...],
-        constants: dict[str, Any],
-    ) -> None:
-        width = self.tables.width
-        elements_a_thread = 16  # two 16-byte loads of bf16
-        warps = rows * width // (32 * elements_a_thread)
+    def _launch(self, kernel: Any, programs: int, *arguments: Any, ROWS: int, **more: Any) -> None:
+        more |= {"pixels": self.call.pixels, "channels": self.call.first_channels[-1]}
+        more |= {"UNIT": self.tables.unit, "ROWS": ROWS, "WIDTH": self.tables.width}
+        more["PRECISION"] = PRECISIONS[self.call.sum_dtype]
+        # A thread takes 16 elements, two 16-byte loads of bf16; a warp has 32 threads.
+        warps = min(16, max(1, ROWS * self.tables.width // (16 * 32)))
         with torch.cuda.device_of(self.feature_block):
-            kernel[(programs,)](
-                *arguments,
-                self.call.pixels,
-                self.call.first_channels[-1],
-                span,
-                UNIT=self.tables.unit,
-                ROWS=rows,
-                WIDTH=width,
-                PRECISION=PRECISIONS[self.call.sum_dtype],
-                num_warps=min(16, max(1, warps)),
-                **constants,
-            )
+            kernel[(programs,)](*arguments, **more, num_warps=warps)
 
 
 aggregate = partial(engine.aggregate, Triton)

@@ -2,7 +2,7 @@
 
 Features lie as rows of channels: with *m* running over batch and pixels, element ``x[m, c]`` of a
 feature is at ``block[first * pixels + m * width + c]``. Work is split into **pieces** of at most
-``WIDTH`` neighbouring columns of one feature, and what a reader gathers is a list of pieces. Program
+``WIDTH`` neighbouring columns of one feature; what a reader gathers is a list of pieces. Program
 *p* takes piece ``p % pieces`` in the ``span`` rows from ``p // pieces * span`` on, ``ROWS`` at a
 time. So a program learns once, in scalars, where its feature lies, reads it densely, and knows that
 all these numbers are multiples of ``UNIT``, which makes for 16-byte loads.
