@@ -1,4 +1,4 @@
-"""What ``auto`` comes to is recorded by a run, so that resuming stays bit-exact whatever the timings say by then."""
+"""A run records what ``auto`` comes to, so that resuming is bit-exact whatever timings say then."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The C kernels for themselves: index arithmetic, every build that a machine can be given, memory, other libraries."""
+"""The C kernels for themselves: index arithmetic, every build, memory, other libraries."""
 
 import gc
 import os
@@ -23,7 +23,9 @@ from sparsenet.ops.plan import EPS, Plan, Reader, Statistics
 if reason := native.unavailable(torch.device("cpu")):
     pytest.skip(f"native: {reason}", allow_module_level=True)
 
-BUILDS = {  # what a processor or a kernel may lack, and what is not chosen here; the last of two equal flags counts
+# What a processor or an operating system may lack, and what is not chosen here. Of two flags that
+# set the same the last one counts.
+BUILDS = {
     "what is chosen here": "",
     "no wide vectors": "-march=x86-64",
     "tiles in C": "-DMATRIX=2",
@@ -41,7 +43,10 @@ def few(generator, *shape, share):
 
 
 def whole_numbers(images, height, width, channels, kernels):
-    """A stage of whole numbers, small enough for bf16, whose statistics are 0 and 1: plan, input, readers, gradient."""
+    """A stage of whole numbers, small enough for bf16, whose statistics are 0 and 1.
+
+    The result is its plan, its input, its readers and a gradient of its output.
+    """
     generator = torch.Generator().manual_seed(height * 1000 + width)
     reads = [tuple(range(r, -1, -1)) for r in range(len(kernels) + 1)]
     readers = []
@@ -99,7 +104,7 @@ SIZES = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("height, width", SIZES)
 def test_whole_numbers_come_out_exactly(height, width, dtype):
-    """Every product, mask and sum of a stage is exact, so a single value out of its place is seen."""
+    """Every product, mask and sum of a stage is exact, so one value out of its place is seen."""
     for channels, kernels in (
         ((24, 24, 24), (3, 3)),
         ((5, 33, 12), (1, 3)),
@@ -108,8 +113,8 @@ def test_whole_numbers_come_out_exactly(height, width, dtype):
         stage = whole_numbers(2, height, width, channels, kernels)
         expected = gradients_of("reference", torch.float64, *stage)
         assert max(t.abs().max() for t in expected[:2]) <= 256, "more than bf16 can count to"
-        for found, truth in zip(gradients_of("native", dtype, *stage), expected, strict=True):
-            assert torch.equal(found.double(), truth.round())
+        for actual, truth in zip(gradients_of("native", dtype, *stage), expected, strict=True):
+            assert torch.equal(actual.double(), truth.round())
 
 
 def test_many_images_and_threads_give_whole_numbers():
@@ -118,10 +123,10 @@ def test_many_images_and_threads_give_whole_numbers():
     try:
         stage = whole_numbers(7, 9, 8, (24, 24, 24), (3, 3))
         expected = gradients_of("reference", torch.float64, *stage)
-        for found, truth in zip(
+        for actual, truth in zip(
             gradients_of("native", torch.bfloat16, *stage), expected, strict=True
         ):
-            assert torch.equal(found.double(), truth.round())
+            assert torch.equal(actual.double(), truth.round())
     finally:
         torch.set_num_threads(before)
 
@@ -131,13 +136,13 @@ def laws_hold(environment, more=()):
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k"]
     wanted = "whole_numbers or (native and (half or shapes or equal or gradcheck))"
     files = [str(tests / "test_kernels.py"), str(tests / "test_ops.py")]
-    found = subprocess.run(
+    process = subprocess.run(
         [*command, wanted, *files, *more],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
     )
-    assert found.returncode == 0, found.stdout + found.stderr
+    assert process.returncode == 0, process.stdout + process.stderr
 
 
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="the flags are x86's")
@@ -153,7 +158,7 @@ def test_clang_compiles_them(tmp_path):
 
 
 def test_other_users_of_the_matrix_unit_are_not_disturbed():
-    """PyTorch's libraries keep settings of the unit between calls: results do not depend on whose turn it was."""
+    """PyTorch's libraries keep settings of the unit between calls: the order has no effect."""
     torch.manual_seed(0)
     image, filters = torch.randn(2, 32, 16, 16).bfloat16(), torch.randn(64, 32, 3, 3).bfloat16()
     left, right = torch.randn(96, 64).bfloat16(), torch.randn(64, 80).bfloat16()
@@ -191,15 +196,15 @@ def test_memory_that_cannot_be_had_is_an_error():
 
 
 @pytest.mark.parametrize(
-    "said, told", [("no memory for it", "sparsenet: no memory for it"), ("", "out of memory")]
+    "said, message", [("no memory for it", "sparsenet: no memory for it"), ("", "out of memory")]
 )
-def test_the_program_says_so_in_one_line(call, monkeypatch, said, told):
+def test_the_program_says_so_in_one_line(call, monkeypatch, said, message):
     def full(args):
         raise MemoryError(*filter(None, [said]))
 
     monkeypatch.setattr("sparsenet.commands.models.run", full)
     outcome = call("models")
-    assert outcome.code == 1 and told in outcome.error
+    assert outcome.code == 1 and message in outcome.error
 
 
 def test_a_compiler_that_hangs_is_stopped(tmp_path, monkeypatch):
@@ -234,8 +239,8 @@ def test_a_compiler_that_is_interrupted_is_stopped(tmp_path, monkeypatch):
 def test_a_default_device_is_not_where_memory_is_taken():
     stage = whole_numbers(1, 64, 64, (24, 24, 24), (3, 3))
     with torch.device("meta"):
-        found = gradients_of("native", torch.bfloat16, *stage)
-    assert found[0].device.type == "cpu"
+        actual = gradients_of("native", torch.bfloat16, *stage)
+    assert actual[0].device.type == "cpu"
 
 
 def test_statistics_far_from_zero():

@@ -1,4 +1,4 @@
-"""``auto``: the choice is a function of timings, which are measured once, kept, and never in anybody's way."""
+"""``auto`` chooses by timings, which are measured once, kept, and never in anybody's way."""
 
 import json
 import math
@@ -251,7 +251,7 @@ def test_bf16_where_it_is_not_slower(fp32, bf16, expected, found, monkeypatch):
 
 
 def test_what_was_measured_in_two_ways_is_not_compared(counted, monkeypatch):
-    """Threads together on a machine left alone, one of them on a busy one: both are measured again."""
+    """Several threads on a machine left alone, one on a busy one: both are measured again."""
     ways = iter([True, False, True, True])
     seconds = {"native": 1.0, "shared": 2.0, "reference": 3.0}
 

@@ -25,7 +25,8 @@ from sparsenet.extras import require
 
 triton = require("triton", "triton")
 tl = require("triton.language", "triton")
-# No variants of a kernel for numbers that happen to be 1 or multiples of 16: the table says all that helps.
+# There are no variants of a kernel for numbers that happen to be 1 or multiples of 16, because the
+# table says all that helps.
 _kernel = triton.jit(do_not_specialize=["pieces", "parts", "pixels", "channels", "span"])
 
 
@@ -54,9 +55,9 @@ def load_statistics(statistics, channels, index, lane, in_piece, UNIT: tl.conste
     """Two rows of ``statistics`` or ``totals``, ``(1, WIDTH)`` each, for a piece."""
     place = statistics + index + lane
     other = place + channels // UNIT * UNIT  # the same number, now known to be a multiple
-    return tl.load(place, mask=in_piece, other=0.0)[None, :], tl.load(
-        other, mask=in_piece, other=0.0
-    )[None, :]
+    upper = tl.load(place, mask=in_piece, other=0.0)
+    lower = tl.load(other, mask=in_piece, other=0.0)
+    return upper[None, :], lower[None, :]
 
 
 @_kernel
@@ -84,10 +85,9 @@ def write_activation(
         place = block + first * pixels + start * width.to(tl.int64) + channel
         x = tl.load(place + row * width + lane[None, :], mask=mask, other=0.0).to(PRECISION)
         y = (x - mean) * rstd * gain + offset
+        y = tl.where(y <= 0, 0.0, y)  # NaN stays
         target = activated + start * columns.to(tl.int64) + column
-        tl.store(
-            target + row * columns + lane[None, :], tl.where(y <= 0, 0.0, y), mask=mask
-        )  # NaN stays
+        tl.store(target + row * columns + lane[None, :], y, mask=mask)
 
 
 @_kernel

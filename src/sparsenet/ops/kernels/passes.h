@@ -262,7 +262,7 @@ static void NAME(gather_words)(const Arguments *args, const ACC *s, const ACC *t
 }
 
 /* Weights are packed as a product reads them: for the forward convolution, or backwards, where the
- * channels that are made and those that are gathered change places and the taps are turned round.
+ * channels that are output and those that are gathered change places and the taps are turned round.
  */
 typedef struct {
   const Arguments *args;
@@ -421,13 +421,13 @@ static void NAME(convolve_part)(const void *context, int64_t from, int64_t to, i
       int64_t now = min(at_once, count - row);
       NAME(convolve_rows)(args, lines, input + row * lines->across * lines->stride, now,
                           work->packed, args->out_channels, sums);
-      STORE *made = (STORE *)args->output +
+      STORE *output = (STORE *)args->output +
                     (image * args->height + top + row) * args->width * args->out_channels;
-      BLOCKS(args->out_channels, NAME(store_block), sums, wide, now * args->width, made,
+      BLOCKS(args->out_channels, NAME(store_block), sums, wide, now * args->width, output,
              args->out_channels)
       if (args->moments)
         for (int64_t i = 0; i < now; i++)
-          NAME(measure_row)(made + i * args->width * args->out_channels, args->out_channels,
+          NAME(measure_row)(output + i * args->width * args->out_channels, args->out_channels,
                             args->width, &work->moments[thread]);
     }
   }
@@ -437,8 +437,8 @@ static void NAME(convolve_part)(const void *context, int64_t from, int64_t to, i
 /* Writes output (pixels, out_channels), the convolution of relu(scale * normalised + shift), and
  * with `moments` its mean and variance. */
 int NAME(convolve)(const Arguments *args) {
-  NAME(ForwardWork)
-  work = {.args = args, .lines = NAME(lines)(args, args->in_channels, DEPTH_MULTIPLE)};
+  NAME(ForwardWork) work = {.args = args};
+  work.lines = NAME(lines)(args, args->in_channels, DEPTH_MULTIPLE);
   int64_t threads = omp_get_max_threads(), halo = work.lines.halo;
   PACKING packing = {args, 0, NULL};
   work.rows = band_rows(args, work.lines.across * work.lines.stride * sizeof(VALUE), 2 * halo);
@@ -725,7 +725,7 @@ static void NAME(backward_convolution_part)(const void *context, int64_t from, i
   }
 }
 
-/* Adds up the threads' gradients of the weight, for some of the channels that are made. */
+/* Adds up the threads' gradients of the weight, for some of the channels that are output. */
 static void NAME(add_weights)(const void *context, int64_t from, int64_t to, int thread) {
   const NAME(BackwardWork) *work = context;
   const Arguments *args = work->args;
@@ -748,8 +748,7 @@ static void NAME(add_weights)(const void *context, int64_t from, int64_t to, int
  * A band has its own rows of the input and reads the rows around them of d_output, which is the
  * narrower one. */
 int NAME(backward_convolution)(const Arguments *args) {
-  NAME(BackwardWork)
-  work = {.args = args,
+  NAME(BackwardWork) work = {.args = args,
           .threads = omp_get_max_threads(),
           .lines = NAME(lines)(args, args->out_channels, DEPTH_MULTIPLE)};
   int64_t around = 2 * work.lines.halo,
@@ -818,8 +817,8 @@ static void NAME(feature_gradient_part)(const void *context, int64_t from, int64
 
 /* Writes output (pixels, out_channels): the corrected gradient sum d_output of feature x. */
 int NAME(feature_gradient)(const Arguments *args) {
-  NAME(BackwardWork)
-  work = {.args = args, .slopes = (ACC *)scratch(3 * args->out_channels * sizeof(ACC))};
+  NAME(BackwardWork) work = {.args = args};
+  work.slopes = (ACC *)scratch(3 * args->out_channels * sizeof(ACC));
   if (!work.slopes) return 1;
   NAME(find_slopes)(args, work.slopes);
   share_work(NAME(feature_gradient_part), &work, args->images * args->height);
