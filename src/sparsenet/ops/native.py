@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -56,17 +57,18 @@ def aggregate(
 class Arguments(ctypes.Structure):
     """``Arguments`` of native.c, in the same order."""
 
+    _integers = (
+        "images height width in_channels out_channels kernel sources all_channels "
+        "first_channel training"
+    )
+    _pointers = (
+        "columns widths channels adds features scale shift mean rstd weight output moments "
+        "d_output x gradient_sums d_scale d_shift d_weight gradient_totals"
+    )
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("images", "height", "width")),
-        *((name, ctypes.c_int64) for name in ("in_channels", "out_channels", "kernel")),
-        *((name, ctypes.c_int64) for name in ("sources", "all_channels")),
-        *((name, ctypes.c_int64) for name in ("first_channel", "training")),
+        *((name, ctypes.c_int64) for name in _integers.split()),
         ("eps", ctypes.c_double),
-        *((name, ctypes.c_void_p) for name in ("columns", "widths", "channels", "adds")),
-        *((name, ctypes.c_void_p) for name in ("features", "scale", "shift", "mean", "rstd")),
-        *((name, ctypes.c_void_p) for name in ("weight", "output", "moments", "d_output", "x")),
-        *((name, ctypes.c_void_p) for name in ("gradient_sums", "d_scale", "d_shift")),
-        *((name, ctypes.c_void_p) for name in ("d_weight", "gradient_totals")),
+        *((name, ctypes.c_void_p) for name in _pointers.split()),
     )
 
 
@@ -88,21 +90,14 @@ class ReaderTables(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def _reader_tables(plan: Plan, widths: tuple[int, ...]) -> list[ReaderTables]:
-    columns, first_channels = plan.columns(widths).first, [0]
-    for width in widths:
-        first_channels.append(first_channels[-1] + width)
+    columns, first_channels = plan.columns(widths).first, list(accumulate(widths, initial=0))
     tables = []
     for r, read in enumerate(plan.reads):
-        numbers = ctypes.c_int64 * len(read)
         adds = [plan.first_gradient_from[j] != r for j in read]
-        tables.append(
-            ReaderTables(
-                numbers(*(columns[j] for j in read)),
-                numbers(*(widths[j] for j in read)),
-                numbers(*(first_channels[j] for j in read)),
-                (ctypes.c_uint8 * len(read))(*adds),
-            )
-        )
+        integers = ctypes.c_int64 * len(read)
+        places = ([values[j] for j in read] for values in (columns, widths, first_channels))
+        first, width, channel = (integers(*values) for values in places)
+        tables.append(ReaderTables(first, width, channel, (ctypes.c_uint8 * len(read))(*adds)))
     return tables
 
 

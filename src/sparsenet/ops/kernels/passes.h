@@ -748,9 +748,8 @@ static void NAME(add_weights)(const void *context, int64_t from, int64_t to, int
  * A band has its own rows of the input and reads the rows around them of d_output, which is the
  * narrower one. */
 int NAME(backward_convolution)(const Arguments *args) {
-  NAME(BackwardWork) work = {.args = args,
-          .threads = omp_get_max_threads(),
-          .lines = NAME(lines)(args, args->out_channels, DEPTH_MULTIPLE)};
+  NAME(BackwardWork) work = {.args = args, .threads = omp_get_max_threads()};
+  work.lines = NAME(lines)(args, args->out_channels, DEPTH_MULTIPLE);
   int64_t around = 2 * work.lines.halo,
           line = INPUT_LINE(args->width) / PAIR * INPUT_STRIDE(args->in_channels);
   PACKING packing = {args, 1, NULL};
