@@ -47,12 +47,12 @@ SECONDS = {"native": 1.0, "shared": 2.0, "reference": 3.0}
 
 def _assumed(
     device: torch.device, dtype: torch.dtype, implementations: Iterable[str]
-) -> measured.Figures:
+) -> measured.Timings:
     """What a measurement finds in tests."""
     seconds = {
         name: SECONDS[name] * (0.5 if dtype == torch.bfloat16 else 1.0) for name in implementations
     }
-    return measured.Figures(seconds, seconds)
+    return measured.Timings(seconds, seconds)
 
 
 def linked_kernels(folder: Path) -> Path:
@@ -65,7 +65,7 @@ def linked_kernels(folder: Path) -> Path:
     return folder
 
 
-def _assume_figures() -> None:
+def _assume_timings() -> None:
     """``auto`` goes by no measurement, neither here nor in processes that tests start."""
     folder = Path(tempfile.mkdtemp(prefix="sparsenet-tests-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -74,10 +74,10 @@ def _assume_figures() -> None:
     for threads in {1, 2, torch.get_num_threads()}:
         torch.set_num_threads(threads)
         for dtype in dispatch.MEASURED:
-            dispatch.figures(CPU, dtype)
+            dispatch.timings(CPU, dtype)
 
 
-_assume_figures()
+_assume_timings()
 torch.set_num_threads(1)  # workers share the cores; and results do not depend on how many there are
 
 
@@ -145,9 +145,9 @@ class Found:
 
         def measure(
             device: torch.device, dtype: torch.dtype, able: Iterable[str]
-        ) -> measured.Figures:
+        ) -> measured.Timings:
             training = bf16 if bf16 and dtype == torch.bfloat16 else seconds
-            return measured.Figures(dict(training), inference or dict(training))
+            return measured.Timings(dict(training), inference or dict(training))
 
         self.monkeypatch.setattr(measured, "measure", measure)
 

@@ -1,4 +1,4 @@
-"""The C kernels for themselves: index arithmetic, every build that a machine can be given, memory, other libraries."""
+"""The C kernels for themselves: index arithmetic, every build, memory, other libraries."""
 
 import gc
 import os
@@ -14,15 +14,18 @@ from torch.nn import functional as F
 
 from sparsenet.architecture import Architecture
 from sparsenet.model import SparseNet
-from sparsenet.ops import native
+from sparsenet.ops import compiler, native
 from sparsenet.ops.blocks import IDLE, LEAST, Block
 from sparsenet.ops.dispatch import aggregate
+from sparsenet.ops.engine import StageCall
 from sparsenet.ops.plan import EPS, Plan, Reader, Statistics
 
 if reason := native.unavailable(torch.device("cpu")):
     pytest.skip(f"native: {reason}", allow_module_level=True)
 
-BUILDS = {  # what a processor or a kernel may lack, and what is not chosen here; the last of two equal flags counts
+# What a processor or an operating system may lack, and what is not chosen here. Of two flags that
+# set the same the last one counts.
+BUILDS = {
     "what is chosen here": "",
     "no wide vectors": "-march=x86-64",
     "tiles in C": "-DMATRIX=2",
@@ -40,7 +43,10 @@ def few(generator, *shape, share):
 
 
 def whole_numbers(images, height, width, channels, kernels):
-    """A stage of whole numbers, small enough for bf16, whose statistics are 0 and 1: plan, input, readers, gradient."""
+    """A stage of whole numbers, small enough for bf16, whose statistics are 0 and 1.
+
+    The result is its plan, its input, its readers and a gradient of its output.
+    """
     generator = torch.Generator().manual_seed(height * 1000 + width)
     reads = [tuple(range(r, -1, -1)) for r in range(len(kernels) + 1)]
     readers = []
@@ -98,7 +104,7 @@ SIZES = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("height, width", SIZES)
 def test_whole_numbers_come_out_exactly(height, width, dtype):
-    """Every product, mask and sum of a stage is exact, so a single value out of its place is seen."""
+    """Every product, mask and sum of a stage is exact, so one value out of its place is seen."""
     for channels, kernels in (
         ((24, 24, 24), (3, 3)),
         ((5, 33, 12), (1, 3)),
@@ -107,8 +113,8 @@ def test_whole_numbers_come_out_exactly(height, width, dtype):
         stage = whole_numbers(2, height, width, channels, kernels)
         expected = gradients_of("reference", torch.float64, *stage)
         assert max(t.abs().max() for t in expected[:2]) <= 256, "more than bf16 can count to"
-        for found, truth in zip(gradients_of("native", dtype, *stage), expected, strict=True):
-            assert torch.equal(found.double(), truth.round())
+        for actual, truth in zip(gradients_of("native", dtype, *stage), expected, strict=True):
+            assert torch.equal(actual.double(), truth.round())
 
 
 def test_many_images_and_threads_give_whole_numbers():
@@ -117,10 +123,10 @@ def test_many_images_and_threads_give_whole_numbers():
     try:
         stage = whole_numbers(7, 9, 8, (24, 24, 24), (3, 3))
         expected = gradients_of("reference", torch.float64, *stage)
-        for found, truth in zip(
+        for actual, truth in zip(
             gradients_of("native", torch.bfloat16, *stage), expected, strict=True
         ):
-            assert torch.equal(found.double(), truth.round())
+            assert torch.equal(actual.double(), truth.round())
     finally:
         torch.set_num_threads(before)
 
@@ -130,13 +136,13 @@ def laws_hold(environment, more=()):
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k"]
     wanted = "whole_numbers or (native and (half or shapes or equal or gradcheck))"
     files = [str(tests / "test_kernels.py"), str(tests / "test_ops.py")]
-    found = subprocess.run(
+    process = subprocess.run(
         [*command, wanted, *files, *more],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
     )
-    assert found.returncode == 0, found.stdout + found.stderr
+    assert process.returncode == 0, process.stdout + process.stderr
 
 
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="the flags are x86's")
@@ -152,7 +158,7 @@ def test_clang_compiles_them(tmp_path):
 
 
 def test_other_users_of_the_matrix_unit_are_not_disturbed():
-    """PyTorch's libraries keep settings of the unit between calls: results do not depend on whose turn it was."""
+    """PyTorch's libraries keep settings of the unit between calls: the order has no effect."""
     torch.manual_seed(0)
     image, filters = torch.randn(2, 32, 16, 16).bfloat16(), torch.randn(64, 32, 3, 3).bfloat16()
     left, right = torch.randn(96, 64).bfloat16(), torch.randn(64, 80).bfloat16()
@@ -170,46 +176,53 @@ def test_other_users_of_the_matrix_unit_are_not_disturbed():
         assert torch.equal(call(), expected)
 
 
-def test_memory_that_cannot_be_had_is_an_error():
-    x = torch.randn(1, 4, 4, 4)
-    work = native.Native(Plan(((0,),)), x, [torch.ones(4), torch.zeros(4)])
-    with pytest.raises(MemoryError, match="no memory for what 'measure' works with"):
-        work.call("measure", {"x": x, "found": work.found}, out=1 << 44)
-    work.call(
-        "measure",
-        {"x": x.contiguous(memory_format=torch.channels_last), "found": work.found},
-        out=4,
+def engine_for(x):
+    """An engine for a stage that is nothing but its output norm."""
+    width = x.shape[1]
+    call = StageCall(
+        Plan(((0,),)), x.shape, (width,), x.dtype, x.device, torch.channels_last, training=True
     )
-    assert torch.allclose(work.found[0], x.double().mean((0, 2, 3)), atol=1e-6)
+    return native.Native(call, [torch.ones(width), torch.zeros(width)])
+
+
+def test_memory_that_cannot_be_had_is_an_error():
+    x = torch.randn(1, 4, 4, 4).contiguous(memory_format=torch.channels_last)
+    engine = engine_for(x)
+    tensors = {"x": x, "moments": engine.moments}
+    with pytest.raises(MemoryError, match="no memory for what 'measure' works with"):
+        engine.run("measure", tensors, out_channels=1 << 44)
+    engine.run("measure", tensors, out_channels=4)
+    assert torch.allclose(engine.moments[0], x.double().mean((0, 2, 3)), atol=1e-6)
 
 
 @pytest.mark.parametrize(
-    "said, told", [("no memory for it", "sparsenet: no memory for it"), ("", "out of memory")]
+    "said, message", [("no memory for it", "sparsenet: no memory for it"), ("", "out of memory")]
 )
-def test_the_program_says_so_in_one_line(call, monkeypatch, said, told):
+def test_the_program_says_so_in_one_line(call, monkeypatch, said, message):
     def full(args):
         raise MemoryError(*filter(None, [said]))
 
     monkeypatch.setattr("sparsenet.commands.models.run", full)
     outcome = call("models")
-    assert outcome.code == 1 and told in outcome.error
+    assert outcome.code == 1 and message in outcome.error
 
 
 def test_a_compiler_that_hangs_is_stopped(tmp_path, monkeypatch):
     """What it has started, too, which would hold what it writes to open."""
-    compiler = tmp_path / "cc"
-    compiler.write_text("#!/bin/sh\nsleep 600 &\nwait\n")
-    compiler.chmod(0o755)
-    monkeypatch.setattr(native, "PATIENCE", 0.2)
-    assert "nothing after 0.2 s" in native._compile([str(compiler)], [], tmp_path / "native.so")
+    hanging = tmp_path / "cc"
+    hanging.write_text("#!/bin/sh\nsleep 600 &\nwait\n")
+    hanging.chmod(0o755)
+    monkeypatch.setattr(compiler, "TIME_LIMIT", 0.2)
+    with pytest.raises(RuntimeError, match=r"nothing after 0\.2 s"):
+        compiler.compile_library([str(hanging)], [], tmp_path / "native.so")
     assert not list(tmp_path.glob("*.so"))
 
 
 def test_a_compiler_that_is_interrupted_is_stopped(tmp_path, monkeypatch):
     started = tmp_path / "started"
-    compiler = tmp_path / "cc"
-    compiler.write_text(f"#!/bin/sh\necho $$ > {started}\nsleep 600\n")
-    compiler.chmod(0o755)
+    sleeping = tmp_path / "cc"
+    sleeping.write_text(f"#!/bin/sh\necho $$ > {started}\nsleep 600\n")
+    sleeping.chmod(0o755)
 
     def interrupted(*_, **__):
         while not (started.exists() and started.read_text()):
@@ -218,7 +231,7 @@ def test_a_compiler_that_is_interrupted_is_stopped(tmp_path, monkeypatch):
 
     monkeypatch.setattr(subprocess.Popen, "communicate", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        native._run([str(compiler)])
+        compiler.run_compiler([str(sleeping)])
     with pytest.raises(ProcessLookupError):
         os.kill(int(started.read_text()), 0)
 
@@ -226,19 +239,19 @@ def test_a_compiler_that_is_interrupted_is_stopped(tmp_path, monkeypatch):
 def test_a_default_device_is_not_where_memory_is_taken():
     stage = whole_numbers(1, 64, 64, (24, 24, 24), (3, 3))
     with torch.device("meta"):
-        found = gradients_of("native", torch.bfloat16, *stage)
-    assert found[0].device.type == "cpu"
+        actual = gradients_of("native", torch.bfloat16, *stage)
+    assert actual[0].device.type == "cpu"
 
 
 def test_statistics_far_from_zero():
     """A variance is taken from distances that are small, not as a difference of large squares."""
     torch.manual_seed(0)
     x = (torch.randn(4, 3, 16, 16) + 1e4).contiguous(memory_format=torch.channels_last)
-    work = native.Native(Plan(((0,),)), x, [torch.ones(3), torch.zeros(3)])
-    work.call("measure", {"x": x, "found": work.found}, out=3)
+    engine = engine_for(x)
+    engine.run("measure", {"x": x, "moments": engine.moments}, out_channels=3)
     exact = x.double()
-    assert torch.allclose(work.found[0], exact.mean((0, 2, 3)), rtol=1e-7)
-    assert torch.allclose(work.found[1], exact.var((0, 2, 3), correction=0), rtol=1e-4)
+    assert torch.allclose(engine.moments[0], exact.mean((0, 2, 3)), rtol=1e-7)
+    assert torch.allclose(engine.moments[1], exact.var((0, 2, 3), correction=0), rtol=1e-4)
 
 
 def test_a_block_is_handed_out_again_once_nobody_holds_it():
@@ -275,17 +288,17 @@ def test_one_block_is_kept_and_none_that_is_too_large():
 
 def test_lean_memory_keeps_no_block(monkeypatch):
     """Neither of a step nor of an evaluation."""
-    for name in ("FEATURES", "SUMS"):
-        monkeypatch.setattr(native, name, Block())
+    blocks = {"features": Block(), "gradients": Block()}
+    monkeypatch.setattr(native, "BLOCKS", blocks)
     model = SparseNet(Architecture(depth=10, growth_rate=12), "native", memory="lean")
     images = torch.randn(32, 3, 32, 32)
     model.train()(images).sum().backward()
     with torch.no_grad():
         model.eval()(images)
-    assert native.FEATURES.memory is native.SUMS.memory is None
+    assert all(block.memory is None for block in blocks.values())
     normal = SparseNet(model.architecture, "native").train()
     normal(images).sum().backward()
-    assert native.FEATURES.memory is not None and native.SUMS.memory is not None
+    assert all(block.memory is not None for block in blocks.values())
 
 
 def test_a_kept_graph_keeps_its_block():

@@ -1,4 +1,4 @@
-"""``auto``: the choice is a function of figures; figures are measured once, kept, and never in anybody's way."""
+"""``auto`` chooses by timings, which are measured once, kept, and never in anybody's way."""
 
 import json
 import math
@@ -31,8 +31,11 @@ def test_the_fastest_or_one_that_is_preferred_and_nearly_as_fast(values):
 
 
 def test_by_how_much():
-    assert measured.compared("native", SECONDS) == "2.0 times shared, 3.0 times reference"
-    assert measured.compared("reference", {"native": 6.0, "reference": 4.0}) == "1.5 times native"
+    assert measured.describe_speedup("native", SECONDS) == "2.0 times shared, 3.0 times reference"
+    assert (
+        measured.describe_speedup("reference", {"native": 6.0, "reference": 4.0})
+        == "1.5 times native"
+    )
 
 
 @pytest.fixture
@@ -45,12 +48,12 @@ def quick(monkeypatch):
 @pytest.mark.parametrize("dtype", dispatch.MEASURED)
 @pytest.mark.parametrize("around", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 def test_measuring_gives_seconds_and_disturbs_nothing(quick, around, dtype, busy, monkeypatch):
-    monkeypatch.setattr(measured, "_busy", lambda: busy)
+    monkeypatch.setattr(measured, "_cores_are_busy", lambda: busy)
     torch.set_num_threads(2)
     monkeypatch.setattr(
         measured, "LIMIT", 0 if busy else 9
     )  # no time for more than the first round
-    implementations = {name: dispatch._load(name).aggregate for name in dispatch._able(CPU)}
+    implementations = {name: dispatch._load(name).aggregate for name in dispatch._runnable(CPU)}
     before = torch.get_rng_state()
     with around(), torch.autocast("cpu", torch.float16), torch.device("meta"):
         grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
@@ -60,7 +63,7 @@ def test_measuring_gives_seconds_and_disturbs_nothing(quick, around, dtype, busy
     assert torch.equal(torch.get_rng_state(), before) and torch.get_num_threads() == 2
     torch.set_num_threads(1)
     assert found.busy == busy
-    for seconds in found[:2]:
+    for seconds in (found.training, found.inference):
         assert list(seconds) == list(implementations)
         assert all(0 < each < math.inf for each in seconds.values())
 
@@ -71,19 +74,19 @@ def test_what_cannot_be_measured_is_left_out(quick, error):
         raise error("not in this precision")
 
     found = MEASURE(CPU, torch.float32, {"other": refuses, "reference": reference.aggregate})
-    assert [list(seconds) for seconds in found[:2]] == [["reference"], ["reference"]]
-    assert MEASURE(CPU, torch.float32, {"other": refuses}) == measured.Figures({}, {})
+    assert list(found.training) == list(found.inference) == ["reference"]
+    assert MEASURE(CPU, torch.float32, {"other": refuses}) == measured.Timings({}, {})
 
 
 @pytest.fixture
 def counted(monkeypatch, tmp_path):
-    """Measurements that are made, in an empty cache; each finds other figures."""
+    """Measurements that are made, in an empty cache; each finds other timings."""
     made = []
 
     def measure(device, dtype, implementations):
         made.append(dtype)
         seconds = {name: float(len(made)) for name in implementations}
-        return measured.Figures(seconds, seconds)
+        return measured.Timings(seconds, seconds)
 
     monkeypatch.setattr(measured, "measure", measure)
     monkeypatch.setattr(measured, "_known", {})
@@ -94,16 +97,16 @@ def counted(monkeypatch, tmp_path):
 def again():
     """As another process would ask."""
     measured._known.clear()
-    return dispatch.figures(CPU, torch.float32)
+    return dispatch.timings(CPU, torch.float32)
 
 
 def test_measured_once(counted, tmp_path):
-    first = dispatch.figures(CPU, torch.float32)
-    assert again() == dispatch.figures(CPU, torch.float32) == first and len(counted) == 1
-    assert [path.name.split("-")[0] for path in (tmp_path / "sparsenet").iterdir()] == ["figures"]
-    assert dispatch.figures(CPU, torch.bfloat16) != first and len(counted) == 2
-    assert dispatch.figures(CPU, torch.float32, anew=True) != first and len(counted) == 3
-    assert again() == dispatch.figures(CPU, torch.float32) != first and len(counted) == 3
+    first = dispatch.timings(CPU, torch.float32)
+    assert again() == dispatch.timings(CPU, torch.float32) == first and len(counted) == 1
+    assert [path.name.split("-")[0] for path in (tmp_path / "sparsenet").iterdir()] == ["timings"]
+    assert dispatch.timings(CPU, torch.bfloat16) != first and len(counted) == 2
+    assert dispatch.timings(CPU, torch.float32, anew=True) != first and len(counted) == 3
+    assert again() == dispatch.timings(CPU, torch.float32) != first and len(counted) == 3
 
 
 @pytest.mark.parametrize("what", ["threads", "name", "setting", "able"])
@@ -133,9 +136,9 @@ def test_a_damaged_file_is_measured_again(damage, counted, tmp_path):
     if damage == "half":
         damage = file.read_bytes()[:-20]
     elif damage in ("zero", "nan"):
-        value["training"]["reference"] = 0 if damage == "zero" else math.nan
+        value["timings"]["training"]["reference"] = 0 if damage == "zero" else math.nan
     elif damage == "other":
-        value["of"]["device"] = "another processor"
+        value["conditions"]["device"] = "another processor"
     if damage == "folder":
         file.unlink()
         (file / "within").mkdir(parents=True)
@@ -170,7 +173,7 @@ def test_processes_that_begin_together(tmp_path):
 import torch
 from sparsenet.ops import dispatch, measured
 measured.BATCHES, measured.ROUNDS = ((2, 4),), (1, 1)
-print(dispatch.figures(torch.device("cpu"), torch.float32) is not None)
+print(dispatch.timings(torch.device("cpu"), torch.float32) is not None)
 """
     folder = linked_kernels(tmp_path / "cache")
     environment = {**os.environ, "XDG_CACHE_HOME": str(folder)}
@@ -181,8 +184,8 @@ print(dispatch.figures(torch.device("cpu"), torch.float32) is not None)
         for _ in range(2)
     ]
     assert [each.communicate()[0] for each in both] == ["True\n"] * 2
-    (file,) = (folder / "sparsenet").glob("figures-*")
-    assert set(json.loads(file.read_text())) == {"of", "busy", *measured.KINDS}
+    (file,) = (folder / "sparsenet").glob("timings-*")
+    assert set(json.loads(file.read_text())["timings"]) == {"busy", *measured.MODES}
     assert all(
         path.suffix in (".json", ".so") for path in (folder / "sparsenet").iterdir()
     )  # nothing half done
@@ -248,13 +251,13 @@ def test_bf16_where_it_is_not_slower(fp32, bf16, expected, found, monkeypatch):
 
 
 def test_what_was_measured_in_two_ways_is_not_compared(counted, monkeypatch):
-    """Threads together on a machine left alone, one of them on a busy one: both are measured again."""
+    """Several threads on a machine left alone, one on a busy one: both are measured again."""
     ways = iter([True, False, True, True])
     seconds = {"native": 1.0, "shared": 2.0, "reference": 3.0}
 
     def measure(device, dtype, implementations):
         counted.append(dtype)
-        return measured.Figures(seconds, seconds, next(ways))
+        return measured.Timings(seconds, seconds, next(ways))
 
     monkeypatch.setattr(measured, "measure", measure)
     assert dispatch.slowdown(CPU) == 1 and len(counted) == 4

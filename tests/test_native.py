@@ -1,4 +1,4 @@
-"""The C kernels beyond the laws that every implementation keeps (test_ops.py): other machines, threads, no compiler."""
+"""The C kernels beyond what test_ops.py holds: other machines, threads, no compiler."""
 
 import os
 import subprocess
@@ -18,14 +18,14 @@ if reason := native.unavailable(torch.device("cpu")):
 
 
 def run(code, **environment):
-    found = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
     )
-    assert found.returncode == 0, found.stderr
-    return found.stdout
+    assert process.returncode == 0, process.stderr
+    return process.stdout
 
 
 def gradients(threads, size, dtype=torch.float64):
@@ -142,14 +142,18 @@ def test_without_a_cache(tmp_path, cache):
         else {"XDG_CACHE_HOME": "", "HOME": "/dev/null"}
     )
     (tmp_path / "tmp").mkdir()
-    code = "import torch; from sparsenet.ops import native; print(native.unavailable(torch.device('cpu')))"
+    code = """
+import torch
+from sparsenet.ops import native
+print(native.unavailable(torch.device("cpu")))
+"""
     assert run(code, TMPDIR=str(tmp_path / "tmp"), **where) == "None\n"
     assert not list((tmp_path / "tmp").rglob("*.so"))
 
 
 def test_a_compiler_that_is_not_there(tmp_path):
-    told = run(CHOOSE.format("native"), CC="nowhere-cc", XDG_CACHE_HOME=str(tmp_path))
-    assert "could not be compiled by nowhere-cc: No such file or directory" in told
+    message = run(CHOOSE.format("native"), CC="nowhere-cc", XDG_CACHE_HOME=str(tmp_path))
+    assert "could not be compiled by nowhere-cc: No such file or directory" in message
 
 
 def test_a_compiler_is_not_asked_again(tmp_path):
@@ -167,8 +171,8 @@ def test_a_compiler_is_not_asked_again(tmp_path):
 
 
 def test_a_compiler_that_fails_is_told_in_one_line(tmp_path):
-    found = run(CHOOSE.format("native"), CFLAGS="-march=none", XDG_CACHE_HOME=str(tmp_path))
-    assert "could not be compiled" in found and found.count("\n") == 1
+    actual = run(CHOOSE.format("native"), CFLAGS="-march=none", XDG_CACHE_HOME=str(tmp_path))
+    assert "could not be compiled" in actual and actual.count("\n") == 1
 
 
 def test_the_accelerator_is_refused():

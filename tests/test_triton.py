@@ -1,4 +1,4 @@
-"""The fused kernels compute what the reference does: in Triton's interpreter, or on a GPU where there is one."""
+"""The fused kernels compute what the reference does: in Triton's interpreter or on a GPU."""
 
 import copy
 import dataclasses
@@ -53,7 +53,7 @@ def network(dtype=torch.float64, seed=0, **settings):
 
 
 def stages(layers=4, memory="normal", implementations=("reference", "triton"), **settings):
-    """The same stage with random parameters in several implementations, and the width of its input."""
+    """The same random stage in several implementations, and the width of its input."""
     convolutions = 1 + settings.get("bottleneck", False) + (settings.get("aggregation") == "sum")
     whole = network(depth=4 + 3 * layers * convolutions, **settings)
     made = []
@@ -79,19 +79,19 @@ def forward_backward(stage, x, seed=1):
 
 
 def assert_equal_stages(pair_of_stages, x, training=True):
-    reference, found = (forward_backward(stage.train(training), x) for stage in pair_of_stages)
-    close(found[0], reference[0])
+    reference, actual = (forward_backward(stage.train(training), x) for stage in pair_of_stages)
+    close(actual[0], reference[0])
     scale = max(
         g.abs().max() for g in reference[2].values() if g is not None
     )  # some true gradients are 0
     for name, gradient in {**reference[2], "the input": reference[1]}.items():
-        own = found[1] if name == "the input" else found[2][name]
+        own = actual[1] if name == "the input" else actual[2][name]
         assert (gradient is None) == (own is None), name
         if gradient is not None:
             close(own, gradient, max(scale, gradient.abs().max()))
             assert name == "the input" or own.stride() == gradient.stride(), name
     for name, buffer in reference[3].items():
-        close(found[3][name], buffer)
+        close(actual[3][name], buffer)
 
 
 def random(*shape, dtype=torch.float64):
@@ -121,8 +121,14 @@ def test_fan_outs_from_one_to_seven():
 
 
 SHAPES = [  # growth rate; batch, height, width
-    (1, (1, 1, 2)), (1, (3, 7, 5)), (12, (2, 3, 3)), (24, (1, 9, 8)), (36, (2, 5, 1)), (50, (1, 1, 3)), (64, (2, 2, 2)),
-]  # fmt: skip
+    (1, (1, 1, 2)),
+    (1, (3, 7, 5)),
+    (12, (2, 3, 3)),
+    (24, (1, 9, 8)),
+    (36, (2, 5, 1)),
+    (50, (1, 1, 3)),
+    (64, (2, 2, 2)),
+]
 
 
 @pytest.mark.parametrize(("growth", "shape"), SHAPES)
@@ -149,37 +155,37 @@ def test_lean_memory_and_dropout_change_nothing(dropout, training):
 
 
 def test_without_gradients_features_make_room_for_others():
-    (reference, found), width = stages(5, fetch="windowed:2", growth_rate=3)
+    (reference, actual), width = stages(5, fetch="windowed:2", growth_rate=3)
     x = random(2, width, 5, 5)
     with torch.no_grad():
         for training in (True, False):
-            close(found.train(training)(x), reference.train(training)(x))
-        assert found(x[:0]).shape == reference(x[:0]).shape
+            close(actual.train(training)(x), reference.train(training)(x))
+        assert actual(x[:0]).shape == reference(x[:0]).shape
 
 
 def test_features_nobody_reads():
     made, width = stages(5, fetch=lambda i: [max(i - 2, 0)], growth_rate=3)
     x = random(2, width, 5, 5)
-    expected, found = (forward_backward(stage.train(), x) for stage in made)
-    close(found[0], expected[0])
+    expected, actual = (forward_backward(stage.train(), x) for stage in made)
+    close(actual[0], expected[0])
     for name, gradient in expected[2].items():
-        assert (gradient is None) == (found[2][name] is None), name
+        assert (gradient is None) == (actual[2][name] is None), name
         if gradient is not None:
-            close(found[2][name], gradient, torch.tensor(1.0))
+            close(actual[2][name], gradient, torch.tensor(1.0))
 
 
 def test_the_whole_network():
     reference = network(depth=13, growth_rate=3)
-    found = SparseNet(reference.architecture, "triton").to(DEVICE, torch.float64)
-    found.load_state_dict(reference.state_dict())
-    assert found.implementation == "triton"
+    actual = SparseNet(reference.architecture, "triton").to(DEVICE, torch.float64)
+    actual.load_state_dict(reference.state_dict())
+    assert actual.implementation == "triton"
     images = random(2, 3, 8, 8)
-    for model in (reference.train(), found.train()):
+    for model in (reference.train(), actual.train()):
         model(images).square().sum().backward()
     largest = max(p.grad.abs().max() for p in reference.parameters())
-    for (name, p), q in zip(reference.named_parameters(), found.parameters(), strict=True):
+    for (name, p), q in zip(reference.named_parameters(), actual.parameters(), strict=True):
         close(q.grad, p.grad, largest), name
-    close(found.eval()(images), reference.eval()(images))
+    close(actual.eval()(images), reference.eval()(images))
 
 
 PRECISIONS = [torch.bfloat16, *[torch.float16, torch.float32] * GPU]
@@ -188,7 +194,7 @@ PRECISIONS = [torch.bfloat16, *[torch.float16, torch.float32] * GPU]
 @pytest.mark.parametrize("precision", PRECISIONS, ids=str)
 @pytest.mark.parametrize("bottleneck", [False, True])
 def test_low_precision_errs_no_more_than_the_textbook(bottleneck, precision, monkeypatch):
-    """Against an fp64 truth, a median of draws: at most twice the reference's own error, a rounding, and chance."""
+    """Against an fp64 truth: at most twice the reference's own error, a rounding, and chance."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     draws, errors = 16 if GPU else 4, {"reference": [], "triton": []}
     for seed in range(draws):
@@ -201,29 +207,27 @@ def test_low_precision_errs_no_more_than_the_textbook(bottleneck, precision, mon
         )
         x = random(4, width, 8, 8).to(torch.bfloat16).double()
         expected = forward_backward(truth.train(), x)
-        for found, stage in zip(errors.values(), made, strict=True):
+        for actual, stage in zip(errors.values(), made, strict=True):
             with torch.autocast(DEVICE.type, precision, enabled=precision != torch.float32):
                 results = forward_backward(stage.float().train(), x.to(precision))
-            found.append(_errors(results, expected))
-    own, found = (torch.stack(each).median(0).values for each in errors.values())
+            actual.append(_errors(results, expected))
+    own, actual = (torch.stack(each).median(0).values for each in errors.values())
     luck = torch.full_like(
         own, (5 * math.pi / 2) ** 0.5 * chance(draws * 4 * 8 * 8 * 6)
     )  # π/2: of a median
-    luck[_exact(results) if precision != torch.float32 else slice(None)] = (
-        0  # in fp32 few draws have a ReLU that flips
-    )
-    assert (found <= 2 * own + torch.finfo(precision).eps + luck).all()
+    # In fp32 few draws have a ReLU that flips.
+    luck[_exact(results) if precision != torch.float32 else slice(None)] = 0
+    assert (actual <= 2 * own + torch.finfo(precision).eps + luck).all()
 
 
 def test_statistics_survive_a_mean_far_from_zero():
-    """fp32 data around 1000: the difference of ``E[x²]`` and ``E[x]²`` would lose six digits of seven."""
-    (truth, found), width = stages(1, growth_rate=2)
+    """In fp32 data around 1000 ``E[x²] - E[x]²`` would lose six digits of seven."""
+    (truth, stage), width = stages(1, growth_rate=2)
     x = random(4, width, 9, 9) + 1000
-    expected, got = truth.train()(x), found.float().train()(x.float())
-    assert (got - expected).abs().max() < 20 * 1000 * torch.finfo(
-        torch.float32
-    ).eps * expected.abs().max()
-    close(found.statistics[0].running_var.double(), truth.statistics[0].running_var, tolerance=1e-5)
+    expected, actual = truth.train()(x), stage.float().train()(x.float())
+    tolerance = 20 * 1000 * torch.finfo(torch.float32).eps
+    assert (actual - expected).abs().max() < tolerance * expected.abs().max()
+    close(stage.statistics[0].running_var.double(), truth.statistics[0].running_var, tolerance=1e-5)
 
 
 def test_the_same_input_gives_the_same_bits(monkeypatch):
@@ -262,7 +266,7 @@ def test_a_second_backward_over_a_kept_graph_gives_the_same():
     most=st.integers(1, 1000) | st.none(),
 )
 def test_every_pixel_is_dealt_out_once(pixels, programs, width, processors, most):
-    rows, span, parts = triton.Spread.over(pixels, programs, width, processors, most)
+    rows, span, parts = triton.PixelSplit.of(pixels, programs, width, processors, most)
     assert span % rows == 0 and 1 <= parts <= (most or pixels)
     assert (parts - 1) * span < pixels <= parts * span
 
@@ -300,7 +304,7 @@ def test_a_device_that_triton_cannot_use_is_refused_with_the_reason(monkeypatch)
         ((9, 0), "which Triton needs"),
     ):
         monkeypatch.setattr(
-            torch.cuda, "get_device_capability", lambda device, found=capability: found
+            torch.cuda, "get_device_capability", lambda device, actual=capability: actual
         )
         with pytest.raises(ValueError, match=f"'triton' cannot run here: expected .*{reason}"):
             dispatch.choose("triton", device)
@@ -308,10 +312,15 @@ def test_a_device_that_triton_cannot_use_is_refused_with_the_reason(monkeypatch)
 
 
 def test_without_triton_installed_the_extra_is_named():
-    code = "import sys; sys.modules['triton'] = None; from sparsenet.ops import dispatch; dispatch.choose('triton')"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "ValueError" in found.stderr
-    assert "pip install 'sparsenet[triton]'" in found.stderr
+    code = """
+import sys
+sys.modules["triton"] = None
+from sparsenet.ops import dispatch
+dispatch.choose("triton")
+"""
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "ValueError" in process.stderr
+    assert "pip install 'sparsenet[triton]'" in process.stderr
 
 
 @on_a_gpu
@@ -320,7 +329,7 @@ def test_without_triton_installed_the_extra_is_named():
     ("growth", "size", "bottleneck"), [(24, 32, False), (24, 8, False), (32, 28, True)]
 )
 def test_at_full_size(growth, size, bottleneck, precision):
-    """Many programs and parts: the error of ``reference`` at the same precision, or less than twice that."""
+    """Many programs and parts, held to the error of ``reference`` at the same precision."""
     made, width = stages(
         8,
         growth_rate=growth,
@@ -333,21 +342,22 @@ def test_at_full_size(growth, size, bottleneck, precision):
     for stage in made[1:]:
         with torch.autocast("cuda", precision, enabled=precision != torch.float32):
             results.append(forward_backward(stage.float().train(), x.to(precision)))
-    own, found = (_errors(each, truth) for each in results)
+    own, actual = (_errors(each, truth) for each in results)
     luck = 5**0.5 * chance(64 * size * size * growth)
-    # Of one draw a single tensor's error is a matter of luck, all of them vary less; and a wrong one is off by 1.
+    # Of one draw a single tensor's error is a matter of luck, all of them vary less; and a wrong
+    # one is off by 1.
     assert (
-        found.square().mean().sqrt()
+        actual.square().mean().sqrt()
         <= 2 * own.square().mean().sqrt() + torch.finfo(precision).eps + luck
     )
-    assert found[:2].max() <= 2 * own[:2].max() + torch.finfo(precision).eps + luck
+    assert actual[:2].max() <= 2 * own[:2].max() + torch.finfo(precision).eps + luck
 
 
 def _errors(results, truth):
     """Relative, of each tensor."""
     pairs = zip(_flat(results), _flat(truth), strict=True)
     return torch.stack(
-        [((found.double() - exact).norm() / exact.norm()).cpu() for found, exact in pairs]
+        [((actual.double() - exact).norm() / exact.norm()).cpu() for actual, exact in pairs]
     )
 
 
@@ -399,7 +409,7 @@ def test_a_block_of_more_than_two_to_the_31_elements():
     x = random(1, width, 64, 64, dtype=torch.float32).bfloat16()
     with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
         expected = stage.eval()(x)
-        found = stage(x.expand(2200, -1, -1, -1))
-    assert found.shape[0] * 64 * 64 * (width + 2 * 64) > 2**31
-    assert torch.equal(found[-1], found[0])
-    assert (found[0] - expected[0]).abs().max() <= 2**-5 * expected.abs().max()
+        actual = stage(x.expand(2200, -1, -1, -1))
+    assert actual.shape[0] * 64 * 64 * (width + 2 * 64) > 2**31
+    assert torch.equal(actual[-1], actual[0])
+    assert (actual[0] - expected[0]).abs().max() <= 2**-5 * expected.abs().max()

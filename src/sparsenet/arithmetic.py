@@ -70,9 +70,11 @@ def explain(
         return
     steps = "training steps of small layers"
     if config.implementation == "auto":
-        figures = dispatch.figures(device, arithmetic.dtype)
+        figures = dispatch.timings(device, arithmetic.dtype)
         if figures and implementation in figures.training:
-            line += f", {measured.compared(implementation, figures.training)} here, in {steps}"
+            line += (
+                f", {measured.describe_speedup(implementation, figures.training)} here, in {steps}"
+            )
     yield line
     if config.precision == "auto" and computes_in_bf16(device):
         times = dispatch.slowdown(device, config.implementation, memory=config.memory)

@@ -14,7 +14,7 @@ from sparsenet.environment import Environment, environment
 from sparsenet.extras import install_hint, missing_packages
 from sparsenet.ops import dispatch
 from sparsenet.ops.implementations import IMPLEMENTATIONS
-from sparsenet.ops.measured import KINDS
+from sparsenet.ops.measured import MODES
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
@@ -104,19 +104,19 @@ def _auto_choices(device: torch.device, measure: bool) -> AutoChoices:
     implementation = {name: _choices(device, DTYPES[name], measure) for name in names}
     precision = {
         kind: dispatch.choose_precision("auto", device, training=kind == "training")
-        for kind in KINDS
+        for kind in MODES
     }
     return AutoChoices(precision, implementation)
 
 
 def _choices(device: torch.device, dtype: torch.dtype, measure: bool) -> dict[str, Choice]:
-    figures = dispatch.figures(device, dtype, anew=measure)
+    timings = dispatch.timings(device, dtype, anew=measure)
     choices = {}
-    for kind in KINDS:
+    for kind in MODES:
         training = kind == "training"
         taken = dispatch.choose("auto", device, dtype, training)
-        seconds = figures.of(training) if figures else None
-        choices[kind] = Choice(taken, seconds, figures is not None and figures.busy)
+        seconds = timings.of(training) if timings else None
+        choices[kind] = Choice(taken, seconds, timings is not None and timings.busy)
     return choices
 
 

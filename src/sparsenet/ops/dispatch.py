@@ -1,9 +1,9 @@
-"""One arithmetic, several implementations: the door that picks one by name, never by silent fallback."""
+"""One arithmetic, several implementations: chosen by name, without a silent fallback."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Protocol, cast
 
@@ -14,19 +14,20 @@ from sparsenet.device import computes_in_bf16, traits
 from sparsenet.extras import MissingExtra
 from sparsenet.ops import measured, reference, shared  # noqa: F401 - always loaded
 from sparsenet.ops.implementations import IMPLEMENTATIONS, OPAQUE
-from sparsenet.ops.plan import Plan, Reader, Statistics, stands_for_another
+from sparsenet.ops.measured import Timings
+from sparsenet.ops.plan import Plan, Readers, Statistics, stands_for_another
 
 MEASURED = (torch.float32, torch.bfloat16)  # fp64 is for checks; fp16 takes a CPU minutes
 
 
 class Implementation(Protocol):
-    """What a module offers; importing it may raise :class:`sparsenet.extras.MissingExtra`."""
+    """What a module offers. Importing it may raise :class:`sparsenet.extras.MissingExtra`."""
 
     def aggregate(
         self,
         plan: Plan,
         x: Tensor,
-        readers: Sequence[Reader],
+        readers: Readers,
         statistics: Sequence[Statistics],
         training: bool,
     ) -> Tensor: ...
@@ -42,10 +43,10 @@ def choose(
     training: bool = True,
     memory: str = "normal",
 ) -> str:
-    """The implementation's name, ``auto`` resolved; ``ValueError`` where the one asked for cannot run.
+    """The name of an implementation that can run on *device*; ``ValueError`` where it cannot.
 
-    ``auto`` is the fastest by :func:`figures`, those of a step with a gradient or, without *training*, of inference;
-    on a device where nothing is measured the preferred one. As long as the *device* is unknown, it stays ``auto``.
+    ``auto`` becomes the fastest by :func:`timings`, those of training or of inference, or, on a
+    device where nothing is measured, the preferred one. While the *device* is unknown it stays.
     """
     if implementation == "auto":
         return "auto" if device is None else _fastest(device, dtype, training, memory)
@@ -57,18 +58,30 @@ def choose(
     return implementation
 
 
+def _fastest(device: torch.device, dtype: torch.dtype, training: bool, memory: str) -> str:
+    measurement = timings(device, dtype)
+    seconds = dict(measurement.of(training)) if measurement else {}
+    if memory == "lean":
+        seconds.pop("reference", None)  # it keeps everything
+    if seconds:
+        return measured.fastest(seconds)
+    excluded = "native" if dtype == torch.float16 else None
+    return next(name for name in _runnable(device) if name != excluded)
+
+
 def choose_precision(
-    name: str,
+    precision: str,
     device: torch.device,
     implementation: str = "auto",
     training: bool = True,
     memory: str = "normal",
 ) -> str:
-    """``auto``: bf16 where the *device* computes in it and, as far as that is measured, is no slower than in fp32."""
-    if name != "auto":
-        return name
-    times = slowdown(device, implementation, training, memory)
-    return "bf16" if computes_in_bf16(device) and (times is None or times <= 1) else "fp32"
+    """``auto`` becomes bf16 where the *device* computes in it, unless fp32 is measured faster."""
+    if precision != "auto":
+        return precision
+    ratio = slowdown(device, implementation, training, memory)
+    not_slower = ratio is None or ratio <= 1
+    return "bf16" if computes_in_bf16(device) and not_slower else "fp32"
 
 
 def slowdown(
@@ -77,36 +90,36 @@ def slowdown(
     training: bool = True,
     memory: str = "normal",
 ) -> float | None:
-    """How many times as long as fp32 bf16 takes on *device*; ``None`` where it is not measured."""
-    bf16, fp32 = (figures(device, dtype) for dtype in (torch.bfloat16, torch.float32))
-    if bf16 and fp32 and bf16.busy != fp32.busy:  # measured in two ways, so not to be compared
-        bf16, fp32 = (
-            figures(device, dtype, anew=True) for dtype in (torch.bfloat16, torch.float32)
-        )
+    """Time in bf16 divided by time in fp32 on *device*; ``None`` where that is not measured."""
+    bf16, fp32 = timings(device, torch.bfloat16), timings(device, torch.float32)
+    if bf16 and fp32 and bf16.busy != fp32.busy:  # measured in two ways, not to be compared
+        bf16 = timings(device, torch.bfloat16, anew=True)
+        fp32 = timings(device, torch.float32, anew=True)
     if not bf16 or not fp32 or bf16.busy != fp32.busy:
         return None
-    seconds = []
-    for dtype, found in ((torch.bfloat16, bf16), (torch.float32, fp32)):
-        seconds.append(
-            found.of(training).get(choose(implementation, device, dtype, training, memory))
-        )
-    return seconds[0] / seconds[1] if seconds[0] and seconds[1] else None
+    in_bf16 = choose(implementation, device, torch.bfloat16, training, memory)
+    in_fp32 = choose(implementation, device, torch.float32, training, memory)
+    numerator, denominator = bf16.of(training).get(in_bf16), fp32.of(training).get(in_fp32)
+    return numerator / denominator if numerator and denominator else None
 
 
-def figures(
-    device: torch.device, dtype: torch.dtype, anew: bool = False
-) -> measured.Figures | None:
-    """How long each implementation takes on *device* for a few small layers; ``None`` where that is not measured."""
+def timings(device: torch.device, dtype: torch.dtype, anew: bool = False) -> Timings | None:
+    """How long each implementation takes for a few small layers on *device*.
+
+    ``None`` where that is not measured. *anew* measures even if there is a result already.
+    """
     if not traits(device).measured or dtype not in MEASURED:
         return None
-    found = measured.figures(
-        device, dtype, lambda: {name: _load(name).aggregate for name in _able(device)}, anew
-    )
-    return found if found.training else None
+
+    def implementations() -> dict[str, measured.Aggregate]:
+        return {name: _load(name).aggregate for name in _runnable(device)}
+
+    measurement = measured.timings(device, dtype, implementations, anew)
+    return measurement if measurement.training else None
 
 
 def unavailable(implementation: str, device: torch.device | None = None) -> str | None:
-    """Why a known implementation cannot run on the *device*, or not on any; ``None`` where it can."""
+    """Why a known implementation cannot run on *device* (``None``: on any); ``None`` if it can."""
     try:
         module = _load(implementation)
     except MissingExtra as error:
@@ -114,55 +127,43 @@ def unavailable(implementation: str, device: torch.device | None = None) -> str 
     return None if device is None else module.unavailable(device)
 
 
+def passed_over(device: torch.device) -> dict[str, str]:
+    """Implementations that ``auto`` would prefer on *device*, with why they cannot run there."""
+    reasons = {name: unavailable(name, device) for name in traits(device).engines}
+    return {name: reason for name, reason in reasons.items() if reason}
+
+
+def _runnable(device: torch.device) -> list[str]:
+    """What ``auto`` may take on *device*, in order of preference."""
+    names = (*traits(device).engines, "shared", "reference")
+    return [name for name in names if not unavailable(name, device)]
+
+
 def aggregate(
     implementation: str,
     plan: Plan,
     x: Tensor,
-    readers: Sequence[Reader],
+    readers: Readers,
     statistics: Sequence[Statistics],
     training: bool,
 ) -> Tensor:
     """Runs a stage: ``(N, C_0, H, W)`` to the activated stage output ``(N, C_out, H, W)``.
 
-    Tracers (``torch.compile``, ``torch.export``, ``torch.jit.trace``, ONNX) are shown the reference where the
-    implementation is ``auto`` or one whose kernels they cannot look into; so are batches without an image, and by
-    ``auto`` tensors that stand for others (fake ones).
+    Tracers (``torch.compile``, ``torch.export``, ``torch.jit.trace``, ONNX) are shown the reference
+    by ``auto`` and by implementations whose kernels they cannot look into. So are batches without
+    an image and, by ``auto``, tensors that stand for others (fake ones).
     """
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
     if (traced and implementation in ("auto", *OPAQUE)) or not x.numel():
         return reference.aggregate(plan, x, readers, statistics, training)
     if implementation == "auto" and stands_for_another(x):
         return reference.aggregate(plan, x, readers, statistics, training)
-    name = choose(
-        implementation, x.device, x.dtype, training or torch.is_grad_enabled(), plan.memory
-    )
+    with_gradient = training or torch.is_grad_enabled()
+    name = choose(implementation, x.device, x.dtype, with_gradient, plan.memory)
     return _load(name).aggregate(plan, x, readers, statistics, training)
-
-
-def passed_over(device: torch.device) -> dict[str, str]:
-    """Implementations that ``auto`` would prefer on the *device*, with the reason why they cannot run there."""
-    reasons = {name: unavailable(name, device) for name in traits(device).engines}
-    return {name: reason for name, reason in reasons.items() if reason}
-
-
-def _fastest(device: torch.device, dtype: torch.dtype, training: bool, memory: str) -> str:
-    found = figures(device, dtype)
-    seconds = dict(found.of(training)) if found else {}
-    if memory != "normal":
-        seconds.pop("reference", None)  # it keeps everything
-    if seconds:
-        return measured.fastest(seconds)
-    return next(name for name in _able(device) if name != "native" or dtype != torch.float16)
-
-
-def _able(device: torch.device) -> Iterator[str]:
-    """What ``auto`` may take on *device*, in order of preference."""
-    names = (*traits(device).engines, "shared", "reference")
-    return (name for name in names if not unavailable(name, device))
 
 
 def _load(implementation: str) -> Implementation:
     name = IMPLEMENTATIONS[implementation]
-    return cast(
-        Implementation, sys.modules.get(name) or import_module(name)
-    )  # torch.compile knows the first only
+    module = sys.modules.get(name) or import_module(name)  # torch.compile knows the first only
+    return cast(Implementation, module)

@@ -1,286 +1,284 @@
-"""A stage as one autograd node, whichever implementation does the passes between its convolutions.
+"""A stage as one autograd node, whichever implementation does the passes between convolutions.
 
-Batch statistics are the same for every reader of a feature, so they are taken once, and a reader's input is
+Let x_j be feature j with M = N * H * W values a channel, and let i be a reader of it. The batch
+statistics mean_j and rstd_j = 1 / sqrt(var_j + eps) are the same for all readers, so they are taken
+once, and what reader i convolves is
 
-    relu(scale * (x - mean) * rstd + shift)
+    a_ij = relu(scale_ij * z_j + shift_ij),    z_j = (x_j - mean_j) * rstd_j.
 
-of what it gathers, which backward computes again instead of storing. With ``g`` the gradient before the ReLU of a
-reader, its ``scale * g`` are summed over the readers of a feature into ``h``, and one correction per feature gives
+Backward computes a_ij again from x_j instead of storing it. Let g_ij be the gradient of the loss
+before the ReLU: what the convolution's backward gives where a_ij > 0, and 0 elsewhere. Then
 
-    dx = rstd * (h - mean(h) - z * mean(h * z)),    z = (x - mean) * rstd,
+    d_shift_ij = sum(g_ij),    d_scale_ij = sum(g_ij * z_j),    h_j = sum over i of scale_ij * g_ij
 
-where the textbook corrects once per link. Means run over batch and pixels. Exact, not an approximation.
+with sums over batch and pixels in the first two. Since all readers share z_j, one correction for
+each feature gives its gradient, where the textbook corrects once for each reader:
 
-Where features are summed instead of concatenated, a reader gathers one tensor, the sum, with statistics of its own: the
-engine stores the sums as its features, and their gradients are shared out to the terms.
+    d_x_j = rstd_j * (h_j - mean(h_j) - z_j * mean(h_j * z_j)),
+
+    mean(h_j)       = sum over i of scale_ij * d_shift_ij / M,
+    mean(h_j * z_j) = sum over i of scale_ij * d_scale_ij / M.
+
+With running statistics, in evaluation, mean_j and rstd_j are constants and d_x_j = rstd_j * h_j.
+Both are identities, not approximations; docs/engine.md derives them.
+
+Where features are summed instead of concatenated, a reader gathers one tensor, the sum, which has
+statistics of its own. The engine stores the sums as its features, and
+:class:`~sparsenet.ops.sums.SumAggregation` shares their gradients among the terms.
 """
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from functools import cached_property, reduce
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparsenet.ops.plan import EPS, Columns, Plan, Reader, Statistics
+from sparsenet.ops.plan import EPS, Columns, Plan, Readers, Statistics
+from sparsenet.ops.sums import SumAggregation
 
 
-class Engine(ABC):
-    """The passes of a stage and the memory they work on; ``features[j]`` and ``sums[j]`` are feature *j* and its ``h``.
+@dataclass(frozen=True)
+class StageCall:
+    """What the forward and the backward pass of one call have in common."""
 
-    All features lie in one block and all sums in another: a few large allocations leave no holes behind. *scales*,
-    *shifts* and *weights* are the readers'. The convolutions are PyTorch's unless an engine has its own.
-    """
+    plan: Plan  # as an engine sees it
+    shape: torch.Size  # (N, C_0, H, W) of the stage input
+    widths: tuple[int, ...]  # channels of each feature
+    dtype: torch.dtype  # of features
+    device: torch.device
+    layout: torch.memory_format  # of features
+    training: bool  # whether statistics are those of the batch
 
-    training = False  # whether the features being made are measured
-
-    def __init__(self, plan: Plan, x: Tensor, parameters: Sequence[Tensor]):
-        self.plan, self.shape, self.dtype, self.device = plan.stored, x.shape, x.dtype, x.device
-        self.layout = self.choose_layout(x)
-        self.pixels = x.numel() // x.shape[1]  # N * H * W
-        self.take(parameters)
-        self.widths = (x.shape[1], *(len(weight) for weight in self.weights))
-
-    def take(self, parameters: Sequence[Tensor]) -> None:
-        n = len(self.plan.reads)
-        self.scales, self.shifts, self.weights = (
-            parameters[:n],
-            parameters[n : 2 * n],
-            parameters[2 * n :],
-        )
-
-    def empty(self, width: int) -> Tensor:
-        """Uninitialised memory for *width* channels, flat."""
-        return torch.empty(self.pixels * width, dtype=self.dtype, device=self.device)
-
-    @staticmethod
-    def choose_layout(x: Tensor) -> torch.memory_format:
-        """How features are laid out; by default as the stage input is: which is faster depends on the device."""
-        last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-        return torch.channels_last if last else torch.contiguous_format
+    @property
+    def pixels(self) -> int:
+        return self.shape[0] * self.shape[2] * self.shape[3]
 
     @cached_property
-    def channels(self) -> tuple[int, ...]:
-        """Where each feature's begin among all channels of the stage."""
+    def first_channels(self) -> tuple[int, ...]:
+        """The first channel of each feature among all channels of the stage, and their number."""
         return tuple(accumulate(self.widths, initial=0))
 
     @cached_property
     def columns(self) -> Columns:
         return self.plan.columns(self.widths)
 
-    @cached_property
-    def wide(self) -> torch.dtype:
+    @property
+    def sum_dtype(self) -> torch.dtype:
         """The precision of sums over pixels."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
+
+class Engine(ABC):
+    """One pass, forward or backward, over a stage.
+
+    ``features[j]`` is feature *j* and ``gradient_sums[j]`` its ``h``, ``(N, C, H, W)`` each. All
+    features lie in one block of memory and all sums in another, because a few large allocations
+    leave no holes behind. The convolutions are PyTorch's unless an engine has its own.
+
+    *parameters* are the scales, the shifts and the weights of all readers. A forward pass is given
+    the running *statistics*, a backward pass the tensors that the forward pass *saved*.
+    """
+
+    def __init__(
+        self,
+        call: StageCall,
+        parameters: Sequence[Tensor],
+        statistics: Sequence[Statistics] = (),
+        saved: Sequence[Tensor] = (),
+    ):
+        readers = len(call.plan.reads)
+        self.call, self.plan, self.widths = call, call.plan, call.widths
+        self.scales = parameters[:readers]
+        self.shifts = parameters[readers : 2 * readers]
+        self.weights = parameters[2 * readers :]
+        self.running_statistics = statistics
+        self.takes_statistics = call.training and bool(statistics)
+        self.sums = SumAggregation(call.plan) if call.plan.terms else None
+        self._buffers: dict[str, Tensor] = {}
+        if not saved:
+            channels = call.first_channels[-1]
+            mean_rstd = torch.empty(2, channels, dtype=self.statistics_dtype, device=call.device)
+            saved = self.new_block("features"), mean_rstd, *self.cast_weights()
+        self.saved = tuple(saved)
+        self.feature_block, self.mean_rstd, *self.casts = saved
+        self.features = self._views(self.feature_block)
+
+    @staticmethod
+    def choose_layout(x: Tensor) -> torch.memory_format:
+        """The layout of features, here that of the stage input: the faster one varies by device."""
+        last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        return torch.channels_last if last else torch.contiguous_format
+
+    @property
+    def statistics_dtype(self) -> torch.dtype:
+        return self.call.sum_dtype
+
+    # Memory
+
+    def empty(self, width: int) -> Tensor:
+        """Uninitialised memory for *width* channels, flat."""
+        count = self.call.pixels * width
+        return torch.empty(count, dtype=self.call.dtype, device=self.call.device)
+
+    def view(self, flat: Tensor, width: int) -> Tensor:
+        """*flat* as ``(N, width, H, W)`` in the layout of features."""
+        images, _, height, columns = self.call.shape
+        if self.call.layout == torch.channels_last:
+            return flat.view(images, height, columns, width).permute(0, 3, 1, 2)
+        return flat.view(images, width, height, columns)
+
+    def _views(self, block: Tensor) -> list[Tensor]:
+        views = []
+        for column, width in zip(self.call.columns.first, self.widths, strict=True):
+            start = self.call.pixels * column
+            views.append(self.view(block[start : start + self.call.pixels * width], width))
+        return views
+
+    def buffer(self, name: str, width: int) -> Tensor:
+        """``(N, width, H, W)`` in memory that all readers use in turn.
+
+        Fresh pages of memory cost more than the arithmetic.
+        """
+        if name not in self._buffers:
+            self._buffers[name] = self.empty(max(len(scale) for scale in self.scales))
+        return self.view(self._buffers[name][: self.call.pixels * width], width)
+
+    def new_block(self, kind: str) -> Tensor:
+        """Uninitialised memory for all ``features`` or for all their ``gradients``, flat."""
+        return self.empty(self.call.columns.total)
+
     @cached_property
-    def kept(self) -> tuple[Tensor, ...]:
-        """What backward needs besides the parameters: the features' block, ``mean, rstd`` of all channels, casts."""
-        return (
-            self.empty(self.columns.total),
-            self.scales[0].new_empty(2, sum(self.widths)),
-            *self.cast_weights(),
-        )
+    def gradient_block(self) -> Tensor:
+        return self.new_block("gradients")
+
+    @cached_property
+    def gradient_sums(self) -> list[Tensor]:
+        return self._views(self.gradient_block)
+
+    @cached_property
+    def gradient_totals(self) -> Tensor:
+        """``M * mean(h)`` and ``M * mean(h * z)`` of all channels, ``(2, C)``."""
+        shape = 2, self.call.first_channels[-1]
+        return torch.zeros(shape, dtype=self.call.sum_dtype, device=self.call.device)
+
+    def mean_and_rstd(self, j: int) -> tuple[Tensor, Tensor]:
+        """Those of feature *j*, ``(C,)`` each."""
+        start = self.call.first_channels[j]
+        mean, rstd = self.mean_rstd[:, start : start + self.widths[j]]
+        return mean, rstd
 
     def cast_weights(self) -> list[Tensor]:
-        """The weights in the features' precision and layout, once a step; none where they are so already."""
-        if all(
-            w.dtype == self.dtype and w.is_contiguous(memory_format=self.layout)
-            for w in self.weights
-        ):
+        """All weights in the precision and layout of features; empty where they are so already."""
+        dtype, layout = self.call.dtype, self.call.layout
+        if all(w.dtype == dtype and w.is_contiguous(memory_format=layout) for w in self.weights):
             return []
-        casts = [
-            torch.empty_like(w, dtype=self.dtype, memory_format=self.layout) for w in self.weights
-        ]
+        casts = [torch.empty_like(w, dtype=dtype, memory_format=layout) for w in self.weights]
         torch._foreach_copy_(casts, list(self.weights))
         return casts
 
-    @cached_property
-    def features(self) -> list[Tensor]:
-        return self._views(self.kept[0])
+    def weight(self, r: int) -> Tensor:
+        """What reader *r* convolves with, in the precision of features."""
+        return self.casts[r] if self.casts else self.weights[r]
 
-    @cached_property
-    def block_of_sums(self) -> Tensor:
-        return self.empty(self.columns.total)
-
-    @cached_property
-    def sums(self) -> list[Tensor]:
-        return self._views(self.block_of_sums)
-
-    @cached_property
-    def totals(self) -> Tensor:
-        """Of every channel, sums over readers of scale times the gradients of shift and of scale, ``(2, C)``."""
-        return torch.zeros(2, sum(self.widths), dtype=self.wide, device=self.device)
-
-    def mean_and_rstd(self, j: int) -> tuple[Tensor, Tensor]:
-        """Of feature *j*, ``(C,)`` each."""
-        start = self.channels[j]
-        mean, rstd = self.kept[1][:, start : start + self.widths[j]]
-        return mean, rstd
-
-    def _views(self, block: Tensor) -> list[Tensor]:
-        starts = [self.pixels * first for first in self.columns.first]
-        pairs = zip(starts, self.widths, strict=True)
-        return [
-            self.view(block[start : start + self.pixels * width], width) for start, width in pairs
-        ]
-
-    def view(self, flat: Tensor, width: int) -> Tensor:
-        """``(N, width, H, W)`` in the engine's layout."""
-        n, _, height, columns = self.shape
-        if self.layout == torch.channels_last:
-            return flat.view(n, height, columns, width).permute(0, 3, 1, 2)
-        return flat.view(n, width, height, columns)
-
-    def buffer(self, name: str, width: int) -> Tensor:
-        """``(N, width, H, W)`` in memory that all readers use in turn: fresh pages cost more than the arithmetic."""
-        if name not in self.__dict__:
-            self.__dict__[name] = self.empty(max(len(scale) for scale in self.scales))
-        return self.view(self.__dict__[name][: self.pixels * width], width)
-
-    def recall(self, statistics: Sequence[Statistics]) -> None:
-        """Takes the running statistics of all features, for evaluation."""
-        mean, rstd = self.kept[1]
-        torch.cat([each.mean for each in statistics], out=mean)
-        torch.cat([each.var for each in statistics], out=rstd)
-        rstd.add_(EPS).rsqrt_()
+    # The passes that an engine has to offer
 
     @abstractmethod
-    def put(self, j: int, made: Tensor, statistics: Statistics | None, training: bool) -> None:
-        """Stores *made* as feature *j*; in *training*, takes the statistics of the batch and moves the running ones.
+    def store_feature(self, j: int, feature: Tensor) -> None:
+        """Writes *feature* to ``features[j]``.
 
-        In evaluation :meth:`recall` has taken them; with *statistics* ``None`` those of an earlier call stay.
+        Where the pass :attr:`takes_statistics`, computes those of the batch and moves the running
+        ones; else those that are there stay.
         """
 
     @abstractmethod
-    def activate(self, r: int, out: Tensor) -> None:
+    def write_activation(self, r: int, out: Tensor) -> None:
         """Writes what reader *r* gathers, normalised, scaled, shifted and rectified, to *out*."""
 
     @abstractmethod
-    def collect(self, r: int, d_activated: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds the gradient with respect to what :meth:`activate` wrote to the sums; gradients of scale and shift.
+    def backward_activation(self, r: int, d_activated: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds ``scale * g`` of reader *r* to the gradient sums; gradients of scale and shift.
 
-        *d_activated* may be overwritten; it is that of the last :meth:`activate`.
+        *d_activated* is the gradient with respect to the last activation that was written. It may
+        be overwritten.
         """
 
     @abstractmethod
-    def corrected(self, j: int, training: bool) -> Tensor:
-        """The gradient with respect to what :meth:`put` was given as feature *j*, from its finished sum."""
+    def feature_gradient(self, j: int) -> Tensor:
+        """The gradient with respect to feature *j*, by correcting its finished sum."""
 
-    @cached_property
-    def joined(self) -> Joined:
-        """Of this pass, where features are sums."""
-        return Joined(self.plan)
+    # Forward
 
-    def feature_of(self, j: int, made: Tensor) -> Tensor:
-        """Feature *j*, given what was made last."""
-        if not self.plan.terms:
-            return made
-        if made.data_ptr() == self.features[j].data_ptr() and self.plan.last_added.get(j, j) > j:
-            made = made.clone()  # the sum comes to lie there
-        return self.joined.add(j, made.contiguous(memory_format=self.layout))
+    def use_running_statistics(self) -> None:
+        """Normalises all features by the running statistics, for evaluation."""
+        mean, rstd = self.mean_rstd
+        torch.cat([each.mean for each in self.running_statistics], out=mean)
+        torch.cat([each.var for each in self.running_statistics], out=rstd)
+        rstd.add_(EPS).rsqrt_()
 
-    def gradient(self, j: int, training: bool) -> Tensor | None:
-        """With respect to what was made as *j*, once all readers of it have sent theirs; ``None``: they have none."""
-        if self.plan.terms:
-            return self.joined.share_out(j, lambda: self.corrected(j, training))
-        return None if self.plan.sent_first[j] is None else self.corrected(j, training)
+    def store_term(self, j: int, term: Tensor) -> None:
+        """Stores feature *j*, given what was made last: the feature itself or a term of sums."""
+        if self.sums:
+            term = self.sums.add_term(j, term.contiguous(memory_format=self.call.layout))
+        self.store_feature(j, term)
 
-    def activated(self, r: int) -> Tensor:
+    def activation(self, r: int) -> Tensor:
         out = self.buffer("activations", len(self.scales[r]))
-        self.activate(r, out)
+        self.write_activation(r, out)
         return out
 
-    def weight(self, r: int) -> Tensor:
-        """What reader *r* convolves with, in the features' precision."""
-        casts = self.kept[2:]
-        return casts[r] if casts else self.weights[r]
-
-    def make(self, r: int) -> Tensor:
-        """The convolution of reader *r*."""
+    def convolve(self, r: int) -> Tensor:
+        """The output of reader *r*."""
         weight = self.weight(r)
-        return torch.conv2d(self.activated(r), weight, padding=weight.shape[-1] // 2)
+        return torch.conv2d(self.activation(r), weight, padding=weight.shape[-1] // 2)
 
-    def back(self, r: int, d_made: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Sends the gradient with respect to ``make(r)`` on to the sums; gradients of scale, shift and weight.
-
-        The weight's may be in another precision and layout than the weight: all are cast together.
-        """
-        weight = self.weight(r)
-        padding = weight.shape[-1] // 2
-        d_activated, d_weight, _ = torch.ops.aten.convolution_backward(
-            d_made, self.activated(r), weight, None,
-            [1, 1], [padding, padding], [1, 1], False, [0, 0], 1, [True, True, False],
-        )  # fmt: skip
-        return *self.collect(r, d_activated), d_weight
-
-    def output(self) -> Tensor:
-        """What the last reader, the stage output, gives."""
+    def stage_output(self) -> Tensor:
+        """The activation of the last reader, in memory of its own."""
         width = len(self.scales[-1])
         out = self.view(self.empty(width), width)
-        self.activate(len(self.scales) - 1, out)
+        self.write_activation(len(self.scales) - 1, out)
         return out
 
+    # Backward
 
-class Joined:
-    """One pass over features that are sums: in forward of what was made before, in backward shared out to it again.
+    def term_gradient(self, j: int) -> Tensor | None:
+        """The gradient of what was made as *j*, for ever smaller *j*.
 
-    Terms are added in the reference's order. A sum that begins as the last one of several terms did goes on from it, so
-    that dense ones, a residual network's stream, take one addition each.
-    """
+        ``None`` where the stage output does not depend on it.
+        """
+        is_read = self.plan.first_gradient_from[j] is not None
+        d_feature = self.feature_gradient(j) if is_read else None
+        return self.sums.term_gradient(j, d_feature) if self.sums else d_feature
 
-    def __init__(self, plan: Plan):
-        self.plan = plan
-        self.made: dict[int, Tensor] = {}  # in backward, gradients
-        self.total: Tensor | None = None
-        self.read = True  # whether a gradient has come from the reader of the sum at hand
+    def backward_convolution(self, r: int, d_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Adds the gradient of reader *r* to the gradient sums; gradients of scale, shift, weight.
 
-    def add(self, j: int, made: Tensor) -> Tensor:
-        """Sum *j*, once *made* is there as *j*; a new tensor, unless it is *made* itself."""
-        goes_on, terms = self.plan.additions[j]
-        self.made[j] = made
-        before = [self.total] if goes_on and self.total is not None else []
-        found = reduce(torch.add, before + [self.made[k] for k in terms])
-        if len(self.plan.terms[j]) > 1:
-            self.total = found
-        self.made = {
-            k: tensor for k, tensor in self.made.items() if self.plan.last_added.get(k, 0) > j
-        }
-        return found
-
-    def share_out(self, j: int, gradient: Callable[[], Tensor]) -> Tensor | None:
-        """Adds that of sum *j* to its terms', and gives what has come together for *j*; from the last *j* to 0."""
-        goes_on, terms = self.plan.additions[j]
-        parts = [gradient()] if self.read else []
-        if (
-            len(self.plan.terms[j]) > 1 and self.total is not None
-        ):  # of the sum that went on from this one
-            parts.append(self.total)
-            self.total = None
-        if parts:
-            d_sum = reduce(torch.add, parts)
-            self.total = d_sum if goes_on else self.total
-            for k in terms:
-                self.made[k] = self.made[k] + d_sum if k in self.made else d_sum
-        found = self.made.pop(j, None)
-        self.read = found is not None
-        return found
+        That of the weight may be in another precision and layout than the weight.
+        """
+        activation, weight = self.activation(r), self.weight(r)
+        padding = weight.shape[-1] // 2
+        # Stride, padding, dilation, not transposed, no padding of the output, one group.
+        settings = [1, 1], [padding, padding], [1, 1], False, [0, 0], 1
+        d_activated, d_weight, _ = torch.ops.aten.convolution_backward(
+            d_output, activation, weight, None, *settings, output_mask=[True, True, False]
+        )
+        return *self.backward_activation(r, d_activated), d_weight
 
 
 def aggregate(
-    engine: type[Engine],
+    engine_type: type[Engine],
     plan: Plan,
     x: Tensor,
-    readers: Sequence[Reader],
+    readers: Readers,
     statistics: Sequence[Statistics],
     training: bool,
 ) -> Tensor:
-    """The activated stage output ``(N, C_out, H, W)``, equal to the reference's in exact arithmetic.
+    """The activated stage output ``(N, C_out, H, W)``, in exact arithmetic that of the reference.
 
     Raises ``ValueError`` for one value per channel in training, which has no variance.
     """
@@ -289,105 +287,108 @@ def aggregate(
             f"batch norm: expected more than 1 value per channel in training, found {list(x.shape)}"
         )
     weights = [reader.weight for reader in readers if reader.weight is not None]
-    parameters = [
-        *(reader.scale for reader in readers),
-        *(reader.shift for reader in readers),
-        *weights,
-    ]
-    if torch.is_grad_enabled():
-        return _Aggregate.apply(engine, plan, statistics, training, x, *parameters)  # type: ignore[no-any-return,no-untyped-call]
-    work = engine(plan.without_gradient, x, parameters)
-    return _forward(work, x, statistics, training)[0]
+    scales, shifts = [reader.scale for reader in readers], [reader.shift for reader in readers]
+    parameters = [*scales, *shifts, *weights]
+    gradient = torch.is_grad_enabled()
+    plan = plan.for_engine if gradient else plan.without_gradient.for_engine
+    widths = x.shape[1], *(len(weight) for weight in weights)
+    layout = engine_type.choose_layout(x)
+    call = StageCall(plan, x.shape, widths, x.dtype, x.device, layout, training)
+    if gradient:
+        return _Stage.apply(engine_type, call, statistics, x, *parameters)  # type: ignore[no-any-return,no-untyped-call]
+    output, _ = _forward(engine_type(call, parameters, statistics), x)
+    return output
 
 
-class _Aggregate(torch.autograd.Function):
-    """Inputs: the stage input ``(N, C, H, W)``, then all scales, all shifts, all convolution weights."""
+class _Stage(torch.autograd.Function):
+    """The inputs with a gradient are the stage input, all scales, all shifts and all weights."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        engine: type[Engine],
-        plan: Plan,
+        engine_type: type[Engine],
+        call: StageCall,
         statistics: Sequence[Statistics],
-        training: bool,
         x: Tensor,
         *parameters: Tensor,
     ) -> Tensor:
-        ctx.bare = engine(plan, x, parameters)
-        work = copy.copy(ctx.bare)
-        activated, masks = _forward(work, x, statistics, training)
-        ctx.bare.take(())  # saved the way autograd watches over
-        ctx.save_for_backward(*parameters, *work.kept, *masks)
-        ctx.training, ctx.counts = training, (len(parameters), len(work.kept))
-        return activated
+        engine = engine_type(call, parameters, statistics)
+        output, dropout_masks = _forward(engine, x)
+        ctx.engine_type, ctx.call = engine_type, call
+        ctx.counts = len(parameters), len(engine.saved), len(dropout_masks)
+        ctx.save_for_backward(*parameters, *engine.saved, *dropout_masks)
+        return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_activated: Tensor) -> tuple[Tensor | None, ...]:
-        work, saved, (parameters, kept) = copy.copy(ctx.bare), ctx.saved_tensors, ctx.counts
-        work.take(saved[:parameters])
-        # The same memory under another version: lean backward writes to it, and a second one may follow.
-        work.kept = tuple(tensor.data for tensor in saved[parameters : parameters + kept])
-        with torch.autocast(work.device.type, enabled=False):
-            return (
-                None,
-                None,
-                None,
-                None,
-                *_backward(work, d_activated, saved[parameters + kept :], ctx.training),
-            )
+    def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = iter(ctx.saved_tensors)
+        parameters, saved, dropout_masks = ([next(tensors) for _ in range(n)] for n in ctx.counts)
+        # ``data`` is the same memory under another version: with lean memory backward writes to it,
+        # and a second backward may follow.
+        saved = [tensor.data for tensor in saved]
+        engine = ctx.engine_type(ctx.call, parameters, saved=saved)
+        return None, None, None, *_backward(engine, d_output, dropout_masks)
 
 
-def _forward(
-    work: Engine, x: Tensor, statistics: Sequence[Statistics], training: bool
-) -> tuple[Tensor, list[Tensor]]:
+def _forward(engine: Engine, x: Tensor) -> tuple[Tensor, list[Tensor]]:
     """The stage output and the masks of dropout."""
-    masks = []
-    work.training = training
-    with torch.autocast(work.device.type, enabled=False):
+    plan, training = engine.plan, engine.call.training
+    dropout_masks = []
+    with torch.autocast(engine.call.device.type, enabled=False):
         if not training:
-            work.recall(statistics)
-        work.put(0, work.feature_of(0, x), statistics[0], training)
-        for r in range(len(work.weights)):
-            made = work.make(r)
-            if training and work.plan.dropout:
-                # in one order whatever the layout, so that a seed drops the same everywhere
-                made, mask = torch.native_dropout(made.contiguous(), work.plan.dropout, True)
-                masks.append(mask)
-            if work.plan.topology.last_reader[r + 1]:
-                work.put(r + 1, work.feature_of(r + 1, made), statistics[r + 1], training)
-        return work.output(), masks
+            engine.use_running_statistics()
+        engine.store_term(0, x)
+        for r in range(len(engine.weights)):
+            output = engine.convolve(r)
+            if training and plan.dropout:
+                # In one order whatever the layout, so that a seed drops the same everywhere.
+                output, mask = torch.native_dropout(output.contiguous(), plan.dropout, True)
+                dropout_masks.append(mask)
+            if plan.topology.last_reader[r + 1]:
+                engine.store_term(r + 1, output)
+        return engine.stage_output(), dropout_masks
 
 
 def _backward(
-    work: Engine, d_activated: Tensor, masks: Sequence[Tensor], training: bool
+    engine: Engine, d_output: Tensor, dropout_masks: Sequence[Tensor]
 ) -> list[Tensor | None]:
-    """Gradients of the stage input and all parameters; ``None`` where nobody reads what they make."""
-    n, share = len(work.scales), 1 / (1 - work.plan.dropout)
-    d_scales, d_shifts, d_weights = [None] * n, [None] * n, [None] * (n - 1)  # type: list[Any], list[Any], list[Any]
-    d_scales[-1], d_shifts[-1] = work.collect(n - 1, d_activated)
-    for r in reversed(range(n - 1)):
-        d_made = work.gradient(r + 1, training)
-        if d_made is None:
+    """Gradients of the stage input and of all parameters; ``None`` where the output needs none."""
+    plan, last = engine.plan, len(engine.weights)
+    dropout_scale = 1 / (1 - plan.dropout)
+    d_scales: list[Tensor | None] = [None] * (last + 1)
+    d_shifts: list[Tensor | None] = [None] * (last + 1)
+    d_weights: list[Tensor | None] = [None] * last
+    with torch.autocast(engine.call.device.type, enabled=False):
+        d_scales[last], d_shifts[last] = engine.backward_activation(last, d_output)
+        for r in reversed(range(last)):
+            d_term = engine.term_gradient(r + 1)
+            if d_term is None:
+                continue
+            if dropout_masks:
+                d_term = torch.ops.aten.native_dropout_backward(
+                    d_term, dropout_masks[r], dropout_scale
+                )
+            for j in plan.recomputed.intersection(plan.reads[r]):
+                feature = engine.convolve(j - 1)
+                if dropout_masks:
+                    feature = feature * dropout_masks[j - 1] * dropout_scale
+                engine.store_feature(j, feature)
+            d_scales[r], d_shifts[r], d_weights[r] = engine.backward_convolution(r, d_term)
+        _match_weights(d_weights, engine.weights)
+        return [engine.term_gradient(0), *d_scales, *d_shifts, *d_weights]
+
+
+def _match_weights(gradients: list[Tensor | None], weights: Sequence[Tensor]) -> None:
+    """Casts gradients in another precision or layout than the weights, in place and at once."""
+    others: dict[int, Tensor] = {}
+    for r, (gradient, weight) in enumerate(zip(gradients, weights, strict=True)):
+        if gradient is None:
             continue
-        if masks:
-            d_made = torch.ops.aten.native_dropout_backward(d_made, masks[r], share)
-        for j in work.plan.recomputed.intersection(work.plan.reads[r]):
-            made = work.make(j - 1)
-            work.put(j, made * masks[j - 1] * share if masks else made, None, training)
-        d_scales[r], d_shifts[r], d_weights[r] = work.back(r, d_made)
-    _match(d_weights, work.weights)
-    return [work.gradient(0, training), *d_scales, *d_shifts, *d_weights]
-
-
-def _match(gradients: list[Any], like: Sequence[Tensor]) -> None:
-    """Casts, in place and in one call, the gradients whose precision or strides are not those of the weights."""
-    pairs = enumerate(zip(gradients, like, strict=True))
-    other = [
-        i for i, (d, w) in pairs if d is not None and (d.dtype, d.stride()) != (w.dtype, w.stride())
-    ]
-    if other:
-        casts = [torch.empty_like(like[i]) for i in other]
-        torch._foreach_copy_(casts, [gradients[i] for i in other])
-        for i, cast in zip(other, casts, strict=True):
-            gradients[i] = cast
+        if (gradient.dtype, gradient.stride()) != (weight.dtype, weight.stride()):
+            others[r] = gradient
+    if others:
+        casts = [torch.empty_like(weights[r]) for r in others]
+        torch._foreach_copy_(casts, list(others.values()))
+        for r, cast in zip(others, casts, strict=True):
+            gradients[r] = cast

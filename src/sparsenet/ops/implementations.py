@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-# Each module offers what ``dispatch.Implementation`` lists and is loaded when it is first asked for.
+# Each module offers what ``dispatch.Implementation`` lists; it is loaded when first asked for.
 IMPLEMENTATIONS = {
     "reference": "sparsenet.ops.reference",
     "shared": "sparsenet.ops.shared",
     "native": "sparsenet.ops.native",
     "triton": "sparsenet.ops.triton",
 }
-OPAQUE = (
-    "native",
-    "triton",
-)  # kernels that a tracer (torch.compile, torch.export) cannot look into
+# Kernels that a tracer (torch.compile, torch.export) cannot look into.
+OPAQUE = ("native", "triton")
 MEMORY = ("normal", "lean")  # what is kept for the backward pass: see SparseNet

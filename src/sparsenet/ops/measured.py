@@ -1,7 +1,8 @@
-"""Which implementation is the fastest here: measured once, on a few small layers, and kept in the user's cache.
+"""Which implementation is the fastest here: a few small layers are timed once.
 
-It depends on the processor, on PyTorch's build, on threads and on the precision, and no rule that knows only names gets
-it right: bf16 in C is the fastest there is on one processor and far from it on another that multiplies tiles.
+It depends on the processor, on PyTorch's build, on threads and on the precision, and no rule that
+knows only names gets it right: bf16 in C is the fastest on one processor and far from it on another
+that multiplies tiles. The result is kept in the user's cache.
 """
 
 from __future__ import annotations
@@ -15,33 +16,34 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsenet.architecture import Architecture, Stage
 from sparsenet.device import device_name
-from sparsenet.files import cache_folder, write_atomic
-from sparsenet.ops.plan import Plan, Reader, Statistics
+from sparsenet.files import cache_folder, read_json, write_json
+from sparsenet.ops.plan import Plan, Reader, Readers, Statistics
 
 Clock = Callable[[], float]
-Aggregate = Callable[[Plan, Tensor, Sequence[Reader], Sequence[Statistics], bool], Tensor]
+Aggregate = Callable[[Plan, Tensor, Readers, Sequence[Statistics], bool], Tensor]
 
-KINDS = ("training", "inference")
-MARGIN = 1.05  # by how much another has to be faster than one that is preferred
+MODES = ("training", "inference")
+MARGIN = 1.05  # another implementation has to be faster by this factor than a preferred one
 NETWORKS = (  # a stage of each is timed: plain layers that read several features, and bottlenecks
     Architecture(fetch="dense", blocks=(3,), growth_rate=24),
     Architecture(fetch="dense", blocks=(2,), growth_rate=24, bottleneck=True),
 )
 BATCHES = ((8, 32), (32, 8))  # images, pixels a side
 ROUNDS = (3, 12)  # least and most, after one to warm up
-SECONDS = 0.8  # after which no further round is begun but the least
-LIMIT = 10.0  # seconds, after which none is
-BUSY = 0.8  # the share of its time that a thread gets on a machine left alone, at least
+SECONDS = 0.8  # after which only the least number of rounds is completed
+LIMIT = 10.0  # seconds, after which no round is begun
+BUSY = 0.8  # a thread gets less than this share of its time where other work has the cores
 SETTINGS = (
     "CC",
     "CFLAGS",
@@ -51,17 +53,28 @@ SETTINGS = (
 )
 
 
-class Figures(NamedTuple):
-    """Seconds by implementation, in order of preference: forward and backward, and forward without a gradient."""
+@dataclass(frozen=True)
+class Timings:
+    """Seconds by implementation, in order of preference.
+
+    Training is forward and backward, inference is forward without a gradient. On a *busy* machine
+    they are the time that one thread has had to itself.
+    """
 
     training: dict[str, float]
     inference: dict[str, float]
-    busy: bool = (
-        False  # whether other work had the cores: then the time that one thread has had to itself
-    )
+    busy: bool = False
 
     def of(self, training: bool) -> dict[str, float]:
         return self.training if training else self.inference
+
+
+@dataclass(frozen=True)
+class _CachedTimings:
+    """The content of a file in the user's cache."""
+
+    conditions: dict[str, Any]
+    timings: Timings
 
 
 def fastest(seconds: Mapping[str, float]) -> str:
@@ -70,128 +83,133 @@ def fastest(seconds: Mapping[str, float]) -> str:
     return next(name for name, each in seconds.items() if each <= MARGIN * least)
 
 
-def compared(name: str, seconds: Mapping[str, float]) -> str:
-    """``1.9 times shared, 3.1 times reference``: how many times as fast as the others *name* is."""
-    return ", ".join(
-        f"{each / seconds[name]:.1f} times {other}"
-        for other, each in seconds.items()
-        if other != name
-    )
+def describe_speedup(name: str, seconds: Mapping[str, float]) -> str:
+    """How many times as fast as the others *name* is: ``1.9 times shared, 3.1 times reference``."""
+    others = [other for other in seconds if other != name]
+    return ", ".join(f"{seconds[other] / seconds[name]:.1f} times {other}" for other in others)
 
 
-_known: dict[
-    tuple[torch.device, torch.dtype, int], Figures
-] = {}  # by this process: every forward asks
-_one_at_a_time = threading.Lock()
+# What this process has measured or read, because every forward pass asks.
+_known: dict[tuple[torch.device, torch.dtype, int], Timings] = {}
+_lock = threading.Lock()
 
 
-def figures(
+def timings(
     device: torch.device,
     dtype: torch.dtype,
-    able: Callable[[], Mapping[str, Aggregate]],
+    implementations: Callable[[], Mapping[str, Aggregate]],
     anew: bool = False,
-) -> Figures:
-    """Of the implementations that are *able* to run on *device*, those that take *dtype*, in order of preference.
+) -> Timings:
+    """Those of the *implementations* that take *dtype* on *device*, in order of preference.
 
-    From this process, from the user's cache or, with *anew* in any case, measured now, which takes about a second.
-    A cache that cannot be read or written is no error.
+    They come from this process, from the user's cache or, with *anew* in any case, from a
+    measurement that takes about a second. A cache that cannot be read or written is no error.
     """
-    place = device, dtype, torch.get_num_threads()
-    if place in _known and not anew:
-        return _known[place]
-    with _one_at_a_time:
-        if place not in _known or anew:
-            implementations = able()
-            key = _key(device, dtype, tuple(implementations))
-            found = None if anew else _read(key)
-            if found is None:
-                measured = measure(device, dtype, implementations)
-                found = (
-                    None if anew else _read(key)
-                ) or measured  # processes that begin together agree
-                keep(key, found)
-            _known[place] = found
-    return _known[place]
+    key = device, dtype, torch.get_num_threads()
+    if key in _known and not anew:
+        return _known[key]
+    with _lock:
+        if key not in _known or anew:
+            _known[key] = _read_or_measure(device, dtype, implementations(), anew)
+    return _known[key]
+
+
+def _read_or_measure(
+    device: torch.device, dtype: torch.dtype, implementations: Mapping[str, Aggregate], anew: bool
+) -> Timings:
+    conditions = _conditions(device, dtype, list(implementations))
+    cached = None if anew else _read(conditions)
+    if cached is not None:
+        return cached
+    measurement = measure(device, dtype, implementations)
+    # Processes that begin together agree on what the first of them has written.
+    cached = None if anew else _read(conditions)
+    measurement = cached or measurement
+    _write(conditions, measurement)
+    return measurement
 
 
 def measure(
     device: torch.device, dtype: torch.dtype, implementations: Mapping[str, Aggregate]
-) -> Figures:
-    """Times each, in turns; of several rounds the least. What raises an error for *dtype* is left out.
+) -> Timings:
+    """Times each implementation, in turns. One that raises an error for *dtype* is left out.
 
-    On a CPU that other work keeps busy it is the time of one thread, which the other work hardly changes.
-    In a thread of its own, since what the caller has switched on (autocast, inference mode, a default device) holds
-    for the caller's thread. Random numbers are a generator's own. The number of threads belongs to the process: where
-    cores are busy it is 1 as long as this takes, for other threads of the program too.
+    On a CPU that other work keeps busy it is the time of one thread, which the other work hardly
+    changes: for that long the process computes with one thread. All of it happens in a thread of
+    its own, because autocast, inference mode and a default device hold for the caller's thread.
     """
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(_measure, device, dtype, implementations).result()
+    with ThreadPoolExecutor(1) as executor:
+        return executor.submit(_measure, device, dtype, implementations).result()
 
 
 def _measure(
     device: torch.device, dtype: torch.dtype, implementations: Mapping[str, Aggregate]
-) -> Figures:
+) -> Timings:
     threads, on_cpu = torch.get_num_threads(), device.type == "cpu"
-    busy = on_cpu and threads > 1 and _busy()
+    busy = on_cpu and threads > 1 and _cores_are_busy()
     clock = time.thread_time if busy or (on_cpu and threads == 1) else time.perf_counter
-    works = [
-        _Work(network.stages[0], batch, device, dtype, clock)
+    workloads = [
+        _Workload(network.stages[0], batch, device, dtype, clock)
         for network, batch in product(NETWORKS, BATCHES)
     ]
-    # Weights are fp32 and cast by autocast, each once a step, as in use.
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False):
-        if not busy:
-            return _timed(works, implementations)
-        torch.set_num_threads(
-            1
-        )  # two that wait for each other take a hundred times as long as their work
-        try:
-            return _timed(works, implementations)._replace(busy=True)
-        finally:
+    if busy:  # threads that wait for each other take a hundred times as long as their work
+        torch.set_num_threads(1)
+    try:
+        # Weights are fp32 and autocast casts each once a step, as in use.
+        cast = dtype != torch.float32
+        with torch.autocast(device.type, dtype, enabled=cast, cache_enabled=False):
+            return replace(_time_rounds(workloads, implementations), busy=busy)
+    finally:
+        if busy:
             torch.set_num_threads(threads)
 
 
-def _busy() -> bool:
+def _cores_are_busy() -> bool:
     """Whether threads that work together have to wait for cores."""
     numbers = torch.ones(1 << 18, dtype=torch.float32, device="cpu")
     numbers.mul_(1.0)
-    begun, own = time.perf_counter(), time.thread_time()
-    while time.perf_counter() - begun < 0.05:
+    start, thread_start = time.perf_counter(), time.thread_time()
+    while time.perf_counter() - start < 0.05:
         numbers.mul_(1.0)
-    return time.thread_time() - own < BUSY * (time.perf_counter() - begun)
+    return time.thread_time() - thread_start < BUSY * (time.perf_counter() - start)
 
 
-def _timed(works: Sequence[_Work], implementations: Mapping[str, Aggregate]) -> Figures:
-    """Seconds by kind and implementation; the first round warms up, and counts where there is time for no other."""
-    begun, able = time.perf_counter(), dict[str, Aggregate]()
-    rounds: list[dict[tuple[str, str], list[float]]] = [{}]
+def _time_rounds(
+    workloads: Sequence[_Workload], implementations: Mapping[str, Aggregate]
+) -> Timings:
+    """For each workload the least of several rounds counts, in the sum over all workloads.
+
+    The first round warms up, and counts where there is no time for another.
+    """
+
+    def time_all(mode: str, aggregate: Aggregate) -> list[float]:
+        return [workload.seconds(mode, aggregate) for workload in workloads]
+
+    start = time.perf_counter()
+    warm_up: dict[str, dict[str, list[float]]] = {}  # implementation -> mode -> seconds
     for name, aggregate in implementations.items():
         with contextlib.suppress(RuntimeError, ValueError, TypeError, MemoryError):
-            rounds[0] |= {
-                (kind, name): [work.seconds(kind, aggregate) for work in works] for kind in KINDS
-            }
-            able[name] = aggregate
+            warm_up[name] = {mode: time_all(mode, aggregate) for mode in MODES}
+    rounds = []
     for number in range(ROUNDS[1]):
-        if time.perf_counter() - begun > (LIMIT if number < ROUNDS[0] else SECONDS):
+        limit = LIMIT if number < ROUNDS[0] else SECONDS
+        if time.perf_counter() - start > limit:
             break
-        turns = product(KINDS, able)
-        rounds.append(
-            {
-                (kind, name): [work.seconds(kind, able[name]) for work in works]
-                for kind, name in turns
-            }
-        )
+        seconds: dict[str, dict[str, list[float]]] = {name: {} for name in warm_up}
+        for mode, name in product(MODES, warm_up):
+            seconds[name][mode] = time_all(mode, implementations[name])
+        rounds.append(seconds)
 
-    def least(kind: str, name: str) -> float:
-        columns = zip(*(each[kind, name] for each in rounds[1:] or rounds), strict=True)
-        return math.fsum(min(column) for column in columns)
+    def least(name: str, mode: str) -> float:
+        by_workload = zip(*(each[name][mode] for each in rounds or [warm_up]), strict=True)
+        return math.fsum(min(column) for column in by_workload)
 
-    training, inference = ({name: least(kind, name) for name in able} for kind in KINDS)
-    return Figures(training, inference)
+    training, inference = ({name: least(name, mode) for name in warm_up} for mode in MODES)
+    return Timings(training, inference)
 
 
-class _Work:
-    """A stage on random features; *batch* is the number of images and their side."""
+class _Workload:
+    """A stage on random features; *batch* is the number of images and their side in pixels."""
 
     def __init__(
         self,
@@ -201,100 +219,85 @@ class _Work:
         dtype: torch.dtype,
         clock: Clock,
     ):
-        self.clock = clock
-        images, side = batch
-        generator = torch.Generator().manual_seed(
-            0
-        )  # never the global one: whoever seeded it gets what they expect
+        generator = torch.Generator().manual_seed(0)  # the global one is whoever's has seeded it
 
         def random(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(
-                device
-            )
+            numbers = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+            return numbers.to(device)
 
-        def reader(width: int, *weight: Tensor) -> Reader:
-            return Reader(*(random(width).requires_grad_() for _ in range(2)), *(weight or (None,)))
+        def reader(width: int, weight: Tensor | None) -> Reader:
+            return Reader(random(width).requires_grad_(), random(width).requires_grad_(), weight)
 
-        units = [
-            unit for layer in range(1, stage.topology.depth + 1) for unit in stage.units(layer)
-        ]
-        weights = [
-            random(out, width, kernel, kernel).div_(width * kernel).requires_grad_()
-            for width, kernel, out in units
-        ]
+        self.clock = clock
         self.plan = Plan(stage.reads, stage.aggregation)
+        images, side = batch
         self.x = random(images, stage.in_width, side, side).to(dtype).requires_grad_()
-        self.readers = [reader(weight.shape[1], weight) for weight in weights] + [
-            reader(stage.out_width)
-        ]
-        self.statistics = [
-            Statistics(random(width), random(width).abs()) for width in stage.unit_widths
-        ]
-        self.learned = [tensor for each in self.readers for tensor in each if tensor is not None]
+        self.readers = []
+        for layer in range(1, stage.topology.depth + 1):
+            for width, kernel, out in stage.units(layer):
+                weight = random(out, width, kernel, kernel) / (width * kernel)
+                self.readers.append(reader(width, weight.requires_grad_()))
+        self.readers.append(reader(stage.out_width, None))
+        self.statistics = [Statistics(random(w), random(w).abs()) for w in stage.unit_widths]
+        self.inputs = [self.x]
+        self.inputs += [each for reader in self.readers for each in reader if each is not None]
 
-    def seconds(self, kind: str, aggregate: Aggregate) -> float:
-        """Of one call, the device's work included."""
-        begun = self.clock()
-        with torch.set_grad_enabled(kind == "training"):
-            found = aggregate(self.plan, self.x, self.readers, self.statistics, kind == "training")
-            if kind == "training":
-                found = torch.autograd.grad(found, [self.x, *self.learned], found.detach().clone())[
-                    0
-                ]
-        found.flatten()[0].item()  # there is a value only when the device is done
-        return self.clock() - begun
+    def seconds(self, mode: str, aggregate: Aggregate) -> float:
+        """Those of one call, the device's work included."""
+        training = mode == "training"
+        start = self.clock()
+        with torch.set_grad_enabled(training):
+            result = aggregate(self.plan, self.x, self.readers, self.statistics, training)
+            if training:
+                result, *_ = torch.autograd.grad(result, self.inputs, result.detach().clone())
+        result.flatten()[0].item()  # there is a value only when the device is done
+        return self.clock() - start
 
 
-def keep(key: Mapping[str, Any], figures: Figures) -> None:
-    """Writes *figures* to the user's cache, whole or not at all."""
+def _write(conditions: dict[str, Any], timings: Timings) -> None:
     with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: no home
-        target = _file(key)
+        target = _file(conditions)
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(target, json.dumps({"of": key, **figures._asdict()}, indent=2) + "\n")
+        write_json(target, _CachedTimings(conditions, timings))
 
 
-def _read(key: Mapping[str, Any]) -> Figures | None:
-    """What :func:`keep` wrote; ``None`` where there is none, or something else."""
+def _read(conditions: dict[str, Any]) -> Timings | None:
+    """What :func:`_write` wrote; ``None`` where there is nothing or something else."""
     try:
-        value = json.loads(_file(key).read_text())
-        training, inference = (
-            {str(name): float(each) for name, each in value[kind].items()} for kind in KINDS
-        )
-    except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError):
+        cached = read_json(_file(conditions), _CachedTimings)
+    except (ValueError, RuntimeError):
         return None
-    usable = all(0 < each < math.inf for each in (*training.values(), *inference.values()))
-    found = Figures(training, inference, bool(value.get("busy")))
-    return found if usable and value.get("of") == key else None
+    timings = cached.timings
+    seconds = (*timings.training.values(), *timings.inference.values())
+    usable = cached.conditions == conditions and all(each > 0 for each in seconds)
+    return timings if usable else None
 
 
-def _file(key: Mapping[str, Any]) -> Path:
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    return cache_folder() / f"figures-{digest[:16]}.json"
+def _file(conditions: dict[str, Any]) -> Path:
+    digest = hashlib.sha256(json.dumps(conditions, sort_keys=True).encode()).hexdigest()
+    return cache_folder() / f"timings-{digest[:16]}.json"
 
 
-def _key(
-    device: torch.device, dtype: torch.dtype, implementations: Sequence[str]
+def _conditions(
+    device: torch.device, dtype: torch.dtype, implementations: list[str]
 ) -> dict[str, Any]:
-    """All that the figures depend on and can change between processes, as a JSON value."""
-    capabilities: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)
+    """All that timings depend on and that can change between processes, as a JSON value."""
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return {
         "device": device_name(device),
-        "capabilities": {
-            name: str(found) for name, found in capabilities().items()
-        },  # a virtual machine hides some
-        "torch": torch.__version__,
+        # A virtual machine hides some of what the device's name promises.
+        "capabilities": {name: str(value) for name, value in capabilities.items()},
+        "torch": str(torch.__version__),
         "precision": str(dtype),
         "threads": torch.get_num_threads(),
-        "implementations": list(implementations),
-        "sources": _sources(),
+        "implementations": implementations,
+        "sources": _hash_of_sources(),
         "settings": {name: os.environ[name] for name in SETTINGS if name in os.environ},
     }
 
 
 @cache
-def _sources() -> str:
-    """A hash of the implementations' code."""
-    files = sorted(
-        path for path in Path(__file__).parent.rglob("*") if path.suffix in (".py", ".c", ".h")
-    )
+def _hash_of_sources() -> str:
+    folder = Path(__file__).parent
+    files = sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".c", ".h"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()

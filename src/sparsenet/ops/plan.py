@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 from torch import Tensor
@@ -16,16 +17,16 @@ EPS = 1e-5  # added to the variance
 
 
 def stands_for_another(tensor: Tensor) -> bool:
-    """Whether it has no data of its own to compute with, as fake tensors and other wrappers."""
+    """Whether *tensor* has no data of its own to compute with, as fake tensors and the like."""
     return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 class Reader(NamedTuple):
-    """The parameters that belong to one reader: BN-ReLU, then a convolution unless it is the stage output."""
+    """The parameters of one reader: BN-ReLU, then a convolution unless it is the stage output."""
 
     scale: Tensor  # (C_read,)
     shift: Tensor  # (C_read,)
-    weight: Tensor | None  # (C_out, C_read, kernel, kernel), kernel odd, stride 1, same padding
+    weight: Tensor | None  # (C_out, C_read, kernel, kernel); kernel odd, stride 1, same padding
 
 
 class Statistics(NamedTuple):
@@ -35,118 +36,139 @@ class Statistics(NamedTuple):
     var: Tensor  # (C,)
 
 
+Readers = Sequence[Reader]
+
+
 class Columns(NamedTuple):
-    """Where the features of a stage lie in a block: feature *j* fills *width* columns from ``first[j]``."""
+    """Where the features of a stage lie in a block of memory: feature *j* from ``first[j]`` on."""
 
     first: tuple[int, ...]
     total: int
 
 
+class Addition(NamedTuple):
+    """How one sum is computed: from an earlier sum that has its first terms, and further terms."""
+
+    earlier_sum: int | None
+    terms: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Plan:
-    """Features of a stage: 0 is the input, ``r + 1`` what reader ``r`` makes; the last reader is the output.
+    """The structure of a stage.
 
-    With concatenation statistics belong to features, so entry ``j`` of a list of statistics is feature ``j``'s;
-    a sum is a tensor of its own, so with summation entry ``r`` belongs to what reader ``r`` reads.
+    Feature 0 is the stage input and feature ``r + 1`` is what reader ``r`` makes; the last reader
+    is the stage output, which makes none. With concatenation batch statistics belong to features:
+    entry ``j`` of a list of statistics is that of feature ``j``. A sum has statistics of its own:
+    with summation entry ``r`` is that of the sum which reader ``r`` reads.
     """
 
     reads: tuple[tuple[int, ...], ...]
     aggregation: str = "concat"
     dropout: float = 0.0
-    memory: str = "normal"  # what is kept: "normal" all features, "lean" not the recomputed, "live" none that is read
-    reuse: bool = True  # whether an engine may keep memory for the next pass
-    terms: tuple[
-        tuple[int, ...], ...
-    ] = ()  # where features are sums: of which things made before (see ``stored``)
+    memory: str = "normal"  # "lean": the backward pass makes some features again
+    gradient: bool = True  # whether a backward pass follows, for which features are kept
+    terms: tuple[tuple[int, ...], ...] = ()  # of each feature that is a sum: see for_engine
 
     @cached_property
     def topology(self) -> Topology:
-        """The same with readers numbered from 1, as layers are."""
+        """The same structure with readers numbered from 1, as layers are."""
         return Topology(self.reads)
 
     @cached_property
-    def stored(self) -> Plan:
-        """The same as an engine sees it, whose features are what readers gather.
+    def for_engine(self) -> Plan:
+        """The same stage as an engine sees it, whose features are what readers gather.
 
-        With summation these are the sums: reader *r* gathers feature *r* alone, which is the sum of ``terms[r]``: the
-        stage input, 0, and what readers make, ``r + 1``.
+        With summation the sums become the features: reader ``r`` gathers feature ``r`` alone, the
+        sum of ``terms[r]``. Term 0 is the stage input, term ``r + 1`` what reader ``r`` makes.
         """
         if self.aggregation == "concat":
             return self
-        return replace(
-            self,
-            reads=tuple((r,) for r in range(len(self.reads))),
-            aggregation="concat",
-            terms=self.reads,
-        )
-
-    @cached_property
-    def additions(self) -> tuple[tuple[bool, tuple[int, ...]], ...]:
-        """For each sum: whether it goes on from the last one of several terms, and the terms to add then."""
-        found, last = list[tuple[bool, tuple[int, ...]]](), tuple[int, ...]()
-        for terms in self.terms:
-            goes_on = bool(last) and terms[: len(last)] == last
-            found.append((goes_on, terms[len(last) :] if goes_on else terms))
-            last = terms if len(terms) > 1 else last
-        return tuple(found)
-
-    @cached_property
-    def last_added(self) -> dict[int, int]:
-        """For each term, the last sum to which it is added."""
-        return {k: j for j, (_, terms) in enumerate(self.additions) for k in terms}
-
-    @cached_property
-    def sent_first(self) -> tuple[int | None, ...]:
-        """For each feature, the reader whose gradient backward meets first; ``None``: none depends on it."""
-        found: list[int | None] = [None] * len(self.reads)
-        for r in reversed(range(len(self.reads))):
-            if r + 1 == len(self.reads) or found[r + 1] is not None:
-                for j in self.reads[r]:
-                    found[j] = r if found[j] is None else found[j]
-        return tuple(found)
-
-    @cached_property
-    def recomputed(self) -> frozenset[int]:
-        """With lean memory: features that only the next reader reads, made from kept ones; bottlenecks, that is."""
-        found: set[int] = set()
-        for j in range(1, len(self.reads) - 1):
-            alone = self.topology.first_reader[j] == self.topology.last_reader[j] == j + 1
-            alone = alone and (not self.terms or self.terms[j] == (j,))
-            if self.memory == "lean" and alone and not found.intersection(self.reads[j - 1]):
-                found.add(j)
-        return frozenset(found)
-
-    def columns(self, widths: Sequence[int]) -> Columns:
-        """Where features of these widths lie; one that is no longer needed makes room for one as wide."""
-        if tuple(widths) not in self._columns:
-            self._columns[tuple(widths)] = self._lay_out(widths)
-        return self._columns[tuple(widths)]
-
-    @cached_property
-    def _columns(self) -> dict[tuple[int, ...], Columns]:
-        return {}
+        chain = tuple((r,) for r in range(len(self.reads)))
+        return replace(self, reads=chain, aggregation="concat", terms=self.reads)
 
     @cached_property
     def without_gradient(self) -> Plan:
-        """The same for a pass that no backward follows."""
-        return replace(self, memory="live", reuse=self.memory != "lean")
+        """The same stage for a pass that no backward pass follows."""
+        return replace(self, gradient=False)
 
-    def _lay_out(self, widths: Sequence[int]) -> Columns:
-        freed: dict[
-            int, list[int]
-        ] = {}  # reader, counted from 1, to the features that it reads last
-        for i in range(len(widths)):
-            if self.memory == "live" or i in self.recomputed:
-                freed.setdefault(max(self.topology.last_reader[i], i), []).append(i)
-        first: list[int] = []
-        total = 0
-        free: dict[int, list[int]] = {}
-        for j, width in enumerate(widths):
-            if free.get(width):
-                first.append(free[width].pop())
+    @cached_property
+    def additions(self) -> tuple[Addition, ...]:
+        """How each sum is computed, its terms in the order of ``terms``.
+
+        A sum whose first terms are those of the last sum of several terms is computed from it, so
+        that dense sums, the stream of a residual network, take one addition each.
+        """
+        additions: list[Addition] = []
+        last_sum: int | None = None
+        for j, terms in enumerate(self.terms):
+            earlier = self.terms[last_sum] if last_sum is not None else ()
+            if earlier and terms[: len(earlier)] == earlier:
+                additions.append(Addition(last_sum, terms[len(earlier) :]))
             else:
-                first.append(total)
-                total += width
-            for i in freed.get(j, ()):  # reader j has made feature j
-                free.setdefault(widths[i], []).append(first[i])
-        return Columns(tuple(first), total)
+                additions.append(Addition(None, terms))
+            if len(terms) > 1:
+                last_sum = j
+        return tuple(additions)
+
+    @cached_property
+    def last_addition(self) -> dict[int, int]:
+        """For each term, the last sum to which it is added."""
+        return {k: j for j, addition in enumerate(self.additions) for k in addition.terms}
+
+    @cached_property
+    def first_gradient_from(self) -> tuple[int | None, ...]:
+        """For each feature, the reader from which backward gets the first part of its gradient.
+
+        This is its last reader on which the stage output depends; ``None`` where there is none.
+        """
+        made_from = self.terms or self.reads
+        first: list[int | None] = [None] * len(self.reads)
+        output = len(self.reads) - 1
+        contributing = set(made_from[output])  # what the stage output depends on
+        for r in reversed(range(len(self.reads))):
+            if r != output and r + 1 not in contributing:
+                continue
+            contributing.update(made_from[r])
+            for j in self.reads[r]:
+                if first[j] is None:
+                    first[j] = r
+        return tuple(first)
+
+    @cached_property
+    def recomputed(self) -> frozenset[int]:
+        """With lean memory, the features that backward makes again: those of bottlenecks.
+
+        Only the next reader reads them, and they are made from features that are kept.
+        """
+        recomputed: set[int] = set()
+        if self.memory != "lean" or not self.gradient:
+            return frozenset()
+        first_reader, last_reader = self.topology.first_reader, self.topology.last_reader
+        for j in range(1, len(self.reads) - 1):
+            read_once = first_reader[j] == last_reader[j] == j + 1
+            is_one_term = not self.terms or self.terms[j] == (j,)
+            if read_once and is_one_term and recomputed.isdisjoint(self.reads[j - 1]):
+                recomputed.add(j)
+        return frozenset(recomputed)
+
+    def columns(self, widths: Sequence[int]) -> Columns:
+        """Where features of these widths lie; one that nobody needs makes room for one as wide."""
+        return _lay_out(self, tuple(widths))
+
+
+@lru_cache(maxsize=1024)
+def _lay_out(plan: Plan, widths: tuple[int, ...]) -> Columns:
+    released_by = defaultdict[int, list[int]](list)  # feature made -> features not needed then
+    first: list[int] = []
+    total = 0
+    free = defaultdict[int, list[int]](list)  # width -> first columns of free places
+    for j, width in enumerate(widths):
+        if free[width]:
+            first.append(free[width].pop())
+        else:
+            first.append(total)
+            total += width
+        for i in released_by[j]:
+            free[widths[i]].append(first[i])
+    return Columns(tuple(first), total)

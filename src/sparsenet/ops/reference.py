@@ -1,4 +1,7 @@
-"""The textbook: join, batch norm, ReLU, convolution, one reader after the other. This is the specification."""
+"""The specification: the textbook's network, one reader after the other.
+
+A reader joins the features that it reads and applies batch norm, ReLU and a convolution.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsenet.ops.plan import EPS, MOMENTUM, Plan, Reader, Statistics
+from sparsenet.ops.plan import EPS, MOMENTUM, Plan, Reader, Readers, Statistics
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -17,11 +20,7 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def aggregate(
-    plan: Plan,
-    x: Tensor,
-    readers: Sequence[Reader],
-    statistics: Sequence[Statistics],
-    training: bool,
+    plan: Plan, x: Tensor, readers: Readers, statistics: Sequence[Statistics], training: bool
 ) -> Tensor:
     """The activated stage output ``(N, C_out, H, W)`` for a stage input ``(N, C_0, H, W)``."""
     features = {0: x}
@@ -34,15 +33,13 @@ def aggregate(
         activated = F.relu(normed, inplace=True)
         if reader.weight is None:
             return activated
-        made = F.conv2d(activated, reader.weight, padding=reader.weight.shape[-1] // 2)
+        output = F.conv2d(activated, reader.weight, padding=reader.weight.shape[-1] // 2)
         if training and plan.dropout:
-            made = torch.native_dropout(made, plan.dropout, True)[0]
-        features[r + 1] = made
+            output = torch.native_dropout(output, plan.dropout, True)[0]
+        features[r + 1] = output
         for j in read:
             if plan.topology.last_reader[j] == r + 1:
-                del features[
-                    j
-                ]  # nobody reads it any more: inference needs no more than the live features
+                del features[j]  # nobody reads it any more, and inference keeps no other
     raise ValueError("plan: expected a last reader without a convolution")
 
 
@@ -54,15 +51,15 @@ def _batch_norm(
     statistics: Sequence[Statistics],
     training: bool,
 ) -> Tensor:
-    owners = plan.reads[r] if plan.aggregation == "concat" else (r,)
-    mean = torch.cat([statistics[j].mean for j in owners])
-    var = torch.cat([statistics[j].var for j in owners])
+    measured = plan.reads[r] if plan.aggregation == "concat" else (r,)
+    mean = torch.cat([statistics[j].mean for j in measured])
+    var = torch.cat([statistics[j].var for j in measured])
     normed = F.batch_norm(joined, mean, var, reader.scale, reader.shift, training, MOMENTUM, EPS)
-    if (
-        training
-    ):  # every reader of a feature sees the same batch: the first one keeps the statistics
-        widths = [len(statistics[j].mean) for j in owners]
-        for j, new_mean, new_var in zip(owners, mean.split(widths), var.split(widths), strict=True):
+    if training:  # all readers of a feature see the same batch, the first one keeps its statistics
+        widths = [len(statistics[j].mean) for j in measured]
+        for j, new_mean, new_var in zip(
+            measured, mean.split(widths), var.split(widths), strict=True
+        ):
             if plan.aggregation == "sum" or plan.topology.first_reader[j] == r + 1:
                 statistics[j].mean.copy_(new_mean)
                 statistics[j].var.copy_(new_var)

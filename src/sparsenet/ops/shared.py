@@ -1,7 +1,7 @@
 """The engine's passes in PyTorch's own operations, for every device that has them; fp64 too.
 
-The features are kept normalised, so that a reader's scale and shift are a batch norm with mean 0 and variance 1,
-the one pass of PyTorch that applies them at the parameters' precision.
+The features are kept normalised, so that a reader's scale and shift are a batch norm with mean 0
+and variance 1, the one pass of PyTorch that applies them at the parameters' precision.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsenet.ops import engine, reference
-from sparsenet.ops.plan import EPS, MOMENTUM, Plan, Reader, Statistics
+from sparsenet.ops.plan import EPS, MOMENTUM, Plan, Readers, Statistics
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -20,101 +20,96 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def aggregate(
-    plan: Plan,
-    x: Tensor,
-    readers: Sequence[Reader],
-    statistics: Sequence[Statistics],
-    training: bool,
+    plan: Plan, x: Tensor, readers: Readers, statistics: Sequence[Statistics], training: bool
 ) -> Tensor:
-    """The stage output; without a gradient to come there is nothing to share, and the reference is as lean."""
+    """The stage output; without a gradient in evaluation the reference is as lean, so it runs."""
     if training or torch.is_grad_enabled():
         return engine.aggregate(Shared, plan, x, readers, statistics, training)
     return reference.aggregate(plan, x, readers, statistics, training)
 
 
 class Shared(engine.Engine):
-    held: int | None = None  # the reader whose input the buffers hold
+    reader_in_buffers: int | None = None  # whose input and activation the buffers hold
 
-    def put(self, j: int, made: Tensor, statistics: Statistics | None, training: bool) -> None:
-        made = made.contiguous(memory_format=self.layout)
+    @property
+    def statistics_dtype(self) -> torch.dtype:
+        return self.scales[0].dtype
+
+    def store_feature(self, j: int, feature: Tensor) -> None:
+        feature = feature.contiguous(memory_format=self.call.layout)
+        out = self.features[j]
         mean, rstd = self.mean_and_rstd(j)
-        if statistics is None:
-            self._normalise(made, mean, rstd**-2, 0.0, self.features[j])
-        elif training:
-            torch.native_batch_norm(
-                made,
-                None,
-                None,
-                *statistics,
-                True,
-                MOMENTUM,
-                EPS,
-                out=(self.features[j], mean, rstd),
-            )
+        if self.takes_statistics:
+            running = self.running_statistics[j]
+            to = out, mean, rstd
+            torch.native_batch_norm(feature, None, None, *running, True, MOMENTUM, EPS, out=to)
+        elif self.running_statistics:
+            _batch_norm(feature, None, None, *self.running_statistics[j], EPS, out)
         else:
-            self._normalise(made, *statistics, EPS, self.features[j])
+            _batch_norm(feature, None, None, mean, rstd**-2, 0.0, out)
 
-    @staticmethod
-    def _normalise(made: Tensor, mean: Tensor, var: Tensor, eps: float, out: Tensor) -> None:
-        none = mean.new_empty(0), mean.new_empty(0)
-        torch.native_batch_norm(made, None, None, mean, var, False, 0.0, eps, out=(out, *none))
-
-    def activate(self, r: int, out: Tensor) -> None:
-        gathered = self.gathered(r)
+    def write_activation(self, r: int, out: Tensor) -> None:
+        gathered = self.gather_buffer(r)
         torch.cat([self.features[j] for j in self.plan.reads[r]], 1, out=gathered)
-        zero, one = _standard(self.scales[r])
-        none = zero.new_empty(0), zero.new_empty(0)
-        affine = self.scales[r], self.shifts[r]
-        torch.native_batch_norm(gathered, *affine, zero, one, False, 0.0, 0.0, out=(out, *none))
+        statistics = _standard(self.scales[r])
+        _batch_norm(gathered, self.scales[r], self.shifts[r], *statistics, 0.0, out)
         out.relu_()
-        self.held = r
+        self.reader_in_buffers = r
 
-    def gathered(self, r: int) -> Tensor:
-        """What reader *r* gathers, normalised: a buffer that the last :meth:`activate` has filled."""
-        return self.buffer("gathers", len(self.scales[r]))
+    def gather_buffer(self, r: int) -> Tensor:
+        """The features that reader *r* gathers, once :meth:`write_activation` has been called."""
+        return self.buffer("gathered", len(self.scales[r]))
 
-    def collect(self, r: int, d_activated: Tensor) -> tuple[Tensor, Tensor]:
+    def backward_activation(self, r: int, d_activated: Tensor) -> tuple[Tensor, Tensor]:
         activated = self.buffer("activations", len(self.scales[r]))
-        if self.held != r:
-            self.activate(r, activated)
-        last = r == len(self.scales) - 1  # its gradient is the caller's
-        target = torch.empty_like(activated) if last else d_activated
-        d_affine = torch.ops.aten.threshold_backward.grad_input(
-            d_activated, activated, 0, grad_input=target
-        )
-        scale = self.scales[r]
-        zero, one = _standard(scale)
-        _, d_scale, d_shift = torch.ops.aten.native_batch_norm_backward(
-            d_affine, self.gathered(r), scale, zero, one, zero, one, False, 0.0, [False, True, True]
-        )
-        d_affine.mul_(scale.to(d_affine.dtype).view(-1, 1, 1))
+        if self.reader_in_buffers != r:
+            self.write_activation(r, activated)
+        is_output = r == len(self.scales) - 1  # whose gradient belongs to the caller
+        g = torch.empty_like(activated) if is_output else d_activated
+        torch.ops.aten.threshold_backward.grad_input(d_activated, activated, 0, grad_input=g)
+        scale, gathered = self.scales[r], self.gather_buffer(r)
+        _, d_scale, d_shift = _batch_norm_backward(g, gathered, scale, False, [False, True, True])
+        g.mul_(scale.to(g.dtype).view(-1, 1, 1))
         read = self.plan.reads[r]
-        for j, part in zip(read, d_affine.split([self.widths[j] for j in read], 1), strict=True):
-            if self.plan.sent_first[j] == r:
-                self.sums[j].copy_(part)
+        for j, part in zip(read, g.split([self.widths[j] for j in read], 1), strict=True):
+            if self.plan.first_gradient_from[j] == r:
+                self.gradient_sums[j].copy_(part)
             else:
-                self.sums[j].add_(part)
+                self.gradient_sums[j].add_(part)
         return d_scale, d_shift
 
-    def corrected(self, j: int, training: bool) -> Tensor:
-        # The gradient of a batch norm whose input already has mean 0 and deviation 1, scaled by rstd.
+    def feature_gradient(self, j: int) -> Tensor:
+        # The gradient of a batch norm whose input has mean 0 and deviation 1, scaled by rstd.
         _, rstd = self.mean_and_rstd(j)
-        zero, one = _standard(rstd)
-        d_made: Tensor = torch.ops.aten.native_batch_norm_backward(
-            self.sums[j],
-            self.features[j],
-            rstd,
-            zero,
-            one,
-            zero,
-            one,
-            training,
-            0.0,
-            [True, False, False],
-        )[0]
-        return d_made
+        h, z, training = self.gradient_sums[j], self.features[j], self.call.training
+        return _batch_norm_backward(h, z, rstd, training, [True, False, False])[0]
+
+
+def _batch_norm(
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    out: Tensor,
+) -> None:
+    """Writes *x*, normalised by the given mean and variance, scaled and shifted, to *out*."""
+    no_statistics = mean.new_empty(0), mean.new_empty(0)
+    torch.native_batch_norm(x, scale, shift, mean, var, False, 0.0, eps, out=(out, *no_statistics))
+
+
+def _batch_norm_backward(
+    d_out: Tensor, x: Tensor, scale: Tensor, training: bool, wanted: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The *wanted* ones of the gradients of x, scale and shift, for an *x* that is normalised."""
+    statistics = _standard(scale)
+    gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.native_batch_norm_backward(
+        d_out, x, scale, *statistics, *statistics, training, 0.0, wanted
+    )
+    return gradients
 
 
 def _standard(like: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance (or reciprocal deviation) of data that is already normalised."""
+    """The mean and the variance (and reciprocal deviation) of data that is normalised."""
     return torch.zeros_like(like), torch.ones_like(like)

@@ -1,8 +1,9 @@
-"""The engine's passes as fused kernels for CUDA (:mod:`sparsenet.ops.triton_kernels`); the convolutions are PyTorch's.
+"""The engine's passes as fused kernels for CUDA (:mod:`sparsenet.ops.triton_kernels`).
 
-On a CPU the kernels run in Triton's interpreter, which is slow and for tests: ``TRITON_INTERPRET=1`` must be in the
-environment before this module is imported. Nothing waits for the device and nothing depends on data, so a step can be
-captured as a CUDA graph once a first one has made the tables.
+The convolutions are PyTorch's. On a CPU the kernels run in Triton's interpreter, which is slow and
+for tests: ``TRITON_INTERPRET=1`` must be in the environment before this module is imported. Nothing
+waits for the device and nothing depends on data, so a step can be captured as a CUDA graph once a
+first one has made the tables.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from torch import Tensor
 
 from sparsenet.ops import engine
 from sparsenet.ops import triton_kernels as kernels
-from sparsenet.ops.plan import EPS, MOMENTUM, Plan, Statistics
+from sparsenet.ops.plan import EPS, MOMENTUM, Plan
 from sparsenet.ops.triton_kernels import tl, triton
 
-INTERPRETED: bool = triton.knobs.runtime.interpret  # settled when the kernels were defined
+INTERPRETED: bool = triton.knobs.runtime.interpret  # fixed when the kernels were defined
 PRECISIONS = {torch.float32: tl.float32, torch.float64: tl.float64}
 PARTS = 512  # of a sum over pixels, at most: as many as one program adds up without a loop
 OLDEST = (8, 0)  # compute capability that Triton supports
@@ -31,15 +32,19 @@ def unavailable(device: torch.device) -> str | None:
     if INTERPRETED and triton.knobs.runtime.interpret:
         return None
     if device.type != "cuda":
-        return f"expected a CUDA device, or TRITON_INTERPRET=1 set for a slow trial without one, found {device.type}"
-    if (found := torch.cuda.get_device_capability(device)) < OLDEST:
-        return f"expected a device of compute capability 8.0 or later, found {found[0]}.{found[1]}"
-    return _trouble()
+        return (
+            f"expected a CUDA device, or TRITON_INTERPRET=1 set for a slow trial without one, "
+            f"found {device.type}"
+        )
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < OLDEST:
+        return f"expected a device of compute capability 8.0 or later, found {major}.{minor}"
+    return _launcher_problem()
 
 
 @cache
-def _trouble() -> str | None:
-    """Triton compiles a small launcher in C when first used: what it says where it cannot."""
+def _launcher_problem() -> str | None:
+    """Why Triton cannot compile the small launcher in C that it makes when first used."""
     try:
         triton.runtime.driver.active.get_current_target()
     except (RuntimeError, OSError, ImportError, SubprocessError) as error:
@@ -48,7 +53,7 @@ def _trouble() -> str | None:
 
 
 class Pieces(NamedTuple):
-    """What a kernel goes through: see :func:`sparsenet.ops.triton_kernels.read_piece`."""
+    """The pieces that a kernel goes through: see :func:`.triton_kernels.read_piece`."""
 
     table: Tensor  # (number, 8) int32
     number: int
@@ -59,180 +64,162 @@ class Tables(NamedTuple):
 
     features: list[Pieces]
     readers: list[Pieces]
-    unit: int
-    width: int
+    unit: int  # which divides all numbers of the tables
+    width: int  # of a piece, at most
 
     @classmethod
     @cache
     def of(cls, plan: Plan, widths: tuple[int, ...], device: torch.device) -> Tables:
         width = piece_width(widths)
-        first, index = plan.columns(widths).first, [0, *accumulate(widths)]
+        lists = [_rows(plan, widths, (j,), None, width) for j in range(len(widths))]
+        lists += [_rows(plan, widths, read, r, width) for r, read in enumerate(plan.reads)]
+        rows = [row for each in lists for row in each]
+        table = torch.tensor(rows, dtype=torch.int32).to(device)
+        parts = table.split([len(each) for each in lists])
+        pieces = [Pieces(part, len(part)) for part in parts]
+        return cls(pieces[: len(widths)], pieces[len(widths) :], math.gcd(8, *widths), width)
 
-        def pieces(read: tuple[int, ...], reader: int | None = None) -> list[tuple[int, ...]]:
-            found: list[tuple[int, ...]] = []
-            column, columns = 0, sum(widths[j] for j in read)
-            for j in read:
-                for channel in range(0, widths[j], width):
-                    count = min(width, widths[j] - channel)
-                    begun = reader is not None and plan.sent_first[j] != reader
-                    found.append(
-                        (
-                            first[j],
-                            widths[j],
-                            channel,
-                            count,
-                            column,
-                            columns,
-                            index[j] + channel,
-                            begun,
-                        )
-                    )
-                    column += count
-            return found
 
-        lists = [
-            *(pieces((j,)) for j in range(len(widths))),
-            *(pieces(read, r) for r, read in enumerate(plan.reads)),
-        ]
-        rows = torch.tensor([row for each in lists for row in each], dtype=torch.int32).to(device)
-        cut = [Pieces(table, len(table)) for table in rows.split([len(each) for each in lists])]
-        return cls(cut[: len(widths)], cut[len(widths) :], math.gcd(8, *widths), width)
+def _rows(
+    plan: Plan, widths: tuple[int, ...], read: tuple[int, ...], reader: int | None, width: int
+) -> list[tuple[int, ...]]:
+    """The rows of a table for the features *read*: see :func:`.triton_kernels.read_piece`."""
+    first_columns, first_channels = plan.columns(widths).first, [0, *accumulate(widths)]
+    gathered = sum(widths[j] for j in read)
+    rows: list[tuple[int, ...]] = []
+    column = 0
+    for j in read:
+        adds = reader is not None and plan.first_gradient_from[j] != reader
+        for channel in range(0, widths[j], width):
+            count = min(width, widths[j] - channel)
+            place = first_columns[j], widths[j], channel, count
+            rows.append((*place, column, gathered, first_channels[j] + channel, int(adds)))
+            column += count
+    return rows
 
 
 def piece_width(widths: tuple[int, ...]) -> int:
-    """Columns of a piece, a power of two: few idle lanes, but not for many more pieces, each with its addresses."""
-    return min(
-        (32, 64, 16), key=lambda lanes: sum(-(-width // lanes) * (lanes + 4) for width in widths)
-    )
+    """Columns of a piece, a power of two that leaves few lanes idle.
+
+    More pieces cost more, too, since each has its addresses: four lanes are counted for them.
+    """
+
+    def cost(lanes: int) -> int:
+        return sum(math.ceil(width / lanes) * (lanes + 4) for width in widths)
+
+    return min((32, 64, 16), key=cost)
 
 
-class Spread(NamedTuple):
-    """How the pixels are dealt out to programs."""
+class PixelSplit(NamedTuple):
+    """How the pixels are split among programs."""
 
     rows: int  # that a program takes at a time
     span: int  # that it takes in all, a multiple of those
     parts: int  # programs for one piece
 
     @classmethod
-    def over(
-        cls, pixels: int, programs: int, width: int, processors: int, most: int | None = None
-    ) -> Spread:
-        """For so many *programs* a part, *most* parts: tiles of 2,048 elements, or 512 where processors would idle."""
+    def of(
+        cls, pixels: int, pieces: int, width: int, processors: int, most: int | None = None
+    ) -> PixelSplit:
+        """At most *most* parts, in tiles of 2,048 elements, or 512 where processors would idle."""
         rows = 2048 // width
-        if programs * -(-pixels // rows) < processors:
+        if pieces * math.ceil(pixels / rows) < processors:
             rows //= 4
-        tiles = -(-pixels // rows)
-        span = rows * (-(-tiles // most) if most else 1)
-        return cls(rows, span, -(-pixels // span))
+        tiles = math.ceil(pixels / rows)
+        span = rows * (math.ceil(tiles / most) if most else 1)
+        return cls(rows, span, math.ceil(pixels / span))
 
 
 @cache
 def processors(device: torch.device) -> int:
-    return (
-        torch.cuda.get_device_properties(device).multi_processor_count
-        if device.type == "cuda"
-        else 1
-    )
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 class Triton(engine.Engine):
-    """Features channels-last and raw, as the convolutions made them."""
+    """Features lie channels-last and raw, as the convolutions made them."""
 
     @staticmethod
     def choose_layout(x: Tensor) -> torch.memory_format:
         return torch.channels_last
 
     @cached_property
-    def kept(self) -> tuple[Tensor, ...]:
-        statistics = torch.empty(2, sum(self.widths), dtype=self.wide, device=self.device)
-        return self.empty(self.columns.total), statistics, *self.cast_weights()
-
-    @cached_property
     def tables(self) -> Tables:
-        return Tables.of(self.plan, self.widths, self.device)
+        return Tables.of(self.plan, self.widths, self.call.device)
 
-    def put(self, j: int, made: Tensor, statistics: Statistics | None, training: bool) -> None:
-        if statistics is None or not training:
-            self.features[j].copy_(made)
+    def store_feature(self, j: int, feature: Tensor) -> None:
+        if not self.takes_statistics:
+            self.features[j].copy_(feature)
             return
-        pieces, made = self.tables.features[j], made.contiguous(memory_format=self.layout)
-        spread, partials = self.partials(pieces, self.widths[j])
-        self.launch(kernels.measure, pieces, spread, made, self.kept[0], partials)
-        settled = partials, self.kept[1], *statistics
-        self.settle(kernels.settle_statistics, pieces, spread, *settled, EPS=EPS, MOMENTUM=MOMENTUM)
+        pieces = self.tables.features[j]
+        feature = feature.contiguous(memory_format=self.call.layout)
+        split = self.split(pieces, PARTS)
+        partials = self.partials(split, self.widths[j])
+        self.launch(kernels.measure, pieces, split, feature, self.feature_block, partials)
+        tensors = partials, self.mean_rstd, *self.running_statistics[j]
+        constants = {"EPS": EPS, "MOMENTUM": MOMENTUM}
+        self.launch_sum(kernels.finish_statistics, pieces, split, *tensors, **constants)
 
-    def activate(self, r: int, out: Tensor) -> None:
-        pieces, (block, statistics, *_) = self.tables.readers[r], self.kept
-        given = block, statistics, self.scales[r], self.shifts[r], out
-        self.launch(kernels.activate, pieces, self.spread(pieces), *given)
+    def write_activation(self, r: int, out: Tensor) -> None:
+        pieces = self.tables.readers[r]
+        tensors = self.feature_block, self.mean_rstd, self.scales[r], self.shifts[r], out
+        self.launch(kernels.write_activation, pieces, self.split(pieces), *tensors)
 
-    def collect(self, r: int, d_activated: Tensor) -> tuple[Tensor, Tensor]:
-        pieces, (block, statistics, *_) = self.tables.readers[r], self.kept
-        scale, shift = self.scales[r], self.shifts[r]
-        d_activated = d_activated.to(self.dtype).contiguous(memory_format=self.layout)
-        spread, partials = self.partials(pieces, len(scale))
-        given = block, self.block_of_sums, d_activated, statistics, scale, shift, partials
-        self.launch(kernels.collect, pieces, spread, *given)
+    def backward_activation(self, r: int, d_activated: Tensor) -> tuple[Tensor, Tensor]:
+        pieces, scale, shift = self.tables.readers[r], self.scales[r], self.shifts[r]
+        d_activated = d_activated.to(self.call.dtype).contiguous(memory_format=self.call.layout)
+        split = self.split(pieces, PARTS)
+        partials = self.partials(split, len(scale))
+        blocks = self.feature_block, self.gradient_block
+        given = *blocks, d_activated, self.mean_rstd, scale, shift, partials
+        self.launch(kernels.backward_activation, pieces, split, *given)
         d_scale, d_shift = torch.empty_like(scale), torch.empty_like(shift)
-        settled = partials, statistics, scale, d_scale, d_shift, self.totals
-        self.settle(kernels.settle_gradients, pieces, spread, *settled)
+        sums = partials, self.mean_rstd, scale, d_scale, d_shift, self.gradient_totals
+        self.launch_sum(kernels.finish_gradients, pieces, split, *sums)
         return d_scale, d_shift
 
-    def corrected(self, j: int, training: bool) -> Tensor:
-        pieces, (block, statistics, *_) = self.tables.features[j], self.kept
-        d_made = self.view(self.empty(self.widths[j]), self.widths[j])
-        given = block, self.block_of_sums, statistics, self.totals, d_made
-        self.launch(kernels.correct, pieces, self.spread(pieces), *given, TRAINING=training)
-        return d_made
+    def feature_gradient(self, j: int) -> Tensor:
+        pieces, training = self.tables.features[j], self.call.training
+        d_feature = self.view(self.empty(self.widths[j]), self.widths[j])
+        blocks = self.feature_block, self.gradient_block
+        given = *blocks, self.mean_rstd, self.gradient_totals, d_feature
+        kernel = kernels.feature_gradient
+        self.launch(kernel, pieces, self.split(pieces), *given, TRAINING=training)
+        return d_feature
 
-    def spread(self, pieces: Pieces, most: int | None = None) -> Spread:
-        return Spread.over(
-            self.pixels, pieces.number, self.tables.width, processors(self.device), most
-        )
+    def split(self, pieces: Pieces, most: int | None = None) -> PixelSplit:
+        workers = processors(self.call.device)
+        return PixelSplit.of(self.call.pixels, pieces.number, self.tables.width, workers, most)
 
-    def partials(self, pieces: Pieces, columns: int) -> tuple[Spread, Tensor]:
-        """How to deal the pixels out for sums of so many *columns*, and memory for each part's two."""
-        spread = self.spread(pieces, PARTS)
-        return spread, torch.empty(spread.parts, 2, columns, dtype=self.wide, device=self.device)
+    def partials(self, split: PixelSplit, columns: int) -> Tensor:
+        """Memory for two sums of each part."""
+        shape = split.parts, 2, columns
+        return torch.empty(shape, dtype=self.call.sum_dtype, device=self.call.device)
 
     def launch(
-        self, kernel: Any, pieces: Pieces, spread: Spread, *tensors: Tensor, **constants: Any
+        self, kernel: Any, pieces: Pieces, split: PixelSplit, *tensors: Tensor, **constants: Any
     ) -> None:
         """Runs a kernel over the pixels: a program for each part of each piece."""
-        arguments = *tensors, pieces.table, pieces.number
-        self._run(
-            kernel, pieces.number * spread.parts, spread.rows, arguments, spread.span, constants
-        )
+        constants |= {"span": split.span, "ROWS": split.rows}
+        programs = pieces.number * split.parts
+        self._launch(kernel, programs, *tensors, pieces.table, pieces.number, **constants)
 
-    def settle(
-        self, kernel: Any, pieces: Pieces, spread: Spread, *tensors: Tensor, **constants: Any
+    def launch_sum(
+        self, kernel: Any, pieces: Pieces, split: PixelSplit, *tensors: Tensor, **constants: Any
     ) -> None:
         """Runs a kernel that adds up the parts: a program for each piece."""
-        arguments, rows = (
-            (*tensors, pieces.table, spread.parts),
-            triton.next_power_of_2(spread.parts),
-        )
-        self._run(kernel, pieces.number, rows, arguments, spread.span, constants)
+        constants |= {"span": split.span, "ROWS": triton.next_power_of_2(split.parts)}
+        self._launch(kernel, pieces.number, *tensors, pieces.table, split.parts, **constants)
 
-    def _run(
-        self,
-        kernel: Any,
-        programs: int,
-        rows: int,
-        arguments: tuple[Any, ...],
-        span: int,
-        constants: dict[str, Any],
-    ) -> None:
-        width = self.tables.width
-        warps = min(
-            16, max(1, rows * width // 512)
-        )  # 16 elements a thread: two 16-byte loads of bf16
-        with torch.cuda.device_of(self.kept[0]):
-            kernel[(programs,)](
-                *arguments, self.pixels, sum(self.widths), span,
-                UNIT=self.tables.unit, ROWS=rows, WIDTH=width, PRECISION=PRECISIONS[self.wide],
-                num_warps=warps, **constants,
-            )  # fmt: skip
+    def _launch(self, kernel: Any, programs: int, *arguments: Any, ROWS: int, **more: Any) -> None:
+        more |= {"pixels": self.call.pixels, "channels": self.call.first_channels[-1]}
+        more |= {"UNIT": self.tables.unit, "ROWS": ROWS, "WIDTH": self.tables.width}
+        more["PRECISION"] = PRECISIONS[self.call.sum_dtype]
+        # A thread takes 16 elements, two 16-byte loads of bf16; a warp has 32 threads.
+        warps = min(16, max(1, ROWS * self.tables.width // (16 * 32)))
+        with torch.cuda.device_of(self.feature_block):
+            kernel[(programs,)](*arguments, **more, num_warps=warps)
 
 
 aggregate = partial(engine.aggregate, Triton)

@@ -1,12 +1,13 @@
 /* The engine's passes and convolutions for CPUs, without any layer's input concatenated in memory.
  *
- * A feature is rows of pixels: element (pixel, channel) of feature j lies at pixel * width_j + channel of its part of
- * the block. A reader's input is gathered, normalised and rectified for a band of image rows at a time, into scratch
- * memory that stays in the core's own cache, and multiplied there. Sums over pixels are added in a fixed order for a
- * given number of threads.
+ * A feature is rows of pixels: element (pixel, channel) of feature j lies at pixel * width_j +
+ * channel of its part of the block. A reader's input is gathered, normalised and rectified for a
+ * band of image rows at a time, into scratch memory that stays in the core's own cache, and
+ * multiplied there. Sums over pixels are added in a fixed order for a given number of threads.
  *
- * passes.h is included once for each type of feature: fp64, fp32, bf16. What multiplies is one of two files with the
- * same functions: vectors.h (broadcast and multiply-add) or, for bf16, tiles.h (a matrix unit). Defined from outside:
+ * passes.h is included once for each type of feature: fp64, fp32, bf16. What multiplies is
+ * one of two files with the same functions: vectors.h (broadcast and multiply-add) or, for bf16,
+ * tiles.h (a matrix unit). Defined from outside:
  *
  *   BYTES     of a vector: 32, or 64 where that is faster
  *   PAIRS     bf16 is multiplied two values at a time by the vectors' own instruction, else as fp32
@@ -35,50 +36,61 @@
 #ifndef __AVX512BF16__
 #undef PAIRS
 #endif
-#if !defined(MATRIX) && (defined(__AMX_BF16__) || defined(__AMXBF16__)) /* as GCC and as older Clang say it */
+#if !defined(MATRIX) && (defined(__AMX_BF16__) || \
+                         defined(__AMXBF16__)) /* GCC says it one way, older Clang another. */
 #define MATRIX 1
 #elif !defined(MATRIX)
 #define MATRIX 0
 #endif
 #if defined(__AVX512VL__) && defined(__AVX512BW__)
-#define MASKS 1 /* loads and stores of part of a vector */
+#define MASKS 1 /* There are loads and stores of part of a vector. */
 #else
 #define MASKS 0
 #endif
 #if defined(__AVX512VL__) || defined(__aarch64__)
-#define TILE 8 /* rows of a product that, with MOST columns of vectors, fit 32 registers */
+/* With PRODUCT_VECTORS vectors of columns they fit 32 registers. */
+#define PRODUCT_ROWS 8
 #else
-#define TILE 4
+#define PRODUCT_ROWS 4
 #endif
-#define MOST 3 /* vectors of columns in one product */
-#define FEWEST 8
-#define CACHE (384 * 1024) /* scratch memory of a band of rows, in bytes: part of a core's second-level cache */
+#define PRODUCT_VECTORS 3 /* One product has at most as many vectors of columns. */
+#define LEAST_BAND_ROWS 8
+/* A band's scratch memory in bytes: part of a core's second-level cache. */
+#define CACHE (384 * 1024)
 
-/* One pass of a reader, or over a feature. What a pass does not use is null. Numbers are at the precision of sums. */
+/* What one pass of a reader, or one pass over a feature, is given. What a pass does not use is
+ * null. Parameters and statistics are at the precision of sums. The order is that of native.py. */
 typedef struct {
-  int64_t images, height, width;       /* of the stage */
-  int64_t in, out, kernel;             /* of the reader: channels gathered and made */
-  int64_t links, statistics;           /* features that it reads; channels of the whole stage */
-  int64_t place, training;             /* where those of what is made or corrected begin; whether it depends on them */
-  double eps;                          /* added to variances */
-  const int64_t *first, *widths, *statistic; /* of each link: column in the block, width, place among the statistics */
-  const uint8_t *begun;                /* of each link: whether its sum has been begun by another reader */
-  const void *block, *scale, *shift, *mean, *rstd, *weight;
-  void *made;                          /* (pixels, out) */
-  double *found;                       /* where mean and variance (biased) of what is made go, (2, statistics) */
-  const void *d;                       /* gradient with respect to what is made or activated */
-  const void *x;                       /* a feature; where d is its sum, yet to be corrected */
-  void *sums, *d_scale, *d_shift, *d_weight, *totals;
-} Pass;
+  int64_t images, height, width; /* Those of the stage. */
+  int64_t in_channels, out_channels; /* The reader gathers the first and makes the second. */
+  int64_t kernel;
+  int64_t sources;       /* So many features are gathered. */
+  int64_t all_channels;  /* The channels of all features of the stage. */
+  int64_t first_channel; /* The first one of the feature that is made or corrected. */
+  int64_t training;      /* Whether statistics depend on the feature. */
+  double eps;            /* It is added to variances. */
+  /* For each source: its first column in the block, its channels, the first one among all channels,
+   * and whether its gradient sum has been begun, so that this reader adds to it. */
+  const int64_t *columns, *widths, *channels;
+  const uint8_t *adds;
+  const void *features; /* The block of all features. */
+  const void *scale, *shift, *mean, *rstd, *weight;
+  void *output;         /* (pixels, channels) */
+  double *moments;      /* Mean and biased variance of features that are made, (2, all_channels). */
+  const void *d_output; /* The gradient of an output, an activation or a feature. */
+  const void *x; /* A feature; where it is given, d_output is its sum, yet to be corrected. */
+  void *gradient_sums, *d_scale, *d_shift, *d_weight, *gradient_totals;
+} Arguments;
 
-/* Scratch memory of the calling thread, kept from call to call; uninitialised, null where there is none to be had. */
+/* Each thread keeps scratch memory from call to call. It is uninitialised, and null where there is
+ * none to be had. */
 typedef struct {
   char *memory;
   size_t size;
 } Arena;
 static _Thread_local Arena arena;
-static pthread_key_t owner; /* frees a thread's arena when the thread ends */
-static pthread_once_t once = PTHREAD_ONCE_INIT;
+static pthread_key_t owner; /* It frees a thread's arena when the thread ends. */
+static pthread_once_t owner_once = PTHREAD_ONCE_INIT;
 static void make_owner(void) { pthread_key_create(&owner, free); }
 
 static char *scratch(size_t size) {
@@ -86,7 +98,7 @@ static char *scratch(size_t size) {
     free(arena.memory);
     arena.size = 0;
     arena.memory = aligned_alloc(4096, (size + 4095) / 4096 * 4096);
-    pthread_once(&once, make_owner);
+    pthread_once(&owner_once, make_owner);
     pthread_setspecific(owner, arena.memory);
     if (!arena.memory) return NULL;
     arena.size = size;
@@ -97,20 +109,24 @@ static char *scratch(size_t size) {
   return arena.memory;
 }
 
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-INLINE int64_t ratio(int64_t a, int64_t b) { return (a + b - 1) / b; } /* rounded up */
-INLINE int64_t padded(int64_t count, int64_t multiple) { return ratio(count, multiple) * multiple; }
+INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+INLINE int64_t divide_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+} /* The quotient is rounded up. */
+INLINE int64_t round_up(int64_t count, int64_t multiple) {
+  return divide_up(count, multiple) * multiple;
+}
 
 /* Takes `size` bytes of scratch memory that begins at *next; with *next null only counts them. */
 INLINE void *take(char **next, size_t *total, size_t size) {
   char *taken = *next ? *next + *total : NULL;
-  *total += padded(size, 64);
+  *total += round_up(size, 64);
   return taken;
 }
 
-/* The threads are those that PyTorch computes with. GCC and Clang lower their pragmas to calls of different libraries,
- * so the one entry that both have is called by its name. */
+/* The threads are those that PyTorch computes with. GCC and Clang lower their pragmas to calls of
+ * different libraries, so the one entry that both have is called by its name. */
 extern void GOMP_parallel(void (*body)(void *), void *data, unsigned threads, unsigned flags);
 extern int omp_get_thread_num(void), omp_get_num_threads(void), omp_get_max_threads(void);
 
@@ -121,27 +137,30 @@ typedef struct {
   int64_t count, size;
 } Team;
 
-static void member(void *data) {
+static void run_thread(void *data) {
   Team *team = data;
-  int64_t me = omp_get_thread_num(), size = omp_get_num_threads(); /* may be fewer than asked for */
+  int64_t me = omp_get_thread_num(),
+          size = omp_get_num_threads(); /* There may be fewer than asked for. */
   if (me == 0) team->size = size;
   team->body(team->context, team->count * me / size, team->count * (me + 1) / size, me);
 }
 
-/* body(context, from, to, thread) for parts of `count` tasks, on all threads; how many there were. */
+/* Calls body(context, from, to, thread) for parts of `count` tasks on all threads. The result is
+ * how many threads there were. */
 static int64_t share_work(Body *body, const void *context, int64_t count) {
   Team team = {body, context, count, 0};
-  GOMP_parallel(member, &team, omp_get_max_threads(), 0);
+  GOMP_parallel(run_thread, &team, omp_get_max_threads(), 0);
   return team.size;
 }
 
-/* Rows of a band: as many as keep `bytes` a row, and `around` rows more, in the cache, but at least FEWEST, because the
- * rows around a band are read twice; fewer only where there would not be a band for each thread. */
-static int64_t band_rows(const Pass *pass, int64_t bytes, int64_t around) {
+/* Gives the rows of a band: as many as keep `bytes` a row, and `around` rows more, in the cache,
+ * but at least LEAST_BAND_ROWS, because the rows around a band are read twice; fewer only where
+ * there would not be a band for each thread. */
+static int64_t band_rows(const Arguments *args, int64_t bytes, int64_t around) {
   int64_t rows = CACHE / bytes - around;
-  int64_t bands = ratio(omp_get_max_threads(), pass->images);
-  rows = least(most(FEWEST, rows), ratio(pass->height, bands));
-  return ratio(pass->height, ratio(pass->height, rows));
+  int64_t bands = divide_up(omp_get_max_threads(), args->images);
+  rows = min(max(LEAST_BAND_ROWS, rows), divide_up(args->height, bands));
+  return divide_up(args->height, divide_up(args->height, rows));
 }
 
 INLINE float from_bf16(uint16_t value) {
@@ -161,7 +180,7 @@ INLINE uint16_t to_bf16(float value) {
 #if MATRIX
 #include "matrix.h"
 #else
-int matrix_unit(void) { return 1; } /* none is needed */
+int matrix_unit(void) { return 1; } /* None is needed. */
 #endif
 
 #define JOIN_(a, b) a##_##b
