@@ -73,7 +73,7 @@ class BenchmarkedSummary(RunSummary):
 
 
 def read_steps(paths: Sequence[Path]) -> dict[Workload, float]:
-    """Return the seconds of a training step, of the fastest implementation without options."""
+    """Returns the seconds of a training step, of the fastest implementation without options."""
     steps: dict[Workload, float] = {}
     for file in sorted(file for path in paths for file in path.rglob(BENCH)):
         record = read_json(file, BenchRecord)
@@ -86,7 +86,7 @@ def read_steps(paths: Sequence[Path]) -> dict[Workload, float]:
 
 
 def read_runs(paths: Sequence[Path]) -> list[BenchmarkedSummary]:
-    """Return the rows of the runs in *paths*, the best first."""
+    """Returns the rows of the runs in *paths*, the best first."""
     steps = read_steps(paths)
     rows = []
     for row in read_summaries(path for path in paths if run_folders(path)):
@@ -127,7 +127,7 @@ class Marker:
 
 
 def table(marker: Marker) -> str:
-    """Return the Markdown table of runs; ``ValueError`` where a path has none."""
+    """Returns the Markdown table of runs; ``ValueError`` where a path has none."""
     for path in marker.paths:
         if not run_folders(path) and not any(path.rglob(BENCH)):
             raise ValueError(f"{path}: expected a run folder or records, found none")
@@ -137,7 +137,7 @@ def table(marker: Marker) -> str:
 
 
 def update(page: Path) -> int:
-    """Write the tables of a *page* anew, and return how many there are. Raises ``ValueError``."""
+    """Writes the tables of a *page* anew, and return how many there are. Raises ``ValueError``."""
     updated, count = TABLE.subn(
         lambda match: f"{match[1]}\n{table(Marker.parse(page, match[2]))}\n{match[3]}", _read(page)
     )
@@ -149,7 +149,7 @@ def update(page: Path) -> int:
 
 
 def draw(page: Path) -> Iterator[Path]:
-    """Draw the pictures that the tables of a *page* name, and yield their files."""
+    """Draws the pictures that the tables of a *page* name, and yield their files."""
     costs = {**COSTS, "step_seconds": ("a training step, benchmarked (ms)", 1e-3)}
     for match in TABLE.finditer(_read(page)):
         marker = Marker.parse(page, match[2])

@@ -64,7 +64,10 @@ def examples(page):
 def test_examples_do_what_they_show(page, tmp_path):
     printed = ""
     for kind, text in blocks(page):
-        if kind == "python":
+        if kind == "python" and text.startswith(">>>"):
+            (tmp_path / "session.txt").write_text(text)
+            run([sys.executable, "-m", "doctest", "session.txt"], tmp_path)
+        elif kind == "python":
             printed = run([sys.executable, "-c", text], tmp_path)
             comments = re.findall(r"print\(.*\)  # (.*)$", text, re.M)
             assert_shown("\n".join(comments), printed)

@@ -60,7 +60,7 @@ class MachineReport:
 
 
 def check(dataset_dir: str = "", measure: bool = False) -> MachineReport:
-    """Look at the machine and, where one is named, at a data folder.
+    """Looks at the machine and, where one is named, at a data folder.
 
     What ``auto`` goes by is measured where that has not been done, and with *measure* anew.
     Raises ``ValueError`` for data that cannot be read.
@@ -121,7 +121,7 @@ def _choices(device: torch.device, dtype: torch.dtype, measure: bool) -> dict[st
 
 
 def lines(report: MachineReport) -> Iterator[str]:
-    """Yield the report as lines for people."""
+    """Yields the report as lines for people."""
     env = report.environment
     yield (f"sparsenet {env.sparsenet}, torch {env.torch}, Python {env.python}, {env.platform}")
     for device, precisions in report.devices.items():

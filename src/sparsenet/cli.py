@@ -16,7 +16,7 @@ FAILED, BAD_CALL = 1, 2
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command and return its exit code. Help and wrong flags do not load PyTorch."""
+    """Runs one command and return its exit code. Help and wrong flags do not load PyTorch."""
     from importlib import import_module
 
     from sparsenet import commands, flags
@@ -41,7 +41,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _ends_a_run(error: RuntimeError) -> bool:
-    """Return whether *error* is a known end of a run, and not a fault of the program."""
+    """Returns whether *error* is a known end of a run, and not a fault of the program."""
     import torch
 
     from sparsenet.train import DivergedError
@@ -50,7 +50,7 @@ def _ends_a_run(error: RuntimeError) -> bool:
 
 
 def main() -> NoReturn:
-    """Run the program on the arguments of the process."""
+    """Runs the program on the arguments of the process."""
     try:
         code = run(sys.argv[1:])
         sys.stdout.flush()

@@ -60,7 +60,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a JSON value, which :func:`from_dict` reads back."""
+        """Returns a JSON value, which :func:`from_dict` reads back."""
         return dataclasses.asdict(self)
 
 
@@ -96,7 +96,7 @@ class Setting:
     choices: tuple[str, ...]
 
     def check(self, value: Any, source: str) -> None:
-        """Raise ``ValueError`` where *value*, from the JSON file *source*, has another type."""
+        """Raises ``ValueError`` where *value*, from the JSON file *source*, has another type."""
         try:
             msgspec.convert(value, self.kind)
         except msgspec.ValidationError:
@@ -108,7 +108,7 @@ class Setting:
 
 
 def settings() -> Iterator[Setting]:
-    """Yield every setting of a run."""
+    """Yields every setting of a run."""
     for component, owner in COMPONENTS.items():
         kinds = typing.get_type_hints(owner)
         if component == "network":
@@ -123,7 +123,7 @@ def settings() -> Iterator[Setting]:
 
 
 def replace(base: RunConfig, changes: Mapping[str, Mapping[str, Any]]) -> RunConfig:
-    """Return *base* with fields of its components replaced: ``{"optim": {"lr": 0.2}}``."""
+    """Returns *base* with fields of its components replaced: ``{"optim": {"lr": 0.2}}``."""
     network = dict(changes.get("network", {}))
     if "depth" in network:  # a depth replaces the base's stages, and the other way round
         network.setdefault("blocks", ())
@@ -137,7 +137,7 @@ def replace(base: RunConfig, changes: Mapping[str, Mapping[str, Any]]) -> RunCon
 
 
 def from_dict(value: Any, source: str, base: RunConfig) -> RunConfig:
-    """Return *base* with what a JSON value sets.
+    """Returns *base* with what a JSON value sets.
 
     Raises ``ValueError`` naming *source* and what is unknown or of another type.
     """
@@ -158,12 +158,12 @@ def from_dict(value: Any, source: str, base: RunConfig) -> RunConfig:
 
 
 def load(path: Path, base: RunConfig) -> RunConfig:
-    """Return *base* with what a JSON file sets; ``ValueError`` in one line where it cannot."""
+    """Returns *base* with what a JSON file sets; ``ValueError`` in one line where it cannot."""
     return from_dict(read_json(path, object), str(path), base)
 
 
 def differences(old: RunConfig, new: RunConfig) -> list[str]:
-    """Return what resuming *old* as *new* would change and must not: ``name old -> new``."""
+    """Returns what resuming *old* as *new* would change and must not: ``name old -> new``."""
     changes = []
     for each in settings():
         before = getattr(getattr(old, each.component), each.name)
@@ -176,7 +176,7 @@ def differences(old: RunConfig, new: RunConfig) -> list[str]:
 
 
 def recipe(config: RunConfig) -> dict[str, dict[str, Any]]:
-    """Return how a network was trained, as a JSON value: what matters for the result alone."""
+    """Returns how a network was trained, as a JSON value: what matters for the result alone."""
     left_out = MAY_CHANGE - {"max_epoch"}
     components = config.to_dict()
     del components["network"]
@@ -187,6 +187,6 @@ def recipe(config: RunConfig) -> dict[str, dict[str, Any]]:
 
 
 def nearest(name: str, known: Iterable[str], likeness: float = 0.5) -> str:
-    """Return ``; did you mean ...?`` where a known name is near, else nothing."""
+    """Returns ``; did you mean ...?`` where a known name is near, else nothing."""
     near = difflib.get_close_matches(name, list(known), 1, likeness)
     return f"; did you mean {near[0]}?" if near else ""

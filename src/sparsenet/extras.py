@@ -12,7 +12,7 @@ class MissingExtra(ImportError):
 
 
 def require(module: str, extra: str) -> Any:
-    """Import *module*. Where it is missing, :class:`MissingExtra` says how to install it."""
+    """Imports *module*. Where it is missing, :class:`MissingExtra` says how to install it."""
     try:
         return import_module(module)
     except ModuleNotFoundError as error:
@@ -25,12 +25,12 @@ def require(module: str, extra: str) -> Any:
 
 
 def install_hint(extra: str) -> str:
-    """Return the command that installs an extra. No package index has sparsenet, hence the dot."""
+    """Returns the command that installs an extra. No package index has sparsenet, hence the dot."""
     return f"pip install '.[{extra}]' in the folder of sparsenet's source"
 
 
 def missing_packages() -> dict[str, list[str]]:
-    """Return for each extra of this package, except that for developers, what is not installed."""
+    """Returns for each extra of this package, except that for developers, what is not installed."""
     missing: dict[str, list[str]] = {}
     for requirement in _requirements():
         parts = re.match(r"([\w.-]+).*\bextra == ['\"](\w+)['\"]", requirement)

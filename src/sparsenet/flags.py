@@ -32,7 +32,7 @@ class Parser(argparse.ArgumentParser):
             raise argparse.ArgumentError(action, expected)
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """Parse the arguments of a command; ``-`` and ``_`` are the same in the name of a flag.
+        """Parses the arguments of a command; ``-`` and ``_`` are the same in the name of a flag.
 
         Raises ``ValueError``, for an unknown flag with the nearest one.
         """
@@ -58,7 +58,7 @@ def _with_underscores(argument: str) -> str:
 
 
 def parser() -> Parser:
-    """Return the program's parser."""
+    """Returns the program's parser."""
     program = Parser(
         prog="sparsenet", description="Train, evaluate and use sparsely aggregated networks."
     )
@@ -98,7 +98,7 @@ def _add_train(commands: Any) -> None:
 
 
 def _add_setting(group: Any, setting: Setting) -> None:
-    """Add the flag of a setting; where it is not given, it leaves no trace in the namespace."""
+    """Adds the flag of a setting; where it is not given, it leaves no trace in the namespace."""
     default = str(setting.default).lower()
     if isinstance(setting.default, tuple):
         default = ",".join(map(str, setting.default))
@@ -120,7 +120,7 @@ def _add_setting(group: Any, setting: Setting) -> None:
 
 
 def from_flags(flags: Mapping[str, str], base: RunConfig) -> RunConfig:
-    """Return *base* with the settings in *flags* (name to command-line text) replaced."""
+    """Returns *base* with the settings in *flags* (name to command-line text) replaced."""
     changes: dict[str, dict[str, Any]] = {component: {} for component in COMPONENTS}
     for each in settings():
         if each.name in flags:
@@ -129,7 +129,7 @@ def from_flags(flags: Mapping[str, str], base: RunConfig) -> RunConfig:
 
 
 def _value_of(setting: Setting, text: str) -> Any:
-    """Return the value that *text* stands for; ``ValueError`` if it is none of the setting's."""
+    """Returns the value that *text* stands for; ``ValueError`` if it is none of the setting's."""
     if setting.kind is bool:
         value: Any = TRUTH.get(text.lower())
         expected = "true or false"

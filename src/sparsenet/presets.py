@@ -40,7 +40,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def preset(name: str) -> RunConfig:
-    """Return the settings of a preset; ``ValueError`` with the known names."""
+    """Returns the settings of a preset; ``ValueError`` with the known names."""
     if name not in PRESETS:
         hint = nearest(name, PRESETS)
         raise ValueError(f"--preset: expected one of {', '.join(PRESETS)}, found {name!r}{hint}")
@@ -48,7 +48,7 @@ def preset(name: str) -> RunConfig:
 
 
 def preset_for(dataset: str, dataset_dir: str) -> str:
-    """Return the preset that is used where none is named: that of the kind of data set.
+    """Returns the preset that is used where none is named: that of the kind of data set.
 
     Whatever lies in a folder of one's own is trained by the short one.
     """

@@ -1,4 +1,4 @@
-"""Run folders, read as rows of a table."""
+"""Runs folders, read as rows of a table."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from sparsenet.trained import Trained, load_trained
 
 
 def load_network(args: argparse.Namespace, device: torch.device) -> Trained:
-    """Load what RUN names, and warn of damaged checkpoints that were passed over."""
+    """Loads what RUN names, and warn of damaged checkpoints that were passed over."""
     trained = load_trained(args.run, args.checkpoint, device)
     for warning in trained.warnings:
         print(f"sparsenet: warning: {warning}", file=sys.stderr)
@@ -29,7 +29,7 @@ def load_network(args: argparse.Namespace, device: torch.device) -> Trained:
 
 
 def load_images(args: argparse.Namespace, trained: Trained) -> Dataset:
-    """Load the images of the run, or those that the flags name.
+    """Loads the images of the run, or those that the flags name.
 
     Raises ``ValueError`` where they have other classes than the network.
     """
@@ -73,7 +73,7 @@ def _data_config(args: argparse.Namespace, trained: Trained) -> DataConfig:
 
 
 def print_result(value: Any, lines: Iterable[str], as_json: bool) -> int:
-    """Print *lines*, or *value* (dataclasses, containers, numbers, text) as one JSON value."""
+    """Prints *lines*, or *value* (dataclasses, containers, numbers, text) as one JSON value."""
     text = json.dumps(msgspec.to_builtins(value), indent=2) if as_json else "\n".join(lines)
     print(text)
     return 0
