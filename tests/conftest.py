@@ -190,7 +190,7 @@ def _trained(folder: Path, *arguments: object) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on the digits: two epochs of 23 steps. Tests that change it take :func:`copied`."""
+    """A run on the digits: two epochs of 23 steps. Tests that change it take ``copied``."""
     return _trained(tmp_path_factory.mktemp("trained") / "run", *TINY, "--max_epoch", 2)
 
 
@@ -208,7 +208,7 @@ def folder_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained_on_folder(folder_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one epoch on :func:`folder_data`. Read only."""
+    """A run of one epoch on ``folder_data``. Read only."""
     out = tmp_path_factory.mktemp("trained_on_folder") / "run"
     return _trained(out, *TINY, "--max_epoch", 1, "--batch_size", 4, "--dataset_dir", folder_data)
 
@@ -231,7 +231,7 @@ def write_classes(root: Path, classes: tuple[str, ...] = CLASSES, images: int = 
 
 
 def write_cifar10(root: Path) -> Path:
-    """A small CIFAR-10, unpacked and binary: six files of :data:`IMAGES` records each."""
+    """A small CIFAR-10, unpacked and binary: six files of ``IMAGES`` records each."""
     folder = root / "cifar-10-batches-bin"
     folder.mkdir(parents=True)
     generator = np.random.default_rng(0)

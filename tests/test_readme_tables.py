@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def write_benchmark(folder: Path, seconds: float, **change: Any) -> None:
-    """As ``benchmarks.bench --model runs/run`` writes it, on the platform of :func:`make_run`."""
+    """As ``benchmarks.bench --model runs/run`` writes it, on the platform of ``make_run``."""
     environment = {"device": "cpu", "device_name": "A CPU | fast", "threads": 2, "torch": "9"}
     row = {
         "model": "runs/run",

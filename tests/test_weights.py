@@ -57,7 +57,7 @@ def file(call: Call, exported: Path) -> Path:
 
 @pytest.fixture
 def shipped(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The same as if it came with the package, as the weights of :data:`NAME`."""
+    """The same as if it came with the package, as the weights of ``NAME``."""
     path = tmp_path / "package" / f"{NAME}.safetensors"
     path.parent.mkdir()
     path.write_bytes(file.read_bytes())

@@ -71,7 +71,7 @@ class Workload:
         self.labels = labels.to(self.device)
 
     def set_training(self, training: bool) -> None:
-        """Prepares for :meth:`step` or for :meth:`infer`, which should not time this."""
+        """Prepares for ``step`` or for ``infer``, which should not time this."""
         self.model.train(training)
 
     def step(self) -> Tensor:

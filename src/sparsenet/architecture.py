@@ -1,8 +1,8 @@
 """What a network is made of, before any tensor exists: its settings and the stages they make.
 
-A stage is a :class:`~sparsenet.topology.Topology` plus widths. A layer is a *branch*, a chain of
-BN-ReLU-Conv units. The graph and counts of :mod:`sparsenet.graph` and the modules of
-:mod:`sparsenet.model` are all read off the same :class:`Stage` objects.
+A stage is a ``sparsenet.topology.Topology`` plus widths. A layer is a *branch*, a chain of
+BN-ReLU-Conv units. The graph and counts of ``sparsenet.graph`` and the modules of
+``sparsenet.model`` are all read off the same ``Stage`` objects.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Stage:
 
     @property
     def unit_widths(self) -> tuple[int, ...]:
-        """Channels of the features that :attr:`reads` numbers."""
+        """Channels of the features that ``reads`` numbers."""
         return (self.in_width,) + tuple(out for _, out in self.branch) * self.topology.depth
 
     def units(self, layer: int) -> Iterator[tuple[int, int, int]]:

@@ -28,7 +28,7 @@ class CudaGraphs:
     """Records CUDA graphs on a stream of its own into one memory pool, which all of them share.
 
     That is safe as long as they are replayed by one thread and the outputs of one are used up
-    before the next one runs, as :class:`Captured` does by cloning them; see "Graph memory
+    before the next one runs, as ``Captured`` does by cloning them; see "Graph memory
     management" in PyTorch's notes on CUDA.
     """
 
@@ -94,7 +94,7 @@ class Captured(Generic[Outputs]):
     """A *function* of tensors on one device, recorded where the device can, and then replayed.
 
     ``Captured(function)(*tensors)`` equals ``function(*tensors)``. For each set of shapes the first
-    :data:`WARM_UP` calls are made as they are; the next one records. What *function* reads or
+    ``WARM_UP`` calls are made as they are; the next one records. What *function* reads or
     changes besides its arguments has to stay at its address, and what it computes in Python is
     computed for the last time when it is recorded.
 

@@ -49,7 +49,7 @@ class DataSummary:
 
 @dataclass(frozen=True)
 class MachineReport:
-    """What :func:`check` finds; all but *extras* and *data* are by device."""
+    """What ``check`` finds; all but *extras* and *data* are by device."""
 
     environment: Environment
     devices: dict[str, list[str]]  # precisions in which a convolution runs, forward and backward

@@ -36,7 +36,7 @@ class Manifest:
     about: dict[str, Any]  # what is needed to use the weights
     seconds: float = 0.0  # training time of the epoch that has begun; only in "last"
     best: float | None = None  # lowest validation error so far, in percent; only in "last"
-    sha256: str = ""  # of the tensors' file; :func:`save` fills it in
+    sha256: str = ""  # of the tensors' file; ``save`` fills it in
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def saved(folder: Path, kind: str) -> list[Path]:
 def restore(folder: Path, kind: str) -> tuple[Checkpoint, list[str]]:
     """The newest intact checkpoint of *kind*, and a warning for each damaged one before it.
 
-    Raises :class:`RunError` where there is none.
+    Raises ``RunError`` where there is none.
     """
     warnings: list[str] = []
     for path in saved(folder, kind):

@@ -60,7 +60,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns a JSON value, which :func:`from_dict` reads back."""
+        """Returns a JSON value, which ``from_dict`` reads back."""
         return dataclasses.asdict(self)
 
 

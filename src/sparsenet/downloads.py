@@ -31,7 +31,7 @@ def download(
     the most bytes to accept, *timeout* the seconds to wait for an answer. An https address is never
     left for another kind by a redirection.
 
-    Raises :class:`DownloadError`, and ``OSError`` where *target* cannot be written.
+    Raises ``DownloadError``, and ``OSError`` where *target* cannot be written.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f"{target.name}.part")

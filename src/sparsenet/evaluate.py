@@ -61,7 +61,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class EvaluationStep:
-    """The work that :func:`evaluate` has with a batch."""
+    """The work that ``evaluate`` has with a batch."""
 
     model: nn.Module
     preprocessing: Preprocessing
@@ -93,7 +93,7 @@ def evaluate(
 ) -> Evaluation:
     """Runs *model* in evaluation mode over *images*, in order, and restores its mode afterwards.
 
-    *score* is the model's :class:`EvaluationStep`, for whoever wants it captured once for many
+    *score* is the model's ``EvaluationStep``, for whoever wants it captured once for many
     passes; by default this pass makes one and captures it where it can.
     """
     score = score or Captured(EvaluationStep(model, preprocessing, precision))

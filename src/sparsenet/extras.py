@@ -12,7 +12,7 @@ class MissingExtra(ImportError):
 
 
 def require(module: str, extra: str) -> Any:
-    """Imports *module*. Where it is missing, :class:`MissingExtra` says how to install it."""
+    """Imports *module*. Where it is missing, ``MissingExtra`` says how to install it."""
     try:
         return import_module(module)
     except ModuleNotFoundError as error:

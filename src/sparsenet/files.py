@@ -59,7 +59,7 @@ def parse_json(data: bytes | str, kind: type[T], where: str) -> T:
 
 
 def read_json(file: Path, kind: type[T]) -> T:
-    """Reads a file with :func:`parse_json`; also ``ValueError`` where it cannot be read."""
+    """Reads a file with ``parse_json``; also ``ValueError`` where it cannot be read."""
     try:
         data = file.read_bytes()
     except OSError as error:

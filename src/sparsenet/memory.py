@@ -24,7 +24,7 @@ def peak_memory_mb(device: torch.device) -> float | None:
 
 
 def memory_mb(device: torch.device) -> float | None:
-    """Memory in use now, in MB, counted as :func:`peak_memory_mb` counts it."""
+    """Memory in use now, in MB, counted as ``peak_memory_mb`` counts it."""
     return _memory_mb(device, "VmRSS", "memory_allocated")
 
 

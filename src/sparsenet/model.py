@@ -114,7 +114,7 @@ class SparseNet(nn.Module):
     """A network of aggregated stages: normalised images to logits.
 
     Images are ``(N, in_chans, H, W)``, logits ``(N, num_classes)``. *implementation* is ``auto`` or
-    one of :data:`sparsenet.ops.implementations.IMPLEMENTATIONS`; parameters and state dict are the
+    one of ``sparsenet.ops.implementations.IMPLEMENTATIONS``; parameters and state dict are the
     same for all. With *memory* ``lean`` the backward pass computes bottlenecks again instead of
     reading them from memory.
 
@@ -161,7 +161,7 @@ class SparseNet(nn.Module):
 
     @property
     def num_features(self) -> int:
-        """Channels of the output of :meth:`forward_features`."""
+        """Channels of the output of ``forward_features``."""
         return self.architecture.stages[-1].out_width
 
     @property

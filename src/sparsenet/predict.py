@@ -46,7 +46,7 @@ def find_images(patterns: Sequence[str]) -> list[Path]:
     """The image files that files, folders and globs (``**`` goes deep) name, in the order given.
 
     A folder gives every image file in it and below, sorted, without hidden ones. A pattern that
-    names nothing stays in the list as it is, so that :func:`predict` reports it in its place.
+    names nothing stays in the list as it is, so that ``predict`` reports it in its place.
     """
     images: list[Path] = []
     for pattern in patterns:

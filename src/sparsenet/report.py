@@ -60,7 +60,7 @@ class Section:
 def write_report(paths: Sequence[Path], target: Path) -> Path:
     """Writes one page about the runs in *paths*, the smallest error first, and returns *target*.
 
-    *paths* are as for :func:`sparsenet.records.read_summaries`. Where networks can be compared, a
+    *paths* are as for ``sparsenet.records.read_summaries``. Where networks can be compared, a
     picture of error against their costs lies beside the page: ``*-comparison.png``. What a run
     lacks, because it goes on or was stopped, is named on the page. Raises ``ValueError`` where
     there is no run, for a damaged file, or for a *target* that cannot be written.

@@ -23,14 +23,14 @@ from sparsenet.results import EpochMetrics
 
 
 class Run:
-    """A run folder. Methods that read or write it raise :class:`RunError` in one line."""
+    """A run folder. Methods that read or write it raise ``RunError`` in one line."""
 
     def __init__(self, path: Path):
         self.path = path
 
     @property
     def checkpoints(self) -> Path:
-        """The folder of :mod:`sparsenet.checkpoints`."""
+        """The folder of ``sparsenet.checkpoints``."""
         return self.path / "checkpoints"
 
     @classmethod
@@ -63,7 +63,7 @@ class Run:
         raise RunError(f"{path}: expected a run folder with config.json, found {content}")
 
     def discard_if_unused(self) -> None:
-        """Removes a folder that :meth:`create` made and no run was written into."""
+        """Removes a folder that ``create`` made and no run was written into."""
         if (self.path / "config.json").exists() or not self.checkpoints.is_dir():
             return
         if {path.name for path in self.path.iterdir()} <= {"checkpoints", "train.log", ".lock"}:

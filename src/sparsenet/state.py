@@ -62,7 +62,7 @@ class TrainingState:
     def save(self, kind: str, folder: Path, about: dict[str, Any]) -> None:
         """Writes a checkpoint: all of the state as ``last``, the evaluated weights as ``best``.
 
-        Raises :class:`DivergedError` where they are not finite.
+        Raises ``DivergedError`` where they are not finite.
         """
         tensors = self._tensors() if kind == "last" else _named("model.", self.evaluated)
         check_finite(tensors, self.step)
@@ -102,7 +102,7 @@ def _named(prefix: str, model: nn.Module) -> dict[str, Tensor]:
 
 
 def check_finite(tensors: Mapping[str, Tensor], step: int) -> None:
-    """Raises :class:`DivergedError` where a tensor is not finite.
+    """Raises ``DivergedError`` where a tensor is not finite.
 
     A finite loss may have had gradients that were not, and nothing would undo a save.
     """
@@ -127,7 +127,7 @@ def new_state(setup: Setup) -> TrainingState:
 def restore(state: TrainingState, setup: Setup, run: Run) -> list[str]:
     """Loads the last intact checkpoint of *run* into a new *state*; returns lines for the user.
 
-    Raises :class:`RunError` where there are only damaged ones, or where the data is another.
+    Raises ``RunError`` where there are only damaged ones, or where the data is another.
     """
     if not checkpoints.saved(run.checkpoints, "last"):
         return ["stopped before the first checkpoint: starting from the beginning"]

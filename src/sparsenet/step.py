@@ -20,7 +20,7 @@ class TrainingStep:
     """Augmentation, forward, backward, update and average: all that a batch asks of the device.
 
     A call changes the model, the optimizer's state and the average in place, and never waits for
-    the device, so that it can be recorded (:mod:`sparsenet.capture`). What changes from step to
+    the device, so that it can be recorded (``sparsenet.capture``). What changes from step to
     step is an argument, and so a tensor; dropout has to be seeded before each call.
     """
 
@@ -40,10 +40,10 @@ class TrainingStep:
     def __call__(
         self, pixels: Tensor, labels: Tensor, rate: Tensor, ema_rate: Tensor, *moves: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Makes a step; returns :func:`loss_and_mistakes` of the batch before the update.
+        """Makes a step; returns ``loss_and_mistakes`` of the batch before the update.
 
         *pixels*, uint8 ``(N, C, S, S)``, may be smaller than the data's; *labels* int64 ``(N,)``;
-        the rates, ``()``, are of :func:`sparsenet.optim.epoch_rates`; *moves* are a :class:`Moves`.
+        the rates, ``()``, are of ``sparsenet.optim.epoch_rates``; *moves* are a ``Moves``.
         """
         optim = self.config.optim
         data = self.config.data.scaled(pixels.shape[-1], self.preprocessing.size)
@@ -72,7 +72,7 @@ def loss_and_mistakes(
 ) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy ``()`` of logits ``(N, classes)``; the number of mistakes, int64 ``()``.
 
-    Images that :func:`mix` has mixed have two labels, each of which counts by its share, and the
+    Images that ``mix`` has mixed have two labels, each of which counts by its share, and the
     larger one is the right one; *shares*, float32 ``(N,)``, are those of the image's own label.
     """
     predicted = logits.detach().argmax(1)

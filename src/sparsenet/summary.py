@@ -118,7 +118,7 @@ class RunSummary:
         return fmean(values) if values else None
 
     def cells(self) -> dict[str, str]:
-        """Returns the texts of a table's row by the keys of :data:`HEADINGS`; no value is ''."""
+        """Returns the texts of a table's row by the keys of ``HEADINGS``; no value is ''."""
         error = _format(self.error, ".2f")
         if len(self.errors) > 1:
             error += f" ± {stdev(self.errors):.2f}"
@@ -171,7 +171,7 @@ def used_columns(rows: Sequence[Mapping[str, str]], headings: Mapping[str, str])
 def markdown_table(
     rows: Sequence[Mapping[str, str]], headings: Mapping[str, str] = HEADINGS
 ) -> str:
-    """Returns rows like :meth:`RunSummary.cells` as a Markdown table without its empty columns.
+    """Returns rows like ``RunSummary.cells`` as a Markdown table without its empty columns.
 
     Where several rows all have the same data, recipe or seeds, a line below the table says so.
     """

@@ -5,7 +5,7 @@ the number ``i >= 1`` of a layer to the features it reads, in the order in which
 The stage output is the same fetch at ``depth + 1``. All else about the structure of a stage follows
 from that one function.
 
-To add a topology, write the function that makes its fetch and enter it in :data:`FETCHES`.
+To add a topology, write the function that makes its fetch and enter it in ``FETCHES``.
 
 Sources: sparse -- Zhu et al., "Sparsely Aggregated Convolutional Networks" (arXiv:1801.05895);
 dense -- Huang et al. (arXiv:1608.06993); harmonic -- Chao et al., "HarDNet" (arXiv:1909.00948).
@@ -56,7 +56,7 @@ def windowed(width: int = 4) -> Fetch:
 
 @dataclass(frozen=True)
 class NamedFetch:
-    """One entry of :data:`FETCHES`."""
+    """One entry of ``FETCHES``."""
 
     make: Callable[..., Fetch]
     argument: str = ""  # what the whole number after a colon is; "": the name takes none
@@ -78,7 +78,7 @@ FETCH_SYNTAX = ", ".join(_names) + " or FILE.py:FUNCTION"  # as help and errors 
 def named_fetch(name: str) -> Fetch:
     """The fetch of a name: ``"sparse"``, ``"sparse:3"`` (base 3), ``"dense"`` and so on.
 
-    Raises ``ValueError`` for a name that is not in :data:`FETCHES`, or takes no such argument.
+    Raises ``ValueError`` for a name that is not in ``FETCHES``, or takes no such argument.
     """
     kind, _, argument = name.partition(":")
     entry = FETCHES.get(kind)

@@ -42,12 +42,12 @@ def train(
     resume: bool = False,
     should_stop: Callable[[], str | None] = lambda: None,
 ) -> Iterator[Event]:
-    """Trains into *run*, yielding what happens; ``should_stop`` is asked after every :class:`Step`.
+    """Trains into *run*, yielding what happens; ``should_stop`` is asked after every ``Step``.
 
     With *resume*, training continues from the last intact checkpoint to the weights of an
     uninterrupted run: bit for bit on the CPU with the same threads and versions, and elsewhere as
     far as the device's kernels repeat themselves. Raises ``ValueError`` for data or settings that
-    do not fit, :class:`DivergedError` for a loss or weights that are not finite.
+    do not fit, ``DivergedError`` for a loss or weights that are not finite.
     """
     began = time.monotonic()
     previous = run.arithmetic() if resume else Arithmetic()
@@ -145,7 +145,7 @@ def _progress(
 ) -> tuple[float, float]:
     """Mean loss, and error in percent, of the epoch's first *steps* steps.
 
-    Raises :class:`DivergedError` where a loss is not finite.
+    Raises ``DivergedError`` where a loss is not finite.
     """
     losses = state.losses[:steps].cpu().double()
     finite = losses.isfinite()

@@ -47,8 +47,8 @@ def load_trained(
     """The network of a run folder, from its ``best`` or ``last`` checkpoint, or of weights.
 
     *source* is, in this order: a folder or file that exists, an ``https://`` address, a name of
-    :func:`sparsenet.list_models` that has weights. Raises ``ValueError`` in one line
-    (:class:`RunError` for a run folder).
+    ``sparsenet.list_models`` that has weights. Raises ``ValueError`` in one line
+    (``RunError`` for a run folder).
     """
     if os.path.isdir(source):  # noqa: PTH112 - where pathlib raises for what none can be called
         return _load_run(Path(source), kind, device, implementation)

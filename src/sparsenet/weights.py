@@ -1,7 +1,7 @@
 """Weights files: all that is needed to use a trained network, in one safetensors file.
 
 Matrices and convolutions are fp16 in the file, vectors fp32 and counters integers; a network gets
-them back in fp32. The file's metadata hold an :class:`About` as JSON under ``sparsenet``.
+them back in fp32. The file's metadata hold an ``About`` as JSON under ``sparsenet``.
 """
 
 from __future__ import annotations
@@ -130,9 +130,9 @@ def rounded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def pack(tensors: Mapping[str, Tensor], about: About) -> bytes:
-    """The content of a weights file with :func:`rounded` tensors.
+    """The content of a weights file with ``rounded`` tensors.
 
-    Raises ``ValueError`` for what :func:`load` would refuse in *about*.
+    Raises ``ValueError`` for what ``load`` would refuse in *about*.
     """
     if problem := _problem(about):
         raise ValueError(f"weights: expected a network that a file can describe, found {problem}")

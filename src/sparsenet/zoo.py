@@ -96,7 +96,7 @@ def create_model(
     pretrained: bool | str | Path = False,
     **changes: Any,
 ) -> SparseNet:
-    """Creates a network by name, with any field of :class:`Architecture` changed by keyword.
+    """Creates a network by name, with any field of ``Architecture`` changed by keyword.
 
     *pretrained* is ``True`` for the weights that come with this package, which works offline; or a
     weights file from ``sparsenet export RUN --format safetensors``, by its path or its ``https://``

@@ -38,7 +38,7 @@ def adopt(model: nn.Module, implementation: str = "auto", memory: str = "normal"
     recomputes by itself; with it those libraries update some running statistics twice a step.
 
     Where readers of a feature disagree on its statistics they are loaded as by
-    :func:`load_torchvision`: evaluation is the same, training not quite, and a ``UserWarning``
+    ``load_torchvision``: evaluation is the same, training not quite, and a ``UserWarning``
     says so. Raises ``ValueError`` naming the first submodule that this library cannot represent
     (dropout other than 0 among them, which here follows every convolution), or saying that
     ``forward`` does something else than the submodules show.

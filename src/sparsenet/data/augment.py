@@ -1,7 +1,7 @@
 """What is done to training images, whole batches at a time.
 
 Each function is a pure function of tensors: what is random was drawn before, by
-:func:`sparsenet.data.sampling.plan_epoch`. None waits for the device or looks at data in Python, so
+``sparsenet.data.sampling.plan_epoch``. None waits for the device or looks at data in Python, so
 that a training step can be captured: where each image has an operation of its own, all images go
 through all of them, with numbers that leave the others' images as they are.
 """
@@ -65,7 +65,7 @@ def augment(batch: Tensor, moves: Moves, config: DataConfig, fill: Tensor) -> Te
     """Shifts, mirrors, changes and cuts out images uint8 ``(N, C, H, W)``, as *config* asks for.
 
     What comes into sight from outside, and what is cut out, is *fill*, uint8 ``(C,)``: with the
-    channel means, zeros once normalised. Mixing is done by :func:`mix`, on normalised images.
+    channel means, zeros once normalised. Mixing is done by ``mix``, on normalised images.
     """
     batch = shift_and_mirror(batch, moves.offsets, moves.flips, config.shift, fill)
     if config.trivial_augment:
@@ -92,7 +92,7 @@ def shift_and_mirror(
 
 
 def operate(batch: Tensor, operations: Tensor, strengths: Tensor, fill: Tensor) -> Tensor:
-    """Does to each of the square images uint8 ``(N, C, S, S)`` its own of :data:`OPERATIONS`.
+    """Does to each of the square images uint8 ``(N, C, S, S)`` its own of ``OPERATIONS``.
 
     Operations are int64 ``(N,)``; strengths, float32 ``(N,)`` from -1 to 1, are parts of the ranges
     above. At 0 an operation that has a strength leaves the image as it is.

@@ -95,7 +95,7 @@ download_cifar100 = partial(download_first, CIFAR100)
 
 
 def _read(archive: Archive, path: Path) -> Source:
-    """Both splits of an archive or unpacked folder; :class:`DataError` names the wrong file."""
+    """Both splits of an archive or unpacked folder; ``DataError`` names the wrong file."""
     missing = archive.members
     batches: dict[str, Images] = {}
     classes: tuple[str, ...] = ()

@@ -15,7 +15,7 @@ from sparsenet.validation import check_settings, setting
 class DataConfig:
     """Which images are trained on, and how they are augmented.
 
-    Raises :class:`DataError` naming the flag whose value is out of range.
+    Raises ``DataError`` naming the flag whose value is out of range.
     """
 
     dataset: str = setting(

@@ -88,7 +88,7 @@ class Dataset:
 
 
 def check_labels(labels: np.ndarray, classes: int, where: str) -> np.ndarray:
-    """*labels* as int64 ``(N,)``; :class:`DataError` where one is not from 0 to ``classes - 1``.
+    """*labels* as int64 ``(N,)``; ``DataError`` where one is not from 0 to ``classes - 1``.
 
     *where* is what the message says before the number of the image, such as ``FILE row``.
     """

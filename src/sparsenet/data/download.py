@@ -11,9 +11,9 @@ CIFAR_URL = "https://www.cs.toronto.edu/~kriz/"
 
 
 def download(url: str, target: Path, md5: str, timeout: float = 30.0) -> Path:
-    """Fetches *url* into *target* by :func:`sparsenet.downloads.download`.
+    """Fetches *url* into *target* by ``sparsenet.downloads.download``.
 
-    Raises :class:`DataError`, also for a file with another MD5.
+    Raises ``DataError``, also for a file with another MD5.
     """
     try:
         return downloads.download(url, target, f"md5={md5}", timeout=timeout)

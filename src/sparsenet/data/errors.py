@@ -45,7 +45,7 @@ def reason(error: BaseException) -> str:
 def decoding(
     where: str, expected: str, *damage: type[Exception], error: type[DataError] = DataError
 ) -> Iterator[None]:
-    """Turns what a decoder raises, :data:`DAMAGE` and *damage*, into an *error* naming *where*."""
+    """Turns what a decoder raises, ``DAMAGE`` and *damage*, into an *error* naming *where*."""
     try:
         yield
     except DataError:

@@ -16,7 +16,7 @@ def read_folder(root: Path) -> Source:
     """The images below *root*; classes are the sorted names of its folders.
 
     Hidden files, and those that are no images by their extension, are ignored; images in folders
-    within a class folder belong to that class. Raises :class:`DataError` where there are fewer
+    within a class folder belong to that class. Raises ``DataError`` where there are fewer
     than 2 classes, a class without images, or a split with other classes than ``train``.
     """
     folders = _split_folders(root)

@@ -42,7 +42,7 @@ def read_image(source: Path | bytes, size: int, channels: int, name: str = "") -
 
     The shorter side is resized to *size* and the longer cropped about its centre; an image of that
     size is kept to the byte, and any image where *size* is 0. EXIF orientation is applied,
-    transparency laid on white, a wider grey scaled to 8 bits. Raises :class:`BadImage`. It sets
+    transparency laid on white, a wider grey scaled to 8 bits. Raises ``BadImage``. It sets
     warning filters while it runs, so it must not run in several threads at once.
     """
     example = Example(name or (str(source) if isinstance(source, Path) else "image"), source, 0)
@@ -53,9 +53,9 @@ def read_image(source: Path | bytes, size: int, channels: int, name: str = "") -
 def read_images(
     split: Split, size: int, channels: int, skip_corrupt: bool = False
 ) -> tuple[Images, tuple[str, ...]]:
-    """A split's images as :func:`read_image` reads them, and the names of those left out.
+    """A split's images as ``read_image`` reads them, and the names of those left out.
 
-    They are read by several threads but stay in the split's order. Raises :class:`BadImage` for
+    They are read by several threads but stay in the split's order. Raises ``BadImage`` for
     the first corrupt one unless *skip_corrupt*.
     """
     if isinstance(split, Images) and split.pixels.shape[1:] == (channels, size, size):

@@ -14,7 +14,7 @@ from sparsenet.data.sampling import stratified_split
 
 
 def load_dataset(config: DataConfig) -> Dataset:
-    """Finds, decodes and splits the images that *config* asks for. Raises :class:`DataError`.
+    """Finds, decodes and splits the images that *config* asks for. Raises ``DataError``.
 
     Validation images without test images are the test images. Splits that the data does not have
     are drawn with a fixed seed, so that all runs have the same.

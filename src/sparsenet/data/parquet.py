@@ -23,7 +23,7 @@ def read_parquet(root: Path) -> Source | None:
     """The splits train, test and validation in *root* or its folder ``data``.
 
     The image column is a struct with the field ``bytes``, the label column integer; class names
-    come from the ``huggingface`` metadata. Raises :class:`DataError` naming file, column or row.
+    come from the ``huggingface`` metadata. Raises ``DataError`` naming file, column or row.
     """
     if not _files(root):
         return None

@@ -14,7 +14,7 @@ class DatasetKind:
 
     Functions are named as ``module:function``, so that only what is used is imported. *reader* is
     a function of the folder or file that ``--dataset_dir`` names: it returns a
-    :class:`~sparsenet.data.dataset.Source`, or ``None`` where there is no data of this kind.
+    ``sparsenet.data.dataset.Source``, or ``None`` where there is no data of this kind.
     *downloader* is a function that fetches the data into that folder.
     """
 

@@ -107,7 +107,7 @@ def stratified_split(labels: Tensor, fraction: float, seed: int = 0) -> tuple[Te
 class Batches:
     """A split, batch by batch: pixels uint8 ``(n, C, H, W)`` and labels int64 ``(n,)`` on *device*.
 
-    With a *plan* they come in its order, followed by the tensors of :class:`Moves`; without, in
+    With a *plan* they come in its order, followed by the tensors of ``Moves``; without, in
     the split's order. Iteration begins at batch *start*, so that an interrupted epoch can go on.
     The last batch may be smaller; ``len`` counts all batches.
     """

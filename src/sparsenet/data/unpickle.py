@@ -21,7 +21,7 @@ def load_pickle(data: bytes, name: str) -> dict[bytes, Any]:
     """The dictionary in a pickle up to protocol 4, Python 2's included, whose strings become bytes.
 
     Its values are numbers, bytes, strings, containers and integer arrays. Raises
-    :class:`DataError` with *name* for anything else and for a damaged pickle.
+    ``DataError`` with *name* for anything else and for a damaged pickle.
     """
     with decoding(name, "a pickle", pickle.UnpicklingError):
         loaded = _Reader(BytesIO(data), name).load()

@@ -46,7 +46,7 @@ def compare(
     """The largest difference between the logits of *forward* and the model, and the largest logit.
 
     Random and any *real_images*, uint8 ``(N, C, H, W)``, are each compared in batches of
-    :data:`BATCH_SIZES` and of all of them. Raises ``ValueError``, which names *engine*, where the
+    ``BATCH_SIZES`` and of all of them. Raises ``ValueError``, which names *engine*, where the
     logits differ by more than rounding explains.
     """
     model = reference_model(trained)

@@ -58,7 +58,7 @@ def export_onnx(
 ) -> ExportReport:
     """Writes a network from normalised float32 ``images`` ``(batch, C, H, W)`` to ``logits``.
 
-    The batch size is free; the file's metadata say how to normalise (see :func:`metadata`). Before
+    The batch size is free; the file's metadata say how to normalise (see ``metadata``). Before
     it is written, onnxruntime's logits are compared with the model's on random images and on
     *real_images*, uint8 ``(N, C, H, W)``. Raises ``ValueError`` where they differ, and for an
     *opset* or *target* that cannot be written.

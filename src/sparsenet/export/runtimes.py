@@ -15,7 +15,7 @@ from sparsenet.extras import require
 
 @dataclass(frozen=True)
 class Runtime:
-    """One of :data:`RUNTIMES`, on the CPU with as many threads as PyTorch has.
+    """One of ``RUNTIMES``, on the CPU with as many threads as PyTorch has.
 
     *precision* is ``fp32``, ``bf16`` or ``auto``: bf16 where the engine computes in it on this
     machine, else fp32. Raises ``ValueError`` for one that it does not compute in.

@@ -1,4 +1,4 @@
-"""Weights files (:mod:`sparsenet.weights`), which say what exactly their numbers measure."""
+"""Weights files (``sparsenet.weights``), which say what exactly their numbers measure."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""One arithmetic of a stage and its implementations; :mod:`.dispatch` picks one by name."""
+"""One arithmetic of a stage and its implementations; ``.dispatch`` picks one by name."""

@@ -21,7 +21,7 @@ MEASURED = (torch.float32, torch.bfloat16)  # fp64 is for checks; fp16 takes a C
 
 
 class Implementation(Protocol):
-    """What a module offers. Importing it may raise :class:`sparsenet.extras.MissingExtra`."""
+    """What a module offers. Importing it may raise ``sparsenet.extras.MissingExtra``."""
 
     def aggregate(
         self,
@@ -45,7 +45,7 @@ def choose(
 ) -> str:
     """The name of an implementation that can run on *device*; ``ValueError`` where it cannot.
 
-    ``auto`` becomes the fastest by :func:`timings`, those of training or of inference, or, on a
+    ``auto`` becomes the fastest by ``timings``, those of training or of inference, or, on a
     device where nothing is measured, the preferred one. While the *device* is unknown it stays.
     """
     if implementation == "auto":

@@ -24,7 +24,7 @@ Both are identities, not approximations; docs/engine.md derives them.
 
 Where features are summed instead of concatenated, a reader gathers one tensor, the sum, which has
 statistics of its own. The engine stores the sums as its features, and
-:class:`~sparsenet.ops.sums.SumAggregation` shares their gradients among the terms.
+``sparsenet.ops.sums.SumAggregation`` shares their gradients among the terms.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ class Engine(ABC):
     def store_feature(self, j: int, feature: Tensor) -> None:
         """Writes *feature* to ``features[j]``.
 
-        Where the pass :attr:`takes_statistics`, computes those of the batch and moves the running
+        Where the pass ``takes_statistics``, computes those of the batch and moves the running
         ones; else those that are there stay.
         """
 

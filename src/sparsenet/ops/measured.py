@@ -78,7 +78,7 @@ class _CachedTimings:
 
 
 def fastest(seconds: Mapping[str, float]) -> str:
-    """The first one, in order of preference, that takes at most :data:`MARGIN` of the least."""
+    """The first one, in order of preference, that takes at most ``MARGIN`` of the least."""
     least = min(seconds.values())
     return next(name for name, each in seconds.items() if each <= MARGIN * least)
 
@@ -262,7 +262,7 @@ def _write(conditions: dict[str, Any], timings: Timings) -> None:
 
 
 def _read(conditions: dict[str, Any]) -> Timings | None:
-    """What :func:`_write` wrote; ``None`` where there is nothing or something else."""
+    """What ``_write`` wrote; ``None`` where there is nothing or something else."""
     try:
         cached = read_json(_file(conditions), _CachedTimings)
     except (ValueError, RuntimeError):

@@ -222,7 +222,7 @@ class Native(engine.Engine):
         return self._run_backward("backward_activation", r, d_activated, {})
 
     def term_gradient(self, j: int) -> Tensor | None:
-        """As in :class:`Engine`; not yet corrected where the next convolution does that itself."""
+        """As in ``Engine``; not yet corrected where the next convolution does that itself."""
         is_read = self.plan.first_gradient_from[j] is not None
         if j > 0 and is_read and self.convolutions_make_features:
             return self.gradient_sums[j]

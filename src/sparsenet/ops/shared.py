@@ -57,7 +57,7 @@ class Shared(engine.Engine):
         self.reader_in_buffers = r
 
     def gather_buffer(self, r: int) -> Tensor:
-        """The features that reader *r* gathers, once :meth:`write_activation` has been called."""
+        """The features that reader *r* gathers, once ``write_activation`` has been called."""
         return self.buffer("gathered", len(self.scales[r]))
 
     def backward_activation(self, r: int, d_activated: Tensor) -> tuple[Tensor, Tensor]:

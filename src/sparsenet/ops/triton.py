@@ -1,4 +1,4 @@
-"""The engine's passes as fused kernels for CUDA (:mod:`sparsenet.ops.triton_kernels`).
+"""The engine's passes as fused kernels for CUDA (``sparsenet.ops.triton_kernels``).
 
 The convolutions are PyTorch's. On a CPU the kernels run in Triton's interpreter, which is slow and
 for tests: ``TRITON_INTERPRET=1`` must be in the environment before this module is imported. Nothing
@@ -53,7 +53,7 @@ def _launcher_problem() -> str | None:
 
 
 class Pieces(NamedTuple):
-    """The pieces that a kernel goes through: see :func:`.triton_kernels.read_piece`."""
+    """The pieces that a kernel goes through: see ``.triton_kernels.read_piece``."""
 
     table: Tensor  # (number, 8) int32
     number: int
@@ -83,7 +83,7 @@ class Tables(NamedTuple):
 def _rows(
     plan: Plan, widths: tuple[int, ...], read: tuple[int, ...], reader: int | None, width: int
 ) -> list[tuple[int, ...]]:
-    """The rows of a table for the features *read*: see :func:`.triton_kernels.read_piece`."""
+    """The rows of a table for the features *read*: see ``.triton_kernels.read_piece``."""
     first_columns, first_channels = plan.columns(widths).first, [0, *accumulate(widths)]
     gathered = sum(widths[j] for j in read)
     rows: list[tuple[int, ...]] = []

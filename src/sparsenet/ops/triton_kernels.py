@@ -1,4 +1,4 @@
-"""The kernels of :mod:`sparsenet.ops.triton`: what happens between two convolutions.
+"""The kernels of ``sparsenet.ops.triton``: what happens between two convolutions.
 
 Features lie as rows of channels: with *m* running over batch and pixels, element ``x[m, c]`` of a
 feature is at ``block[first * pixels + m * width + c]``. Work is split into **pieces** of at most
@@ -12,7 +12,7 @@ columns)``, each part written by one program, and the ``finish`` kernels add up 
 most ``ROWS``, in one order: the same input gives the same bits.
 
 Shapes: ``statistics (2, channels)`` holds mean and rstd of every channel of the stage, ``totals (2,
-channels)`` the two sums that :func:`feature_gradient` needs; ``scale``, ``shift`` and their
+channels)`` the two sums that ``feature_gradient`` needs; ``scale``, ``shift`` and their
 gradients are ``(columns,)``; ``activated`` and ``d_activated`` are ``(pixels, columns)``.
 """
 
@@ -132,7 +132,7 @@ def finish_statistics(
     EPS: tl.constexpr, MOMENTUM: tl.constexpr,
     UNIT: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Finds a feature's mean and ``rstd = 1 / sqrt(var + EPS)`` from the parts of :func:`measure`.
+    """Finds a feature's mean and ``rstd = 1 / sqrt(var + EPS)`` from the parts of ``measure``.
 
     The running variance takes the unbiased one, ``var * pixels / (pixels - 1)``, as PyTorch's batch
     norm does.
@@ -207,7 +207,7 @@ def finish_gradients(
     partials, statistics, scale, d_scale, d_shift, totals, table, parts, pixels, channels, span,
     UNIT: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds up the parts of :func:`backward_activation`.
+    """Adds up the parts of ``backward_activation``.
 
     ``d_shift = sum(g)``, ``d_scale = rstd * sum(g * (x - mean))``. Adds ``scale * d_shift`` and
     ``scale * d_scale`` to the totals of the features that the reader gathers.

@@ -105,7 +105,7 @@ def draw_errors(rows: Sequence[RunSummary], target: Path | io.BytesIO) -> None:
 
 
 def error_points(metrics: Sequence[EpochMetrics]) -> list[tuple[int, float]]:
-    """Pairs of epoch and error in percent, as :func:`draw_errors` draws them."""
+    """Pairs of epoch and error in percent, as ``draw_errors`` draws them."""
     for column in ("test_error", "val_error", "train_error"):
         points = measured_points(metrics, column)
         if points:

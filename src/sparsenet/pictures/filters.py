@@ -86,9 +86,9 @@ def _channel_weights(model: SparseNet, number: int) -> list[Tensor]:
 
 
 def draw_filters(model: SparseNet, target: Path, title: str = "") -> None:
-    """Draws a PNG of :func:`link_weights`, a map for each stage.
+    """Draws a PNG of ``link_weights``, a map for each stage.
 
-    Each column is divided by its largest value. Raises ``ValueError`` as :func:`link_weights` does.
+    Each column is divided by its largest value. Raises ``ValueError`` as ``link_weights`` does.
     """
     stages = link_weights(model)
     rows = -(-len(stages) // 3)
