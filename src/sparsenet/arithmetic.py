@@ -70,11 +70,10 @@ def explain(
         return
     steps = "training steps of small layers"
     if config.implementation == "auto":
-        figures = dispatch.timings(device, arithmetic.dtype)
-        if figures and implementation in figures.training:
-            line += (
-                f", {measured.describe_speedup(implementation, figures.training)} here, in {steps}"
-            )
+        timings = dispatch.timings(device, arithmetic.dtype)
+        if timings and implementation in timings.training:
+            speedup = measured.describe_speedup(implementation, timings.training)
+            line += f", {speedup} here, in {steps}"
     yield line
     if config.precision == "auto" and computes_in_bf16(device):
         times = dispatch.slowdown(device, config.implementation, memory=config.memory)

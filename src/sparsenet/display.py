@@ -48,7 +48,7 @@ def _line(event: Message | EpochDone | Stopped | Concluded) -> str:
         case Concluded(result):
             return (
                 f"{result.dataset}: test error {result.error:.2f} %, "
-                f"top-5 error {result.top5_error:.2f} % "
+                f"top-5 {result.top5_error:.2f} % "
                 f"({result.checkpoint}, epoch {result.epochs})"
             )
 
