@@ -320,7 +320,7 @@ dispatch.choose("triton")
 """
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "ValueError" in process.stderr
-    assert "pip install 'sparsenet[triton]'" in process.stderr
+    assert "pip install '.[triton]'" in process.stderr
 
 
 @on_a_gpu

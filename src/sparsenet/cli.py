@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from types import FrameType
 from typing import NoReturn
 
 FAILED, BAD_CALL = 1, 2
@@ -51,13 +52,23 @@ def _ends_a_run(error: RuntimeError) -> bool:
 
 def main() -> NoReturn:
     """Runs the program on the arguments of the process."""
+    interrupted = False
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupted
+        interrupted = True
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
     try:
         code = run(sys.argv[1:])
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of a pipe has gone, so nobody is left to be told
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = FAILED
-    except KeyboardInterrupt:
+    except BaseException:
+        if not interrupted:  # libraries turn an interrupted import into errors of their own
+            raise
         code = 128 + signal.SIGINT
     sys.exit(code)
 

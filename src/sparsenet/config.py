@@ -108,7 +108,13 @@ class Setting:
 
 
 def settings() -> Iterator[Setting]:
-    """Yields every setting of a run."""
+    """Yields every setting of a run that a flag can set."""
+    for each in _fields():
+        if each.component != "network" or each.name not in DECIDED_BY_DATA:
+            yield each
+
+
+def _fields() -> Iterator[Setting]:
     for component, owner in COMPONENTS.items():
         kinds = typing.get_type_hints(owner)
         if component == "network":
@@ -116,10 +122,8 @@ def settings() -> Iterator[Setting]:
                 str | Sources
             )  # a function has become a table by the time it is written
         for each in dataclasses.fields(owner):
-            if component != "network" or each.name not in DECIDED_BY_DATA:
-                help_text, choices = each.metadata.get("help", ""), each.metadata.get("choices", ())
-                kind = kinds[each.name]
-                yield Setting(component, each.name, kind, each.default, help_text, choices)
+            help_text, choices = each.metadata.get("help", ""), each.metadata.get("choices", ())
+            yield Setting(component, each.name, kinds[each.name], each.default, help_text, choices)
 
 
 def replace(base: RunConfig, changes: Mapping[str, Mapping[str, Any]]) -> RunConfig:
@@ -151,7 +155,7 @@ def from_dict(value: Any, source: str, base: RunConfig) -> RunConfig:
         for name in sorted(set(fields) - known):
             hint = nearest(name, known)
             raise ValueError(f"{source}: {component} has no setting {name!r}{hint}")
-    for each in settings():
+    for each in _fields():
         if each.name in value.get(each.component, {}):
             each.check(value[each.component][each.name], source)
     return replace(base, value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -55,7 +56,18 @@ def parse_json(data: bytes | str, kind: type[T], where: str) -> T:
     except msgspec.ValidationError as error:
         raise ValueError(f"{where}: {error}") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{where}: expected JSON, found: {error}") from None
+        raise ValueError(f"{where}: expected JSON, found: {_place(data) or error}") from None
+
+
+def _place(data: bytes | str) -> str:
+    """Where *data* stops being JSON, which msgspec does not say in lines."""
+    try:
+        json.loads(data)
+    except json.JSONDecodeError as error:
+        return f"{error.msg} in line {error.lineno}"
+    except (UnicodeDecodeError, RecursionError):
+        pass
+    return ""
 
 
 def read_json(file: Path, kind: type[T]) -> T:

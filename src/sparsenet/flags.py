@@ -202,7 +202,7 @@ def _add_models(commands: Any) -> None:
 
 def _add_report(commands: Any) -> None:
     report = commands.add_parser("report", help="one HTML page that compares runs")
-    report.add_argument("runs", nargs="+", metavar="RUN", help="run folders, or folders of them")
+    report.add_argument("runs", nargs="*", metavar="RUN", help="run folders, or folders of them")
     text = "the page, its picture beside it; default: in the first run folder"
     report.add_argument("--out", default="", help=text)
     text = "draw how layers weigh their sources into each folder"

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sparsenet.config import RunConfig, load
+from sparsenet.config import COMPONENTS, RunConfig, from_dict
 from sparsenet.files import read_json
-from sparsenet.results import TrainingResult
 from sparsenet.run import Run
 from sparsenet.summary import MeasuredRun, RunSummary
 
@@ -55,6 +54,15 @@ class Environment:
             parts.append(f"torch {self.torch}")
         parts.append(precision)
         return ", ".join(part for part in parts if part and part != "auto")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What result.json says as far as the table shows it."""
+
+    error: float
+    dataset: str | None = None
+    epochs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -106,36 +114,47 @@ def read_run(path: Path) -> tuple[RunSummary, MeasuredRun]:
 
     The summary is without the run. Raises ``ValueError`` in one line for a damaged file.
     """
-    config = load(path / "config.json", PAPER) if (path / "config.json").is_file() else None
+    config, known = _read_config(path / "config.json")
     environment = _read_if_there(path / "environment.json", Environment)
     costs = _read_if_there(path / "graph.json", Costs) or Costs()
-    result = _read_if_there(path / "result.json", TrainingResult)
-    run = MeasuredRun(path, config.train.seed if config else None, None, tuple(Run(path).metrics()))
+    result = _read_if_there(path / "result.json", Result)
+    seed = config.train.seed if "train" in known else None
+    run = MeasuredRun(path, seed, None, tuple(Run(path).metrics()))
     tested = run.column("test_error") or run.column("val_error")
     if result or tested:
         run = dataclasses.replace(run, error=result.error if result else tested[-1])
-    machine = implementation = dataset = recipe = None
+    machine = implementation = None
     if environment:
-        train = (config or PAPER).train
-        machine = environment.machine(environment.precision or train.precision)
-        implementation = environment.implementation or train.implementation
-    if config:
-        dataset = config.data.dataset_name or config.data.dataset
-        recipe = describe_recipe(config, len(run.metrics) or (result.epochs if result else 0))
+        machine = environment.machine(environment.precision or config.train.precision)
+        implementation = environment.implementation or config.train.implementation
+    epochs = len(run.metrics) or (result.epochs if result else None) or 0
+    dataset = config.data.dataset_name or config.data.dataset if "data" in known else None
     setup = RunSummary(
         runs=(),
-        network=config.network if config else None,
+        network=config.network if "network" in known else None,
         machine=machine,
         implementation=None if implementation == "auto" else implementation,
         image_size=costs.image_size,
-        batch_size=config.train.batch_size if config else None,
+        batch_size=config.train.batch_size if "train" in known else None,
         parameters=costs.parameters,
         macs=costs.macs,
-        dataset=result.dataset if result else dataset,
-        recipe=recipe,
+        dataset=(result.dataset if result else None) or dataset,
+        recipe=describe_recipe(config, epochs) if "train" in known else None,
         is_final=result is not None,
     )
     return setup, run
+
+
+def _read_config(file: Path) -> tuple[RunConfig, set[str]]:
+    """The settings of a run, perhaps of another version, and the components that it names."""
+    written = _read_if_there(file, dict[str, dict[str, Any]]) or {}
+    settings = {}
+    for component, owner in COMPONENTS.items():
+        names = {field.name for field in dataclasses.fields(owner)}
+        values = written.get(component, {})
+        settings[component] = {name: values[name] for name in values.keys() & names}
+    named = {component for component in COMPONENTS if component in written}
+    return from_dict(settings, str(file), PAPER), named
 
 
 def _read_if_there(file: Path, kind: type[T]) -> T | None:

@@ -13,6 +13,7 @@ from shlex import quote
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from sparsenet import __version__
+from sparsenet.extras import MissingExtra
 from sparsenet.files import write_atomic
 from sparsenet.pictures.comparison import draw_comparison, draw_errors, error_points
 from sparsenet.pictures.figure import SERIES_COLOURS
@@ -71,6 +72,7 @@ def write_report(paths: Sequence[Path], target: Path) -> Path:
     by_row = [
         [_read_section(run.path, next(anchors)) for run in summary.runs] for summary in summaries
     ]
+    measured = any(error_points(run.metrics) for row in summaries for run in row.runs)
     environment = Environment(
         loader=PackageLoader("sparsenet"), autoescape=True, undefined=StrictUndefined
     )
@@ -84,7 +86,8 @@ def write_report(paths: Sequence[Path], target: Path) -> Path:
             headings=HEADINGS,
             no_value=NO_VALUE,
             comparison=_comparison(summaries, target.with_name(f"{target.stem}-comparison.png")),
-            errors=_error_curves(summaries),
+            errors=_error_curves(summaries) if measured else None,
+            measured=measured,
         )
         write_atomic(target, page + "\n")
     except OSError as error:
@@ -125,9 +128,10 @@ def _comparison(summaries: Sequence[RunSummary], target: Path) -> Figure | None:
 
 
 def _error_curves(summaries: Sequence[RunSummary]) -> Figure | None:
-    if not any(error_points(run.metrics) for row in summaries for run in row.runs):
-        return None
     png = io.BytesIO()
-    draw_errors(summaries, png)
+    try:
+        draw_errors(summaries, png)
+    except MissingExtra:  # the page is of use without this picture
+        return None
     source = _data_address(png.getvalue(), "errors.png")
     return Figure("Error in percent over the epochs", source, is_wide=True)

@@ -140,9 +140,10 @@ class Topology:
                     f"topology: {reader} reads nothing; expected at least one earlier feature"
                 )
             for feature in read:
-                if not 0 <= feature < i:
+                if not isinstance(feature, int) or not 0 <= feature < i:
+                    expected = f"one of 0 to {i - 1}"
                     raise ValueError(
-                        f"topology: {reader} reads feature {feature}; expected one of 0 to {i - 1}"
+                        f"topology: {reader} reads feature {feature!r}; expected {expected}"
                     )
             if len(set(read)) < len(read):
                 raise ValueError(f"topology: {reader} reads a feature twice: {list(read)}")
