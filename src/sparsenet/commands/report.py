@@ -19,7 +19,7 @@ def run(args: argparse.Namespace) -> int:
     paths = [Path(run) for run in args.runs]
     if not paths:
         raise ValueError(
-            "sparsenet report: expected one RUN or more, folders of runs or of their folders, found none"
+            "sparsenet report: expected RUN, a run folder or a folder of some, found none"
         )
     if args.markdown and (args.filters or args.out):
         expected = "--markdown, which prints the table, without --filters and --out"
