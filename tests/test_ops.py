@@ -173,6 +173,27 @@ def test_no_feature_lies_where_another_is_still_needed(reads, memory, gradient, 
             assert not spans[a] & spans[b], (r, a, b)
 
 
+@given(reads=READS, memory=st.sampled_from(["normal", "lean"]), gradient=st.booleans())
+def test_the_block_is_as_small_as_what_is_needed_at_a_time(reads, memory, gradient):
+    """Features of one width take the places of those that no later reader and no backward reads."""
+    plan = Plan(reads, memory=memory, gradient=gradient)
+    last = plan.topology.last_reader
+    needed = []
+    for made in range(len(reads)):
+        kept = [j for j in range(made) if gradient and j not in plan.recomputed]
+        read_later = [j for j in range(made) if max(last[j], j) >= made]
+        needed.append(len({*kept, *read_later, made}))
+    assert plan.columns([1] * len(reads)).total == max(needed)
+
+
+def test_lean_memory_and_inference_take_fewer_columns():
+    (stage, *_) = Architecture(depth=40, growth_rate=12, bottleneck=True).stages
+    everything = sum(stage.unit_widths)
+    for plan in (Plan(stage.reads, memory="lean"), Plan(stage.reads).without_gradient):
+        assert plan.columns(stage.unit_widths).total < everything / 2
+    assert Plan(stage.reads).columns(stage.unit_widths).total == everything
+
+
 @pytest.mark.parametrize("aggregation", ["concat", "sum"])
 def test_features_nobody_reads(engine, aggregation):
     skipping = lambda i: [max(i - 2, 0)]  # noqa: E731

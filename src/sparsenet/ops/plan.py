@@ -160,6 +160,10 @@ class Plan:
 @lru_cache(maxsize=1024)
 def _lay_out(plan: Plan, widths: tuple[int, ...]) -> Columns:
     released_by = defaultdict[int, list[int]](list)  # feature made -> features not needed then
+    for j in range(len(widths)):
+        if not plan.gradient or j in plan.recomputed:
+            # Reader j, counted from 1, makes feature j.
+            released_by[max(plan.topology.last_reader[j], j)].append(j)
     first: list[int] = []
     total = 0
     free = defaultdict[int, list[int]](list)  # width -> first columns of free places
