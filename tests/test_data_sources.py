@@ -321,3 +321,10 @@ def test_real_parquet_folder() -> None:
     data = load(os.environ["SPARSENET_TEST_PARQUET"])
     assert len(data.train) and len(data.test) and not data.skipped
     assert np.all(np.bincount(data.train.labels.numpy(), minlength=len(data.classes)) > 0)
+
+
+def test_a_class_whose_name_is_not_utf_8_is_refused(tmp_path: Path) -> None:
+    for name in (b"cat", b"caf\xe9"):
+        os.mkdir(os.path.join(os.fsencode(tmp_path), name))  # noqa: PTH102, PTH118
+    with pytest.raises(DataError, match=r"expected names of classes in UTF-8, found 'caf\\udce9'"):
+        load_dataset(DataConfig(dataset_dir=str(tmp_path)))

@@ -17,7 +17,7 @@ FAILED, BAD_CALL = 1, 2
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Runs one command and return its exit code. Help and wrong flags do not load PyTorch."""
+    """Runs one command and returns its exit code; help and wrong flags load no PyTorch."""
     from importlib import import_module
 
     from sparsenet import commands, flags

@@ -118,9 +118,8 @@ def _fields() -> Iterator[Setting]:
     for component, owner in COMPONENTS.items():
         kinds = typing.get_type_hints(owner)
         if component == "network":
-            kinds["fetch"] = (
-                str | Sources
-            )  # a function has become a table by the time it is written
+            # A function has become a table by the time that it is written.
+            kinds["fetch"] = str | Sources
         for each in dataclasses.fields(owner):
             help_text, choices = each.metadata.get("help", ""), each.metadata.get("choices", ())
             yield Setting(component, each.name, kinds[each.name], each.default, help_text, choices)

@@ -15,7 +15,7 @@ BLOCK = 1 << 20  # bytes read at a time
 
 
 class DownloadError(Exception):
-    """What came is not all of the file; the message says what was received instead."""
+    """The file did not come whole; the message says what happened or came instead."""
 
 
 class ChecksumError(DownloadError):
@@ -31,7 +31,7 @@ def download(
     the most bytes to accept, *timeout* the seconds to wait for an answer. An https address is never
     left for another kind by a redirection.
 
-    Raises ``DownloadError``, and ``OSError`` where *target* cannot be written.
+    Raises ``DownloadError``, and ``OSError`` where the folder of *target* cannot be made.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f"{target.name}.part")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+from sparsenet.validation import check_settings, setting
 
 SCHEDULES = ("step", "cosine", "onecycle")
 DROP = 0.1  # factor of the step schedule at each drop
@@ -16,49 +18,30 @@ class OptimConfig:
     Raises ``ValueError`` naming the field.
     """
 
-    lr: float = field(default=0.1, metadata={"help": "peak learning rate"})
-    schedule: str = field(
-        default="step",
-        metadata={"help": "how the rate changes over the run", "choices": SCHEDULES},
-    )
-    drop_1: int = field(
-        default=150, metadata={"help": "epochs before the first division of the rate by 10"}
-    )
-    drop_2: int = field(default=225, metadata={"help": "epochs before the second one"})
-    warmup: float = field(
-        default=0.0,
-        metadata={"help": "epochs of linear warm-up; 0 with onecycle: 30 %% of the run"},
-    )
-    momentum: float = field(default=0.9, metadata={"help": "Nesterov momentum"})
-    weight_decay: float = field(
-        default=1e-4, metadata={"help": "on convolution and linear weights only"}
-    )
-    label_smoothing: float = field(
-        default=0.0, metadata={"help": "share of the target spread over all classes"}
-    )
-    ema: float = field(
-        default=0.0, metadata={"help": "decay of averaged weights, used to evaluate; 0: none"}
-    )
-    grad_clip: float = field(
-        default=0.0, metadata={"help": "largest gradient norm; 0: no clipping"}
-    )
+    lr: float = setting(0.1, "peak learning rate")
+    schedule: str = setting("step", "how the rate changes over the run", SCHEDULES)
+    drop_1: int = setting(150, "epochs before the first division of the rate by 10")
+    drop_2: int = setting(225, "epochs before the second one")
+    warmup: float = setting(0.0, "epochs of linear warm-up; 0 with onecycle: 30 %% of the run")
+    momentum: float = setting(0.9, "Nesterov momentum")
+    weight_decay: float = setting(1e-4, "on convolution and linear weights only")
+    label_smoothing: float = setting(0.0, "share of the target spread over all classes")
+    ema: float = setting(0.0, "decay of averaged weights, used to evaluate; 0: none")
+    grad_clip: float = setting(0.0, "largest gradient norm; 0: no clipping")
 
     def __post_init__(self) -> None:
-        expectations = [
+        check_settings(
+            self,
             ("lr", 0 < self.lr < math.inf, "a positive number"),
-            ("schedule", self.schedule in SCHEDULES, "step, cosine or onecycle"),
             ("drop_1", self.drop_1 >= 0, "a number of epochs"),
             ("drop_2", self.drop_2 >= self.drop_1, f"at least drop_1 ({self.drop_1})"),
-            ("warmup", self.warmup >= 0, "a number of epochs"),
+            ("warmup", 0 <= self.warmup < math.inf, "a number of epochs"),
             ("momentum", 0 < self.momentum < 1, "a number between 0 and 1"),
-            ("weight_decay", self.weight_decay >= 0, "a number of at least 0"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "a number of at least 0"),
             ("label_smoothing", 0 <= self.label_smoothing < 1, "a share below 1"),
             ("ema", 0 <= self.ema < 1, "a decay below 1"),
-            ("grad_clip", self.grad_clip >= 0, "a norm of at least 0"),
-        ]
-        for name, holds, expected in expectations:
-            if not holds:
-                raise ValueError(f"{name}: expected {expected}, found {getattr(self, name)!r}")
+            ("grad_clip", 0 <= self.grad_clip < math.inf, "a norm of at least 0"),
+        )
 
 
 def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, max_epoch: int) -> float:

@@ -71,13 +71,8 @@ def _load_run(path: Path, kind: str, device: torch.device | str, implementation:
         raise RunError(f"{checkpoint.path}: expected {expected}, found: {error}") from None
     averaged = any(name.startswith("average.") for name in checkpoint.tensors)
     prefix = "average." if averaged else "model."  # the weights that are evaluated
-    state = {
-        name.removeprefix(prefix): tensor
-        for name, tensor in checkpoint.tensors.items()
-        if name.startswith(prefix)
-    }
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(checkpoint.part(prefix))
     except RuntimeError as error:
         problem = f"its weights do not fit its architecture ({error})"
         raise RunError(f"{checkpoint.path}: {problem}") from None

@@ -21,7 +21,7 @@ from sparsenet.trained import Trained, load_trained
 
 
 def load_network(args: argparse.Namespace, device: torch.device) -> Trained:
-    """Loads what RUN names, and warn of damaged checkpoints that were passed over."""
+    """Loads what RUN names, and warns of damaged checkpoints that were passed over."""
     trained = load_trained(args.run, args.checkpoint, device)
     for warning in trained.warnings:
         print(f"sparsenet: warning: {warning}", file=sys.stderr)

@@ -42,7 +42,11 @@ def _split_folders(root: Path) -> dict[str, Path]:
 
 
 def _class_folders(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
+    names = [path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != "."]
+    for name in names:
+        if name.encode(errors="ignore").decode() != name:  # bytes that Python could not decode
+            raise DataError(f"{folder}: expected names of classes in UTF-8, found {name!r}")
+    return sorted(names)
 
 
 def _is_image(path: Path) -> bool:
