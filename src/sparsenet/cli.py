@@ -10,7 +10,6 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from types import FrameType
 from typing import NoReturn
 
 FAILED, BAD_CALL = 1, 2
@@ -26,7 +25,10 @@ def run(arguments: Sequence[str]) -> int:
     try:
         args = flags.parser().parse(arguments)
         import_module("sparsenet.device").tune_process()
-        code: int = import_module(commands.MODULES[args.command]).run(args)
+        command = import_module(commands.MODULES[args.command])
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        code: int = command.run(args)
         return code
     except BrokenPipeError:
         raise
@@ -51,24 +53,19 @@ def _ends_a_run(error: RuntimeError) -> bool:
 
 
 def main() -> NoReturn:
-    """Runs the program on the arguments of the process."""
-    interrupted = False
+    """Runs the program on the arguments of the process.
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        nonlocal interrupted
-        interrupted = True
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, interrupt)
+    While it loads its libraries, which may swallow an interrupt or turn it into another error,
+    Ctrl-C ends the process at once.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         code = run(sys.argv[1:])
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of a pipe has gone, so nobody is left to be told
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = FAILED
-    except BaseException:
-        if not interrupted:  # libraries turn an interrupted import into errors of their own
-            raise
+    except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     sys.exit(code)
 

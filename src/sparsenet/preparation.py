@@ -63,7 +63,7 @@ def prepare(config: RunConfig, previous: Arithmetic) -> Setup:
     if config.train.batch_size > len(data.train):
         raise ValueError(
             f"--batch_size: expected at most the {len(data.train)} training images, "
-            f"found {config.train.batch_size}"
+            f"found {config.train.batch_size}; --batch_size {max(len(data.train) // 4, 1)} fits"
         )
     channels, size = data.train.pixels.shape[1], data.train.pixels.shape[-1]
     network = dataclasses.replace(config.network, in_chans=channels, num_classes=len(data.classes))
