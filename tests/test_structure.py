@@ -12,7 +12,7 @@ PACKAGE = ROOT / "src" / "sparsenet"
 FLOORS = [
     line.split()
     for line in """
-    topology extras validation results events files downloads schedule
+    validation topology extras results events files downloads schedule
     architecture graph device memory environment capture
     ops
     model

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from sparsenet.files import read_json
 from sparsenet.ops.implementations import IMPLEMENTATIONS, MEMORY
 from sparsenet.schedule import OptimConfig
 from sparsenet.topology import Sources
-from sparsenet.validation import check_settings, setting
+from sparsenet.validation import check_settings, nearest, setting
 
 
 @dataclass(frozen=True)
@@ -187,9 +186,3 @@ def recipe(config: RunConfig) -> dict[str, dict[str, Any]]:
         component: {name: value for name, value in fields.items() if name not in left_out}
         for component, fields in components.items()
     }
-
-
-def nearest(name: str, known: Iterable[str], likeness: float = 0.5) -> str:
-    """Returns ``; did you mean ...?`` where a known name is near, else nothing."""
-    near = difflib.get_close_matches(name, list(known), 1, likeness)
-    return f"; did you mean {near[0]}?" if near else ""

@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from sparsenet import __version__, presets
-from sparsenet.config import COMPONENTS, RunConfig, Setting, nearest, replace, settings
+from sparsenet.config import COMPONENTS, RunConfig, Setting, replace, settings
 from sparsenet.export import FORMATS, RUNTIMES
 from sparsenet.topology import fetch_from_file
+from sparsenet.validation import nearest
 
 TRUTH = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sparsenet.architecture import STEMS, Architecture, Stage
@@ -49,7 +50,11 @@ def graph(architecture: Architecture, image_size: int = 32) -> list[Node]:
 
 def count(architecture: Architecture, image_size: int = 32) -> tuple[int, int]:
     """Parameters, and multiply-accumulates for one image (convolutions and classifier)."""
-    nodes = graph(architecture, image_size)
+    return totals(graph(architecture, image_size))
+
+
+def totals(nodes: Sequence[Node]) -> tuple[int, int]:
+    """Parameters, and multiply-accumulates for one image, of all *nodes*."""
     return sum(node.parameters for node in nodes), sum(node.macs for node in nodes)
 
 

@@ -17,7 +17,7 @@ from sparsenet.data.dataset import Dataset
 from sparsenet.data.load import load_dataset
 from sparsenet.data.preprocessing import Preprocessing, channel_statistics
 from sparsenet.device import choose_device
-from sparsenet.graph import Node, graph
+from sparsenet.graph import Node, graph, totals
 from sparsenet.memory import free_memory
 from sparsenet.ops import dispatch
 
@@ -108,7 +108,7 @@ def introduce(setup: Setup, previous: Arithmetic) -> Iterator[str]:
     if data.skipped:
         yield f"skipped {len(data.skipped)} corrupt images, the first: {data.skipped[0]}"
     network = setup.config.network
-    parameters, macs = sum(n.parameters for n in nodes), sum(n.macs for n in nodes)
+    parameters, macs = totals(nodes)
     yield (
         f"{network.fetch if isinstance(network.fetch, str) else 'custom'} network, "
         f"{network.stage_depths} layers, growth {network.growth_rates}: "

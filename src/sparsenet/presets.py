@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from sparsenet.config import RunConfig, nearest, replace
+from sparsenet.config import RunConfig, replace
 from sparsenet.data.registry import KINDS, resolve
+from sparsenet.validation import nearest
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # The settings' own defaults are the paper's (arXiv:1801.05895, section 4): 300 epochs of

@@ -10,13 +10,11 @@ from itertools import count, cycle
 from pathlib import Path
 from shlex import quote
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from sparsenet import __version__
 from sparsenet.extras import MissingExtra
 from sparsenet.files import write_atomic
 from sparsenet.pictures.comparison import draw_comparison, draw_errors, error_points
-from sparsenet.pictures.figure import SERIES_COLOURS
+from sparsenet.pictures.figure import SERIES_COLOURS, render
 from sparsenet.records import read_summaries
 from sparsenet.summary import HEADINGS, NO_VALUE, RunSummary, used_columns
 
@@ -73,11 +71,9 @@ def write_report(paths: Sequence[Path], target: Path) -> Path:
         [_read_section(run.path, next(anchors)) for run in summary.runs] for summary in summaries
     ]
     measured = any(error_points(run.metrics) for row in summaries for run in row.runs)
-    environment = Environment(
-        loader=PackageLoader("sparsenet"), autoescape=True, undefined=StrictUndefined
-    )
     try:
-        page = environment.get_template("report.html").render(
+        page = render(
+            "report.html",
             version=__version__,
             rows=list(zip(cells, by_row, cycle(SERIES_COLOURS), strict=False)),
             sections=[section for sections in by_row for section in sections],

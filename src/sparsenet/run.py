@@ -18,7 +18,7 @@ from sparsenet.checkpoints import RunError
 from sparsenet.config import RunConfig, load
 from sparsenet.environment import Environment, installed
 from sparsenet.extras import require
-from sparsenet.graph import Node
+from sparsenet.graph import Node, totals
 from sparsenet.results import EpochMetrics
 
 
@@ -108,10 +108,11 @@ class Run:
         environment: Environment,
     ) -> None:
         """Writes config.json, requirements.txt, environment.json and, from *nodes*, graph.json."""
+        parameters, macs = totals(nodes)
         graph = {
             "image_size": image_size,
-            "parameters": sum(node.parameters for node in nodes),
-            "macs": sum(node.macs for node in nodes),
+            "parameters": parameters,
+            "macs": macs,
             "nodes": nodes,
         }
         files.write_json(self.path / "graph.json", graph)

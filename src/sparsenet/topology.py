@@ -13,11 +13,12 @@ dense -- Huang et al. (arXiv:1608.06993); harmonic -- Chao et al., "HarDNet" (ar
 
 from __future__ import annotations
 
-import difflib
 import runpy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+
+from sparsenet.validation import nearest
 
 Fetch = Callable[[int], Sequence[int]]
 Sources = tuple[tuple[int, ...], ...]
@@ -83,8 +84,7 @@ def named_fetch(name: str) -> Fetch:
     kind, _, argument = name.partition(":")
     entry = FETCHES.get(kind)
     if entry is None or (argument and not (entry.argument and argument.isdecimal())):
-        similar = [] if entry else difflib.get_close_matches(kind, FETCHES, 1, 0.5)
-        hint = f"; did you mean {similar[0]}?" if similar else ""
+        hint = "" if entry else nearest(kind, FETCHES)
         raise ValueError(f"fetch: expected {FETCH_SYNTAX}, found {name!r}{hint}")
     return entry.make(int(argument)) if argument else entry.make()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -38,3 +40,9 @@ def check_settings(
             expect(value in choices, prefix + field.name, expected, value, error)
     for name, holds, expected in rules:
         expect(holds, prefix + name, expected, getattr(owner, name), error)
+
+
+def nearest(name: str, known: Iterable[str], likeness: float = 0.5) -> str:
+    """Returns ``; did you mean ...?`` where a known name is near, else nothing."""
+    near = difflib.get_close_matches(name, list(known), 1, likeness)
+    return f"; did you mean {near[0]}?" if near else ""

@@ -7,7 +7,6 @@ them back in fp32. The file's metadata hold an ``About`` as JSON under ``sparsen
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import math
 import os
@@ -29,6 +28,7 @@ from torch import Tensor
 from sparsenet.data.preprocessing import Preprocessing
 from sparsenet.downloads import ChecksumError, DownloadError, download
 from sparsenet.files import cache_folder, read_json
+from sparsenet.validation import nearest
 
 SHIPPED = Path(__file__).with_name("pretrained")  # NAME.safetensors; index.json: NAME to SHA-256
 SCHEME = "https://"
@@ -92,8 +92,7 @@ def load(source: str | Path, alternatives: str = "") -> Weights:
         raise ValueError(f"{name}: expected {expected}, found {scheme}://")
     if name in shipped():
         return load_shipped(name)
-    near = difflib.get_close_matches(name, shipped(), 1, 0.5)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    hint = nearest(name, shipped())
     raise ValueError(
         f"{name}: expected {alternatives}a weights file, its {SCHEME} address or a name that has "
         f"weights ({', '.join(shipped())}), found nothing of that name{hint}"

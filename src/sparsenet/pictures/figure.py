@@ -1,4 +1,4 @@
-"""The look that all PNGs share."""
+"""What all pictures share: their look, and the filling of templates."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from sparsenet.extras import require
 from sparsenet.files import write_atomic
@@ -65,3 +67,11 @@ def measured_points(metrics: Sequence[EpochMetrics], column: str) -> list[tuple[
     """Pairs of epoch and value for the epochs in which *column* was measured."""
     pairs = [(row.epoch, getattr(row, column)) for row in metrics]
     return [(epoch, value) for epoch, value in pairs if value is not None]
+
+
+def render(template: str, **values: Any) -> str:
+    """Fills a template of the package; what *values* hold is escaped, and none may be missing."""
+    environment = Environment(
+        loader=PackageLoader("sparsenet"), autoescape=True, undefined=StrictUndefined
+    )
+    return environment.get_template(template).render(values)

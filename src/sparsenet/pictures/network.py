@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from sparsenet.files import write_atomic
-from sparsenet.graph import Node
-from sparsenet.pictures.figure import FAINT, INK
+from sparsenet.graph import Node, totals
+from sparsenet.pictures.figure import FAINT, INK, render
 
 MARGIN, BOX, WIDTH = 24, 104, 1100  # of the drawing, its boxes and the whole, in SVG units
 STAGE_COLOURS = ("#0072b2", "#009e73", "#b8548c", "#d55e00")  # readable on white
@@ -53,10 +51,8 @@ def draw_graph(nodes: Sequence[Node], target: Path, title: str = "") -> None:
     caption = f"{_format_costs(nodes)} an image"
     if stride > 1:
         caption += f" · links of one layer in {stride} drawn"
-    environment = Environment(
-        loader=PackageLoader("sparsenet"), autoescape=True, undefined=StrictUndefined
-    )
-    svg = environment.get_template("network.svg").render(
+    svg = render(
+        "network.svg",
         title=title or "The network",
         rows=rows,
         pitch=pitch,
@@ -84,6 +80,5 @@ def _describe(node: Node) -> str:
 
 
 def _format_costs(nodes: Sequence[Node], separator: str = " · ") -> str:
-    parameters = sum(node.parameters for node in nodes)
-    macs = sum(node.macs for node in nodes) / 1e6
-    return f"{parameters:,} parameters{separator}{macs:,.1f} million multiply-accumulates"
+    parameters, macs = totals(nodes)
+    return f"{parameters:,} parameters{separator}{macs / 1e6:,.1f} million multiply-accumulates"
