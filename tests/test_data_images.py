@@ -163,7 +163,7 @@ def test_large_jpeg_decoded_small_stays_near_the_whole_one() -> None:
 def test_array_and_file_take_the_same_path() -> None:
     arrays = Images(torch.from_numpy(chw(COLOUR)[None].copy()), torch.tensor([3]))
     for size, channels in ((8, 1), (5, 3), (13, 1)):
-        images, _ = read_images(arrays, size, channels)
+        images = read_images(arrays, size, channels).images
         assert np.array_equal(
             images.pixels[0].numpy(), read(Image.fromarray(COLOUR), size=size, channels=channels)
         )
@@ -223,7 +223,7 @@ def corrupt_at(*places: int, count: int = 70) -> list[Example]:
 def test_corrupt_images_stop_or_are_skipped_and_named() -> None:
     with pytest.raises(BadImage, match=r"no 41: .*--skip_corrupt"):
         read_images(corrupt_at(41, 55), 4, 1)
-    images, skipped = read_images(corrupt_at(0, 41), 4, 1, skip_corrupt=True)
+    images, _, skipped = read_images(corrupt_at(0, 41), 4, 1, skip_corrupt=True)
     assert skipped == ("no 0", "no 41") and len(images) == 68
     assert torch.equal(images.pixels[:, 0, 0, 0].long(), images.labels)
 

@@ -78,6 +78,8 @@ MAY_CHANGE = {  # settings that a resumed run may have other values of
     "memory",
     "capture",
     "dataset_dir",
+    "labels",
+    "max_megapixels",
     "download",
 }
 EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}

@@ -137,10 +137,11 @@ def _value_of(setting: Setting, text: str) -> Any:
     elif setting.kind in (int, float):
         value = _number(setting.kind, text)
         expected = "a whole number" if setting.kind is int else "a number"
-    elif setting.name in ("growth_rate", "blocks"):
-        numbers = [_number(int, part) for part in text.split(",")]
+    elif setting.name in ("growth_rate", "blocks", "grey_range"):
+        kind = float if setting.name == "grey_range" else int
+        numbers = [_number(kind, part) for part in text.split(",")]
         value = None if None in numbers else tuple(numbers)
-        expected = "whole numbers like 16,32,64"
+        expected = "whole numbers like 16,32,64" if kind is int else "numbers like 0,4095"
     elif setting.name == "fetch" and ".py:" in text:
         return fetch_from_file(text)
     else:

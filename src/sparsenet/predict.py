@@ -92,7 +92,7 @@ def _predict_batch(trained: Trained, paths: list[Path], top: int) -> list[Predic
     # The label of an example is its index in the batch: those missing afterwards were not readable.
     examples = [Example(str(path), path, index) for index, path in enumerate(paths)]
     size, channels = trained.preprocessing.size, trained.preprocessing.channels
-    images, _ = read_images(examples, size, channels, skip_corrupt=True)
+    images = read_images(examples, size, channels, skip_corrupt=True).images
     predictions: dict[int, Prediction] = {}
     if len(images):
         device = next(trained.model.parameters()).device

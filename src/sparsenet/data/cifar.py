@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import torch
 
+from sparsenet.data.config import DataConfig
 from sparsenet.data.dataset import Images, Source, check_labels
 from sparsenet.data.download import CIFAR_URL, download
 from sparsenet.data.errors import DataError, decoding
@@ -70,7 +71,7 @@ CIFAR100 = (
 )
 
 
-def read_first(archives: tuple[Archive, ...], root: Path) -> Source | None:
+def read_first(archives: tuple[Archive, ...], root: Path, config: DataConfig) -> Source | None:
     """The first of *archives*, packed or unpacked, that *root* is or holds."""
     for archive in archives:
         unpacked = any((root / file).is_file() for file in (*archive.train, archive.test))

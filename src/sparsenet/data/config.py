@@ -23,6 +23,11 @@ class DataConfig:
     )
     dataset_dir: str = setting("", "folder with the data: archives, class folders or parquet files")
     dataset_name: str = setting("", "name used in reports; default: derived from the data")
+    labels: str = setting("", "a CSV file that says which class the images in --dataset_dir have")
+    image_column: str = setting("", "column of the images in CSV and parquet files; default: found")
+    label_column: str = setting(
+        "", "column of the classes in CSV and parquet files; default: found"
+    )
     download: bool = setting(False, "download c10 or c100 into --dataset_dir where it is missing")
     image_size: int = setting(0, "side of the square images; 0: their own where all agree, else 64")
     in_chans: int = setting(0, "channels: 1 grey, 3 colour; 0: those of the data", (0, 1, 3))
@@ -31,6 +36,14 @@ class DataConfig:
     )
     val_fraction: float = setting(
         0.0, "part of the training images held out to choose the best checkpoint"
+    )
+    grey_range: tuple[float, ...] = setting(
+        (),
+        "grey levels of 16-bit and float images that become black and white, as 0,4095; "
+        "default: 0 and the smallest of 255, 1023, 4095, 16383, 65535 that holds the training set",
+    )
+    max_megapixels: float = setting(
+        128.0, "largest image that is decoded; a JPEG may have 8 times as many pixels"
     )
     skip_corrupt: bool = setting(False, "leave out images that cannot be read, and count them")
     mirror: bool = setting(True, "mirror half of the training images")
@@ -50,11 +63,13 @@ class DataConfig:
     )
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "grey_range", tuple(self.grey_range))  # a JSON file has a list
         check_settings(
             self,
             ("image_size", self.image_size >= 0, "a size in pixels, or 0"),
             ("test_fraction", 0 < self.test_fraction < 1, "a fraction between 0 and 1"),
             ("val_fraction", 0 <= self.val_fraction < 1, "a fraction from 0 to below 1"),
+            ("max_megapixels", 0 < self.max_megapixels < math.inf, "a positive number"),
             ("shift", self.shift >= 0, "a number of pixels, 0 or more"),
             ("cutout", self.cutout >= 0, "a number of pixels, 0 or more"),
             ("mixup", 0 <= self.mixup < math.inf, "a number of at least 0"),
@@ -69,6 +84,10 @@ class DataConfig:
                 f"--dataset_dir: expected none with --dataset {self.dataset}, which need no "
                 f"folder, found {self.dataset_dir!r}; --dataset auto takes what lies there"
             )
+        levels = self.grey_range
+        if levels and (len(levels) != 2 or levels[0] >= levels[1]):
+            shown = ",".join(f"{level:g}" for level in levels)
+            raise DataError(f"--grey_range: expected two rising numbers as 0,4095, found {shown}")
         downloadable = [name for name, kind in KINDS.items() if kind.downloader]
         if self.download and self.dataset not in downloadable:
             raise DataError(
@@ -76,13 +95,16 @@ class DataConfig:
             )
 
     def located(self) -> DataConfig:
-        """The same with the folder's absolute path, so that a run finds its data from anywhere."""
-        if not self.dataset_dir:
-            return self
-        return replace(self, dataset_dir=str(Path(self.dataset_dir).expanduser().absolute()))
+        """The same with absolute paths, so that a run finds its data from anywhere."""
+        folder, labels = map(_absolute, (self.dataset_dir, self.labels))
+        return replace(self, dataset_dir=folder, labels=labels)
 
     def scaled(self, size: int, full: int) -> DataConfig:
         """The same for images of *size* pixels a side, its lengths being for those of *full*."""
         return replace(
             self, shift=round(self.shift * size / full), cutout=round(self.cutout * size / full)
         )
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute()) if path else ""

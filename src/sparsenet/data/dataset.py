@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -33,13 +33,17 @@ class Split(Protocol):
 class Source:
     """What a reader returns: the splits ``train`` and, where the data has them, ``test``, ``val``.
 
-    *channels* is 1 or 3, what the images are decoded to where the settings do not say.
+    *channels* is 1 or 3, what the images are decoded to where the settings do not say. *notes* are
+    lines for the user: what is left out, and what was taken for what. *places* say where a split
+    lies, for those that do not lie in ``--dataset_dir`` itself.
     """
 
     name: str
     classes: tuple[str, ...]
     channels: int
     splits: Mapping[str, Split]
+    notes: tuple[str, ...] = ()
+    places: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from sparsenet.data.config import DataConfig
 from sparsenet.data.dataset import Images, Source
+from sparsenet.data.sampling import stratified_split
 from sparsenet.extras import require
 
 
-def read_digits(root: Path) -> Source:
-    """All digits as one split, whatever *root* is: they lie in the package and in no folder."""
+def read_digits(root: Path, config: DataConfig) -> Source:
+    """The digits, a fifth of each class as the test split, whatever *root* and *config* are.
+
+    They lie in the package and in no folder, and are always the same, so that the split is drawn
+    with a fixed seed.
+    """
     digits = require("sklearn.datasets", "train").load_digits()
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)[:, None]
     images = Images(torch.from_numpy(pixels), torch.from_numpy(digits.target.astype(np.int64)))
-    return Source("digits", tuple("0123456789"), 1, {"train": images})
+    train, test = stratified_split(images.labels, 0.2)
+    splits = {"train": images[train], "test": images[test]}
+    return Source("digits", tuple("0123456789"), 1, splits)

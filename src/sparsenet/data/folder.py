@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sparsenet.data.config import DataConfig
 from sparsenet.data.dataset import Example, Source
 from sparsenet.data.errors import DataError
 from sparsenet.data.images import SUFFIXES
@@ -12,7 +13,7 @@ from sparsenet.data.registry import KINDS
 SPLITS = {"test": ("test",), "val": ("val", "valid", "validation")}  # names of their folders
 
 
-def read_folder(root: Path) -> Source:
+def read_folder(root: Path, config: DataConfig) -> Source:
     """The images below *root*; classes are the sorted names of its folders.
 
     Hidden files, and those that are no images by their extension, are ignored; images in folders

@@ -2,37 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from io import BytesIO
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from sparsenet.data.dataset import Example, Images, Split
 from sparsenet.data.errors import DAMAGE, BadImage, decoding
+from sparsenet.data.tree import SUFFIXES as SUFFIXES
 from sparsenet.extras import require
+
+T = TypeVar("T")
 
 # None of them is one for which Pillow runs another program, as it does for EPS.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-SUFFIXES = (
-    ".bmp",
-    ".gif",
-    ".jpeg",
-    ".jpg",
-    ".pgm",
-    ".png",
-    ".pnm",
-    ".ppm",
-    ".tif",
-    ".tiff",
-    ".webp",
-)
 # An image of mode I, F or another grey is scaled from the first of these that holds its values.
 FULL_SCALES = {"I": (65535, 2**31 - 1), "F": (1, 255, 65535, 2**31 - 1)}
 
@@ -50,42 +42,89 @@ def read_image(source: Path | bytes, size: int, channels: int, name: str = "") -
         return _read(example, size, channels)
 
 
-def read_images(
-    split: Split, size: int, channels: int, skip_corrupt: bool = False
-) -> tuple[Images, tuple[str, ...]]:
-    """A split's images as ``read_image`` reads them, and the names of those left out.
+class Decoded(NamedTuple):
+    """The images of a split. Equal *ids*, int64 ``(N,)``, are images of the same bytes.
+
+    *skipped* are the names of those left out.
+    """
+
+    images: Images
+    ids: Tensor
+    skipped: tuple[str, ...] = ()
+
+
+def read_images(split: Split, size: int, channels: int, skip_corrupt: bool = False) -> Decoded:
+    """A split's images as ``read_image`` reads them.
 
     They are read by several threads but stay in the split's order. Raises ``BadImage`` for
     the first corrupt one unless *skip_corrupt*.
     """
+    return drained(reading_images(split, size, channels, skip_corrupt))
+
+
+def reading_images(
+    split: Split, size: int, channels: int, skip_corrupt: bool = False
+) -> Generator[int, None, Decoded]:
+    """Does what ``read_images`` does, and yields how many images it has read so far."""
     if isinstance(split, Images) and split.pixels.shape[1:] == (channels, size, size):
-        return split, ()
+        ids = [_image_id(image) for image in split.pixels.numpy()]
+        return Decoded(split, torch.tensor(ids, dtype=torch.int64))
     pixels = np.empty((len(split), channels, size, size), np.uint8)
     labels: list[int] = []
+    ids = []
     skipped: list[str] = []
     with _bombs_are_errors(), ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for example, image in _read_all(pool, split, size, channels):
-            if isinstance(image, np.ndarray):
-                pixels[len(labels)] = image
-                labels.append(example.label)
-            elif skip_corrupt:
+            if isinstance(image, BadImage):
+                if not skip_corrupt:
+                    raise BadImage(f"{image}; --skip_corrupt leaves such images out")
                 skipped.append(example.name)
             else:
-                raise BadImage(f"{image}; --skip_corrupt leaves such images out")
+                pixels[len(labels)], number = image
+                labels.append(example.label)
+                ids.append(number)
+            yield len(labels) + len(skipped)
     images = Images(torch.from_numpy(pixels[: len(labels)]), torch.tensor(labels).long())
-    return images, tuple(skipped)
+    return Decoded(images, torch.tensor(ids, dtype=torch.int64), tuple(skipped))
+
+
+def drained(work: Generator[Any, None, T]) -> T:
+    """What a generator returns once all that it yields was taken."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+
+
+def _image_id(content: bytes | np.ndarray) -> int:
+    """64 bits that are a function of an image's bytes."""
+    data = content.tobytes() if isinstance(content, np.ndarray) else content
+    digest = hashlib.blake2b(data, digest_size=8).digest()
+    return int.from_bytes(digest, "big", signed=True)
+
+
+def _content(example: Example) -> bytes | np.ndarray:
+    """The bytes of an example, or its array."""
+    if not isinstance(example.source, Path):
+        return example.source
+    with decoding(example.name, "an image", error=BadImage):
+        return example.source.read_bytes()
 
 
 def _read_all(
     pool: ThreadPoolExecutor, split: Split, size: int, channels: int
-) -> Iterator[tuple[Example, np.ndarray | BadImage]]:
-    def read(example: Example) -> np.ndarray | BadImage:
+) -> Iterator[tuple[Example, tuple[np.ndarray, int] | BadImage]]:
+    def read(example: Example) -> tuple[np.ndarray, int] | BadImage:
         try:
-            return _read(example, size, channels)
+            content = _content(example)
+            pixels = _read(example._replace(source=content), size, channels)
+            return pixels, _image_id(content)
         except BadImage as error:
             return error
 
-    def read_part(part: list[Example]) -> list[np.ndarray | BadImage]:
+    def read_part(part: list[Example]) -> list[tuple[np.ndarray, int] | BadImage]:
         return [read(example) for example in part]
 
     rest = iter(split)

@@ -45,10 +45,10 @@ def _find(config: DataConfig) -> Source:
     if kinds[0].in_folder and not config.dataset_dir:
         raise DataError("--dataset_dir: expected a folder with data, found none given")
     root = Path(config.dataset_dir).expanduser()
-    source = _read(kinds, root)
+    source = _read(kinds, root, config)
     if source is None and config.download:
         pkgutil.resolve_name(kinds[0].downloader)(root)
-        source = _read(kinds, root)
+        source = _read(kinds, root, config)
     if source is not None:
         return source
     if not root.exists():
@@ -58,11 +58,11 @@ def _find(config: DataConfig) -> Source:
     raise DataError(f"--dataset_dir: expected {kinds[0].expected} in {root}, found none{hint}")
 
 
-def _read(kinds: list[DatasetKind], root: Path) -> Source | None:
+def _read(kinds: list[DatasetKind], root: Path, config: DataConfig) -> Source | None:
     """The data in *root* as the first of *kinds* that it is of."""
     if not root.exists():
         return None
-    sources = (pkgutil.resolve_name(kind.reader)(root) for kind in kinds)
+    sources = (pkgutil.resolve_name(kind.reader)(root, config) for kind in kinds)
     return next((source for source in sources if source is not None), None)
 
 
@@ -75,7 +75,7 @@ def _decode(source: Source, config: DataConfig) -> tuple[dict[str, Images], tupl
     splits: dict[str, Images] = {}
     skipped: tuple[str, ...] = ()
     for name, split in undecoded.items():
-        images, corrupt = read_images(split, size, channels, config.skip_corrupt)
+        images, _, corrupt = read_images(split, size, channels, config.skip_corrupt)
         if not len(images):
             expected = f"{name} images"
             raise DataError(

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from sparsenet.data.config import DataConfig
 from sparsenet.data.dataset import Example, Source, check_labels
 from sparsenet.data.errors import DataError, decoding
 from sparsenet.extras import require
@@ -19,7 +20,7 @@ LABELS = ("label", "fine_label", "labels")  # names of the column
 MAX_CLASSES = 1 << 16  # where the classes have no names
 
 
-def read_parquet(root: Path) -> Source | None:
+def read_parquet(root: Path, config: DataConfig) -> Source | None:
     """The splits train, test and validation in *root* or its folder ``data``.
 
     The image column is a struct with the field ``bytes``, the label column integer; class names

@@ -13,8 +13,8 @@ class DatasetKind:
     """What is known of a kind of data set before its module is loaded.
 
     Functions are named as ``module:function``, so that only what is used is imported. *reader* is
-    a function of the folder or file that ``--dataset_dir`` names: it returns a
-    ``sparsenet.data.dataset.Source``, or ``None`` where there is no data of this kind.
+    a function of the folder or file that ``--dataset_dir`` names, and of the ``DataConfig``: it
+    returns a ``sparsenet.data.dataset.Source``, or ``None`` where there is no data of this kind.
     *downloader* is a function that fetches the data into that folder.
     """
 

@@ -1,0 +1,92 @@
+"""The files of a folder and of the folders in it: which are images, and what is left out."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+SUFFIXES = frozenset(
+    f".{suffix}"
+    for suffix in (
+        *("bmp", "dib", "gif", "jfif", "jpe", "jpeg", "jpg", "pgm"),
+        *("png", "pnm", "ppm", "tif", "tiff", "webp"),
+    )
+)
+# How files of these formats begin; a file with another suffix, or with none, is known by this.
+BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*")
+# Folders that storage systems and archivers put beside those of people.
+CLUTTER = frozenset(["__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found"])
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What lies below a folder."""
+
+    images: tuple[Path, ...] = ()  # sorted
+    others: tuple[Path, ...] = ()  # visible files that are no images
+
+
+def is_visible(name: str) -> bool:
+    """Whether a file or folder of this name is one that people made."""
+    return not name.startswith(".") and name not in CLUTTER
+
+
+def list_folder(folder: Path, deep: bool = True) -> Listing:
+    """The visible files in *folder* and, where *deep*, in the folders in it.
+
+    Links are followed, and each folder is entered once. A link that leads nowhere counts as an
+    image, so that whoever reads it reports it.
+    """
+    images: list[Path] = []
+    others: list[Path] = []
+    for path in _files(folder, deep):
+        (images if is_image(path) else others).append(path)
+    return Listing(tuple(sorted(images)), tuple(sorted(others)))
+
+
+def _files(folder: Path, deep: bool) -> Iterator[Path]:
+    seen = {_identity(folder)}
+    for parent, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
+        entered = []
+        for name in sorted(folders if deep else ()):
+            identity = _identity(Path(parent, name))
+            if is_visible(name) and identity not in seen:
+                seen.add(identity)
+                entered.append(name)
+        folders[:] = entered
+        yield from (Path(parent, name) for name in names if is_visible(name))
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise error
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
+
+
+def is_image(path: Path) -> bool:
+    """Whether *path* is an image by its suffix or, where that says nothing, by how it begins."""
+    if path.suffix.lower() in SUFFIXES:
+        return True
+    try:
+        if not path.is_file():
+            return path.is_symlink()
+        with path.open("rb") as file:
+            start = file.read(16)
+    except OSError:
+        return False
+    return start.startswith(BEGINNINGS) or (start[:4] == b"RIFF" and start[8:12] == b"WEBP")
+
+
+def describe_others(paths: Iterable[Path]) -> str:
+    """Files that are left out, counted by suffix: ``3 files (.txt 2, no suffix 1)``."""
+    counts = Counter(path.suffix.lower() or "no suffix" for path in paths)
+    listed = ", ".join(f"{suffix} {count}" for suffix, count in counts.most_common())
+    total = sum(counts.values())
+    return f"{total} file{'s' * (total != 1)} ({listed})"
