@@ -26,7 +26,7 @@ class TrainConfig:
     """How a run is driven. Raises ``ValueError`` naming the field."""
 
     seed: int = setting(0, "all randomness is a function of (seed, epoch, position)")
-    batch_size: int = setting(64, "images a step")
+    batch_size: int = setting(0, "images a step; 0: 64, or a quarter of fewer than 256 images")
     max_epoch: int = setting(300, "epochs in all, resumed ones included")
     device: str = setting("auto", "auto, cpu, cuda, npu, mps, xpu or any device PyTorch knows")
     precision: str = setting(
@@ -41,7 +41,7 @@ class TrainConfig:
     save_every: float = setting(120.0, "seconds between checkpoints within an epoch")
 
     def __post_init__(self) -> None:
-        least = {"seed": 0, "batch_size": 1, "max_epoch": 1, "time_limit": 0, "save_every": 0}
+        least = {"seed": 0, "batch_size": 0, "max_epoch": 1, "time_limit": 0, "save_every": 0}
         rules = [
             (name, minimum <= getattr(self, name) < math.inf, f"at least {minimum}")
             for name, minimum in least.items()

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
 
-from sparsenet.events import Concluded, EpochDone, Event, Message, Step, Stopped
+from sparsenet.events import Concluded, EpochDone, Event, Message, Reading, Step, Stopped
 from sparsenet.extras import require
 from sparsenet.results import EpochMetrics
 from sparsenet.run import Run
@@ -24,7 +24,7 @@ def display(events: Iterable[Event], run: Run) -> str | None:
         for event in events:
             if isinstance(event, Stopped):
                 reason = event.reason
-            if isinstance(event, Step):
+            if isinstance(event, Reading | Step):
                 if bar:
                     bar.show(event)
                 continue
@@ -43,8 +43,8 @@ def _line(event: Message | EpochDone | Stopped | Concluded) -> str:
             return text
         case EpochDone(metrics, epochs):
             return _epoch_line(metrics, epochs)
-        case Stopped(reason):
-            return f"saved and stopped: {reason}"
+        case Stopped(reason, saved):
+            return f"{'saved and stopped' if saved else 'stopped before the first step'}: {reason}"
         case Concluded(result):
             return (
                 f"{result.dataset}: test error {result.error:.2f} %, "
@@ -80,7 +80,9 @@ class _Bar:
         )
         self.task: Any = None
 
-    def show(self, step: Step) -> None:
+    def show(self, step: Reading | Step) -> None:
+        if isinstance(step, Reading):
+            return
         fields = {
             "completed": (step.epoch - 1) * step.steps + step.step,
             "epoch": f"{step.epoch}/{step.epochs}",

@@ -15,6 +15,15 @@ class Message:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """Images are being read, before training begins."""
+
+    split: str
+    done: int  # images
+    total: int
+
+
+@dataclass(frozen=True)
 class Step:
     """A training step was made; ``loss`` and ``error`` are means over the epoch so far."""
 
@@ -37,9 +46,10 @@ class EpochDone:
 
 @dataclass(frozen=True)
 class Stopped:
-    """The run ended before its last epoch; everything is saved."""
+    """The run ended before its last epoch; everything that was made is *saved*."""
 
     reason: str
+    saved: bool = True  # not where it was stopped before its first step
 
 
 @dataclass(frozen=True)
@@ -49,4 +59,4 @@ class Concluded:
     result: TrainingResult
 
 
-Event = Message | Step | EpochDone | Stopped | Concluded
+Event = Message | Reading | Step | EpochDone | Stopped | Concluded

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from sparsenet import __version__, presets
 from sparsenet.config import COMPONENTS, RunConfig, Setting, replace, settings
+from sparsenet.data.config import POINTERS
 from sparsenet.export import FORMATS, RUNTIMES
 from sparsenet.topology import fetch_from_file
 from sparsenet.validation import nearest
@@ -230,9 +231,16 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
-    text = "other data than the run's: as for train"
-    parser.add_argument("--dataset", default="", help=text)
-    parser.add_argument("--dataset_dir", default="", help="where the data lies now")
+    for name in POINTERS:
+        text = f"other data than the run's, as for train: {_help_of(name)}"
+        parser.add_argument(f"--{name}", default="", help=text)
+    splits = ("", "train", "val", "test")
+    text = "which images; default: test, else validation, else those that were not trained on"
+    parser.add_argument("--split", default="", choices=splits, metavar="SPLIT", help=text)
+
+
+def _help_of(name: str) -> str:
+    return next(each.help for each in settings() if each.name == name)
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:

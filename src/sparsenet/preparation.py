@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
 
 from sparsenet import __version__
 from sparsenet.arithmetic import Arithmetic, choose_arithmetic, explain
-from sparsenet.config import RunConfig, recipe
+from sparsenet.config import RunConfig, TrainConfig, recipe
 from sparsenet.data.dataset import Dataset
-from sparsenet.data.load import load_dataset
+from sparsenet.data.identity import record
+from sparsenet.data.load import loading_dataset
 from sparsenet.data.preprocessing import Preprocessing, channel_statistics
+from sparsenet.data.sampling import batch_ends
 from sparsenet.device import choose_device
+from sparsenet.events import Reading
 from sparsenet.graph import Node, graph, totals
 from sparsenet.memory import free_memory
 from sparsenet.ops import dispatch
+
+BATCH_SIZE = 64  # the paper's
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,7 @@ class Setup:
     preprocessing: Preprocessing
     device: torch.device
     arithmetic: Arithmetic
+    small_batches: bool = False  # nobody asked for a batch size, and the usual one does not fit
 
     @cached_property
     def nodes(self) -> list[Node]:
@@ -46,37 +53,49 @@ class Setup:
             "preprocessing": dataclasses.asdict(self.preprocessing),
             "classes": list(self.data.classes),
             "dataset": self.data.name,
+            "data": dataclasses.asdict(record(self.data)),
             "recipe": recipe(self.config),
         }
 
 
-def prepare(config: RunConfig, previous: Arithmetic) -> Setup:
+def preparing(config: RunConfig, previous: Arithmetic) -> Generator[Reading, None, Setup]:
     """Loads the data and decides what only the data and the device can say.
 
-    *previous* is the arithmetic of a run that is resumed. Raises ``ValueError`` in one line where
-    settings do not fit the data or the device.
+    *previous* is the arithmetic of a run that is resumed. Yields how far the reading has come.
+    Raises ``ValueError`` in one line where settings do not fit the data or the device.
     """
     device = choose_device(config.train.device)
     if config.train.implementation != "auto":  # refused before the data is loaded
         dispatch.choose(config.train.implementation, device)
-    data = load_dataset(config.data)
-    if config.train.batch_size > len(data.train):
-        raise ValueError(
-            f"--batch_size: expected at most the {len(data.train)} training images, "
-            f"found {config.train.batch_size}; --batch_size {max(len(data.train) // 4, 1)} fits"
-        )
+    data = yield from loading_dataset(config.data)
+    settings = _with_batch_size(config.train, len(data.train))
+    small_batches = settings.batch_size < BATCH_SIZE and not config.train.batch_size
+    config = dataclasses.replace(config, train=settings)
     channels, size = data.train.pixels.shape[1], data.train.pixels.shape[-1]
     network = dataclasses.replace(config.network, in_chans=channels, num_classes=len(data.classes))
     config = dataclasses.replace(config, network=network)
-    _check_sizes(config, size)
+    _check_sizes(config, size, len(data.train))
     mean, std = channel_statistics(data.train)
     preprocessing = Preprocessing(size, channels, mean, std)
     arithmetic = choose_arithmetic(config.train, device, previous)
-    return Setup(config, _on_device(data, device), preprocessing, device, arithmetic)
+    data = _on_device(data, device)
+    return Setup(config, data, preprocessing, device, arithmetic, small_batches)
 
 
-def _check_sizes(config: RunConfig, size: int) -> None:
-    config.network.sizes(size)
+def _with_batch_size(settings: TrainConfig, images: int) -> TrainConfig:
+    """*settings* with a batch size: by default the paper's, and at least 4 batches an epoch."""
+    fitting = min(BATCH_SIZE, max(images // 4, 2))
+    if settings.batch_size > images:
+        raise ValueError(
+            f"--batch_size: expected at most the {images} training images, "
+            f"found {settings.batch_size}; --batch_size {fitting} fits"
+        )
+    return dataclasses.replace(settings, batch_size=settings.batch_size or min(fitting, images))
+
+
+def _check_sizes(config: RunConfig, size: int, images: int) -> None:
+    """Raises ``ValueError`` where a setting does not fit *images* of *size* pixels a side."""
+    sizes = config.network.sizes(size)
     for flag, largest in (("shift", size - 1), ("cutout", size), ("first_size", size)):
         value = getattr(config.data, flag)
         if value > largest:
@@ -86,9 +105,15 @@ def _check_sizes(config: RunConfig, size: int) -> None:
             )
     if config.data.first_size:
         try:
-            config.network.sizes(config.data.first_size)
+            sizes = config.network.sizes(config.data.first_size)
         except ValueError as error:
             raise ValueError(str(error).replace("image_size", "--first_size")) from None
+    ends = [0, *batch_ends(images, config.train.batch_size)]
+    if 1 in sizes and any(end - start == 1 for start, end in pairwise(ends)):
+        raise ValueError(
+            "--batch_size: expected at least 2 images a step, since the last stage of this network "
+            "reduces an image to 1x1 pixels, which have no variance of their own, found 1"
+        )
 
 
 def _on_device(data: Dataset, device: torch.device) -> Dataset:
@@ -101,12 +126,20 @@ def introduce(setup: Setup, previous: Arithmetic) -> Iterator[str]:
     """Lines for the user that say what is trained on what, and how."""
     data, nodes = setup.data, setup.nodes
     validation = f", {len(data.val)} validation" if data.val else ""
-    yield (
-        f"{data.name}: {len(data.train)} training{validation} and {len(data.test)} test images, "
-        f"{len(data.classes)} classes, {tuple(data.train.pixels.shape[1:])}"
-    )
+    counts = f"{len(data.train)} training{validation} and {len(data.test)} {data.tested} images"
+    shape = tuple(data.train.pixels.shape[1:])
+    yield f"{data.name}: {counts}, {len(data.classes)} classes, {shape}"
+    yield from data.notes
+    if data.tested == "held-out":
+        fraction = f"--test_fraction {setup.config.data.test_fraction:g}"
+        yield f"the data has no test split: {len(data.test)} images are held out ({fraction})"
+    elif data.tested == "validation":
+        yield "the data has no test split: the validation images are tested on"
     if data.skipped:
         yield f"skipped {len(data.skipped)} corrupt images, the first: {data.skipped[0]}"
+    settings = setup.config.train
+    if setup.small_batches:
+        yield f"batches of {settings.batch_size} images, since there are few (--batch_size)"
     network = setup.config.network
     parameters, macs = totals(nodes)
     yield (
@@ -114,5 +147,4 @@ def introduce(setup: Setup, previous: Arithmetic) -> Iterator[str]:
         f"{network.stage_depths} layers, growth {network.growth_rates}: "
         f"{parameters:,} parameters, {macs:,} MACs"
     )
-    settings = setup.config.train
     yield from explain(setup.arithmetic, settings, setup.device, previous)

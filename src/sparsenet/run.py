@@ -6,11 +6,15 @@ import csv
 import dataclasses
 import io
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
+from safetensors import SafetensorError
+from safetensors.torch import load as parse_tensors
+from safetensors.torch import save as serialise_tensors
+from torch import Tensor
 
 from sparsenet import files
 from sparsenet.arithmetic import Arithmetic
@@ -100,14 +104,29 @@ class Run:
         except ValueError:
             return Arithmetic()
 
+    def images(self) -> dict[str, Tensor]:
+        """What ``describe`` wrote of the images; empty where there is no such file."""
+        try:
+            return parse_tensors((self.path / "images.safetensors").read_bytes())
+        except FileNotFoundError:
+            return {}
+        except (OSError, SafetensorError) as error:
+            raise RunError(
+                f"{self.path / 'images.safetensors'}: expected a readable file, found: {error}"
+            ) from None
+
     def describe(
         self,
         config: RunConfig,
         image_size: int,
         nodes: Sequence[Node],
         environment: Environment,
+        images: Mapping[str, Tensor],
     ) -> None:
-        """Writes config.json, requirements.txt, environment.json and, from *nodes*, graph.json."""
+        """Writes config.json, requirements.txt, environment.json and, from *nodes*, graph.json.
+
+        *images* say which ones the run is made with: ``sparsenet.data.identity.to_tensors``.
+        """
         parameters, macs = totals(nodes)
         graph = {
             "image_size": image_size,
@@ -117,6 +136,7 @@ class Run:
         }
         files.write_json(self.path / "graph.json", graph)
         files.write_json(self.path / "environment.json", environment)
+        files.write_atomic(self.path / "images.safetensors", serialise_tensors(dict(images)))
         files.write_atomic(self.path / "requirements.txt", "\n".join(installed()) + "\n")
         located = dataclasses.replace(config, data=config.data.located())
         files.write_json(self.path / "config.json", located.to_dict())

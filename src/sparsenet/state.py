@@ -14,13 +14,16 @@ from torch import Tensor, nn
 
 from sparsenet import checkpoints, optim
 from sparsenet.checkpoints import Checkpoint, Manifest, RunError
+from sparsenet.config import RunConfig
+from sparsenet.data.identity import differences, to_tensors
 from sparsenet.data.preprocessing import Preprocessing
-from sparsenet.data.sampling import stream
+from sparsenet.data.sampling import batch_ends, stream
 from sparsenet.device import place
 from sparsenet.model import SparseNet
 from sparsenet.preparation import Setup
 from sparsenet.results import EpochMetrics
 from sparsenet.run import Run
+from sparsenet.schedule import learning_rate
 
 
 class DivergedError(RuntimeError):
@@ -118,7 +121,7 @@ def new_state(setup: Setup) -> TrainingState:
     implementation = setup.arithmetic.implementation
     model = place(SparseNet(config.network, implementation, config.train.memory), device)
     average = copy.deepcopy(model) if config.optim.ema else None
-    steps = -(-len(setup.data.train) // config.train.batch_size)
+    steps = len(batch_ends(len(setup.data.train), config.train.batch_size))
     losses = torch.zeros(steps, device=device)
     mistakes = torch.zeros(steps, dtype=torch.int64, device=device)
     return TrainingState(model, optim.sgd(model, config.optim), average, losses, mistakes)
@@ -132,13 +135,32 @@ def restore(state: TrainingState, setup: Setup, run: Run) -> list[str]:
     if not checkpoints.saved(run.checkpoints, "last"):
         return ["stopped before the first checkpoint: starting from the beginning"]
     checkpoint, warnings = checkpoints.restore(run.checkpoints, "last")
-    _check_data(checkpoint, state.steps_per_epoch, setup)
+    _check_data(checkpoint, state.steps_per_epoch, setup, run)
     state.load(checkpoint, run.metrics())
     lines = [f"warning: {warning}" for warning in warnings]
-    return [*lines, f"resumed at step {state.step} (epoch {1 + state.epoch})"]
+    lines.append(f"resumed at step {state.step} (epoch {1 + state.epoch})")
+    return lines + _rate_jump(state, setup.config, run.config())
 
 
-def _check_data(checkpoint: Checkpoint, steps: int, setup: Setup) -> None:
+def _rate_jump(state: TrainingState, now: RunConfig, before: RunConfig) -> list[str]:
+    """A line where another number of epochs changes the learning rate with which a run goes on."""
+
+    def rate(config: RunConfig, step: int) -> float:
+        return learning_rate(config.optim, step, state.steps_per_epoch, config.train.max_epoch)
+
+    last, coming = rate(before, max(state.step - 1, 0)), rate(now, state.step)
+    finished = state.epoch >= now.train.max_epoch
+    if finished or rate(before, state.step) == coming:
+        return []
+    epochs = f"{now.train.max_epoch} epochs instead of {before.train.max_epoch}"
+    return [
+        f"warning: the learning rate goes from {last:.4g} to {coming:.4g}, since the "
+        f"{now.optim.schedule} schedule is that of {epochs}; a new run with --max_epoch "
+        f"{now.train.max_epoch} would not have this jump"
+    ]
+
+
+def _check_data(checkpoint: Checkpoint, steps: int, setup: Setup, run: Run) -> None:
     data, about = setup.data, checkpoint.manifest.about
     if about["classes"] != list(data.classes):
         raise RunError(
@@ -146,6 +168,9 @@ def _check_data(checkpoint: Checkpoint, steps: int, setup: Setup) -> None:
             f"found {len(data.classes)} classes in the data"
         )
     expected = f"{checkpoint.path}: expected the images it was trained on"
+    if "data" in about and about["data"] != setup.about["data"]:
+        changes = differences(run.images(), to_tensors(data))
+        raise RunError(f"{expected}, found others ({changes}); a new run trains on them")
     if Preprocessing(**about["preprocessing"]) != setup.preprocessing:
         raise RunError(f"{expected}, found others (mean or size differ)")
     before = len(checkpoint.tensors["epoch.losses"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import torch
 from torch import Tensor
@@ -16,13 +16,14 @@ from sparsenet.capture import Captures
 from sparsenet.conclusion import conclude
 from sparsenet.config import RunConfig
 from sparsenet.data.dataset import Images
-from sparsenet.data.sampling import Batches, plan_epoch, resized, stream, training_size
+from sparsenet.data.identity import to_tensors
+from sparsenet.data.sampling import Batches, batch_ends, plan_epoch, resized, stream, training_size
 from sparsenet.device import traits
 from sparsenet.environment import environment
 from sparsenet.evaluate import Evaluation, EvaluationStep, Scorer, evaluate
 from sparsenet.events import Concluded, EpochDone, Event, Message, Step, Stopped
 from sparsenet.memory import peak_memory_mb
-from sparsenet.preparation import Setup, introduce, prepare
+from sparsenet.preparation import Setup, introduce, preparing
 from sparsenet.results import EpochMetrics
 from sparsenet.run import Run
 from sparsenet.schedule import learning_rate
@@ -51,7 +52,9 @@ def train(
     """
     began = time.monotonic()
     previous = run.arithmetic() if resume else Arithmetic()
-    setup = prepare(config, previous)
+    setup = yield from _prepared(config, previous, should_stop)
+    if setup is None:
+        return
     state = new_state(setup)
     restored = restore(state, setup, run) if resume else []  # refused before writing
     _describe(run, setup)
@@ -88,9 +91,26 @@ def train(
         yield Concluded(conclude(run, setup, state.rows, captures))
 
 
+def _prepared(
+    config: RunConfig, previous: Arithmetic, should_stop: Callable[[], str | None]
+) -> Generator[Event, None, Setup | None]:
+    """The setup of a run, or ``None`` where it was stopped while the images were read."""
+    work = preparing(config, previous)
+    try:
+        while True:
+            yield next(work)
+            if stop := should_stop():
+                yield Stopped(stop, saved=False)
+                return None
+    except StopIteration as end:
+        setup: Setup = end.value
+        return setup
+
+
 def _describe(run: Run, setup: Setup) -> None:
     used = environment(setup.device, **dataclasses.asdict(setup.arithmetic))
-    run.describe(setup.config, setup.preprocessing.size, setup.nodes, used)
+    size, images = setup.preprocessing.size, to_tensors(setup.data)
+    run.describe(setup.config, size, setup.nodes, used, images)
     pictures.draw_graph(setup.nodes, run.path / "graph.svg", run.path.name)
 
 
@@ -120,6 +140,7 @@ def _make_epoch_steps(
     data = config.data.scaled(images.pixels.shape[-1], setup.preprocessing.size)
     plan = plan_epoch(seed, epoch, len(images), data)
     batches = Batches(images, batch_size, plan, start, device)
+    ends = batch_ends(len(images), batch_size)
     rates, ema_rates = optim.epoch_rates(config.optim, epoch, steps, epochs, device)
     waits = traits(device).asynchronous
     seconds_before = state.seconds
@@ -133,17 +154,16 @@ def _make_epoch_steps(
         done = index + 1
         if waits and done < steps and time.perf_counter() - looked <= LOOK_EVERY:
             continue
-        mean_loss, error = _progress(state, done, batch_size, len(images))
+        mean_loss, error = _progress(state, done, ends[index])
         looked = time.perf_counter()
         state.seconds = seconds_before + looked - began
-        images_per_second = (done - start) * batch_size / (state.seconds - seconds_before)
+        seen = ends[index] - (ends[start - 1] if start else 0)
+        images_per_second = seen / (state.seconds - seconds_before)
         yield Step(epoch + 1, done, steps, epochs, mean_loss, error, images_per_second)
 
 
-def _progress(
-    state: TrainingState, steps: int, batch_size: int, images: int
-) -> tuple[float, float]:
-    """Mean loss, and error in percent, of the epoch's first *steps* steps.
+def _progress(state: TrainingState, steps: int, images: int) -> tuple[float, float]:
+    """Mean loss, and error in percent, of the epoch's first *steps* steps, on so many *images*.
 
     Raises ``DivergedError`` where a loss is not finite.
     """
@@ -152,8 +172,7 @@ def _progress(
     if not finite.all():
         first = state.step - steps + int(finite.int().argmin()) + 1
         raise DivergedError(f"the loss of step {first} is")
-    seen = min(steps * batch_size, images)
-    return losses.mean().item(), 100 * state.mistakes[:steps].sum().item() / seen
+    return losses.mean().item(), 100 * state.mistakes[:steps].sum().item() / images
 
 
 def _finish_epoch(run: Run, setup: Setup, state: TrainingState, score: Scorer) -> EpochDone:
@@ -162,7 +181,7 @@ def _finish_epoch(run: Run, setup: Setup, state: TrainingState, score: Scorer) -
     def evaluated(images: Images) -> Evaluation:
         return evaluate(state.evaluated, images, setup.preprocessing, device, score=score)
 
-    loss, error = _progress(state, state.steps_per_epoch, config.train.batch_size, len(data.train))
+    loss, error = _progress(state, state.steps_per_epoch, len(data.train))
     test, validation = evaluated(data.test), evaluated(data.val) if data.val else None
     if not all(math.isfinite(each.loss) for each in (test, validation) if each):
         raise DivergedError(f"the weights of step {state.step} give a loss that is")

@@ -25,6 +25,7 @@ from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as serialise_tensors
 from torch import Tensor
 
+from sparsenet.data.identity import DataRecord
 from sparsenet.data.preprocessing import Preprocessing
 from sparsenet.downloads import ChecksumError, DownloadError, download
 from sparsenet.files import cache_folder, read_json
@@ -44,6 +45,7 @@ class Measured:
     top5_error: float
     images: int
     dataset: str
+    split: str = "test"  # what these images are: also "validation", "held-out", "training" or ""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class About:
     dataset: str
     recipe: dict[str, dict[str, Any]]  # sparsenet.config.recipe
     epoch: int
+    data: DataRecord | None = None  # of the images; older versions did not record them
     # By precision, the results of exactly the numbers in the file; a run has none.
     measured: dict[str, Measured] = field(default_factory=dict)
 

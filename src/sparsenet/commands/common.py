@@ -12,10 +12,9 @@ from typing import Any
 import msgspec
 import torch
 
-from sparsenet.data.config import DataConfig
-from sparsenet.data.dataset import Dataset
-from sparsenet.data.load import load_dataset
+from sparsenet.data.config import POINTERS, DataConfig
 from sparsenet.data.registry import lies_in_folder
+from sparsenet.data.selection import Known, Selection, select_images
 from sparsenet.run import Run
 from sparsenet.trained import Trained, load_trained
 
@@ -28,19 +27,18 @@ def load_network(args: argparse.Namespace, device: torch.device) -> Trained:
     return trained
 
 
-def load_images(args: argparse.Namespace, trained: Trained) -> Dataset:
-    """Loads the images of the run, or those that the flags name.
+def load_images(args: argparse.Namespace, trained: Trained) -> Selection:
+    """Loads the images of the run, or those that the flags name, and prints notes about them.
 
-    Raises ``ValueError`` where they have other classes than the network.
+    Raises ``ValueError`` where there are none, or some of a class that the network does not know.
     """
-    data = load_dataset(_data_config(args, trained))
-    if data.classes != trained.classes:
-        raise ValueError(
-            f"--dataset_dir: expected the {len(trained.classes)} classes of the training "
-            f"{list(trained.classes)[:5]}, found {len(data.classes)} classes "
-            f"{list(data.classes)[:5]}"
-        )
-    return data
+    ids = Run.open(trained.path).images() if trained.path.is_dir() else {}
+    own = not any(getattr(args, name) for name in POINTERS)
+    known = Known(ids, trained.about.data, own)
+    selection = select_images(_data_config(args, trained), args.split, trained.classes, known)
+    for note in selection.notes:
+        print(f"sparsenet: {note}", file=sys.stderr)
+    return selection
 
 
 def _data_config(args: argparse.Namespace, trained: Trained) -> DataConfig:
@@ -55,17 +53,11 @@ def _data_config(args: argparse.Namespace, trained: Trained) -> DataConfig:
     else:  # a weights file knows only how its test images were found
         recipe = trained.about.recipe["data"]
         stored = DataConfig(
-            test_fraction=recipe["test_fraction"], skip_corrupt=recipe["skip_corrupt"]
+            **{name: recipe[name] for name in ("test_fraction", "val_fraction", "skip_corrupt")}
         )
-    dataset = args.dataset or stored.dataset
-    if not args.dataset and args.dataset_dir and not lies_in_folder(dataset):
-        dataset = "auto"
-    folder = args.dataset_dir or (stored.dataset_dir if lies_in_folder(dataset) else "")
+    given = {name: getattr(args, name) for name in POINTERS if getattr(args, name)}
     return dataclasses.replace(
-        stored,
-        dataset=dataset,
-        dataset_dir=folder,
-        dataset_name="" if args.dataset or args.dataset_dir else stored.dataset_name,
+        stored.pointed_at(given),
         image_size=trained.preprocessing.size,
         in_chans=trained.preprocessing.channels,
         download=False,

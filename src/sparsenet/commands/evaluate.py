@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sparsenet.commands.common import load_images, load_network, print_result
+from sparsenet.data.selection import Selection
 from sparsenet.device import choose_device
 from sparsenet.evaluate import evaluate
 from sparsenet.export.onnx import Exported
@@ -28,6 +29,8 @@ class EvaluationReport:
     top5_error: float
     loss: float  # mean cross-entropy, nats
     images: int
+    split: str  # "training", "validation", "test", "held-out", or nothing where data has no splits
+    place: str  # where they lie
     seconds: float
     class_errors: dict[str, float | None]  # ``None``: no image of the class
     stated_error: float | None  # what a weights file says of itself
@@ -43,11 +46,11 @@ def run(args: argparse.Namespace) -> int:
         precision = dispatch.choose_precision(args.precision, device, training=False)
     trained = load_network(args, device)
     data = load_images(args, trained)
-    pixels = data.test.pixels[: args.batch_size]
+    pixels = data.images.pixels[: args.batch_size]
     model = Exported(trained, runtime, pixels) if runtime else trained.model
     torch_precision = "fp32" if runtime else precision  # of what PyTorch is left to do
     evaluation = evaluate(
-        model, data.test, trained.preprocessing, device, args.batch_size, torch_precision
+        model, data.images, trained.preprocessing, device, args.batch_size, torch_precision
     )
     stated = trained.about.measured.get(precision)
     report = EvaluationReport(
@@ -60,11 +63,13 @@ def run(args: argparse.Namespace) -> int:
         top5_error=evaluation.top5_error,
         loss=evaluation.loss,
         images=evaluation.images,
+        split=data.kind,
+        place=data.place,
         seconds=evaluation.seconds,
-        class_errors=evaluation.class_errors(data.classes),
+        class_errors=evaluation.class_errors(trained.classes),
         stated_error=stated.error if stated else None,
     )
-    return print_result(report, _lines(report, stated), args.json)
+    return print_result(report, _lines(report, data, stated), args.json)
 
 
 def _runtime(args: argparse.Namespace) -> Runtime | None:
@@ -78,16 +83,15 @@ def _runtime(args: argparse.Namespace) -> Runtime | None:
     return Runtime(args.engine, args.precision)
 
 
-def _lines(report: EvaluationReport, stated: Measured | None) -> Iterator[str]:
+def _lines(report: EvaluationReport, data: Selection, stated: Measured | None) -> Iterator[str]:
     engine = "" if report.engine == "torch" else f" by {report.engine}"
-    yield f"{report.dataset}: {report.images} images in {report.seconds:.2f} s{engine}"
-    yield (
-        f"error {report.error:.2f} %, top-5 error {report.top5_error:.2f} %, loss {report.loss:.4f}"
-    )
+    yield f"{data.description}, {report.seconds:.2f} s{engine}"
+    top5 = f"top-5 error {report.top5_error:.2f} %, " if len(report.class_errors) > 5 else ""
+    yield f"error {report.error:.2f} %, {top5}loss {report.loss:.4f}"
     for name, error in report.class_errors.items():
         yield f"  {name}: {'no image' if error is None else f'{error:.2f} %'}"
     if stated:
         yield (
             f"stated: {stated.error:.2f} % ({report.precision}), "
-            f"for {stated.images} images of {stated.dataset}"
+            f"for {stated.images} {stated.split} images of {stated.dataset}"
         )

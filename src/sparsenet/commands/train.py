@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import signal
 from datetime import datetime
 from pathlib import Path
@@ -11,6 +12,7 @@ from types import FrameType
 from sparsenet import config as settings
 from sparsenet import presets
 from sparsenet.config import RunConfig
+from sparsenet.data.config import POINTERS
 from sparsenet.display import display
 from sparsenet.flags import from_flags
 from sparsenet.run import Run
@@ -26,6 +28,8 @@ def run(args: argparse.Namespace) -> int:
             stopped = display(events, run)
     finally:
         run.discard_if_unused()
+    if not (run.path / "config.json").exists():  # stopped while it read the images
+        return 128 + (signals.number or signal.SIGINT)
     if stopped:
         print(f"go on with: sparsenet train --resume {run.path}")
     print(run.path)
@@ -86,6 +90,8 @@ def _with_settings(args: argparse.Namespace, base: RunConfig) -> RunConfig:
     if args.config:
         path = Path(args.config)
         base = settings.load(path / "config.json" if path.is_dir() else path, base)
+        given = {name: vars(args)[name] for name in POINTERS if name in vars(args)}
+        base = dataclasses.replace(base, data=base.data.pointed_at(given))
     return from_flags(vars(args), base)
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sparsenet.data.errors import DataError
 from sparsenet.data.registry import DATASETS, KINDS, lies_in_folder
 from sparsenet.validation import check_settings, setting
+
+POINTERS = ("dataset", "dataset_dir", "labels", "image_column", "label_column")  # to the images
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,22 @@ class DataConfig:
             raise DataError(
                 f"--download: expected --dataset {' or '.join(downloadable)}, found {self.dataset}"
             )
+
+    def pointed_at(self, given: Mapping[str, str]) -> DataConfig:
+        """The same for the data that the settings in *given* name.
+
+        Other data has another name, and is looked at anew where it lies in a folder and these
+        settings are for data that does not, or the other way round.
+        """
+        new = dict(given)
+        if given.keys() & {"dataset", "dataset_dir", "labels"}:
+            new.setdefault("dataset_name", "")
+        kind = given.get("dataset", self.dataset)
+        if given.get("dataset_dir") and "dataset" not in given and not lies_in_folder(kind):
+            new["dataset"] = "auto"
+        elif "dataset_dir" not in given and not lies_in_folder(kind):
+            new["dataset_dir"] = ""
+        return replace(self, **new)  # type: ignore[arg-type]
 
     def located(self) -> DataConfig:
         """The same with absolute paths, so that a run finds its data from anywhere."""

@@ -35,7 +35,8 @@ class Source:
 
     *channels* is 1 or 3, what the images are decoded to where the settings do not say. *notes* are
     lines for the user: what is left out, and what was taken for what. *places* say where a split
-    lies, for those that do not lie in ``--dataset_dir`` itself.
+    lies, for those that do not lie in ``--dataset_dir`` itself. *empty* are the folders of classes
+    that have no images, which nobody can be trained on.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Source:
     splits: Mapping[str, Split]
     notes: tuple[str, ...] = ()
     places: Mapping[str, str] = field(default_factory=dict)
+    empty: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,11 @@ class Images:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images in splits, with the names of their classes and of corrupt images left out."""
+    """Images in splits, with the names of their classes and of corrupt images left out.
+
+    *ids* are int64 ``(N,)`` for each split that there is (train, val, test): equal ones are images
+    of the same bytes. *notes* are lines for the user.
+    """
 
     name: str
     classes: tuple[str, ...]
@@ -79,6 +85,14 @@ class Dataset:
     val: Images | None
     test: Images
     skipped: tuple[str, ...] = ()
+    tested: str = "test"  # what the test images are: "test", "validation" or "held-out"
+    ids: Mapping[str, Tensor] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def labels(self, split: str) -> Tensor:
+        """The labels of a split that there is, int64 ``(N,)``."""
+        images: Images = getattr(self, split)
+        return images.labels
 
     @property
     def nbytes(self) -> int:

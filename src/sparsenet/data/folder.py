@@ -1,77 +1,202 @@
-"""Class folders: ``DIR/<class>/*``, or ``DIR/train/<class>/*`` beside ``DIR/test/<class>/*``."""
+"""Folders of images: ``DIR/CLASS/*``, or ``DIR/train/CLASS/*`` beside ``DIR/test/CLASS/*``."""
 
 from __future__ import annotations
 
+import unicodedata
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from sparsenet.data.config import DataConfig
 from sparsenet.data.dataset import Example, Source
 from sparsenet.data.errors import DataError
-from sparsenet.data.images import SUFFIXES
 from sparsenet.data.registry import KINDS
+from sparsenet.data.splits import find_splits, split_of
+from sparsenet.data.tree import Listing, describe_others, is_visible, list_folder
 
-SPLITS = {"test": ("test",), "val": ("val", "valid", "validation")}  # names of their folders
+
+@dataclass(frozen=True)
+class Tree:
+    """A folder, what lies straight in it, and what lies in and below each of its folders."""
+
+    path: Path
+    straight: Listing
+    below: Mapping[str, Listing]  # by the names of its visible folders, sorted
+
+    @property
+    def filled(self) -> list[str]:
+        """The names of the folders that hold images."""
+        return [name for name, listing in self.below.items() if listing.images]
+
+    @property
+    def in_folders(self) -> int:
+        """The number of images that lie in its folders."""
+        return sum(len(listing.images) for listing in self.below.values())
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether it holds class folders, and not mostly images."""
+        return self.in_folders > len(self.straight.images)
 
 
 def read_folder(root: Path, config: DataConfig) -> Source:
-    """The images below *root*; classes are the sorted names of its folders.
+    """The images below *root*; classes are the sorted names of folders, in Unicode's NFC.
 
-    Hidden files, and those that are no images by their extension, are ignored; images in folders
-    within a class folder belong to that class. Raises ``DataError`` where there are fewer
-    than 2 classes, a class without images, or a split with other classes than ``train``.
+    Folders named as splits (``sparsenet.data.splits``) that hold class folders are splits.
+    Images in folders within a class folder belong to that class. A folder that holds nothing but
+    one other folder stands for it. Raises ``DataError`` where there are fewer than 2 classes, a
+    split has a class that the training images do not have, or folders look like splits but are not
+    named so.
     """
-    folders = _split_folders(root)
-    classes = _class_folders(folders["train"])
+    notes: list[str] = []
+    tree = _entered(root, notes)
+    splits = _split_trees(tree, notes)
+    if not splits:
+        _refuse_unnamed_splits(tree)
+        splits = {"train": tree}
+    first = splits.get("train") or next(iter(splits.values()))
+    classes, _ = _classes(first)
     if len(classes) < 2:
         others = " or ".join(kind.expected for kind in KINDS.values() if kind.expected)
-        expected = f"at least 2 class folders (or {others}) in {folders['train']}"
+        expected = f"at least 2 class folders (or {others}) in {first.path}"
         raise DataError(f"--dataset_dir: expected {expected}, found {len(classes)}")
-    splits = {name: _examples(folder, classes) for name, folder in folders.items()}
-    return Source(root.resolve().name, tuple(classes), 3, splits)
+    examples = {name: _examples(each, classes, first.path) for name, each in splits.items()}
+    empty = [str(first.path / name) for name in first.below if name not in first.filled]
+    return Source(
+        name=root.resolve().name,
+        classes=tuple(classes),
+        channels=3,
+        splits=examples,
+        notes=(*notes, *_left_out(tree, splits)),
+        places={name: str(each.path) for name, each in splits.items()},
+        empty=tuple(empty),
+    )
 
 
-def _split_folders(root: Path) -> dict[str, Path]:
-    train = root / "train"
-    if not (train.is_dir() and _class_folders(train)) or any(map(_is_image, train.iterdir())):
-        return {"train": root}  # its folder "train" is a class, if there is one
-    folders = {"train": train}
-    for split, names in SPLITS.items():
-        candidates = [root / name for name in names if (root / name).is_dir()]
-        if candidates:
-            folders[split] = candidates[0]
-    return folders
+def _tree(path: Path) -> Tree:
+    folders = sorted(each for each in path.iterdir() if is_visible(each.name) and each.is_dir())
+    below = {each.name: list_folder(each) for each in folders}
+    return Tree(path, list_folder(path, deep=False), below)
 
 
-def _class_folders(folder: Path) -> list[str]:
-    names = [path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != "."]
-    for name in names:
+def _entered(root: Path, notes: list[str]) -> Tree:
+    """The tree of *root*, or of the folder that is all that *root* and the like hold."""
+    tree = _tree(root)
+    while len(tree.below) == 1 and not tree.straight.images:
+        (name,) = tree.below
+        inner = _tree(tree.path / name)
+        # A lone split or class folder is not one that was packed once more.
+        is_split = split_of(name) and not any(map(split_of, inner.below))
+        if not inner.below or inner.straight.images or (is_split and name != tree.path.name):
+            break
+        notes.append(f"taken: {inner.path}, the only folder in {tree.path}")
+        tree = inner
+    return tree
+
+
+def _split_trees(tree: Tree, notes: list[str]) -> dict[str, Tree]:
+    """The folders of *tree* that are splits; none where it holds class folders itself."""
+    named = {name: _entered(tree.path / name, notes) for name in tree.below if split_of(name)}
+    found = find_splits((name for name, each in named.items() if each.has_classes), str(tree.path))
+    splits = {split: named[name] for split, name in found.items()}
+    if not splits:
+        for name, each in named.items():
+            if each.straight.images:
+                notes.append(f"{tree.path / name} is taken as a class: it holds no class folders")
+        return {}
+    others = [name for name in tree.filled if name not in found.values()]
+    unlabelled = [name for name in others if name in named]
+    unknown = [name for name in others if name not in named]
+    if unknown and not {"train", "test"} <= splits.keys() and not {"train", "val"} <= splits.keys():
+        rest = ", ".join(f"{name} ({len(tree.below[name].images)} images)" for name in unknown)
+        first = next(iter(splits.values())).path
+        raise DataError(
+            f"{tree.path}: expected splits (train, test) or class folders, found {first.name} "
+            f"with class folders beside {rest}; name splits train, val and test, or give "
+            f"--dataset_dir {first}"
+        )
+    for name in unlabelled:
+        count = len(tree.below[name].images)
+        notes.append(f"left out: {tree.path / name}, {count} images in no class folders")
+    for name in unknown:
+        count = len(tree.below[name].images)
+        notes.append(f"left out: {tree.path / name}, {count} images in a folder that is no split")
+    return _without_foreign_tests(splits, notes)
+
+
+def _without_foreign_tests(splits: dict[str, Tree], notes: list[str]) -> dict[str, Tree]:
+    """*splits* without those whose images lie in one folder that is no class of train's."""
+    if "train" not in splits:
+        return splits
+    classes, _ = _classes(splits["train"])
+    kept = {}
+    for split, tree in splits.items():
+        if split != "train" and len(tree.filled) == 1 and _nfc(tree.filled[0]) not in classes:
+            where = tree.path / tree.filled[0]
+            notes.append(f"left out: {where}, {tree.in_folders} images of no class of train")
+        else:
+            kept[split] = tree
+    return kept
+
+
+def _refuse_unnamed_splits(tree: Tree) -> None:
+    """Raises ``DataError`` where the folders of *tree* hold no images but the same folders."""
+    inner = [_tree(tree.path / name) for name in tree.filled]
+    names = {tuple(each.filled) for each in inner}
+    if len(inner) < 2 or len(names) > 1 or any(each.straight.images for each in inner):
+        return
+    (shared,) = names
+    if len(shared) < 2:
+        return
+    raise DataError(
+        f"{tree.path}: expected class folders, found {', '.join(tree.filled)} with the same "
+        f"folders ({', '.join(shared[:5])}), as splits have; name splits train, val and test, or "
+        "put the images of a class straight into its folder"
+    )
+
+
+def _nfc(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+def _classes(tree: Tree) -> tuple[list[str], dict[str, str]]:
+    """The classes whose images *tree* holds, sorted, and the folder of each."""
+    folders: dict[str, str] = {}
+    for name in tree.filled:
         if name.encode(errors="ignore").decode() != name:  # bytes that Python could not decode
-            raise DataError(f"{folder}: expected names of classes in UTF-8, found {name!r}")
-    return sorted(names)
+            raise DataError(f"{tree.path}: expected names of classes in UTF-8, found {name!r}")
+        if _nfc(name) in folders:
+            raise DataError(f"{tree.path}: expected one folder a class, found two named {name}")
+        folders[_nfc(name)] = name
+    return sorted(folders), folders
 
 
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and path.name[0] != "." and path.is_file()
+def _examples(tree: Tree, classes: list[str], train: Path) -> list[Example]:
+    """The images of a split, whose classes must be among those in the folder *train*."""
+    present, folders = _classes(tree)
+    if unknown := sorted(set(present) - set(classes)):
+        expected = f"the classes of {train} ({', '.join(classes[:5])}{', …' * (len(classes) > 5)})"
+        raise DataError(f"{tree.path}: expected {expected}, found also {', '.join(unknown[:5])}")
+    return [
+        Example(str(path), path, label)
+        for label, name in enumerate(classes)
+        if name in folders
+        for path in tree.below[folders[name]].images
+    ]
 
 
-def _examples(folder: Path, classes: list[str]) -> list[Example]:
-    present = set(_class_folders(folder))
-    if differing := sorted(present ^ set(classes)):
-        signed = ", ".join(("+" if name in present else "-") + name for name in differing)
-        expected = "the classes of train"
-        raise DataError(f"{folder}: expected {expected}, found unknown (+), missing (-): {signed}")
-    examples: list[Example] = []
-    for label, name in enumerate(classes):
-        images = _images(folder / name)
-        if not images:
-            expected = f"images of this class ({' '.join(SUFFIXES)})"
-            raise DataError(f"{folder / name}: expected {expected}, found none")
-        examples += [Example(str(path), path, label) for path in images]
-    return examples
+def _left_out(tree: Tree, splits: Mapping[str, Tree]) -> Iterable[str]:
+    """Lines that name and count the files that are in no split."""
+    trees = {each.path: each for each in (tree, *splits.values())}.values()
+    stray = [path for each in trees for path in each.straight.images]
+    if stray:
+        yield f"left out: {_images(len(stray))} in no class folder, the first: {stray[0]}"
+    listings = [each.straight for each in trees]
+    listings += [folder for each in splits.values() for folder in each.below.values()]
+    others = [path for listing in listings for path in listing.others]
+    if others:
+        yield f"left out: {describe_others(others)}, the first: {others[0]}"
 
 
-def _images(folder: Path) -> list[Path]:
-    """The images in *folder* and the folders in it, but for hidden ones."""
-    hidden = {path for path in folder.rglob(".*") if path.is_dir()}
-    images = filter(_is_image, sorted(folder.rglob("*")))
-    return [path for path in images if hidden.isdisjoint(path.parents)]
+def _images(count: int) -> str:
+    return f"{count} image{'s' * (count != 1)}"

@@ -3,43 +3,88 @@
 from __future__ import annotations
 
 import pkgutil
+import time
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from sparsenet.data.config import DataConfig
-from sparsenet.data.dataset import Dataset, Images, Source
+from sparsenet.data.dataset import Dataset, Source
 from sparsenet.data.errors import DataError, reason
-from sparsenet.data.images import common_size, read_images
+from sparsenet.data.identity import Labelled, repeated
+from sparsenet.data.images import common_size, drained, reading_images
 from sparsenet.data.registry import KINDS, DatasetKind, resolve
-from sparsenet.data.sampling import stratified_split
+from sparsenet.data.sampling import hold_out
+from sparsenet.events import Reading
+
+TELL_EVERY = 0.1  # seconds between two words on how far the reading has come
 
 
 def load_dataset(config: DataConfig) -> Dataset:
     """Finds, decodes and splits the images that *config* asks for. Raises ``DataError``.
 
-    Validation images without test images are the test images. Splits that the data does not have
-    are drawn with a fixed seed, so that all runs have the same.
+    Without test images, validation images are tested on, and without those a part of the training
+    images that is held out. Which these are is a function of their bytes, so that all runs on the
+    data have the same, and none that was trained on is tested on when images are added.
     """
-    try:
-        source = _find(config)
-        splits, skipped = _decode(source, config)
-    except (OSError, MemoryError) as error:
-        expected = "readable data that fits"
-        raise DataError(f"--dataset_dir: expected {expected}, found {reason(error)}") from error
-    if "test" not in splits:
-        splits["train"], splits["test"] = _hold_out(splits["train"], config.test_fraction)
-    if "val" not in splits and config.val_fraction:
-        splits["train"], splits["val"] = _hold_out(splits["train"], config.val_fraction)
+    return drained(loading_dataset(config))
+
+
+def loading_dataset(config: DataConfig) -> Generator[Reading, None, Dataset]:
+    """Does what ``load_dataset`` does, and yields how far the reading has come."""
+    with one_line():
+        source = find(config)
+        _check_training(source)
+        size = config.image_size or common_size(source.splits["train"])
+        channels = config.in_chans or source.channels
+        names = sorted(source.splits, key="train".__ne__)  # whose greys set the scale, first
+        parts: dict[str, Labelled] = {}
+        skipped: tuple[str, ...] = ()
+        for name in names:
+            part, corrupt = yield from decode(source, name, config, size, channels)
+            parts[name] = part
+            skipped += corrupt
+    tested = "test"
+    if "test" not in parts and "val" in parts:
+        parts["test"], tested = parts.pop("val"), "validation"
+    if "test" not in parts:
+        tested = "held-out"
+        parts |= draw(parts["train"], config.test_fraction, "test")
+    if "val" not in parts and config.val_fraction:
+        parts |= draw(parts["train"], config.val_fraction, "val")
+    for name in ("train", "test"):
+        if not len(parts[name].images):
+            raise DataError(
+                "--dataset_dir: expected a class of 2 images or more, so that one can be held out "
+                f"to test on, found {len(source.splits['train'])} images of 1 each"
+            )
     return Dataset(
         name=config.dataset_name or source.name,
         classes=source.classes,
-        train=splits["train"],
-        val=splits.get("val"),
-        test=splits["test"],
+        train=parts["train"].images,
+        val=parts["val"].images if "val" in parts else None,
+        test=parts["test"].images,
         skipped=skipped,
+        tested=tested,
+        ids={name: part.ids for name, part in parts.items()},
+        notes=(*source.notes, *_remarks(parts, source.classes, tested)),
     )
 
 
-def _find(config: DataConfig) -> Source:
+@contextmanager
+def one_line() -> Iterator[None]:
+    """Turns what reading files raises into a ``DataError``."""
+    try:
+        yield
+    except (OSError, MemoryError) as error:
+        expected = "readable data that fits"
+        raise DataError(f"--dataset_dir: expected {expected}, found {reason(error)}") from error
+
+
+def find(config: DataConfig) -> Source:
+    """The data that *config* names, not yet decoded. Raises ``DataError``."""
     name = resolve(config.dataset, config.dataset_dir)
     kinds = [KINDS[name]] if name != "auto" else [k for k in KINDS.values() if k.in_folder]
     if kinds[0].in_folder and not config.dataset_dir:
@@ -66,29 +111,58 @@ def _read(kinds: list[DatasetKind], root: Path, config: DataConfig) -> Source | 
     return next((source for source in sources if source is not None), None)
 
 
-def _decode(source: Source, config: DataConfig) -> tuple[dict[str, Images], tuple[str, ...]]:
-    size = config.image_size or common_size(source.splits["train"])
-    channels = config.in_chans or source.channels
-    undecoded = dict(source.splits)
-    if "test" not in undecoded and "val" in undecoded:
-        undecoded["test"] = undecoded.pop("val")
-    splits: dict[str, Images] = {}
-    skipped: tuple[str, ...] = ()
-    for name, split in undecoded.items():
-        images, _, corrupt = read_images(split, size, channels, config.skip_corrupt)
-        if not len(images):
-            expected = f"{name} images"
-            raise DataError(
-                f"--dataset_dir: expected {expected}, found none ({len(corrupt)} corrupt)"
-            )
-        splits[name] = images
-        skipped += corrupt
-    return splits, skipped
+def _check_training(source: Source) -> None:
+    if "train" not in source.splits:
+        found = ", ".join(source.splits)
+        raise DataError(
+            f"--dataset_dir: expected images to train on, found only the split {found}; "
+            "name their folder or file train, or give it as --dataset_dir"
+        )
+    if source.empty:
+        expected = "images of this class"
+        raise DataError(f"{source.empty[0]}: expected {expected}, found none; remove the folder")
 
 
-def _hold_out(images: Images, fraction: float) -> tuple[Images, Images]:
-    left, held_out = stratified_split(images.labels, fraction)
-    if not len(held_out):
-        expected = "a class of 2 images or more"
-        raise DataError(f"--dataset_dir: expected {expected}, found {len(images)} of 1 each")
-    return images[left], images[held_out]
+def decode(
+    source: Source, name: str, config: DataConfig, size: int, channels: int
+) -> Generator[Reading, None, tuple[Labelled, tuple[str, ...]]]:
+    """Reads a split of *source*; also returns the names of the images that were left out."""
+    split = source.splits[name]
+    reading = reading_images(split, size, channels, config.skip_corrupt)
+    told = time.monotonic()
+    try:
+        while True:
+            done = next(reading)
+            if time.monotonic() - told >= TELL_EVERY:
+                told = time.monotonic()
+                yield Reading(name, done, len(split))
+    except StopIteration as end:
+        decoded = end.value
+    if not len(decoded.images):
+        expected = f"{name} images"
+        raise DataError(
+            f"--dataset_dir: expected {expected}, found none ({len(decoded.skipped)} corrupt)"
+        )
+    return Labelled(decoded.images, decoded.ids), decoded.skipped
+
+
+def draw(part: Labelled, fraction: float, purpose: str) -> dict[str, Labelled]:
+    """The training images without those that are held out, and these under the name *purpose*."""
+    held = hold_out(part.ids, part.images.labels, fraction, purpose)
+    return {"train": part.pick(~held), purpose: part.pick(held)}
+
+
+def _remarks(parts: Mapping[str, Labelled], classes: tuple[str, ...], tested: str) -> Iterator[str]:
+    """Lines about what is missing from the splits, and about images that are in two places."""
+    for name, part in parts.items():
+        if missing := part.missing(classes):
+            what = {"train": "training", "val": "validation"}.get(name, tested)
+            yield f"warning: no {what} image of {missing}"
+    train = parts["train"]
+    if count := repeated(train):
+        yield f"warning: {count} training images are also in another class, to the byte"
+    for name, part in parts.items():
+        overlap = int(torch.isin(part.ids, train.ids).sum())
+        if name != "train" and overlap:
+            what = {"val": "validation"}.get(name, tested)
+            yield f"warning: {overlap} {what} images are also training images, to the byte"

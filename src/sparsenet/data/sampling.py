@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -103,13 +104,52 @@ def stratified_split(labels: Tensor, fraction: float, seed: int = 0) -> tuple[Te
     return (~held_out).nonzero().flatten(), held_out.nonzero().flatten()
 
 
+def hold_out(ids: Tensor, labels: Tensor, fraction: float, purpose: str) -> Tensor:
+    """Which images are held out, bool ``(N,)``: about a *fraction* of each class.
+
+    Each image is drawn by its id alone, so that other images change nothing, and copies stay
+    together. Only where all or none of a class would be held out, one is left or taken: the one
+    whose draw comes nearest.
+    """
+    draws = torch.tensor([_draw(purpose, each) for each in ids.tolist()], dtype=torch.float64)
+    held = draws < fraction
+    for label in labels.unique().tolist():
+        members = labels == label
+        own = draws[members]
+        if own.min() == own.max():  # one image, or copies of one
+            held[members] = False
+        elif not held[members].any():
+            held |= members & (draws == own.min())
+        elif held[members].all():
+            held &= ~(members & (draws == own.max()))
+    return held
+
+
+def _draw(purpose: str, image_id: int) -> float:
+    """A number from 0 to 1 that is a function of the image and of what it is drawn for."""
+    key = purpose.encode() + image_id.to_bytes(8, "big", signed=True)
+    return int.from_bytes(hashlib.sha256(key).digest()[:8], "big") / 2**64
+
+
+def batch_ends(images: int, batch_size: int) -> list[int]:
+    """How many of so many images have come after each batch of an epoch.
+
+    The last batch may be smaller, but a single image, which has no variance, joins the batch
+    before it.
+    """
+    ends = [*range(batch_size, images, batch_size), images]
+    if len(ends) > 1 and batch_size > 1 and ends[-1] - ends[-2] == 1:
+        del ends[-2]
+    return ends
+
+
 @dataclass(frozen=True)
 class Batches:
     """A split, batch by batch: pixels uint8 ``(n, C, H, W)`` and labels int64 ``(n,)`` on *device*.
 
     With a *plan* they come in its order, followed by the tensors of ``Moves``; without, in
     the split's order. Iteration begins at batch *start*, so that an interrupted epoch can go on.
-    The last batch may be smaller; ``len`` counts all batches.
+    The last batch may have another size (``batch_ends``); ``len`` counts all batches.
     """
 
     images: Images
@@ -119,15 +159,16 @@ class Batches:
     device: torch.device | str = "cpu"
 
     def __len__(self) -> int:
-        return -(-len(self.images) // self.batch_size)
+        return len(batch_ends(len(self.images), self.batch_size))
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         device, images = torch.device(self.device), self.images
         if self.plan:
             order = self.plan.order.to(images.pixels.device)
             moves = [each.to(device) for each in self.plan.moves]
-        for first in range(self.start * self.batch_size, len(images), self.batch_size):
-            part = slice(first, first + self.batch_size)
+        ends = [0, *batch_ends(len(images), self.batch_size)]
+        for first, end in pairwise(ends[self.start :]):
+            part = slice(first, end)
             batch = images[order[part]] if self.plan else images[part]
             pixels, labels = _to_device(batch.pixels, device), _to_device(batch.labels, device)
             if self.plan:

@@ -71,16 +71,19 @@ def _identity(folder: Path) -> tuple[int, int]:
 
 
 def is_image(path: Path) -> bool:
-    """Whether *path* is an image by its suffix or, where that says nothing, by how it begins."""
-    if path.suffix.lower() in SUFFIXES:
-        return True
+    """Whether *path* is an image by its suffix or, where that says nothing, by how it begins.
+
+    A pipe or a device is none.
+    """
     try:
         if not path.is_file():
-            return path.is_symlink()
+            return path.is_symlink() and not path.exists()
+        if path.suffix.lower() in SUFFIXES:
+            return True
         with path.open("rb") as file:
             start = file.read(16)
-    except OSError:
-        return False
+    except OSError:  # nobody may read it, which whoever reads an image reports
+        return path.suffix.lower() in SUFFIXES
     return start.startswith(BEGINNINGS) or (start[:4] == b"RIFF" and start[8:12] == b"WEBP")
 
 

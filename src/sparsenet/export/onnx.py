@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsenet import __version__
-from sparsenet.data.dataset import Dataset
+from sparsenet.data.selection import Selection
 from sparsenet.export import check_target
 from sparsenet.export.check import RANDOM_IMAGES, Forward, compare, random_images, reference_model
 from sparsenet.export.runtimes import Runtime
@@ -47,9 +47,9 @@ class ExportReport:
         )
 
 
-def export(trained: Trained, target: Path, data: Dataset | None, opset: int | None) -> str:
+def export(trained: Trained, target: Path, data: Selection | None, opset: int | None) -> str:
     """Does what ``sparsenet export --format onnx`` asks for."""
-    some_images = None if data is None else data.test.pixels[:64]
+    some_images = None if data is None else data.images.pixels[:64]
     return export_onnx(trained, target, some_images, opset).summary()
 
 

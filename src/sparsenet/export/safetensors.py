@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 
 from sparsenet import weights
-from sparsenet.data.dataset import Dataset
+from sparsenet.data.selection import Selection
 from sparsenet.device import computes_in_bf16
 from sparsenet.evaluate import evaluate
 from sparsenet.export import check_target
@@ -16,10 +16,10 @@ from sparsenet.trained import Trained
 from sparsenet.weights import Measured
 
 
-def export(trained: Trained, target: Path, data: Dataset | None, opset: int | None = None) -> str:
+def export(trained: Trained, target: Path, data: Selection | None, opset: int | None = None) -> str:
     """Writes the network as a weights file and returns a line to print.
 
-    The numbers in the file are measured on the test images of *data*, in fp32 and, where the
+    The numbers in the file are measured on the images of *data*, in fp32 and, where the
     model's device computes in it, in bf16. Raises ``ValueError`` for a *target* that cannot be
     written and for weights that fp16 does not have.
     """
@@ -34,10 +34,10 @@ def export(trained: Trained, target: Path, data: Dataset | None, opset: int | No
     device = next(model.parameters()).device
     measured = {}
     for precision in ("fp32", "bf16") if computes_in_bf16(device) else ("fp32",):
-        result = evaluate(model, data.test, trained.preprocessing, device, precision=precision)
-        measured[precision] = Measured(result.error, result.top5_error, result.images, data.name)
+        result = evaluate(model, data.images, trained.preprocessing, device, precision=precision)
+        rates = result.error, result.top5_error
+        measured[precision] = Measured(*rates, result.images, data.name, data.kind)
     content = weights.pack(tensors, dataclasses.replace(trained.about, measured=measured))
     write_atomic(target, content)
     errors = ", ".join(f"{each.error:.2f} % in {name}" for name, each in measured.items())
-    images = f"{len(data.test)} images of {data.name}"
-    return f"{target}: {len(content) / 2**20:.1f} MiB; error {errors} ({images})"
+    return f"{target}: {len(content) / 2**20:.1f} MiB; error {errors} ({data.description})"

@@ -1,0 +1,95 @@
+"""Which images a network was trained and tested on: known by their bytes, not by their places."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsenet.data.dataset import Dataset, Images
+
+
+class Labelled(NamedTuple):
+    """Images, and for each an int64 number that is a function of its bytes, *ids* ``(N,)``."""
+
+    images: Images
+    ids: Tensor
+
+    def pick(self, index: Tensor) -> Labelled:
+        """Those that *index*, a mask or numbers, chooses."""
+        return Labelled(self.images[index], self.ids[index])
+
+    def missing(self, classes: Sequence[str]) -> str:
+        """The names of the classes of which there is no image; of many the first five."""
+        counts = torch.bincount(self.images.labels, minlength=len(classes))
+        names = [name for name, count in zip(classes, counts.tolist(), strict=True) if not count]
+        more = f" and {len(names) - 5} more classes" if len(names) > 5 else ""
+        return ", ".join(names[:5]) + more
+
+
+def repeated(part: Labelled) -> int:
+    """The number of images that are in several classes."""
+    pairs = torch.stack([part.ids, part.images.labels], 1).unique(dim=0)
+    _, counts = pairs[:, 0].unique(return_counts=True)
+    return int(counts[counts > 1].sum())
+
+
+@dataclass(frozen=True)
+class DataRecord:
+    """What weights say of the images they were made with, by the splits train, val and test."""
+
+    tested: str = "test"  # what the test images were: "test", "validation" or "held-out"
+    images: dict[str, int] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)  # the same for the same images
+
+
+def record(data: Dataset) -> DataRecord:
+    """The record of a data set."""
+    ids = data.ids
+    counts = {name: len(each) for name, each in ids.items()}
+    digests = {name: digest(each, data.labels(name)) for name, each in ids.items()}
+    return DataRecord(data.tested, counts, digests)
+
+
+def digest(ids: Tensor, labels: Tensor) -> str:
+    """16 hexadecimal digits that are a function of which images have which labels, in any order."""
+    pairs = np.stack([ids.cpu().numpy(), labels.cpu().numpy()], 1).astype("<i8")
+    rows = pairs[np.lexsort(pairs.T)]
+    return hashlib.sha256(rows.tobytes()).hexdigest()[:16]
+
+
+def to_tensors(data: Dataset) -> dict[str, Tensor]:
+    """The ids and labels of each split, as a run keeps them."""
+    return {
+        f"{name}.{part}": tensor.cpu()
+        for name, ids in data.ids.items()
+        for part, tensor in (("ids", ids), ("labels", data.labels(name)))
+    }
+
+
+def differences(before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> str:
+    """What distinguishes the images of now from those before, both as ``to_tensors`` gives them."""
+    old, new = _by_id(before), _by_id(now)
+    common = old.keys() & new.keys()
+    counts = {
+        "added": len(new.keys() - old.keys()),
+        "removed": len(old.keys() - new.keys()),
+        "of another class": sum(old[each][1] != new[each][1] for each in common),
+        "in another split": sum(old[each][0] != new[each][0] for each in common),
+    }
+    named = [f"{count} {what}" for what, count in counts.items() if count]
+    return ", ".join(named) or "copies of some, or another order"
+
+
+def _by_id(tensors: Mapping[str, Tensor]) -> dict[int, tuple[str, int]]:
+    found: dict[int, tuple[str, int]] = {}
+    for name in ("train", "val", "test"):
+        if f"{name}.ids" in tensors:
+            ids, labels = tensors[f"{name}.ids"].tolist(), tensors[f"{name}.labels"].tolist()
+            found |= {each: (name, label) for each, label in zip(ids, labels, strict=True)}
+    return found
