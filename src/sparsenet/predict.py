@@ -16,7 +16,8 @@ import torch
 
 from sparsenet.data.dataset import Example
 from sparsenet.data.errors import BadImage
-from sparsenet.data.images import SUFFIXES, read_image, read_images
+from sparsenet.data.images import read_image, read_images
+from sparsenet.data.tree import list_folder
 from sparsenet.trained import Trained
 
 
@@ -45,29 +46,19 @@ class Prediction:
 def find_images(patterns: Sequence[str]) -> list[Path]:
     """The image files that files, folders and globs (``**`` goes deep) name, in the order given.
 
-    A folder gives every image file in it and below, sorted, without hidden ones. A pattern that
-    names nothing stays in the list as it is, so that ``predict`` reports it in its place.
+    A folder gives every image in it and below (``sparsenet.data.tree``), sorted. An image that is
+    named several times comes once. A pattern that names nothing stays in the list as it is, so that
+    ``predict`` reports it in its place.
     """
     images: list[Path] = []
     for pattern in patterns:
         path = os.path.expanduser(pattern)
         matches = [path] if os.path.lexists(path) else sorted(glob.glob(path, recursive=True))
         named: list[Path] = []
-        for match in matches:
-            named += _images_below(match) if os.path.isdir(match) else [Path(match)]
+        for match in map(Path, matches):
+            named += list_folder(match).images if os.path.isdir(match) else [match]
         images += named or [Path(path)]
-    return images
-
-
-def _images_below(folder: str) -> list[Path]:
-    images = []
-    for parent, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
-            path = Path(parent, name)
-            if not name.startswith(".") and path.suffix.lower() in SUFFIXES:
-                images.append(path)
-    return sorted(images)
+    return list(dict.fromkeys(images))
 
 
 def predict(

@@ -55,6 +55,11 @@ class Archive:
         return [*self.train, self.test, self.class_names]
 
     @property
+    def record(self) -> int:
+        """Bytes of an image with its labels; CIFAR-100 has a coarse one before the fine one."""
+        return PIXELS + (1 if self.classes == 10 else 2)
+
+    @property
     def key_prefix(self) -> bytes:
         """What keys of pickles begin with: CIFAR-100 has coarse labels beside the fine ones."""
         return b"" if self.classes == 10 else b"fine_"
@@ -74,13 +79,23 @@ CIFAR100 = (
 def read_first(archives: tuple[Archive, ...], root: Path, config: DataConfig) -> Source | None:
     """The first of *archives*, packed or unpacked, that *root* is or holds."""
     for archive in archives:
-        unpacked = any((root / file).is_file() for file in (*archive.train, archive.test))
+        unpacked = any(_is_member(root / name, archive) for name in (*archive.train, archive.test))
         for path in (root if unpacked else root / archive.folder, root / archive.file):
             if path.exists():
                 return _read(archive, path)
         if root.name == archive.file:
             return _read(archive, root)
     return None
+
+
+def _is_member(path: Path, archive: Archive) -> bool:
+    """Whether a file is named and begins as a batch of *archive*: any file may be called test."""
+    if not path.is_file():
+        return False
+    if archive.binary:
+        return path.stat().st_size % archive.record == 0
+    with path.open("rb") as file:
+        return file.read(1) == b"\x80"  # as pickles do
 
 
 def download_first(archives: tuple[Archive, ...], root: Path) -> None:
@@ -164,11 +179,11 @@ def _batch(archive: Archive, data: bytes, where: str) -> Images:
 
 
 def _records(archive: Archive, data: bytes, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels ``(N, 3072)`` and labels ``(N,)``; CIFAR-100 has a coarse label before it."""
-    size = PIXELS + (1 if archive.classes == 10 else 2)
-    if not data or len(data) % size:
-        raise DataError(f"{where}: expected records of {size} bytes, found {len(data)} in all")
-    records = np.frombuffer(data, np.uint8).reshape(-1, size)
+    """Pixels ``(N, 3072)`` and labels ``(N,)``."""
+    if not data or len(data) % archive.record:
+        expected = f"records of {archive.record} bytes"
+        raise DataError(f"{where}: expected {expected}, found {len(data)} in all")
+    records = np.frombuffer(data, np.uint8).reshape(-1, archive.record)
     return records[:, -PIXELS:], records[:, -PIXELS - 1]
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 SUFFIXES = frozenset(
     f".{suffix}"
@@ -38,36 +37,30 @@ def is_visible(name: str) -> bool:
 def list_folder(folder: Path, deep: bool = True) -> Listing:
     """The visible files in *folder* and, where *deep*, in the folders in it.
 
-    Links are followed, and each folder is entered once. A link that leads nowhere counts as an
-    image, so that whoever reads it reports it.
+    Links are followed, and each folder is entered once. A link that leads nowhere, and a folder
+    that may not be read, count as images, so that whoever reads them reports them.
     """
     images: list[Path] = []
     others: list[Path] = []
-    for path in _files(folder, deep):
+
+    def unreadable(error: OSError) -> None:
+        images.append(Path(error.filename))
+
+    for path in _files(folder, deep, unreadable):
         (images if is_image(path) else others).append(path)
     return Listing(tuple(sorted(images)), tuple(sorted(others)))
 
 
-def _files(folder: Path, deep: bool) -> Iterator[Path]:
-    seen = {_identity(folder)}
-    for parent, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
-        entered = []
-        for name in sorted(folders if deep else ()):
-            identity = _identity(Path(parent, name))
-            if is_visible(name) and identity not in seen:
-                seen.add(identity)
-                entered.append(name)
-        folders[:] = entered
+def _files(folder: Path, deep: bool, unreadable: Callable[[OSError], None]) -> Iterator[Path]:
+    seen = set()
+    for parent, folders, names in os.walk(folder, onerror=unreadable, followlinks=True):
+        status = os.stat(parent)  # noqa: PTH116 - of what os.walk names as text
+        if (status.st_dev, status.st_ino) in seen:  # by a link
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(filter(is_visible, folders)) if deep else []
         yield from (Path(parent, name) for name in names if is_visible(name))
-
-
-def _raise(error: OSError) -> NoReturn:
-    raise error
-
-
-def _identity(folder: Path) -> tuple[int, int]:
-    status = folder.stat()
-    return status.st_dev, status.st_ino
 
 
 def is_image(path: Path) -> bool:
