@@ -84,6 +84,11 @@ class DataConfig:
                 f"--dataset_dir: expected none with --dataset {self.dataset}, which need no "
                 f"folder, found {self.dataset_dir!r}; --dataset auto takes what lies there"
             )
+        if self.labels and self.dataset not in ("auto", "csv"):
+            raise DataError(
+                f"--labels: expected --dataset auto or csv, and --dataset_dir with the images, "
+                f"found --dataset {self.dataset}"
+            )
         levels = self.grey_range
         if levels and (len(levels) != 2 or levels[0] >= levels[1]):
             shown = ",".join(f"{level:g}" for level in levels)

@@ -40,7 +40,7 @@ def load_dataset(config: DataConfig) -> Dataset:
 
 
 def _find(config: DataConfig) -> Source:
-    name = resolve(config.dataset, config.dataset_dir)
+    name = resolve(config.dataset, config.dataset_dir, config.labels)
     kinds = [KINDS[name]] if name != "auto" else [k for k in KINDS.values() if k.in_folder]
     if kinds[0].in_folder and not config.dataset_dir:
         raise DataError("--dataset_dir: expected a folder with data, found none given")
