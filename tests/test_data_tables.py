@@ -311,6 +311,9 @@ def test_a_test_split_without_labels_is_left_out(absent: Any, tmp_path: Path) ->
     (tmp_path / "train.parquet").unlink()
     with pytest.raises(DataError, match="expected images with labels"):
         parquet(tmp_path)
+    write(tmp_path / "train.parquet", absent)
+    with pytest.raises(DataError, match=r"train\.parquet row 0: expected a label"):
+        parquet(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -473,6 +476,17 @@ def test_numbers_of_classes_that_are_also_names_of_files_are_no_images(tmp_path:
     plant(*(tmp_path / "pics" / f"{i}.png" for i in range(10)))
     rows = "".join(f"{i},{i % 3}\n" for i in range(10))
     assert of_files(labelled(tmp_path / "pics", f"id,number\n{rows}"))["5.png"] == "2"
+    rows = "".join(f"{i},{9 - i or 'x'},cat\n" for i in range(10))  # which has the missing one?
+    with pytest.raises(DataError, match="found 'id', 'row'; --image_column says which"):
+        labelled(tmp_path / "pics", f"row,id,label\n{rows}")
+
+
+def test_a_class_may_have_the_name_of_its_image(tmp_path: Path) -> None:
+    plant(tmp_path / "pics" / "cat.png", tmp_path / "pics" / "dog.png")
+    table = "image,label\ncat.png,cat\ndog.png,dog\n"
+    expected = {"cat.png": "cat", "dog.png": "dog"}
+    assert of_files(labelled(tmp_path / "pics", table, label_column="label")) == expected
+    assert of_files(labelled(tmp_path / "pics", table, image_column="image")) == expected
 
 
 def test_a_column_of_splits(pets: Path) -> None:
