@@ -87,6 +87,11 @@ class DataConfig:
                 f"--dataset_dir: expected none with --dataset {self.dataset}, which need no "
                 f"folder, found {self.dataset_dir!r}; --dataset auto takes what lies there"
             )
+        if self.labels and self.dataset not in ("auto", "csv"):
+            raise DataError(
+                f"--labels: expected --dataset auto or csv, and --dataset_dir with the images, "
+                f"found --dataset {self.dataset}"
+            )
         levels = self.grey_range
         if levels and (len(levels) != 2 or levels[0] >= levels[1]):
             shown = ",".join(f"{level:g}" for level in levels)
@@ -105,7 +110,7 @@ class DataConfig:
         """
         new = dict(given)
         if given.keys() & {"dataset", "dataset_dir", "labels"}:
-            new.setdefault("dataset_name", "")
+            new = {"dataset_name": "", "labels": "", **new}
         kind = given.get("dataset", self.dataset)
         if given.get("dataset_dir") and "dataset" not in given and not lies_in_folder(kind):
             new["dataset"] = "auto"

@@ -46,6 +46,7 @@ class Source:
     notes: tuple[str, ...] = ()
     places: Mapping[str, str] = field(default_factory=dict)
     empty: tuple[str, ...] = ()
+    is_table: bool = False  # which has columns
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from sparsenet.data.errors import DataError
 from sparsenet.data.registry import KINDS
 from sparsenet.data.splits import find_splits, split_of
 from sparsenet.data.tree import Listing, describe_others, is_visible, list_folder
+from sparsenet.data.unreadable import name_what_it_is
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,9 @@ def read_folder(root: Path, config: DataConfig) -> Source:
     split has a class that the training images do not have, or folders look like splits but are not
     named so.
     """
+    if not root.is_dir():
+        found = name_what_it_is(root) or f"{root}, a file that is none of these"
+        raise DataError(f"--dataset_dir: expected a folder or a parquet file, found {found}")
     notes: list[str] = []
     tree = _entered(root, notes)
     splits = _split_trees(tree, notes)
@@ -59,7 +63,8 @@ def read_folder(root: Path, config: DataConfig) -> Source:
     if len(classes) < 2:
         others = " or ".join(kind.expected for kind in KINDS.values() if kind.expected)
         expected = f"at least 2 class folders (or {others}) in {first.path}"
-        raise DataError(f"--dataset_dir: expected {expected}, found {len(classes)}")
+        found = name_what_it_is(tree.path) or str(len(classes))
+        raise DataError(f"--dataset_dir: expected {expected}, found {found}")
     examples = {name: _examples(each, classes, first.path) for name, each in splits.items()}
     empty = [str(first.path / name) for name in first.below if name not in first.filled]
     return Source(

@@ -85,7 +85,7 @@ def one_line() -> Iterator[None]:
 
 def find(config: DataConfig) -> Source:
     """The data that *config* names, not yet decoded. Raises ``DataError``."""
-    name = resolve(config.dataset, config.dataset_dir)
+    name = resolve(config.dataset, config.dataset_dir, config.labels)
     kinds = [KINDS[name]] if name != "auto" else [k for k in KINDS.values() if k.in_folder]
     if kinds[0].in_folder and not config.dataset_dir:
         raise DataError("--dataset_dir: expected a folder with data, found none given")
@@ -95,6 +95,11 @@ def find(config: DataConfig) -> Source:
         pkgutil.resolve_name(kinds[0].downloader)(root)
         source = _read(kinds, root, config)
     if source is not None:
+        columns = {"image_column": config.image_column, "label_column": config.label_column}
+        for flag, column in columns.items():
+            if column and not source.is_table:
+                expected = "a CSV file (--labels) or parquet files, which have columns"
+                raise DataError(f"--{flag}: expected {expected}, found {root} without")
         return source
     if not root.exists():
         path = root.absolute()

@@ -42,13 +42,16 @@ KINDS = {
         downloader="sparsenet.data.cifar:download_cifar100",
     ),
     "parquet": DatasetKind("sparsenet.data.parquet:read_parquet", "short", "train*.parquet"),
+    "csv": DatasetKind("sparsenet.data.csv_labels:read_csv_labels", "short"),
     "folder": DatasetKind("sparsenet.data.folder:read_folder", "short"),
 }
 DATASETS = ("auto", *KINDS)
 
 
-def resolve(dataset: str, dataset_dir: str) -> str:
-    """The kind of a data set before it is looked at; still ``auto`` where it has a folder."""
+def resolve(dataset: str, dataset_dir: str, labels: str = "") -> str:
+    """The kind of a data set before it is looked at; still ``auto`` where it has a folder alone."""
+    if dataset == "auto" and labels:
+        return "csv"
     if dataset == "auto" and not dataset_dir:
         return next(name for name, kind in KINDS.items() if not kind.in_folder)
     return dataset

@@ -40,12 +40,12 @@ def split_of(name: str) -> tuple[str, str] | None:
     return WORDS[found[0]], " ".join("*" if word in WORDS else word for word in words)
 
 
-def find_splits(names: Iterable[str], where: str) -> dict[str, str]:
+def find_splits(names: Iterable[str], where: str, kind: str = "folder") -> dict[str, str]:
     """The split that each of *names* stands for, as split to name, without the names of none.
 
     Where several stand for one split, those count whose rests are the same, so that ``train`` and
     ``test`` stand beside a folder ``my_test_photos``. Raises ``DataError`` where that does not
-    settle it; *where* begins its message.
+    settle it; *where* begins its message, and *kind* is what *names* are the names of.
     """
     found = sorted((name, *meaning) for name in names if (meaning := split_of(name)))
     if len({split for _, split, _ in found}) < len(found):
@@ -57,7 +57,7 @@ def find_splits(names: Iterable[str], where: str) -> dict[str, str]:
         if len(most) > 1 or any(len(each) > 1 for each in family.values()):
             rivals = ", ".join(name for name, _, _ in found)
             raise DataError(
-                f"{where}: expected one folder for each of train, val and test, found {rivals}; "
+                f"{where}: expected one {kind} for each of train, val and test, found {rivals}; "
                 "rename or move away those that are not meant"
             )
         return {split: names[0] for split, names in family.items()}
