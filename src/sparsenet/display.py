@@ -12,6 +12,9 @@ from sparsenet.extras import require
 from sparsenet.results import EpochMetrics
 from sparsenet.run import Run
 
+# Columns of a terminal that have room beside the bar for loss and error; and for images/s.
+NARROW, WIDE = 60, 84
+
 
 def display(events: Iterable[Event], run: Run) -> str | None:
     """Shows the events of a run as they come and writes their lines to train.log.
@@ -46,9 +49,10 @@ def _line(event: Message | EpochDone | Stopped | Concluded) -> str:
         case Stopped(reason):
             return f"saved and stopped: {reason}"
         case Concluded(result):
+            # Of five classes every one is among the five most probable.
+            top5 = f", top-5 {result.top5_error:.2f} %" if len(result.classes) > 5 else ""
             return (
-                f"{result.dataset}: test error {result.error:.2f} %, "
-                f"top-5 {result.top5_error:.2f} % "
+                f"{result.dataset}: test error {result.error:.2f} %{top5} "
                 f"({result.checkpoint}, epoch {result.epochs})"
             )
 
@@ -71,24 +75,35 @@ def _epoch_line(row: EpochMetrics, epochs: int) -> str:
 class _Bar:
     def __init__(self) -> None:
         rich = require("rich.progress", "train")
+        table = require("rich.table", "train")
+
+        def text(form: str) -> Any:
+            return rich.TextColumn(form, table_column=table.Column(no_wrap=True))
+
         self.progress = rich.Progress(
-            rich.TextColumn("epoch {task.fields[epoch]}"),
-            rich.BarColumn(),
-            rich.TextColumn("{task.fields[figures]}"),
-            rich.TextColumn("left"),
+            text("epoch {task.fields[epoch]}"),
+            # Takes what the texts leave of the line, up to 40 characters.
+            rich.BarColumn(bar_width=None, table_column=table.Column(max_width=40)),
+            text("{task.fields[figures]}"),
+            text("{task.fields[clock]}"),
             rich.TimeRemainingColumn(elapsed_when_finished=True),
         )
         self.task: Any = None
 
     def show(self, step: Step) -> None:
+        completed, total = (step.epoch - 1) * step.steps + step.step, step.epochs * step.steps
+        columns = self.progress.console.width
+        figures = f"loss {step.loss:.4f}  error {step.error:.2f} %" if columns >= NARROW else ""
+        if columns >= WIDE:
+            figures += f"  {step.images_per_second:.0f} images/s"
         fields = {
-            "completed": (step.epoch - 1) * step.steps + step.step,
+            "completed": completed,
             "epoch": f"{step.epoch}/{step.epochs}",
-            "figures": f"loss {step.loss:.4f}  error {step.error:.2f} %  "
-            f"{step.images_per_second:.0f} images/s",
+            "figures": figures,
+            "clock": "left" if completed < total else "took",
         }
         if self.task is None:
-            self.task = self.progress.add_task("", total=step.epochs * step.steps, **fields)
+            self.task = self.progress.add_task("", total=total, **fields)
         self.progress.update(self.task, **fields)
 
     def print(self, line: str) -> None:

@@ -178,13 +178,34 @@ class SparseNet(nn.Module):
         self.classifier.apply(_initialise)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images to the activated output of the last stage, ``(N, num_features, h, w)``."""
+        """Images to the activated output of the last stage, ``(N, num_features, h, w)``.
+
+        Raises ``ValueError`` for what are no normalised images of this network's channels and
+        device, and ``TypeError`` for what is no tensor.
+        """
+        self._check(x)
         x = self.stem(x)
         for number, stage in enumerate(self.stages):
             x = stage(x)
             if number < len(self.transitions):
                 x = self.transitions[number](x)
         return x
+
+    def _check(self, x: Tensor) -> None:
+        channels = self.architecture.in_chans
+        expected = f"images: expected normalised ones, a floating-point (N, {channels}, H, W)"
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{expected} tensor, found {type(x).__name__}")
+        # A tracer's sizes are tensors, which must not decide.
+        traced = torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+        if x.dim() != 4 or (not traced and x.shape[1] != channels):
+            advice = "; image[None] is a batch of one" if x.dim() == 3 else ""
+            raise ValueError(f"{expected} tensor, found {tuple(x.shape)}{advice}")
+        if not x.is_floating_point():
+            raise ValueError(f"{expected} tensor, found {x.dtype}; Preprocessing.normalise first")
+        device = self.stem[0].weight.device
+        if x.device.type != device.type:
+            raise ValueError(f"{expected} tensor on {device}, found one on {x.device}")
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Features ``(N, num_features, h, w)`` to logits; with *pre_logits* to pooled features."""

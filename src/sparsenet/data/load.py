@@ -43,7 +43,8 @@ def _find(config: DataConfig) -> Source:
     name = resolve(config.dataset, config.dataset_dir)
     kinds = [KINDS[name]] if name != "auto" else [k for k in KINDS.values() if k.in_folder]
     if kinds[0].in_folder and not config.dataset_dir:
-        raise DataError("--dataset_dir: expected a folder with data, found none given")
+        get = "; --dataset_dir DIR --download gets it" if kinds[0].downloader else ""
+        raise DataError(f"--dataset_dir: expected a folder with data, found none given{get}")
     root = Path(config.dataset_dir).expanduser()
     source = _read(kinds, root, config)
     if source is None and config.download:

@@ -11,7 +11,7 @@ from sparsenet.data.dataset import Dataset
 from sparsenet.device import computes_in_bf16
 from sparsenet.evaluate import evaluate
 from sparsenet.export import check_target
-from sparsenet.files import write_atomic
+from sparsenet.files import size_text, write_atomic
 from sparsenet.trained import Trained
 from sparsenet.weights import Measured
 
@@ -40,4 +40,4 @@ def export(trained: Trained, target: Path, data: Dataset | None, opset: int | No
     write_atomic(target, content)
     errors = ", ".join(f"{each.error:.2f} % in {name}" for name, each in measured.items())
     images = f"{len(data.test)} images of {data.name}"
-    return f"{target}: {len(content) / 2**20:.1f} MiB; error {errors} ({images})"
+    return f"{target}: {size_text(len(content))}; error {errors} ({images})"
