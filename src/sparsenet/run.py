@@ -20,7 +20,6 @@ from sparsenet.extras import require
 from sparsenet.graph import Node, totals
 from sparsenet.results import EpochMetrics
 
-
 STARTED = {"checkpoints", "train.log", ".lock"}  # what a folder holds before it is described
 
 

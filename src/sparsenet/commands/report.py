@@ -19,9 +19,7 @@ def run(args: argparse.Namespace) -> int:
     # Among runs, as the shell's runs/* names them, may lie the page of an earlier report.
     paths = [path for path in map(Path, args.runs) if not is_page(path)]
     if not paths:
-        raise ValueError(
-            "report: expected RUN, a run folder or a folder of some, found none"
-        )
+        raise ValueError("report: expected RUN, a run folder or a folder of some, found none")
     if args.markdown and (args.filters or args.out):
         expected = "--markdown, which prints the table, without --filters and --out"
         raise ValueError(f"report: expected {expected}")

@@ -11,6 +11,7 @@ from sparsenet.data.errors import DataError, reason
 from sparsenet.data.images import common_size, read_images
 from sparsenet.data.registry import KINDS, DatasetKind, resolve
 from sparsenet.data.sampling import stratified_split
+from sparsenet.validation import printable
 
 
 def load_dataset(config: DataConfig) -> Dataset:
@@ -30,7 +31,7 @@ def load_dataset(config: DataConfig) -> Dataset:
     if "val" not in splits and config.val_fraction:
         splits["train"], splits["val"] = _hold_out(splits["train"], config.val_fraction)
     return Dataset(
-        name=config.dataset_name or source.name,
+        name=printable(config.dataset_name or source.name),
         classes=source.classes,
         train=splits["train"],
         val=splits.get("val"),

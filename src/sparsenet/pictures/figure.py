@@ -113,10 +113,10 @@ def _fonts(characters: frozenset[str]) -> tuple[tuple[str, ...], frozenset[str]]
 
 def _written_by(font: str, characters: frozenset[str]) -> frozenset[str]:
     # Of a font that shows code points in boxes, or pictures of one size, nothing can be used.
-    if "lastresort" in font.lower():
-        return frozenset()
     face = require("matplotlib.font_manager", "train").get_font(font)
-    return frozenset(each for each in characters if face.scalable and face.get_char_index(ord(each)))
+    if not face.scalable or "lastresort" in Path(font).name.lower():
+        return frozenset()
+    return frozenset(each for each in characters if face.get_char_index(ord(each)))
 
 
 def measured_points(metrics: Sequence[EpochMetrics], column: str) -> list[tuple[int, float]]:
