@@ -68,7 +68,7 @@ def parse_json(data: bytes | str, kind: type[T], where: str) -> T:
         return _decode(data, kind)
     except msgspec.ValidationError as error:
         raise ValueError(f"{where}: {error}") from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
         raise ValueError(f"{where}: expected JSON, found: {_place(data) or error}") from None
 
 
