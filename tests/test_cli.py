@@ -750,8 +750,9 @@ def test_export_writes_weights_into_the_run_folder(
     outcome = call("export", copied, "--format", "safetensors")
     assert (outcome.code, outcome.err) == (0, "")
     file = copied / "model.safetensors"
+    size = f"{file.stat().st_size / 1024:.1f} KiB"
     assert re.fullmatch(
-        rf"{file}: {file.stat().st_size / 1024:.1f} KiB; error \d+\.\d\d % in fp32.* \(359 images of digits\)",
+        rf"{file}: {size}; error \d+\.\d\d % in fp32.* \(359 images of digits\)",
         outcome.lines[0],
     )
     assert len(outcome.lines) == 1 and file.is_file()
