@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import numpy
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -122,6 +123,22 @@ def test_a_function_becomes_a_table():
         ({"fetch": lambda i: [i - 3]}, ["layer 1"]),
         ({"aggregation": "mean"}, ["aggregation", "mean"]),
         ({"dropout": 1.0}, ["dropout"]),
+        ({"dropout": "0.1"}, ["dropout", "a number", "'0.1'"]),
+        ({"reduction": None}, ["reduction", "a number", "None"]),
+        ({"growth_rate": "x"}, ["growth_rate", "a whole number", "'x'"]),
+        ({"growth_rate": 12.5}, ["growth_rate", "a whole number", "12.5"]),
+        ({"growth_rate": (4, "8", 4)}, ["growth_rate", "a whole number", "'8'"]),
+        ({"blocks": "6,12"}, ["blocks", "a whole number", "'6,12'"]),
+        ({"depth": "40"}, ["depth", "a whole number", "'40'"]),
+        ({"depth": 40.0}, ["depth", "a whole number", "40.0"]),
+        ({"depth": True}, ["depth", "a whole number", "True"]),
+        ({"num_classes": "10"}, ["num_classes", "a whole number", "'10'"]),
+        ({"num_classes": -1}, ["num_classes", "-1"]),
+        ({"in_chans": 3.5}, ["in_chans", "a whole number", "3.5"]),
+        ({"bottleneck": "false"}, ["bottleneck", "True or False", "'false'"]),
+        ({"fetch": None}, ["fetch", "None"]),
+        ({"fetch": [1, 2]}, ["fetch", "list of sources", "[1, 2]"]),
+        ({"fetch": lambda i: i - 1}, ["sequence", "layer 1", "found 0"]),
         ({"aggregation": "sum", "growth_rate": 8, "stem_width": 9}, ["stem_width"]),
     ],
 )
@@ -129,6 +146,13 @@ def test_what_fits_no_network_is_named(settings, words):
     with pytest.raises(ValueError) as error:
         Architecture(**settings)
     assert all(word in str(error.value) for word in words)
+
+
+def test_whole_numbers_of_numpy_are_whole_numbers():
+    numbers = numpy.array([4, 8, 16])
+    arch = Architecture(depth=numpy.int64(7), growth_rate=numbers)
+    assert arch == Architecture(depth=7, growth_rate=(4, 8, 16))
+    assert json.loads(json.dumps(arch.to_dict()))["depth"] == 7
 
 
 def test_images_too_small_for_the_stages():

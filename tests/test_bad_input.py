@@ -22,6 +22,7 @@ from conftest import CLASSES, TINY, Call, snapshot, write_cifar10, write_classes
 from safetensors.torch import load_file
 
 from sparsenet import checkpoints, files, optim
+from sparsenet.checkpoints import RunError
 from sparsenet.run import Run
 from sparsenet.trained import load_trained
 
@@ -468,6 +469,54 @@ def test_a_refused_run_leaves_no_folder_behind(
     assert not list(Path("runs").glob("*")) and not Path("mine").exists()
 
 
+def test_an_empty_folder_of_the_user_stays_and_stays_empty(refused: Callable[..., str]) -> None:
+    Path("mine").mkdir()
+    refused("train", *TINY, "--batch_size", 5000, "--out", "mine")
+    assert list(Path("mine").iterdir()) == []
+
+
+def test_what_a_killed_start_leaves_is_taken(call: Call) -> None:
+    Run.create(Path("mine"))
+    (Path("mine") / ".lock").touch()
+    assert call("train", *SHORT[:-2], "--out", "mine").code == 0
+
+
+def test_of_two_new_runs_in_one_folder_one_wins_and_keeps_it() -> None:
+    winner, loser, late = (Run.create(Path("one")) for _ in range(3))
+    with winner.locked():
+        with pytest.raises(RunError, match="another process"), loser.locked():
+            pass
+        files.write_json(winner.path / "config.json", {})
+    assert winner.is_described
+    with pytest.raises(RunError, match="already holds a run"), late.locked():
+        pass
+    assert winner.is_described and winner.checkpoints.is_dir()
+
+
+@pytest.mark.parametrize("file", ["config.json", "graph.json", "requirements.txt", "graph.svg"])
+def test_a_disk_that_is_full_at_the_start_leaves_nothing_or_a_run(
+    call: Call, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    write = files.write_atomic
+
+    def full(path: Path, content: str | bytes) -> None:
+        if path.name == file:
+            raise OSError(28, "No space left on device")
+        write(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_atomic", full)
+        patch.setattr("sparsenet.pictures.network.write_atomic", full)
+        outcome = call("train", *SHORT[:-2], "--out", "run")
+    assert outcome.code == 1
+    assert outcome.error.startswith("sparsenet: run: the run broke off: No space left on device")
+    if file == "config.json":
+        assert not Path("run").exists() and "--resume" not in outcome.error
+    else:
+        assert outcome.error.endswith("; go on with: sparsenet train --resume run")
+        assert call("train", "--resume", "run").code == 0
+
+
 def test_a_resumed_run_stays_in_its_folder(refused: Callable[..., str], trained: Path) -> None:
     assert "--out" in refused("train", "--resume", trained, "--out", "elsewhere")
 
@@ -689,7 +738,9 @@ def test_a_full_disk_fails_the_run_and_loses_nothing(
         patch.setattr(files, "write_atomic", full)
         outcome = call("train", *TINY, "--max_epoch", 2, "--out", "run")
     assert outcome.code == 1
-    assert "No space left" in outcome.error
+    assert outcome.error.endswith(
+        "No space left on device; go on with: sparsenet train --resume run"
+    )
     assert call("train", "--resume", "run").code == 0
     name = f"checkpoints/{LAST}.safetensors"
     ours, theirs = load_file(Path("run") / name), load_file(trained / name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -10,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import termios
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +22,7 @@ import torch
 from conftest import TINY, Call, Found, snapshot, write_cifar10, write_classes, write_image
 from safetensors.torch import load_file
 
-from sparsenet import cli, commands, zoo
+from sparsenet import cli, commands, flags, zoo
 from sparsenet.config import RunConfig, settings
 from sparsenet.export import RUNTIMES
 from sparsenet.run import Run
@@ -109,6 +111,39 @@ def test_an_unknown_name_is_told_with_the_nearest_one(
         next(a for a in arguments if a not in ("train", "eval", "export", "RUN")).split("=")[0][2:5]
         in outcome.error
     )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (("train", "photos"), "did you mean --dataset_dir photos?"),
+        (("eval", "RUN", "photos"), "did you mean --dataset_dir photos?"),
+        (("models", "a", "b"), "see sparsenet models --help"),
+        (("train", "--epochs", "3"), "did you mean --max_epoch?"),
+        (("train", "epochs=3"), "did you mean --max_epoch?"),
+        (("train", "--data=x"), "did you mean --dataset_dir?"),
+        (("train", "--lr-scheduler", "cosine"), "did you mean --schedule?"),
+        (("train", "--batch", "3"), "did you mean --batch_size?"),
+        (("train", "--model", "resnet18"), "--fetch, --depth, --growth_rate"),
+        (("train", "--pretrained"), "eval, predict and export take weights as RUN"),
+        (("train", "--workers", "4"), "no flag, images are decoded once"),
+        (("train", "--dataset", "c10"), "--dataset_dir DIR --download gets it"),
+    ],
+)
+def test_the_words_of_other_programs_lead_to_ours(
+    call: Call, arguments: tuple[str, ...], hint: str
+) -> None:
+    outcome = call(*arguments)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert hint in outcome.error
+
+
+def test_what_takes_the_place_of_an_unknown_flag_is_one_that_train_has() -> None:
+    train = flags.parser()._subparsers._group_actions[0].choices["train"]  # type: ignore[union-attr,index]
+    for unknown, instead in flags.INSTEAD.items():
+        assert f"--{unknown}" not in train._option_string_actions
+        named = re.findall(r"--\w+", instead)
+        assert set(named) <= train._option_string_actions.keys()
 
 
 def test_an_unknown_network_is_told_with_the_nearest_ones(call: Call) -> None:
@@ -427,6 +462,80 @@ def test_sigterm_at_a_terminal_saves_and_exits_143(call: Call, tmp_path: Path) -
     assert call("train", "--resume", run, "--time_limit", 0.001).code == 0
 
 
+@pytest.mark.parametrize("columns", [40, 60, 80, 110])
+def test_a_bar_fits_the_terminal_and_says_at_last_what_the_run_took(
+    tmp_path: Path, columns: int
+) -> None:
+    pty = pytest.importorskip("pty")
+    run = tmp_path / "run"
+    shown, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, columns))
+    environment = {**os.environ, "TERM": "xterm"}
+    environment.pop("COLUMNS", None)
+    command = [*PROGRAM, "train", *TINY, "--max_epoch", "2", "--out", str(run)]
+    with subprocess.Popen(command, stdout=terminal, env=environment) as process:
+        os.close(terminal)
+        seen = b""
+        with contextlib.suppress(OSError):  # how Linux says that nobody writes any more
+            while part := os.read(shown, 1 << 16):
+                seen += part
+    os.close(shown)
+    assert process.returncode == 0
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen.decode()).replace("\r", "\n").split("\n")
+    bars = [line for line in lines if re.search(r"(left|took) (-|\d):", line)]
+    assert bars and max(map(len, bars)) <= columns
+    assert all("…" not in bar for bar in bars)
+    assert all(("images/s" in bar) == (columns >= 84) for bar in bars)
+    assert "took" in bars[-1] and "left" not in bars[-1]
+    assert set((run / "train.log").read_text().splitlines()) <= set(lines)  # whole lines
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-8:strict", "ascii"])
+def test_a_stream_takes_any_character(call: Call, tmp_path: Path, encoding: str) -> None:
+    data = write_classes(tmp_path / "data", ("cat", "小狗"))
+    image = write_image(tmp_path / "images" / "a.png")
+    shutil.copy(image, os.fsdecode(b"images/caf\xe9.png"))
+    shutil.copy(image, "images/two\nlines.png")
+    short = (*TINY, "--max_epoch", "1", "--batch_size", "4")
+    assert call("train", *short, "--dataset_dir", data, "--out", "run").code == 0
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    command = [*PROGRAM, "predict", "run", "images"]
+    done = subprocess.run(command, env=environment, capture_output=True, check=True)
+    lines = done.stdout.decode(encoding.split(":")[0]).splitlines()
+    names = [line.split(": ")[0] for line in lines]
+    assert names == ["images/a.png", r"images/caf\udce9.png", r"images/two\nlines.png"]
+    dog = "小狗" if encoding.startswith("utf-8") else r"\u5c0f\u72d7"
+    assert all(dog in line for line in lines) and done.stderr == b""
+
+
+def test_a_folder_and_data_whose_names_are_not_utf_8(call: Call, tmp_path: Path) -> None:
+    data = write_classes(tmp_path / os.fsdecode(b"ni\xf1o"))
+    run = tmp_path / os.fsdecode(b"r\xe9")
+    short = (*TINY, "--max_epoch", "1", "--batch_size", "4")
+    assert call("train", *short, "--dataset_dir", data, "--out", run).code == 0
+    assert (tmp_path / run / "train.log").read_text().startswith(r"ni\udcf1o: ")
+    assert call("train", "--resume", run, "--max_epoch", 2).code == 0
+    assert Run.open(run).config().data.dataset_dir == str(data)
+    assert json_of(call("eval", run, "--json").out)["dataset"] == r"ni\udcf1o"
+    assert call("export", run, "--format", "safetensors").code == 0
+    assert call("report", run).code == 0
+    assert r"ni\udcf1o" in (run / "report.html").read_text()
+
+
+def test_a_closed_output_ends_in_one_line() -> None:
+    def ended(redirection: str) -> tuple[int, str]:
+        command = ["sh", "-c", f'exec "$@" {redirection}', "sh", *PROGRAM, "models"]
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+        return done.returncode, done.stderr
+
+    code, line = ended(">&-")
+    assert code == 2 and re.fullmatch(r"sparsenet: expected a standard output, .*\n", line)
+    assert ended(">/dev/null 2>&-") == (0, "")
+    if Path("/dev/full").exists():
+        code, line = ended(">/dev/full")
+        assert code == 1 and re.fullmatch(r"sparsenet: .*No space left on device\n", line)
+
+
 def test_a_reader_that_goes_away_is_no_error_message() -> None:
     with subprocess.Popen(
         [*PROGRAM, "models"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -641,8 +750,9 @@ def test_export_writes_weights_into_the_run_folder(
     outcome = call("export", copied, "--format", "safetensors")
     assert (outcome.code, outcome.err) == (0, "")
     file = copied / "model.safetensors"
+    size = f"{file.stat().st_size / 1024:.1f} KiB"
     assert re.fullmatch(
-        rf"{file}: 0\.\d MiB; error \d+\.\d\d % in fp32.* \(359 images of digits\)",
+        rf"{file}: {size}; error \d+\.\d\d % in fp32.* \(359 images of digits\)",
         outcome.lines[0],
     )
     assert len(outcome.lines) == 1 and file.is_file()

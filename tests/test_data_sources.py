@@ -192,10 +192,13 @@ def test_unreadable_folder_is_one_line(tmp_path: Path) -> None:
         ({"val_fraction": 1.0}, "--val_fraction"),
         ({"shift": -1}, "--shift"),
         ({"download": True}, "^--download: expected --dataset c10 or c100, found auto$"),
-        ({"dataset": "c10"}, "^--dataset_dir: expected a folder with data, found none given$"),
+        (
+            {"dataset": "c10"},
+            "^--dataset_dir: expected a folder with data, found none given; --dataset_dir DIR",
+        ),
         (
             {"dataset": "c10", "download": True},
-            "^--dataset_dir: expected a folder with data, found none given$",
+            "^--dataset_dir: expected a folder with data, found none given; --dataset_dir DIR",
         ),
     ],
 )

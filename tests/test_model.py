@@ -154,3 +154,35 @@ def from_pytorchcv(model, peer):
 
 def test_the_public_names():
     assert all(hasattr(sparsenet, name) for name in sparsenet.__all__)
+
+
+WRONG_IMAGES = {
+    "one image": (torch.zeros(3, 32, 32), ValueError, r"found \(3, 32, 32\); image\[None\]"),
+    "no image": (torch.zeros(32), ValueError, r"found \(32,\)"),
+    "grey": (torch.zeros(2, 1, 32, 32), ValueError, r"\(N, 3, H, W\) tensor, found \(2, 1, 32"),
+    "pixels": (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), ValueError, "uint8; .*normalise first"),
+    "counts": (torch.zeros(2, 3, 8, 8, dtype=torch.int64), ValueError, "found torch.int64"),
+    "meta": (torch.zeros(2, 3, 8, 8, device="meta"), ValueError, "on cpu, found one on meta"),
+    "a list": ([[0.0]], TypeError, "tensor, found list"),
+    "an array": (torch.zeros(2, 3, 8, 8).numpy(), TypeError, "tensor, found ndarray"),
+}
+
+
+@pytest.mark.parametrize(("images", "error", "words"), WRONG_IMAGES.values(), ids=WRONG_IMAGES)
+def test_what_is_no_batch_of_normalised_images_is_refused(images, error, words):
+    model = SparseNet(Architecture(depth=7, growth_rate=4)).eval()
+    for forward in (model, model.forward_features):
+        with pytest.raises(error, match=f"^images: expected normalised ones.*{words}"):
+            forward(images)
+
+
+def test_a_model_without_memory_of_its_own_takes_images_without():
+    with torch.device("meta"):
+        model = SparseNet(Architecture(depth=7, growth_rate=4), "reference").eval()
+    assert model(torch.zeros(2, 3, 32, 32, device="meta")).shape == (2, 10)
+
+
+def test_a_stem_of_the_users_own_takes_what_it_likes():
+    model = SparseNet(Architecture(depth=7, growth_rate=4)).eval()
+    model.stem = nn.Conv2d(1, 8, 3, padding=1)
+    assert model(torch.zeros(2, 1, 32, 32)).shape == (2, 10)

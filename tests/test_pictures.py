@@ -10,11 +10,20 @@ from xml.etree import ElementTree
 import matplotlib
 import pytest
 import torch
+from matplotlib import font_manager
 from PIL import Image
 
 from sparsenet.architecture import Architecture
 from sparsenet.graph import graph
-from sparsenet.pictures import draw_confusion, draw_curves, draw_errors, draw_graph, draw_samples
+from sparsenet.pictures import (
+    draw_confusion,
+    draw_curves,
+    draw_errors,
+    draw_graph,
+    draw_samples,
+    figure,
+)
+from sparsenet.pictures.figure import drawable, escaped, shorten
 from sparsenet.results import EpochMetrics
 from sparsenet.summary import MeasuredRun, RunSummary
 
@@ -93,6 +102,46 @@ def test_samples(tmp_path: Path, channels: int, wrong: int) -> None:
         pixels, labels, predicted, torch.rand(50), ["$a", "b" * 40], tmp_path / "samples.png"
     )
     assert is_picture(tmp_path / "samples.png")
+
+
+def test_a_name_without_a_font_is_a_number_and_nothing_warns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", [])  # none but the usual font
+    figure._fonts.cache_clear()
+    names = ["cat", "猫", "é", "고양이", "two\nlines", "half \udce9"]
+    assert drawable(names) == ["cat", "#1", "é", "#3", "#4", "#5"]
+    assert escaped("r\udce9 of 猫") == r"r\udce9 of \u732b"
+    draw_confusion(torch.ones(6, 6, dtype=torch.int64), names, tmp_path / "numbered.png")
+    draw_confusion(torch.ones(6, 6, dtype=torch.int64), list("abcdef"), tmp_path / "plain.png")
+    labels = torch.arange(6)
+    pixels = torch.zeros(6, 3, 8, 8, dtype=torch.uint8)
+    images = pixels, labels, labels.flip(0), torch.rand(6), names
+    draw_samples(*images, tmp_path / "samples.png")
+    draw_curves(train(3), tmp_path / "curves.png", "half \udce9 of 猫")
+    assert all(is_picture(file) for file in tmp_path.iterdir())
+    figure._fonts.cache_clear()
+
+
+def test_an_installed_font_is_taken_for_what_the_usual_one_lacks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    of_mathematics = [
+        font for font in font_manager.fontManager.ttflist if font.name in ("cmex10", "STIXGeneral")
+    ]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", of_mathematics)
+    figure._fonts.cache_clear()
+    letter = "\U0001d49c"  # a script capital
+    usual = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
+    assert not usual.get_char_index(ord(letter))
+    assert figure._fonts(frozenset(letter + "猫")) == (("STIXGeneral",), frozenset("猫"))
+    assert drawable([letter, "猫"]) == [letter, "#1"]
+    figure._fonts.cache_clear()
+
+
+def test_a_long_name_keeps_its_beginning_and_its_end() -> None:
+    assert shorten("photos_of_animals_cow", 12) == "photos_…_cow"
+    assert shorten("twelve signs", 12) == "twelve signs"
 
 
 def test_the_callers_own_plots_keep_their_look(tmp_path: Path) -> None:

@@ -363,6 +363,19 @@ def test_filters_are_drawn_into_the_run_and_shown(call: Call, copied: Path) -> N
     assert call("report", copied, "--filters", "--markdown").code == 2
 
 
+def test_the_pages_of_earlier_reports_among_runs_are_passed_over(
+    call: Call, tmp_path: Path
+) -> None:
+    for number, depth in enumerate((40, 100)):
+        make_run(tmp_path / f"run{number}", 5.0 + number, depth=depth)
+    first = call("report", ".", "--out", "report.html")
+    assert first.lines == ["report.html"] and Path("report-comparison.png").is_file()
+    again = call("report", *sorted(Path().iterdir()), "--out", "again.html")
+    assert (again.code, again.lines, again.err) == (0, ["again.html"], "")
+    line = call("report", "report.html").error
+    assert line == ("sparsenet: report: expected RUN, a run folder or a folder of some, found none")
+
+
 def test_the_program_prints_the_table(call: Call, copied: Path) -> None:
     assert call("report", copied, "--markdown").out == markdown([copied])
     outcome = call("report")

@@ -9,12 +9,14 @@ import sys
 import pytest
 import torch
 
+from sparsenet import display
 from sparsenet.checkpoints import Manifest, RunError, restore, save
 from sparsenet.config import RunConfig
 from sparsenet.environment import environment, installed
-from sparsenet.files import write_atomic, write_json
+from sparsenet.events import Concluded
+from sparsenet.files import read_json, size_text, write_atomic, write_json
 from sparsenet.graph import graph
-from sparsenet.results import EpochMetrics
+from sparsenet.results import EpochMetrics, TrainingResult
 from sparsenet.run import Run
 
 
@@ -164,3 +166,29 @@ def test_an_existing_run_is_not_overwritten_and_no_run_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="expected a folder that can be written"):
         Run.create(tmp_path / "file" / "run")
+
+
+def test_names_that_are_not_utf_8_are_written_and_come_back(tmp_path):
+    name = "caf\udce9"
+    write_atomic(tmp_path / "text", f"{name}\n")
+    assert (tmp_path / "text").read_text() == "caf\\udce9\n"
+    write_json(tmp_path / "json", {"dataset_dir": name, "é": [1.5]})
+    assert read_json(tmp_path / "json", dict) == {"dataset_dir": name, "é": [1.5]}
+    with pytest.raises(ValueError, match=f"^{tmp_path / 'json'}: "):
+        read_json(tmp_path / "json", dict[str, int])
+
+
+def test_sizes_are_printed_in_units_that_show_them():
+    assert size_text(2**20) == "1.0 MiB"
+    assert size_text(2**20 - 1) == "1024.0 KiB"
+    assert size_text(3000) == "2.9 KiB"
+
+
+def test_the_top_5_error_is_told_where_there_are_more_than_five_classes():
+    numbers = {"error": 10.0, "top5_error": 1.5, "loss": 1.0, "images": 8, "seconds": 1.0}
+    for count, told in ((5, False), (6, True)):
+        classes = tuple(map(str, range(count)))
+        result = TrainingResult(
+            "d", **numbers, epochs=1, checkpoint="", classes=classes, class_errors={}
+        )
+        assert ("top-5 1.50 %" in display._line(Concluded(result))) == told

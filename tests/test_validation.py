@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 
 import pytest
 
-from sparsenet.validation import check_settings, expect, setting
+from sparsenet.validation import check_settings, expect, printable, setting
 
 
 @dataclass(frozen=True)
@@ -37,3 +37,9 @@ def test_errors_are_of_the_asked_type() -> None:
     expect(True, "top", "at least 1", 1)
     with pytest.raises(UnicodeError, match=r"^top: expected at least 1, found 0$"):
         expect(False, "top", "at least 1", 0, UnicodeError)
+
+
+def test_what_cannot_be_printed_is_escaped() -> None:
+    assert (
+        printable("two\nlines, half \udce9, 小狗 é\x1b") == r"two\nlines, half \udce9, 小狗 é\x1b"
+    )

@@ -8,10 +8,12 @@ BN-ReLU-Conv units. The graph and counts of ``sparsenet.graph`` and the modules 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import operator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from math import floor
+from numbers import Real
 from typing import Any
 
 from sparsenet.topology import FETCH_SYNTAX, Fetch, Sources, Topology, named_fetch
@@ -93,6 +95,29 @@ class Stage:
             width = out
 
 
+def _whole_number(value: Any) -> int | None:
+    """*value* where it is a whole number, of Python or of NumPy; else ``None``."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def _whole_numbers(name: str, value: Any) -> tuple[int, ...]:
+    is_many = isinstance(value, Iterable) and not isinstance(value, str)
+    numbers = [_whole_number(each) for each in (value if is_many else [value])]
+    expect(None not in numbers, name, "a whole number, or one for each stage", value)
+    return tuple(numbers)  # type: ignore[arg-type]
+
+
+def _table(fetch: Any) -> Sources:
+    try:
+        return tuple(tuple(read) for read in fetch)
+    except TypeError:
+        expected = "a name, a function or a list of sources for each layer and the output"
+        raise ValueError(f"fetch: expected {expected}, found {fetch!r}") from None
+
+
 @dataclass(frozen=True)
 class Architecture:
     """The network. ``depth`` counts convolutions and the classifier; ``blocks`` replaces it.
@@ -125,19 +150,30 @@ class Architecture:
     num_classes: int = 10
 
     def __post_init__(self) -> None:
-        rates = self.growth_rate
-        self._set("growth_rate", (rates,) if isinstance(rates, int) else tuple(rates))
-        self._set("blocks", tuple(self.blocks))
+        self._check_kinds()
         self._check_ranges()
         self._set("depth", self._checked_depth())
         if callable(self.fetch):
             self._set("fetch", Topology.of(self.fetch, max(self.stage_depths)).sources)
         elif not isinstance(self.fetch, str):
-            self._set("fetch", tuple(tuple(read) for read in self.fetch))
+            self._set("fetch", _table(self.fetch))
         _ = self.stages  # a wrong topology or width is refused here, not at the first forward pass
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
+
+    def _check_kinds(self) -> None:
+        """Refuses values of other types; whole numbers such as NumPy's become Python's."""
+        for name in ("growth_rate", "blocks"):
+            self._set(name, _whole_numbers(name, getattr(self, name)))
+        for name in ("depth", "bottleneck_factor", "stem_width", "in_chans", "num_classes"):
+            found = getattr(self, name)
+            number = _whole_number(found)
+            expect(number is not None, name, "a whole number", found)
+            self._set(name, number)
+        for name in ("reduction", "dropout"):
+            expect(isinstance(getattr(self, name), Real), name, "a number", getattr(self, name))
+        expect(self.bottleneck in (True, False), "bottleneck", "True or False", self.bottleneck)
 
     def _check_ranges(self) -> None:
         rates, stages = self._rates, len(self.blocks) or CIFAR_STAGES

@@ -6,6 +6,7 @@ found); 130 or 143 stopped by Ctrl-C or SIGTERM, after saving.
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -38,9 +39,12 @@ def run(arguments: Sequence[str]) -> int:
         if isinstance(error, RuntimeError) and not _ends_a_run(error):
             raise
         code, message = FAILED, str(error)
-    line = " ".join(message.split()) or "out of memory"  # only a MemoryError has no message
-    print(f"sparsenet: {line}", file=sys.stderr)
+    _complain(message or "out of memory")  # only a MemoryError has no message
     return code
+
+
+def _complain(message: str) -> None:
+    print(f"sparsenet: {' '.join(message.split())}", file=sys.stderr)
 
 
 def _ends_a_run(error: RuntimeError) -> bool:
@@ -59,15 +63,35 @@ def main() -> NoReturn:
     Ctrl-C ends the process at once.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if not _open_streams():
+        _complain("expected a standard output, found it closed; > /dev/null drops what is printed")
+        sys.exit(BAD_CALL)
     try:
         code = run(sys.argv[1:])
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader of a pipe has gone, so nobody is left to be told
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):  # else nobody is left to be told
+            _complain(f"expected a standard output that can be written, found: {error.strerror}")
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = FAILED
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     sys.exit(code)
+
+
+def _open_streams() -> bool:
+    """Makes the streams take any character; returns whether there is a standard output."""
+    found = sys.stdout is not None
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # closed; a file of the run must not get its number, and C code's messages
+            os.open(os.devnull, os.O_RDWR)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: PTH123, SIM115 - until the process ends
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    return found
 
 
 if __name__ == "__main__":

@@ -12,6 +12,9 @@ from sparsenet.extras import require
 from sparsenet.results import EpochMetrics
 from sparsenet.run import Run
 
+# Columns of a terminal that have room beside the bar for loss and error; and for images/s.
+NARROW, WIDE = 60, 84
+
 
 def display(events: Iterable[Event], run: Run) -> str | None:
     """Shows the events of a run as they come and writes their lines to train.log.
@@ -33,7 +36,8 @@ def display(events: Iterable[Event], run: Run) -> str | None:
                 bar.print(line)
             else:
                 print(line, flush=True)
-            run.log(line)
+            if not isinstance(event, Stopped) or event.saved:
+                run.log(line)
     return reason
 
 
@@ -46,9 +50,10 @@ def _line(event: Message | EpochDone | Stopped | Concluded) -> str:
         case Stopped(reason, saved):
             return f"{'saved and stopped' if saved else 'stopped before the first step'}: {reason}"
         case Concluded(result):
+            # Of five classes every one is among the five most probable.
+            top5 = f", top-5 {result.top5_error:.2f} %" if len(result.classes) > 5 else ""
             return (
-                f"{result.dataset}: test error {result.error:.2f} %, "
-                f"top-5 {result.top5_error:.2f} % "
+                f"{result.dataset}: test error {result.error:.2f} %{top5} "
                 f"({result.checkpoint}, epoch {result.epochs})"
             )
 
@@ -71,27 +76,41 @@ def _epoch_line(row: EpochMetrics, epochs: int) -> str:
 class _Bar:
     def __init__(self) -> None:
         rich = require("rich.progress", "train")
+        table = require("rich.table", "train")
+
+        def text(form: str) -> Any:
+            return rich.TextColumn(form, table_column=table.Column(no_wrap=True))
+
         self.progress = rich.Progress(
-            rich.TextColumn("epoch {task.fields[epoch]}"),
-            rich.BarColumn(),
-            rich.TextColumn("{task.fields[figures]}"),
-            rich.TextColumn("left"),
+            text("{task.description}"),
+            # Takes what the texts leave of the line, up to 40 characters.
+            rich.BarColumn(bar_width=None, table_column=table.Column(max_width=40)),
+            text("{task.fields[figures]}"),
+            text("{task.fields[clock]}"),
             rich.TimeRemainingColumn(elapsed_when_finished=True),
         )
-        self.task: Any = None
+        self.tasks: dict[str, Any] = {}  # by what is counted: the split that is read, or steps
 
-    def show(self, step: Reading | Step) -> None:
-        if isinstance(step, Reading):
+    def show(self, event: Reading | Step) -> None:
+        if isinstance(event, Reading):
+            self._show(event.split, event.done, event.total, f"reading {event.split}", "")
             return
-        fields = {
-            "completed": (step.epoch - 1) * step.steps + step.step,
-            "epoch": f"{step.epoch}/{step.epochs}",
-            "figures": f"loss {step.loss:.4f}  error {step.error:.2f} %  "
-            f"{step.images_per_second:.0f} images/s",
-        }
-        if self.task is None:
-            self.task = self.progress.add_task("", total=step.epochs * step.steps, **fields)
-        self.progress.update(self.task, **fields)
+        done = (event.epoch - 1) * event.steps + event.step
+        columns = self.progress.console.width
+        figures = f"loss {event.loss:.4f}  error {event.error:.2f} %" if columns >= NARROW else ""
+        if columns >= WIDE:
+            figures += f"  {event.images_per_second:.0f} images/s"
+        total = event.epochs * event.steps
+        self._show("steps", done, total, f"epoch {event.epoch}/{event.epochs}", figures)
+
+    def _show(self, counted: str, done: int, total: int, text: str, figures: str) -> None:
+        if counted not in self.tasks:  # instead of the one before
+            for task in self.tasks.values():
+                self.progress.update(task, visible=False)
+            self.tasks[counted] = self.progress.add_task("", total=total, figures="", clock="")
+        clock = "left" if done < total else "took"
+        fields = {"description": text, "figures": figures, "clock": clock}
+        self.progress.update(self.tasks[counted], completed=done, **fields)
 
     def print(self, line: str) -> None:
         self.progress.console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -19,8 +19,12 @@ def cache_folder() -> Path:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Writes a whole file or nothing: temporary file, fsync, rename, fsync of the folder."""
-    data = content.encode() if isinstance(content, str) else content
+    """Writes a whole file or nothing: temporary file, fsync, rename, fsync of the folder.
+
+    A text is written as UTF-8, and what UTF-8 does not have, such as half a surrogate pair in the
+    name of a file, as an escape.
+    """
+    data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -40,9 +44,18 @@ def write_atomic(path: Path, content: str | bytes) -> None:
             os.close(folder)
 
 
+def size_text(count: int) -> str:
+    """A number of bytes as it is printed: in MiB, or in KiB below one."""
+    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON value or a dataclass of such, indented."""
-    write_atomic(path, msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
+    try:
+        text = msgspec.json.format(msgspec.json.encode(value), indent=2)
+    except UnicodeEncodeError:  # the path of a folder whose name is not UTF-8
+        text = json.dumps(msgspec.to_builtins(value), indent=2).encode()
+    write_atomic(path, text + b"\n")
 
 
 def parse_json(data: bytes | str, kind: type[T], where: str) -> T:
@@ -52,11 +65,21 @@ def parse_json(data: bytes | str, kind: type[T], where: str) -> T:
     with *where*.
     """
     try:
-        return msgspec.json.decode(data, type=kind)
+        return _decode(data, kind)
     except msgspec.ValidationError as error:
         raise ValueError(f"{where}: {error}") from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
         raise ValueError(f"{where}: expected JSON, found: {_place(data) or error}") from None
+
+
+def _decode(data: bytes | str, kind: type[T]) -> T:
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except msgspec.DecodeError as error:
+        if "invalid utf-16 surrogate" not in str(error):
+            raise
+        # As write_json writes names that are not UTF-8.
+        return msgspec.convert(json.loads(data), kind)
 
 
 def _place(data: bytes | str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NoReturn
 
 from sparsenet import __version__, presets
@@ -14,6 +14,43 @@ from sparsenet.export import FORMATS, RUNTIMES
 from sparsenet.topology import fetch_from_file
 from sparsenet.validation import nearest
 
+# Flags of other programs whose names do not lead to ours, and what takes their place here.
+STRUCTURE = "--fetch, --depth, --growth_rate and --bottleneck, or --preset"
+ANEW = "training starts anew; eval, predict and export take weights as RUN, without a flag"
+INSTEAD = {
+    "amp": "--precision bf16",
+    "arch": STRUCTURE,
+    "batch": "--batch_size",
+    "bs": "--batch_size",
+    "data": "--dataset_dir",
+    "data_dir": "--dataset_dir",
+    "data_path": "--dataset_dir",
+    "drop": "--dropout",
+    "epochs": "--max_epoch",
+    "finetune": ANEW,
+    "gpu": "--device cuda",
+    "half": "--precision bf16",
+    "img": "--image_size",
+    "img_size": "--image_size",
+    "imgsz": "--image_size",
+    "learning_rate": "--lr",
+    "lr_scheduler": "--schedule",
+    "model": STRUCTURE,
+    "num_classes": "no flag, the data has the classes",
+    "num_workers": "no flag, images are decoded once, before training",
+    "opt": "no flag, the optimizer is SGD",
+    "optimizer": "no flag, the optimizer is SGD",
+    "output_dir": "--out",
+    "pretrained": ANEW,
+    "project": "--out",
+    "root": "--dataset_dir",
+    "save_dir": "--out",
+    "sched": "--schedule",
+    "source": "the images without a flag",
+    "weights": ANEW,
+    "wd": "--weight_decay",
+    "workers": "no flag, images are decoded once, before training",
+}
 TRUTH = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
 
@@ -46,10 +83,27 @@ class Parser(argparse.ArgumentParser):
             if self._subparsers:
                 name = parsed.command
                 parser = self._subparsers._group_actions[0].choices[name]  # type: ignore[index]
-            hint = nearest(unknown[0].split("=")[0], parser._option_string_actions, 0.6)
+            hint = _hint(unknown[0], parser._option_string_actions)
             hint = hint or f"; see {parser.prog} --help"
             raise ValueError(f"{name}: unknown argument {unknown[0]!r}{hint}")
         return parsed
+
+
+def _hint(argument: str, flags: Collection[str]) -> str:
+    """What somebody who wrote an unknown *argument* may have meant, given a command's *flags*."""
+    name, equals, _ = argument.partition("=")
+    if not name.startswith("-"):
+        if not equals:
+            where = "--dataset_dir"
+            return f"; did you mean {where} {argument}?" if where in flags else ""
+        name = f"--{name}"
+    instead = INSTEAD.get(name.strip("-"), "")
+    flag = instead.split()[0] if instead.startswith("--") else ""
+    if instead and not flag:
+        return f"; here: {instead}"
+    if flag.rstrip(",") in flags:
+        return f"; did you mean {instead}?"
+    return nearest(name, flags, 0.6)
 
 
 def _with_underscores(argument: str) -> str:

@@ -89,13 +89,35 @@ class Transition(nn.Module):
         return F.avg_pool2d(x, 2)
 
 
-def _stem(kind: str, in_chans: int, width: int) -> nn.Sequential:
-    kernel, stride = STEMS[kind].kernel, STEMS[kind].stride
-    conv = nn.Conv2d(in_chans, width, kernel, stride, padding=kernel // 2, bias=False)
-    if stride == 1:
-        return nn.Sequential(conv)
-    pool = nn.MaxPool2d(3, stride, padding=1)
-    return nn.Sequential(conv, nn.BatchNorm2d(width), nn.ReLU(inplace=True), pool)
+class Stem(nn.Sequential):
+    """The first layers: a convolution; if strided, BN-ReLU and max pooling follow it."""
+
+    def __init__(self, kind: str, in_chans: int, width: int):
+        kernel, stride = STEMS[kind].kernel, STEMS[kind].stride
+        conv = nn.Conv2d(in_chans, width, kernel, stride, padding=kernel // 2, bias=False)
+        pool = nn.MaxPool2d(3, stride, padding=1)
+        strided = (nn.BatchNorm2d(width), nn.ReLU(inplace=True), pool) if stride > 1 else ()
+        super().__init__(conv, *strided)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, in_chans, H, W) -> (N, width, h, w)
+        self._check(x)
+        features: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
+        return features
+
+    def _check(self, x: Tensor) -> None:
+        channels, device = self[0].in_channels, self[0].weight.device
+        expected = f"images: expected normalised ones, a floating-point (N, {channels}, H, W)"
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{expected} tensor, found {type(x).__name__}")
+        # A tracer's sizes are tensors, which must not decide.
+        traced = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+        if x.dim() != 4 or (not traced and x.shape[1] != channels):
+            advice = "; image[None] is a batch of one" if x.dim() == 3 else ""
+            raise ValueError(f"{expected} tensor, found {tuple(x.shape)}{advice}")
+        if not x.is_floating_point():
+            raise ValueError(f"{expected} tensor, found {x.dtype}; Preprocessing.normalise first")
+        if x.device.type != device.type:
+            raise ValueError(f"{expected} tensor on {device}, found one on {x.device}")
 
 
 def _classifier(width: int, classes: int) -> nn.Module:
@@ -134,7 +156,7 @@ class SparseNet(nn.Module):
             )
         self.memory = memory
         layouts, dropout = architecture.stages, architecture.dropout
-        self.stem = _stem(architecture.stem, architecture.in_chans, layouts[0].in_width)
+        self.stem = Stem(architecture.stem, architecture.in_chans, layouts[0].in_width)
         self.stages = nn.ModuleList(
             Stage(layout, dropout, self.requested_implementation, memory) for layout in layouts
         )
@@ -178,7 +200,11 @@ class SparseNet(nn.Module):
         self.classifier.apply(_initialise)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images to the activated output of the last stage, ``(N, num_features, h, w)``."""
+        """Images to the activated output of the last stage, ``(N, num_features, h, w)``.
+
+        Raises ``ValueError`` for what are no normalised images of this network's channels and
+        device, and ``TypeError`` for what is no tensor.
+        """
         x = self.stem(x)
         for number, stage in enumerate(self.stages):
             x = stage(x)

@@ -19,6 +19,7 @@ from sparsenet.data.errors import BadImage
 from sparsenet.data.images import read_image, read_images
 from sparsenet.data.tree import list_folder
 from sparsenet.trained import Trained
+from sparsenet.validation import printable
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Prediction:
         """One line to print."""
         ranked = zip(self.classes, self.probabilities, strict=True)
         shown = ", ".join(f"{name} {100 * probability:.1f} %" for name, probability in ranked)
-        return f"{self.path}: {shown}"
+        return f"{printable(self.path)}: {shown}"
 
 
 def find_images(patterns: Sequence[str]) -> list[Path]:

@@ -32,6 +32,7 @@ TEXTS = {
     "environment.json": "Environment",
     "result.json": "Result",
 }
+COMPARISON = "-comparison.png"  # beside a page: the end of its picture's name
 EXPECTED = (*TEXTS, "graph.json", "metrics.csv", *PICTURES)
 
 
@@ -81,7 +82,7 @@ def write_report(paths: Sequence[Path], target: Path) -> Path:
             columns=used_columns(cells, HEADINGS),
             headings=HEADINGS,
             no_value=NO_VALUE,
-            comparison=_comparison(summaries, target.with_name(f"{target.stem}-comparison.png")),
+            comparison=_comparison(summaries, target.with_name(f"{target.stem}{COMPARISON}")),
             errors=_error_curves(summaries) if measured else None,
             measured=measured,
         )
@@ -91,6 +92,11 @@ def write_report(paths: Sequence[Path], target: Path) -> Path:
             f"{target}: expected a file that can be written, found: {error.strerror}"
         ) from None
     return target
+
+
+def is_page(path: Path) -> bool:
+    """Whether *path* is a page that ``write_report`` wrote, or the picture beside one."""
+    return path.is_file() and path.name.endswith((".html", COMPARISON))
 
 
 def _read_section(run: Path, anchor: str) -> Section:

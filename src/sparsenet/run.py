@@ -5,9 +5,8 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import msgspec
@@ -25,12 +24,20 @@ from sparsenet.extras import require
 from sparsenet.graph import Node, totals
 from sparsenet.results import EpochMetrics
 
+STARTED = {"checkpoints", "train.log", ".lock"}  # what a folder holds before it is described
+
 
 class Run:
     """A run folder. Methods that read or write it raise ``RunError`` in one line."""
 
     def __init__(self, path: Path):
         self.path = path
+        self.is_new, self.was_there = False, True  # as ``create`` finds it
+
+    @property
+    def is_described(self) -> bool:
+        """Whether it says what run it holds, so that it can be resumed."""
+        return (self.path / "config.json").is_file()
 
     @property
     def checkpoints(self) -> Path:
@@ -39,17 +46,17 @@ class Run:
 
     @classmethod
     def create(cls, path: Path) -> Run:
-        """Makes a new, empty run folder; a folder that holds anything is left as it is."""
-        if (path / "config.json").exists():
-            raise RunError(
-                f"--out: {path} already holds a run; choose another folder or --resume {path}"
-            )
-        if path.is_dir() and any(path.iterdir()):
-            raise RunError(f"--out: expected a new or an empty folder, found files in {path}")
+        """Makes a new, empty run folder; a folder that holds anything is left as it is.
+
+        What a process that was killed while it loaded its data has left counts as nothing.
+        """
+        require("filelock", "train")  # which holds the folder: missed before there is one
         run = cls(path)
+        run.is_new, run.was_there = True, path.is_dir()
+        run._refuse_content()
         try:
             run.checkpoints.mkdir(parents=True, exist_ok=True)
-            files.write_atomic(path / "train.log", "")
+            (path / "train.log").touch()
         except OSError as error:
             raise RunError(
                 f"--out: expected a folder that can be written, {path}: {error.strerror}"
@@ -59,25 +66,48 @@ class Run:
     @classmethod
     def open(cls, path: Path) -> Run:
         """Opens an existing run folder."""
-        if (path / "config.json").is_file():
-            return cls(path)
+        run = cls(path)
+        if run.is_described:
+            return run
         content = "nothing"
         if path.exists():
             content = "a folder without one" if path.is_dir() else "a file"
         raise RunError(f"{path}: expected a run folder with config.json, found {content}")
 
-    def discard_if_unused(self) -> None:
-        """Removes a folder that ``create`` made and no run was written into."""
-        if (self.path / "config.json").exists() or not self.checkpoints.is_dir():
-            return
-        if {path.name for path in self.path.iterdir()} <= {"checkpoints", "train.log", ".lock"}:
-            shutil.rmtree(self.path)
+    def _refuse_content(self) -> None:
+        if self.is_described:
+            raise RunError(
+                f"--out: {self.path} already holds a run; choose another folder or "
+                f"--resume {self.path}"
+            )
+        if self.was_there and not self._is_unused():
+            raise RunError(f"--out: expected a new or an empty folder, found files in {self.path}")
+
+    def _is_unused(self) -> bool:
+        """Whether there is nothing in the folder but what ``create`` and ``locked`` make."""
+        log = self.path / "train.log"
+        if {path.name for path in self.path.iterdir()} - STARTED:
+            return False
+        if self.checkpoints.exists() and any(self.checkpoints.iterdir()):
+            return False
+        return not log.exists() or not log.stat().st_size
+
+    def _discard_if_unused(self) -> None:
+        with suppress(OSError):
+            if not self._is_unused():
+                return
+            self.checkpoints.rmdir()
+            for name in STARTED - {self.checkpoints.name}:
+                (self.path / name).unlink()
+            if not self.was_there:
+                self.path.rmdir()
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Holds the folder, so that a second process that trains into it is refused.
 
-        It is free again however the process ends.
+        It is free again however the process ends. A new run that ends before it is described
+        leaves nothing: neither the folder nor, where that was there before, anything in it.
         """
         filelock = require("filelock", "train")
         lock = filelock.FileLock(str(self.path / ".lock"), timeout=0)
@@ -90,8 +120,12 @@ class Run:
                 f"{self.path}: expected a folder that can be written: {error.strerror}"
             ) from None
         try:
+            if self.is_new:  # another process may have begun, and even ended, before it was held
+                self._refuse_content()
             yield
         finally:
+            if self.is_new:
+                self._discard_if_unused()
             lock.release()
 
     def config(self) -> RunConfig:
@@ -125,8 +159,11 @@ class Run:
     ) -> None:
         """Writes config.json, requirements.txt, environment.json and, from *nodes*, graph.json.
 
-        *images* say which ones the run is made with: ``sparsenet.data.identity.to_tensors``.
+        With the first of them the folder can be resumed. *images* say which ones the run is made
+        with: ``sparsenet.data.identity.to_tensors``.
         """
+        located = dataclasses.replace(config, data=config.data.located())
+        files.write_json(self.path / "config.json", located.to_dict())
         parameters, macs = totals(nodes)
         graph = {
             "image_size": image_size,
@@ -138,11 +175,10 @@ class Run:
         files.write_json(self.path / "environment.json", environment)
         files.write_atomic(self.path / "images.safetensors", serialise_tensors(dict(images)))
         files.write_atomic(self.path / "requirements.txt", "\n".join(installed()) + "\n")
-        located = dataclasses.replace(config, data=config.data.located())
-        files.write_json(self.path / "config.json", located.to_dict())
 
     def log(self, line: str) -> None:
-        with (self.path / "train.log").open("a", encoding="utf-8") as file:
+        log = self.path / "train.log"
+        with log.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(line + "\n")
 
     def metrics(self) -> list[EpochMetrics]:

@@ -138,6 +138,9 @@ def restore(state: TrainingState, setup: Setup, run: Run) -> list[str]:
     _check_data(checkpoint, state.steps_per_epoch, setup, run)
     state.load(checkpoint, run.metrics())
     lines = [f"warning: {warning}" for warning in warnings]
+    epochs = setup.config.train.max_epoch
+    if state.epoch >= epochs:
+        return [*lines, f"finished: all {epochs} epochs are trained; --max_epoch N adds to them"]
     lines.append(f"resumed at step {state.step} (epoch {1 + state.epoch})")
     return lines + _rate_jump(state, setup.config, run.config())
 
@@ -149,8 +152,7 @@ def _rate_jump(state: TrainingState, now: RunConfig, before: RunConfig) -> list[
         return learning_rate(config.optim, step, state.steps_per_epoch, config.train.max_epoch)
 
     last, coming = rate(before, max(state.step - 1, 0)), rate(now, state.step)
-    finished = state.epoch >= now.train.max_epoch
-    if finished or rate(before, state.step) == coming:
+    if rate(before, state.step) == coming:
         return []
     epochs = f"{now.train.max_epoch} epochs instead of {before.train.max_epoch}"
     return [

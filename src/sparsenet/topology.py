@@ -115,6 +115,15 @@ def fetch_from_file(name: str) -> Fetch:
     return sources
 
 
+def _sources(fetch: Fetch, i: int) -> tuple[int, ...]:
+    read = fetch(i)
+    try:
+        return tuple(read)
+    except TypeError:
+        expected = f"a sequence of the features that layer {i} reads"
+        raise ValueError(f"topology: expected {expected}, found {read!r}") from None
+
+
 def family_name(fetch: object) -> str:
     """What tables call networks with this ``fetch``: ``DenseNet``, ``SparseNet (sparse:3)``."""
     if not isinstance(fetch, str):
@@ -151,7 +160,7 @@ class Topology:
     @classmethod
     def of(cls, fetch: Fetch, depth: int) -> Topology:
         """The topology of a stage of *depth* layers under *fetch*."""
-        return cls(tuple(tuple(fetch(i)) for i in range(1, depth + 2)))
+        return cls(tuple(_sources(fetch, i) for i in range(1, depth + 2)))
 
     @property
     def depth(self) -> int:

@@ -42,6 +42,14 @@ def check_settings(
         expect(holds, prefix + name, expected, getattr(owner, name), error)
 
 
+def printable(text: str) -> str:
+    """*text* with escapes for what cannot be printed, such as a line break in the name of a file.
+
+    Half a surrogate pair, which stands for a byte of a name that is not UTF-8, is such a thing.
+    """
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+
+
 def nearest(name: str, known: Iterable[str], likeness: float = 0.5) -> str:
     """Returns ``; did you mean ...?`` where a known name is near, else nothing."""
     near = difflib.get_close_matches(name, list(known), 1, likeness)

@@ -15,7 +15,7 @@ def run(args: argparse.Namespace) -> int:
     names = zoo.list_models(args.pattern)
     if not names:
         expected = "a pattern that fits a name"
-        raise ValueError(f"sparsenet models: expected {expected}, found {args.pattern!r}")
+        raise ValueError(f"models: expected {expected}, found {args.pattern!r}")
     rows: list[dict[str, Any]] = []
     lines = [f"{'name':<28}{'parameters':>12}{'MACs':>16}  {'at':<6}pretrained"]
     for name in names:

@@ -9,21 +9,20 @@ from pathlib import Path
 
 from sparsenet.pictures import draw_filters
 from sparsenet.records import read_summaries
-from sparsenet.report import write_report
+from sparsenet.report import is_page, write_report
 from sparsenet.summary import markdown_table
 from sparsenet.trained import load_trained
 
 
 def run(args: argparse.Namespace) -> int:
     """Writes a page about runs, or prints their table."""
-    paths = [Path(run) for run in args.runs]
+    # Among runs, as the shell's runs/* names them, may lie the page of an earlier report.
+    paths = [path for path in map(Path, args.runs) if not is_page(path)]
     if not paths:
-        raise ValueError(
-            "sparsenet report: expected RUN, a run folder or a folder of some, found none"
-        )
+        raise ValueError("report: expected RUN, a run folder or a folder of some, found none")
     if args.markdown and (args.filters or args.out):
         expected = "--markdown, which prints the table, without --filters and --out"
-        raise ValueError(f"sparsenet report: expected {expected}")
+        raise ValueError(f"report: expected {expected}")
     if args.markdown:
         print(markdown_table([row.cells() for row in read_summaries(paths)]), end="")
         return 0

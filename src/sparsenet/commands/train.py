@@ -26,14 +26,23 @@ def run(args: argparse.Namespace) -> int:
         with run.locked(), _Signals() as signals:
             events = train(config, run, bool(args.resume), signals.received)
             stopped = display(events, run)
-    finally:
-        run.discard_if_unused()
-    if not (run.path / "config.json").exists():  # stopped while it read the images
-        return 128 + (signals.number or signal.SIGINT)
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # such as a full disk; those of the data are a ``DataError``
+        advice = f"; {_go_on(run)}" if run.is_described else ""
+        reason = error.strerror or error
+        raise OSError(f"{run.path}: the run broke off: {reason}{advice}") from error
+    code = 0 if signals.number is None else 128 + signals.number
+    if stopped and not run.is_described:  # while it read the images
+        return code
     if stopped:
-        print(f"go on with: sparsenet train --resume {run.path}")
+        print(_go_on(run))
     print(run.path)
-    return 0 if signals.number is None else 128 + signals.number
+    return code
+
+
+def _go_on(run: Run) -> str:
+    return f"go on with: sparsenet train --resume {run.path}"
 
 
 class _Signals:

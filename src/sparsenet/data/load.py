@@ -18,6 +18,7 @@ from sparsenet.data.images import common_size, drained, reading_images
 from sparsenet.data.registry import KINDS, DatasetKind, resolve
 from sparsenet.data.sampling import hold_out
 from sparsenet.events import Reading
+from sparsenet.validation import printable
 
 TELL_EVERY = 0.1  # seconds between two words on how far the reading has come
 
@@ -57,11 +58,11 @@ def loading_dataset(config: DataConfig) -> Generator[Reading, None, Dataset]:
     for name in ("train", "test"):
         if not len(parts[name].images):
             raise DataError(
-                "--dataset_dir: expected a class of 2 images or more, so that one can be held out "
-                f"to test on, found {len(source.splits['train'])} images of 1 each"
+                "--dataset_dir: expected a class of 2 different images or more, so that one can be "
+                f"held out to test on, found none among {len(parts[name].images)} images"
             )
     return Dataset(
-        name=config.dataset_name or source.name,
+        name=printable(config.dataset_name or source.name),
         classes=source.classes,
         train=parts["train"].images,
         val=parts["val"].images if "val" in parts else None,
@@ -88,7 +89,8 @@ def find(config: DataConfig) -> Source:
     name = resolve(config.dataset, config.dataset_dir, config.labels)
     kinds = [KINDS[name]] if name != "auto" else [k for k in KINDS.values() if k.in_folder]
     if kinds[0].in_folder and not config.dataset_dir:
-        raise DataError("--dataset_dir: expected a folder with data, found none given")
+        get = "; --dataset_dir DIR --download gets it" if kinds[0].downloader else ""
+        raise DataError(f"--dataset_dir: expected a folder with data, found none given{get}")
     root = Path(config.dataset_dir).expanduser()
     source = _read(kinds, root, config)
     if source is None and config.download:

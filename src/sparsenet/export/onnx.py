@@ -20,7 +20,7 @@ from sparsenet.export import check_target
 from sparsenet.export.check import RANDOM_IMAGES, Forward, compare, random_images, reference_model
 from sparsenet.export.runtimes import Runtime
 from sparsenet.extras import require
-from sparsenet.files import write_atomic
+from sparsenet.files import size_text, write_atomic
 from sparsenet.model import SparseNet
 from sparsenet.trained import Trained
 
@@ -41,7 +41,7 @@ class ExportReport:
     def summary(self) -> str:
         """One line to print."""
         return (
-            f"{self.path}: opset {self.opset}, {self.bytes / 2**20:.1f} MiB; onnxruntime's logits "
+            f"{self.path}: opset {self.opset}, {size_text(self.bytes)}; onnxruntime's logits "
             f"are within {self.max_difference:.0e} of the model's on {RANDOM_IMAGES} random and "
             f"{self.real_images} real images (largest logit {self.max_logit:.1f})"
         )

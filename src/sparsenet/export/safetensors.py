@@ -11,7 +11,7 @@ from sparsenet.data.selection import Selection
 from sparsenet.device import computes_in_bf16
 from sparsenet.evaluate import evaluate
 from sparsenet.export import check_target
-from sparsenet.files import write_atomic
+from sparsenet.files import size_text, write_atomic
 from sparsenet.trained import Trained
 from sparsenet.weights import Measured
 
@@ -40,4 +40,4 @@ def export(trained: Trained, target: Path, data: Selection | None, opset: int | 
     content = weights.pack(tensors, dataclasses.replace(trained.about, measured=measured))
     write_atomic(target, content)
     errors = ", ".join(f"{each.error:.2f} % in {name}" for name, each in measured.items())
-    return f"{target}: {len(content) / 2**20:.1f} MiB; error {errors} ({data.description})"
+    return f"{target}: {size_text(len(content))}; error {errors} ({data.description})"

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsenet.pictures.figure import SERIES_COLOURS, measured_points, picture
+from sparsenet.pictures.figure import SERIES_COLOURS, escaped, measured_points, picture, shorten
 from sparsenet.results import EpochMetrics
 from sparsenet.summary import RunSummary
 
@@ -90,7 +90,7 @@ def draw_errors(rows: Sequence[RunSummary], target: Path | io.BytesIO) -> None:
         axis.xaxis.get_major_locator().set_params(integer=True)
         for number, row in enumerate(rows):
             colour = SERIES_COLOURS[number % len(SERIES_COLOURS)]
-            label = row.runs[0].path.name
+            label = shorten(escaped(row.runs[0].path.name), 60)
             if len(row.runs) > 1:
                 label += f" and {len(row.runs) - 1} more"
             for points in filter(None, (error_points(run.metrics) for run in row.runs)):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import io
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,25 +42,81 @@ STYLE = {
 
 @contextmanager
 def picture(
-    target: Path | io.BytesIO, width: float, height: float, title: str = ""
+    target: Path | io.BytesIO,
+    width: float,
+    height: float,
+    title: str = "",
+    names: Sequence[str] = (),
 ) -> Iterator[Any]:
     """Yields a figure of *width* by *height* inches to draw on, and writes it to *target* as a PNG.
 
-    No window opens, and the caller's own settings of matplotlib stay as they are.
+    The fonts are those that *title* and *names* ask for, as far as they are installed. No window
+    opens, and the caller's own settings of matplotlib stay as they are.
     """
     figures = require("matplotlib.figure", "train")
-    with require("matplotlib", "train").rc_context(STYLE), warnings.catch_warnings():
-        # The font may lack the script of a class name.
-        warnings.filterwarnings("ignore", "Glyph .* missing")
+    families, missing = _fonts(frozenset().union(title, *names))
+    matplotlib = require("matplotlib", "train")
+    fonts = {"font.family": [*matplotlib.rcParams["font.family"], *families]}
+    with matplotlib.rc_context(STYLE | fonts):
         figure = figures.Figure((width, height), layout="constrained", facecolor="white")
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
         if title:
-            figure.suptitle(title, fontsize=13)
+            written = _escaped(title, missing)
+            figure.suptitle(shorten(written, int(12 * width)), fontsize=13)
         yield figure
         png = target if isinstance(target, io.BytesIO) else io.BytesIO()
         figure.savefig(png, format="png", dpi=130)
     if isinstance(target, Path):
         write_atomic(target, png.getvalue())
+
+
+def shorten(text: str, length: int) -> str:
+    """*text*, or where it is longer than *length* its beginning and its end."""
+    if len(text) <= length:
+        return text
+    end = length // 3  # where names that begin alike differ
+    return f"{text[: length - 1 - end]}…{text[-end:]}"
+
+
+def drawable(names: Sequence[str]) -> list[str]:
+    """*names* as a picture shows them: one that no installed font can write becomes its number.
+
+    Numbers count from 0 and are written ``#0``.
+    """
+    missing = _fonts(frozenset().union(*names))[1]
+    return [f"#{i}" if missing & set(name) else name for i, name in enumerate(names)]
+
+
+def escaped(text: str) -> str:
+    """*text* with escapes such as ``\\u732b`` for characters that no installed font has."""
+    return _escaped(text, _fonts(frozenset(text))[1])
+
+
+def _escaped(text: str, missing: frozenset[str]) -> str:
+    return "".join(ascii(each)[1:-1] if each in missing else each for each in text)
+
+
+@cache
+def _fonts(characters: frozenset[str]) -> tuple[tuple[str, ...], frozenset[str]]:
+    """Families of fonts that have what the usual one lacks of *characters*; what none has."""
+    manager = require("matplotlib.font_manager", "train")
+    usual = manager.findfont(manager.FontProperties())
+    missing = characters - _written_by(usual, characters)
+    families = []
+    for font in sorted(manager.fontManager.ttflist, key=lambda font: (font.name, font.fname)):
+        regular = font.style == "normal" and font.weight == 400  # what the family's name finds
+        if missing and regular and (found := _written_by(font.fname, missing)):
+            families.append(font.name)
+            missing -= found
+    return tuple(families), missing
+
+
+def _written_by(font: str, characters: frozenset[str]) -> frozenset[str]:
+    # Of a font that shows code points in boxes, or pictures of one size, nothing can be used.
+    face = require("matplotlib.font_manager", "train").get_font(font)
+    if not face.scalable or "lastresort" in Path(font).name.lower():
+        return frozenset()
+    return frozenset(each for each in characters if face.get_char_index(ord(each)))
 
 
 def measured_points(metrics: Sequence[EpochMetrics], column: str) -> list[tuple[int, float]]:

@@ -10,11 +10,12 @@ from typing import Any
 from torch import Tensor
 
 from sparsenet.extras import require
-from sparsenet.pictures.figure import FAINT, INK, measured_points, picture
+from sparsenet.pictures.figure import FAINT, INK, drawable, measured_points, picture, shorten
 from sparsenet.results import EpochMetrics
 
 SPLIT_COLOURS = {"train": "#0072b2", "val": "#e69f00", "test": "#d55e00"}
 MISTAKES_ROWS, MISTAKES_COLUMNS = 4, 8
+NUMBERED = "#: number in result.json's list of classes, from 0; no font here has this script"
 
 
 def draw_curves(rows: Sequence[EpochMetrics], target: Path, title: str = "") -> None:
@@ -98,7 +99,8 @@ def _mark_drops(axis: Any, drops: Sequence[tuple[int, float]]) -> None:
 def draw_confusion(counts: Tensor, classes: Sequence[str], target: Path) -> None:
     """Draws a PNG of the confusion matrix *counts* ``(C, C)``, whose rows are the true classes.
 
-    Each row is drawn in percent of its own images.
+    Each row is drawn in percent of its own images. A class whose name no installed font can write
+    is a number, from 0.
     """
     images = int(counts.sum())
     error = 100 * (images - int(counts.diagonal().sum())) / max(images, 1)
@@ -106,7 +108,8 @@ def draw_confusion(counts: Tensor, classes: Sequence[str], target: Path) -> None
     percent = 100 * counts.double() / counts.sum(1, keepdim=True)
     side = min(max(6.0, 1.5 + 0.62 * len(classes)), 14.0)
     title = f"Confusion: {error:.2f} % of {images:,} images wrong"
-    with picture(target, side + 1, side, title) as figure:
+    names = drawable(classes)
+    with picture(target, side + 1, side, title, names) as figure:
         axis = figure.subplots()
         # Over the square root of the share a confusion of 1 % can be told from none.
         norm = require("matplotlib.colors", "train").PowerNorm(0.5, 0, 100)
@@ -117,16 +120,22 @@ def draw_confusion(counts: Tensor, classes: Sequence[str], target: Path) -> None
         bar.outline.set_visible(False)
         axis.spines[:].set_visible(False)
         axis.set(xlabel="predicted", ylabel="true")
-        _name_classes(axis, classes)
+        _name_classes(axis, names)
+        _explain_numbers(figure, names, classes)
         if len(classes) <= 20:
             _write_percent(axis, percent)
+
+
+def _explain_numbers(figure: Any, names: Sequence[str], classes: Sequence[str]) -> None:
+    if list(names) != list(classes):
+        figure.supxlabel(NUMBERED, fontsize=8.5)
 
 
 def _name_classes(axis: Any, classes: Sequence[str]) -> None:
     few = len(classes) <= 20
     step = 1 + (len(classes) - 1) // 100
     places = range(0, len(classes), step)
-    names = [_shorten(name, 20) for name in classes[::step]]
+    names = [shorten(name, 20) for name in classes[::step]]
     size = min(10.0, 660 / len(classes) * step)
     rotation = 45 if few else 90
     style = {"rotation": rotation, "ha": "right", "va": "center", "rotation_mode": "anchor"}
@@ -156,7 +165,7 @@ def draw_samples(
     """Draws a PNG of the images that the network gets wrong with the most confidence, at most 32.
 
     All tensors are on the CPU: *pixels* uint8 ``(N, C, H, W)``, *labels* and *predicted* int64
-    ``(N,)``, *confidence* (0 to 1) ``(N,)``.
+    ``(N,)``, *confidence* (0 to 1) ``(N,)``. Classes are named as in ``draw_confusion``.
     """
     wrong = (predicted != labels).nonzero()[:, 0]
     if not len(wrong):
@@ -169,25 +178,27 @@ def draw_samples(
     columns = min(len(worst), MISTAKES_COLUMNS)
     rows = -(-len(worst) // columns)
     title = f"{len(wrong):,} of {len(labels):,} images wrong; the most confident first"
-    with picture(target, max(1.5 * columns, 6), 1.85 * rows + 0.6, title) as figure:
+    names = drawable(classes)
+    with picture(target, max(1.5 * columns, 6), 1.85 * rows + 0.6, title, names) as figure:
         axes = figure.subplots(rows, columns, squeeze=False).flatten()
         for axis in axes:
             axis.axis("off")
         for axis, i in zip(axes, worst, strict=False):
-            prediction = _shorten(classes[int(predicted[i])], 15)
-            truth = _shorten(classes[int(labels[i])], 15)
+            prediction = shorten(names[int(predicted[i])], 12)
+            truth = shorten(names[int(labels[i])], 12)
             _draw_image(axis, pixels[i])
-            style = {"transform": axis.transAxes, "ha": "center", "va": "top", "fontsize": 8.5}
-            text = f"{prediction} · {100 * confidence[i]:.0f} %"
-            axis.text(0.5, -0.04, text, color=SPLIT_COLOURS["test"], **style)
-            axis.text(0.5, -0.19, f"true: {truth}", color=SPLIT_COLOURS["train"], **style)
+            _write_below(axis, 4, f"{prediction} · {100 * confidence[i]:.0f} %", "test")
+            _write_below(axis, 16, f"true: {truth}", "train")
+        _explain_numbers(figure, names, classes)
+
+
+def _write_below(axis: Any, distance: int, text: str, split: str) -> None:
+    place = {"xycoords": "axes fraction", "textcoords": "offset points"}
+    style = {"ha": "center", "va": "top", "fontsize": 8.5, "color": SPLIT_COLOURS[split]}
+    axis.annotate(text, (0.5, 0), (0, -distance), **place, **style)
 
 
 def _draw_image(axis: Any, pixels: Tensor) -> None:
     image = pixels.permute(1, 2, 0) if len(pixels) == 3 else pixels[0]
     interpolation = "nearest" if min(pixels.shape[1:]) < 96 else "antialiased"
     axis.imshow(image.numpy(), cmap="gray", vmin=0, vmax=255, interpolation=interpolation)
-
-
-def _shorten(name: str, length: int) -> str:
-    return name if len(name) <= length else name[: length - 1] + "…"
