@@ -467,8 +467,10 @@ def test_truncated_files_are_bad_images(kind: str) -> None:
 def test_damaged_files_are_read_or_refused_but_nothing_else() -> None:
     chance = random.Random(0)
     image = Image.fromarray(RNG.integers(0, 256, (24, 24, 3), dtype=np.uint8))
-    for kind in ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM"):
-        whole = encoded(image, kind)
+    files = [encoded(image, k) for k in ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "MPO")]
+    grey = Image.fromarray(RNG.integers(0, 65536, (24, 24), dtype=np.uint16))
+    files += [encoded(grey, kind) for kind in ("PNG", "TIFF", "PPM")]
+    for whole in files:
         for _ in range(120):
             damaged = bytearray(whole)
             for _ in range(chance.randint(1, 8)):
