@@ -166,18 +166,28 @@ def test_deep_greys_mean_the_same_from_training_to_predicting(
         assert trained.preprocessing.grey_range == grey_range
         deep, eight = predict(trained, paths)
         assert (deep.classes, deep.probabilities) == (eight.classes, eight.probabilities)
-    # Evaluated alone, the dark images have the range of all.
-    shutil.rmtree(data / "light")
-    shutil.copytree(data / "dark", data / "light")
-    outcome = call("eval", "run", "--dataset_dir", data, "--json")
-    assert outcome.code == 0, outcome
-    for dark in sorted((data / "dark").glob("*.tif")):
-        as_eight_bits(dark, *grey_range)
-        dark.unlink()
-    shutil.rmtree(data / "light")
-    shutil.copytree(data / "dark", data / "light")
-    eight_bits = call("eval", "run", "--dataset_dir", data, "--json")
-    assert json.loads(outcome.out)["loss"] == json.loads(eight_bits.out)["loss"]
+    losses = []
+    for kind in ("deep", "eight"):  # test images that are all dark still have the range of training
+        for name in ("dark", "light"):
+            shutil.copytree(data / "dark", Path(kind, "test", name))
+    for file in Path("eight").rglob("*.tif"):
+        as_eight_bits(file, *grey_range)
+        file.unlink()
+    for kind in ("deep", "eight"):
+        outcome = call("eval", "run", "--dataset_dir", kind, "--json")
+        assert outcome.code == 0, outcome
+        losses.append(json.loads(outcome.out)["loss"])
+    assert losses[0] == losses[1]
+
+
+def test_test_images_beyond_the_range_are_counted_aloud(call: Call) -> None:
+    data = write_deep(Path("data/train"))
+    shutil.copytree(data, "data/test")
+    Image.fromarray(np.full((8, 8), 5000, np.uint16)).save("data/test/light/0.tif")
+    short = ("--max_epoch", 1, "--batch_size", 4, *TINY, "--in_chans", 1)
+    outcome = call("train", "--dataset_dir", "data", *short, "--out", "run")
+    assert "warning: 1 images of test have greys beyond 0 to 4095" in outcome.out
+    assert "have greys beyond 0 to 4095" in call("eval", "run").err
 
 
 @pytest.mark.parametrize("option", ["top", "batch_size"])
