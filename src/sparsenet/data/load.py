@@ -168,10 +168,8 @@ def clipping(decoded: Decoded, split: str) -> tuple[str, ...]:
     if not decoded.clipped:
         return ()
     low, high = decoded.grey_range
-    return (
-        f"warning: {decoded.clipped} images of {split} have greys beyond {low:g} to {high:g}, "
-        "which are clipped (--grey_range)",
-    )
+    where = f"images with greys beyond {low:g} to {high:g}, which are clipped (--grey_range)"
+    return (f"warning: {split} has {decoded.clipped} {where}",)
 
 
 def draw(part: Labelled, fraction: float, purpose: str) -> dict[str, Labelled]:
