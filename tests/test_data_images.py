@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import random
+import struct
 import warnings
+import zlib
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
@@ -94,24 +98,205 @@ def test_cmyk_is_the_colour_it_prints() -> None:
     assert np.abs(red - (255, 0, 0)).max() <= 3
 
 
-@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
-def test_sixteen_bits_are_scaled_not_clipped(dtype: type) -> None:
-    wide = GREY.astype(dtype) * 257
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sixteen_bits_are_scaled_not_clipped(kind: str, channels: int) -> None:
+    wide = GREY.astype(np.uint16) * 257
     wide[0, 0], expected = 65535, GREY.copy()
     expected[0, 0] = 255
-    assert np.array_equal(read(Image.fromarray(wide), "TIFF", channels=1), chw(expected))
-    if dtype is np.uint16:
-        assert np.array_equal(read(Image.fromarray(wide), "PNG", channels=3)[2], expected)
+    pixels = read(Image.fromarray(wide), kind, channels=channels)
+    assert pixels.shape[0] == channels and (pixels == expected).all()
 
 
-def test_floats_are_scaled_from_the_smallest_scale_that_holds_them() -> None:
-    for scale in (1, 255, 65535):
-        values = (GREY / np.float32(255) * scale).astype(np.float32)
-        values[0, 0], expected = scale, GREY.copy()
-        expected[0, 0] = 255
-        assert np.array_equal(read(Image.fromarray(values), "TIFF", channels=1), chw(expected))
-    odd = np.array([[np.nan, -1], [0, 1]], np.float32)
-    assert read(Image.fromarray(odd), "TIFF", channels=1).tolist() == [[[0, 0], [0, 255]]]
+@pytest.mark.parametrize(
+    ("highest", "scale"),
+    [
+        *((0, 255), (255, 255), (256, 1023), (1023, 1023), (1024, 4095), (4095, 4095)),
+        *((4096, 16383), (16384, 65535), (65535, 65535)),
+    ],
+)
+def test_deep_greys_have_the_smallest_scale_that_holds_them(highest: int, scale: int) -> None:
+    levels = np.linspace(0, highest, 64).round().astype(np.uint16).reshape(8, 8)
+    for kind in ("PNG", "TIFF"):
+        decoded = read_images([Example("x", encoded(Image.fromarray(levels), kind), 0)], 8, 1)
+        assert decoded.grey_range == (0, scale) and decoded.clipped == 0
+        expected = (levels / scale * 255).round()
+        assert np.array_equal(decoded.images.pixels[0, 0].numpy(), expected)
+
+
+def deep(*values: int, dtype: type = np.uint16) -> bytes:
+    """A TIFF of 2 by 2 levels, the first of them repeated where there are fewer."""
+    levels = np.full(4, values[0], dtype)
+    levels[: len(values)] = values
+    return encoded(Image.fromarray(levels.reshape(2, 2)), "TIFF")
+
+
+def test_one_scale_serves_all_images_of_a_split_and_leaves_eight_bits_alone() -> None:
+    eight = encoded(Image.fromarray(GREY), "PNG")
+    sources = [deep(100), eight, deep(0, 3000), deep(4095)]
+    split = [Example(str(i), source, i) for i, source in enumerate(sources)]
+    decoded = read_images(split, 8, 1)
+    assert decoded.grey_range == (0, 4095)
+    assert decoded.images.pixels[:, 0, -1, -1].tolist() == [6, GREY[-1, -1], 0, 255]
+    assert np.array_equal(decoded.images.pixels[1, 0].numpy(), GREY)
+    assert decoded.images.labels.tolist() == [0, 1, 2, 3]
+    assert read_images(split[1:2], 8, 1).grey_range == ()  # says nothing of deep greys
+
+
+def test_a_range_that_is_given_clips_and_counts() -> None:
+    split = [Example("x", deep(*levels), 0) for levels in ((1000, 3000), (999, 2000), (3001, 2000))]
+    decoded = read_images(split, 2, 1, grey_range=(1000, 3000))
+    assert (decoded.grey_range, decoded.clipped) == ((1000, 3000), 2)
+    assert decoded.images.pixels[:, 0, 0].tolist() == [[0, 255], [0, 128], [255, 128]]
+
+
+def test_without_deep_training_images_sixteen_bits_are_whole_or_refused() -> None:
+    assert read_image(deep(4112, 65535), 0, 1, grey_range=())[0, 0].tolist() == [16, 255]
+    for source, found in ((deep(4095), "deep greys from 4095 to 4095"), (FLOATS, "float greys")):
+        with pytest.raises(BadImage, match=f"x: expected 8-bit images as in training.*{found}"):
+            read_image(source, 0, 1, "x", grey_range=())
+
+
+FLOATS = deep(-1000, 500, 3000, 0, dtype=np.float32)
+
+
+@pytest.mark.parametrize("skip_corrupt", [False, True])
+@pytest.mark.parametrize(
+    ("source", "sort"),
+    [
+        (FLOATS, "float greys, found values from -1000 to 4000"),
+        (deep(-1, 7, dtype=np.int32), "negative .*, found values from -1 to 4000"),
+        (deep(0, 65536, dtype=np.int32), "above 65535, found values from 0 to 65536"),
+    ],
+)
+def test_a_scale_that_nobody_can_guess_must_be_stated(
+    source: bytes, sort: str, skip_corrupt: bool
+) -> None:
+    split = [Example("first", deep(4000), 0), Example("odd", source, 0)]
+    with pytest.raises(BadImage, match=rf"^odd: expected --grey_range LOW,HIGH for .*{sort}$"):
+        read_images(split, 2, 1, skip_corrupt)
+
+
+def test_floats_and_negative_levels_are_scaled_as_stated() -> None:
+    for source in (FLOATS, deep(-1000, 500, 3000, 0, dtype=np.int32)):
+        pixels = read_image(source, 0, 3, grey_range=(-1000, 1000))
+        assert pixels.tolist() == [[[0, 191], [255, 128]]] * 3  # rounded half to even
+    fraction = deep(0, dtype=np.float32)
+    assert read_image(fraction, 0, 1, grey_range=(-0.5, 0.5)).tolist() == [[[128, 128], [128, 128]]]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_levels_that_are_no_numbers_are_refused(value: float) -> None:
+    levels = encoded(Image.fromarray(np.array([[value, 1], [0, 1]], np.float32)), "TIFF")
+    with pytest.raises(BadImage, match="expected finite grey levels, found 1 NaN or infinite"):
+        read_image(levels, 0, 1, grey_range=(0, 1))
+
+
+def test_deep_greys_are_resized_before_they_are_rounded() -> None:
+    levels = np.array([[0, 1], [1, 1]], np.uint16)  # 0.75 of 255 levels on a scale of one
+    assert read_image(encoded(Image.fromarray(levels), "PNG"), 1, 1, grey_range=(0, 1)) == 191
+
+
+def test_deep_greys_that_are_inverted_or_transparent_are_refused() -> None:
+    inverted = deep(1).replace(TAG.pack(262, 3, 1, 1), TAG.pack(262, 3, 1, 0))
+    with pytest.raises(BadImage, match="found white to black"):
+        read_image(inverted, 0, 1)
+    grey = Image.fromarray(np.array([[5, 300]], np.uint16))
+    assert read(grey, "PNG", channels=1, transparency=7).tolist() == [[[1, 75]]]
+    with pytest.raises(BadImage, match="without transparency"):
+        read(grey, "PNG", channels=1, transparency=300)
+
+
+TAG = struct.Struct("<HHII")
+
+
+def png16(levels: np.ndarray) -> bytes:
+    """A PNG of 16-bit grey and alpha (2 channels), RGB or RGBA, which Pillow cannot write."""
+    height, width, channels = levels.shape
+    kind = {2: 4, 3: 2, 4: 6}[channels]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels)
+    header = struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)
+    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    chunks = (
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in parts
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def tiff16(levels: np.ndarray, planar: bool = False) -> bytes:
+    """An uncompressed TIFF of 16-bit RGB, pixel by pixel or plane by plane."""
+    height, width, _ = levels.shape
+    data = (levels.transpose(2, 0, 1) if planar else levels).astype("<u2").tobytes()
+    strips = 3 if planar else 1
+    start = 8 + 2 + 10 * 12 + 4  # where what does not fit into a tag lies, and then the levels
+    at, length = start + 6 + 24, len(data) // strips
+    offsets = struct.pack("<3I", *(at + i * length for i in range(3)))
+    lengths = struct.pack("<3I", *[length] * 3)
+    tags = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, 3, start), (259, 4, 1, 1)]
+    tags += [(262, 4, 1, 2), (273, 4, strips, start + 6 if planar else at), (277, 4, 1, 3)]
+    tags += [(278, 4, 1, height), (279, 4, strips, start + 18 if planar else length)]
+    tags += [(284, 4, 1, 2 if planar else 1)]
+    header = b"II*\0" + struct.pack("<IH", 8, len(tags))
+    return (
+        header
+        + b"".join(TAG.pack(*tag) for tag in tags)
+        + struct.pack("<I3H", 0, 16, 16, 16)
+        + offsets
+        + lengths
+        + data
+    )
+
+
+def ppm16(levels: np.ndarray) -> bytes:
+    height, width, _ = levels.shape
+    return b"P6 %d %d 65535 " % (width, height) + levels.astype(">u2").tobytes()
+
+
+@pytest.mark.parametrize("write", [png16, tiff16, ppm16])
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_colours_of_sixteen_bits_are_right_or_refused(
+    write: Callable[[np.ndarray], bytes], channels: int
+) -> None:
+    if channels != 3 and write is not png16:
+        return
+    colours = np.full((4, 4, channels), 65535, np.uint16)
+    grey = np.arange(1, 17, dtype=np.uint16).reshape(4, 4) * 257
+    colours[:, :, : channels - (channels != 3)] = grey[:, :, None]
+    assert np.array_equal(read_image(write(colours), 0, 1)[0], grey // 257)
+    colours[:, :, : channels - (channels != 3)] = grey[:, :, None] // 16  # 12 bits or fewer
+    with pytest.raises(BadImage, match="fill their 16 bits, found all in the lowest 1/16"):
+        read_image(write(colours), 0, 3)
+
+
+def test_planes_of_sixteen_bits_are_refused() -> None:
+    colours = np.full((4, 4, 3), (1 << 12, 1 << 15, 7), np.uint16)
+    assert read_image(tiff16(colours), 0, 3)[:, 0, 0].tolist() == [16, 128, 0]
+    with pytest.raises(BadImage, match="found them plane by plane"):
+        read_image(tiff16(colours, planar=True), 0, 3)
+
+
+def test_a_split_is_gone_through_once_though_its_scale_comes_last() -> None:
+    class Once:
+        asked = 0
+
+        def __len__(self) -> int:
+            return 2
+
+        def __iter__(self) -> Iterator[Example]:
+            self.asked += 1
+            yield from (Example("x", deep(level), 0) for level in (7, 700))
+
+    split = Once()
+    assert read_images(split, 2, 1).images.pixels[:, 0, 0, 0].tolist() == [2, 174]
+    assert split.asked == 1
+
+
+@pytest.mark.parametrize("mode", ["LAB", "YCbCr", "CMYK"])
+def test_other_spaces_of_colour_become_the_colours_they_mean(mode: str) -> None:
+    colour = (200, 40, 90)
+    pixels = read(Image.new("RGB", (8, 8), colour).convert(mode), "TIFF")[:, 0, 0].astype(int)
+    assert np.abs(pixels - colour).max() <= 2
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -123,6 +308,14 @@ def test_exif_orientation_is_applied(orientation: int) -> None:
     exif[0x0112] = orientation
     image = Image.fromarray(np.ascontiguousarray(stored[orientation]))
     assert np.array_equal(read(image, exif=exif), chw(COLOUR))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_tiff_files_are_turned_too(tmp_path: Path, dtype: type) -> None:
+    levels = np.arange(12, dtype=dtype).reshape(3, 4)
+    Image.fromarray(levels).save(tmp_path / "x.tif", tiffinfo={0x0112: 6})  # 90° clockwise
+    pixels = read_image(tmp_path / "x.tif", 0, 1, grey_range=(0, 255))
+    assert np.array_equal(pixels[0], np.rot90(levels, -1))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
@@ -147,17 +340,29 @@ def test_reducing_averages_instead_of_skipping() -> None:
     assert np.abs(inner - 127.5).max() < 5
 
 
-def test_large_jpeg_decoded_small_stays_near_the_whole_one() -> None:
-    slope = np.linspace(0, 255, 512).astype(np.uint8)
-    photo = Image.fromarray(
-        np.dstack(
-            [np.tile(slope, (512, 1)), np.tile(slope, (512, 1)).T, np.full((512, 512), 99)]
-        ).astype(np.uint8)
-    )
-    from_jpeg, from_png = (read(photo, kind, size=32).astype(int) for kind in ("JPEG", "PNG"))
-    assert np.abs(from_jpeg - from_png).max() <= 4
-    noise = Image.fromarray(RNG.integers(0, 256, (32, 32, 3), dtype=np.uint8))
-    assert np.array_equal(read(noise, "JPEG", size=32), read(noise, "JPEG", size=0))
+@pytest.mark.parametrize("size", [8, 32])
+def test_a_large_jpeg_is_decoded_whole(size: int) -> None:
+    noise = RNG.integers(0, 256, (300, 400, 3), dtype=np.uint8)
+    content = encoded(Image.fromarray(noise), "JPEG")
+    whole = Image.open(BytesIO(content)).resize((size, size), BILINEAR, box=(50, 0, 350, 300))
+    assert np.array_equal(read_image(content, size, 3), chw(np.asarray(whole)))
+
+
+BILINEAR = Image.Resampling.BILINEAR
+
+
+def test_phones_jpegs_of_two_pictures_give_the_first_turned() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    first = Image.new("RGB", (32, 16), (200, 40, 90))
+    first.paste((20, 200, 40), (0, 0, 16, 16))  # the left half, at the top once it is turned
+    second = Image.new("RGB", (32, 16))
+    content = encoded(first, "MPO", save_all=True, append_images=[second], exif=exif)
+    assert Image.open(BytesIO(content)).format == "MPO"
+    pixels = read_image(content, 0, 3).astype(int)
+    assert pixels.shape == (3, 32, 16)
+    assert np.abs(pixels[:, 2, 8] - (20, 200, 40)).max() <= 4
+    assert np.abs(pixels[:, -3, 8] - (200, 40, 90)).max() <= 4
 
 
 def test_array_and_file_take_the_same_path() -> None:
@@ -170,13 +375,70 @@ def test_array_and_file_take_the_same_path() -> None:
         assert images.labels.tolist() == [3]
 
 
-@pytest.mark.parametrize("excess", [1.5, 3])
-def test_decompression_bomb_is_refused(excess: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", int(64 / excess))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # whatever the caller's filters are
-        with pytest.raises(BadImage, match=r"^huge\.png: .*bomb"):
-            read_image(encoded(Image.fromarray(COLOUR), "PNG"), 8, 3, "huge.png")
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "BMP"])
+def test_what_is_too_large_is_called_so_and_not_damaged(kind: str) -> None:
+    content = encoded(Image.fromarray(COLOUR), kind)  # 64 pixels
+    assert np.array_equal(read_image(content, 8, 3, max_megapixels=64e-6), chw(COLOUR))
+    with pytest.raises(BadImage, match=r"^huge: too large: .* megapixels, .*--max_megapixels") as e:
+        read_image(content, 8, 3, "huge", max_megapixels=63e-6)
+    assert "damaged" not in str(e.value)
+    with pytest.raises(BadImage, match=r"too large: 64\.0 megapixels, at most 63; --max"):
+        blank = encoded(Image.new("1", (8000, 8000)), "PNG")
+        read_images([Example("x", blank, 0)], 8, 1, max_megapixels=63, skip_corrupt=False)
+
+
+def test_a_jpeg_above_the_limit_is_decoded_at_the_first_size_below_it() -> None:
+    photo = Image.new("RGB", (64, 128), (200, 40, 90))  # 8192 pixels
+    two = encoded(photo, "MPO", save_all=True, append_images=[photo])
+    for content in (encoded(photo, "JPEG"), two):
+        for limit, shape in (
+            (8192, (128, 64)),
+            (8191, (64, 32)),
+            (2048, (64, 32)),
+            (2047, (32, 16)),
+        ):
+            pixels = read_image(content, 0, 3, max_megapixels=limit / 1e6)
+            assert pixels.shape[1:] == shape
+            assert np.abs(pixels[:, 5, 5].astype(int) - (200, 40, 90)).max() <= 4
+        assert read_image(content, 0, 3, max_megapixels=1024e-6).shape[1:] == (32, 16)
+        with pytest.raises(BadImage, match=r"at most .* of a JPEG; --max_megapixels$"):
+            read_image(content, 0, 3, max_megapixels=1023e-6)
+
+
+@pytest.mark.parametrize("content", [b"?", encoded(Image.fromarray(COLOUR), "PNG")])
+def test_pillows_own_limit_does_not_count_and_is_put_back(
+    content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with suppress(BadImage):
+        assert np.array_equal(read_image(content, 8, 3), chw(COLOUR))
+    read_images([Example("x", content, 0)], 8, 3, skip_corrupt=True)
+    assert common_size([Example("x", content, 0)]) == (8 if len(content) > 1 else 64)
+    assert Image.MAX_IMAGE_PIXELS == 10
+
+
+def test_what_is_no_file_is_refused_and_never_waited_for(tmp_path: Path) -> None:
+    names = ("pipe.png", "device.png", "dangling.png", "folder.png", "vast.png", "pipe_link.png")
+    pipe, device, dangling, folder, vast, link = (tmp_path / name for name in names)
+    os.mkfifo(pipe)
+    device.symlink_to("/dev/zero")
+    dangling.symlink_to(tmp_path / "gone.png")
+    folder.mkdir()
+    link.symlink_to(pipe)
+    with vast.open("wb") as file:
+        file.truncate(2**30 + 1)  # a hole, which takes no space
+    expected = {pipe: "pipe or device", device: "pipe or device", dangling: "leads nowhere"}
+    expected |= {
+        folder: "found a folder",
+        vast: "too large: expected .* 1 GiB",
+        link: "pipe or device",
+    }
+    for path, found in expected.items():
+        with pytest.raises(BadImage, match=rf"^{path}: .*{found}"):
+            read_image(path, 8, 3)
+    split = [Example(str(path), path, 0) for path in expected]
+    assert common_size(split) == 64
+    assert len(read_images(split, 8, 3, skip_corrupt=True).skipped) == 6
 
 
 def test_what_is_no_image_is_named(tmp_path: Path) -> None:
@@ -205,8 +467,10 @@ def test_truncated_files_are_bad_images(kind: str) -> None:
 def test_damaged_files_are_read_or_refused_but_nothing_else() -> None:
     chance = random.Random(0)
     image = Image.fromarray(RNG.integers(0, 256, (24, 24, 3), dtype=np.uint8))
-    for kind in ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM"):
-        whole = encoded(image, kind)
+    files = [encoded(image, k) for k in ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "MPO")]
+    grey = Image.fromarray(RNG.integers(0, 65536, (24, 24), dtype=np.uint16))
+    files += [encoded(grey, kind) for kind in ("PNG", "TIFF", "PPM")]
+    for whole in files:
         for _ in range(120):
             damaged = bytearray(whole)
             for _ in range(chance.randint(1, 8)):
@@ -223,8 +487,9 @@ def corrupt_at(*places: int, count: int = 70) -> list[Example]:
 def test_corrupt_images_stop_or_are_skipped_and_named() -> None:
     with pytest.raises(BadImage, match=r"no 41: .*--skip_corrupt"):
         read_images(corrupt_at(41, 55), 4, 1)
-    images, _, skipped = read_images(corrupt_at(0, 41), 4, 1, skip_corrupt=True)
-    assert skipped == ("no 0", "no 41") and len(images) == 68
+    images, _, skipped, *_ = read_images(corrupt_at(0, 41), 4, 1, skip_corrupt=True)
+    assert [line.partition(":")[0] for line in skipped] == ["no 0", "no 41"]
+    assert all("expected an image" in line for line in skipped) and len(images) == 68
     assert torch.equal(images.pixels[:, 0, 0, 0].long(), images.labels)
 
 

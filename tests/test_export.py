@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+import dataclasses
 import json
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from sparsenet.architecture import Architecture
-from sparsenet.data.preprocessing import Preprocessing
+from sparsenet.data.preprocessing import RULE, Preprocessing
 from sparsenet.export import RUNTIMES, runtimes
 from sparsenet.export import onnx as export_module
-from sparsenet.export.onnx import Exported, ExportReport, export_onnx, onnx_file
+from sparsenet.export.onnx import Exported, ExportReport, export_onnx, metadata, onnx_file
 from sparsenet.export.runtimes import Runtime
 from sparsenet.extras import MissingExtra
 from sparsenet.model import SparseNet
+from sparsenet.predict import predict
 from sparsenet.trained import Trained
 from sparsenet.weights import About
 
@@ -117,6 +123,88 @@ def test_a_file_that_computes_something_else_is_not_written(tmp_path: Path) -> N
     ):
         export_onnx(make(blocks=(1, 1)), tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
+
+
+PAGE = Path(__file__).parent.parent / "docs" / "how-to" / "preprocess.md"
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Files of many sizes and kinds."""
+    folder, chance = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+
+    def save(name: str, image: Image.Image, **options: Any) -> None:
+        image.save(folder / name, **options)
+
+    def noise(height: int, width: int, *channels: int) -> Image.Image:
+        """Smooth enough that it is not grey once it is small."""
+        coarse = chance.integers(0, 256, (5, 7, *channels), dtype=np.uint8)
+        return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+    for height, width in ((20, 333), (417, 31), (3, 5), (1, 1), (16, 16), (17, 16), (1001, 700)):
+        save(f"{height}x{width}.png", noise(height, width, 3))
+        save(f"{height}x{width}.jpg", noise(height, width, 3))
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        save(f"turned{orientation}.jpg", noise(40, 90, 3), exif=exif)
+    save("large.jpg", noise(2400, 3300, 3), quality=90)
+    save("grey.jpg", noise(50, 60))
+    save("rgba.png", noise(50, 60, 4))
+    save("grey_and_alpha.png", noise(50, 60, 4).convert("LA"))
+    save("rgba.webp", noise(50, 60, 4), lossless=True)
+    save("palette.png", noise(50, 60, 3).quantize(30))
+    save("palette.gif", noise(50, 60, 3).quantize(30), transparency=3)
+    save("bits.png", noise(50, 60).convert("1"))
+    save("cmyk.jpg", noise(50, 60, 3).convert("CMYK"))
+    levels = np.asarray(noise(50, 60), np.float32) * 20
+    for kind in ("png", "tif", "pgm"):
+        save(f"deep.{kind}", Image.fromarray(levels.astype(np.uint16)))
+    save("float.tif", Image.fromarray(levels - 300))
+    save("turned_deep.tif", Image.fromarray(levels.astype(np.uint16)), tiffinfo={0x0112: 6})
+    return sorted(folder.iterdir())
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("grey_range", [(0.0, 4095.0), (100.0, 2500.0)])
+def test_the_page_and_the_metadata_alone_repeat_predict(
+    photos: list[Path], channels: int, grey_range: tuple[float, ...], tmp_path: Path
+) -> None:
+    (code,) = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S)
+    kept = [
+        node
+        for node in ast.parse(code).body
+        if isinstance(node, ast.Import | ast.ImportFrom | ast.FunctionDef)
+    ]
+    page: dict[str, Any] = {}
+    exec(compile(ast.Module(kept, []), str(PAGE), "exec"), page)
+    trained = make(blocks=(2, 1, 1), in_chans=channels)
+    statistics = (0.5, 0.4, 0.3)[:channels], (0.2, 0.2, 0.25)[:channels]
+    preprocessing = Preprocessing(16, channels, *statistics, grey_range)
+    about = dataclasses.replace(trained.about, preprocessing=preprocessing)
+    trained = dataclasses.replace(trained, about=about)
+    export_onnx(trained, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(
+        str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"]
+    )
+    said = session.get_modelmeta().custom_metadata_map
+    assert said["preprocessing"] == RULE
+    assert said["channel_order"] == ("RGB" if channels == 3 else "grey")
+    answers = set()
+    for prediction in predict(trained, photos, top=len(CLASSES)):
+        assert prediction.error is None
+        images = page["prepare"](prediction.path, said)
+        (logits,) = session.run(None, {"images": images})
+        found = torch.from_numpy(logits[0]).softmax(0)
+        expected = dict(zip(prediction.classes, prediction.probabilities, strict=True))
+        for label, name in enumerate(json.loads(said["classes"])):
+            assert abs(expected[name] - found[label].item()) < 1e-5, prediction.path
+        answers.add(prediction.probabilities)
+    assert len(answers) > 20  # they are not all one
+
+
+def test_a_network_that_knows_no_deep_greys_says_sixteen_bits() -> None:
+    assert json.loads(metadata(make(blocks=(1, 1)))["grey_range"]) == [0, 65535]
 
 
 @pytest.mark.parametrize("opset", [0, 17, 1000])

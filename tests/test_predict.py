@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from conftest import TINY, Call
 from PIL import Image
 
 from sparsenet.architecture import Architecture
@@ -14,7 +17,7 @@ from sparsenet.data.images import read_image
 from sparsenet.data.preprocessing import Preprocessing
 from sparsenet.model import SparseNet
 from sparsenet.predict import find_images, predict
-from sparsenet.trained import Trained
+from sparsenet.trained import Trained, load_trained
 from sparsenet.weights import About
 
 CLASSES = tuple("abcdef")
@@ -109,6 +112,82 @@ def test_images_are_read_a_batch_at_a_time(trained: Trained, folder: Path) -> No
 
     next(predict(trained, paths(), batch_size=4))
     assert len(taken) == 4
+
+
+def test_what_is_too_large_is_one_error(trained: Trained, folder: Path) -> None:
+    paths = [folder / "a.webp", folder / "deep/c.jpg"]  # 480 pixels each
+    large, photo = predict(trained, paths, max_megapixels=479e-6)
+    assert photo.error is None
+    assert large.error is not None and f"{paths[0]}: too large: " in large.error
+
+
+def write_deep(root: Path, dtype: type = np.uint16, offset: int = 0) -> Path:
+    """Two classes of greys of 12 significant bits in files of more."""
+    for label, name in enumerate(("dark", "light")):
+        (root / name).mkdir(parents=True)
+        for number in range(5):
+            levels = np.random.default_rng([label, number]).integers(0, 2048, (8, 8))
+            levels += 2048 * label + offset
+            Image.fromarray(levels.astype(dtype)).save(root / name / f"{number}.tif")
+    return root
+
+
+def as_eight_bits(path: Path, low: int, high: int) -> Path:
+    """The same picture on that range of levels as an 8-bit file."""
+    levels = np.asarray(Image.open(path), np.float64)
+    pixels = ((levels - low) / (high - low) * 255).round().clip(0, 255)
+    target = path.with_suffix(".png")
+    Image.fromarray(pixels.astype(np.uint8)).save(target)
+    return target
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype", "offset", "grey_range"),
+    [
+        ((), np.uint16, 0, (0, 4095)),
+        (("--grey_range", "1000,3000"), np.uint16, 0, (1000, 3000)),
+        (("--grey_range=-1024,3071",), np.float32, -1024, (-1024, 3071)),
+    ],
+)
+def test_deep_greys_mean_the_same_from_training_to_predicting(
+    call: Call, options: tuple[str, ...], dtype: type, offset: int, grey_range: tuple[int, int]
+) -> None:
+    data = write_deep(Path("data"), dtype, offset)
+    short = ("--max_epoch", 1, "--batch_size", 4, *TINY, "--in_chans", 1)
+    outcome = call("train", "--dataset_dir", data, *short, *options, "--out", "run")
+    assert outcome.code == 0, outcome
+    file = Path("run/model.safetensors")
+    outcome = call("export", "run", "--format", "safetensors", "--out", file)
+    assert outcome.code == 0, outcome
+    path = data / "light" / "3.tif"
+    paths = [path, as_eight_bits(path, *grey_range)]
+    for source in ("run", str(file)):
+        trained = load_trained(source)
+        assert trained.preprocessing.grey_range == grey_range
+        deep, eight = predict(trained, paths)
+        assert (deep.classes, deep.probabilities) == (eight.classes, eight.probabilities)
+    losses = []
+    for kind in ("deep", "eight"):  # test images that are all dark still have the range of training
+        for name in ("dark", "light"):
+            shutil.copytree(data / "dark", Path(kind, "test", name))
+    for file in Path("eight").rglob("*.tif"):
+        as_eight_bits(file, *grey_range)
+        file.unlink()
+    for kind in ("deep", "eight"):
+        outcome = call("eval", "run", "--dataset_dir", kind, "--json")
+        assert outcome.code == 0, outcome
+        losses.append(json.loads(outcome.out)["loss"])
+    assert losses[0] == losses[1]
+
+
+def test_test_images_beyond_the_range_are_counted_aloud(call: Call) -> None:
+    data = write_deep(Path("data/train"))
+    shutil.copytree(data, "data/test")
+    Image.fromarray(np.full((8, 8), 5000, np.uint16)).save("data/test/light/0.tif")
+    short = ("--max_epoch", 1, "--batch_size", 4, *TINY, "--in_chans", 1)
+    outcome = call("train", "--dataset_dir", "data", *short, "--out", "run")
+    assert "warning: test has 1 images with greys beyond 0 to 4095" in outcome.out
+    assert "greys beyond 0 to 4095" in call("eval", "run").err
 
 
 @pytest.mark.parametrize("option", ["top", "batch_size"])

@@ -437,6 +437,8 @@ def test_a_foreign_file_is_one_line(file: Path, trained: Path) -> None:
         ({"preprocessing": {"mean": [0.1, 0.1, 0.1]}}, "'preprocessing' that does not fit"),
         ({"architecture": {"in_chans": [1]}}, "'preprocessing' that does not fit"),
         ({"preprocessing": {"std": [0.0]}}, "'preprocessing' that divides by nothing"),
+        ({"preprocessing": {"grey_range": [9.0, 9.0]}}, "'preprocessing' that divides by nothing"),
+        ({"preprocessing": {"grey_range": [0.0]}}, "'preprocessing' that divides by nothing"),
         (
             {"preprocessing": {"crop": 7}},
             "'preprocessing' with 'crop', which this version does not know",

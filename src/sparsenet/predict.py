@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from sparsenet.data.config import DataConfig
 from sparsenet.data.dataset import Example
 from sparsenet.data.errors import BadImage
 from sparsenet.data.images import read_image, read_images
@@ -63,28 +64,40 @@ def find_images(patterns: Sequence[str]) -> list[Path]:
 
 
 def predict(
-    trained: Trained, paths: Iterable[Path], top: int = 5, batch_size: int = 64
+    trained: Trained,
+    paths: Iterable[Path],
+    top: int = 5,
+    batch_size: int = 64,
+    max_megapixels: float = DataConfig.max_megapixels,
 ) -> Iterator[Prediction]:
     """Yields the *top* classes of each image, in the order of *paths*.
 
     It computes where the model lies and holds one batch of images at a time. A file that cannot be
-    read gives a prediction with an error. Raises ``ValueError`` for a *top* or *batch_size*
-    below 1.
+    read, or has more than *max_megapixels*, gives a prediction with an error. Raises ``ValueError``
+    for a *top* or *batch_size* below 1.
     """
     for flag, value in (("top", top), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"--{flag}: expected at least 1, found {value}")
     remaining = iter(paths)
     batches = iter(lambda: list(islice(remaining, batch_size)), [])
-    return (prediction for batch in batches for prediction in _predict_batch(trained, batch, top))
+    return (
+        prediction
+        for batch in batches
+        for prediction in _predict_batch(trained, batch, top, max_megapixels)
+    )
 
 
 @torch.inference_mode()
-def _predict_batch(trained: Trained, paths: list[Path], top: int) -> list[Prediction]:
+def _predict_batch(
+    trained: Trained, paths: list[Path], top: int, max_megapixels: float
+) -> list[Prediction]:
     # The label of an example is its index in the batch: those missing afterwards were not readable.
     examples = [Example(str(path), path, index) for index, path in enumerate(paths)]
-    size, channels = trained.preprocessing.size, trained.preprocessing.channels
-    images = read_images(examples, size, channels, skip_corrupt=True).images
+    about = trained.preprocessing
+    images = read_images(
+        examples, about.size, about.channels, True, about.grey_range, max_megapixels
+    ).images
     predictions: dict[int, Prediction] = {}
     if len(images):
         device = next(trained.model.parameters()).device
@@ -95,10 +108,13 @@ def _predict_batch(trained: Trained, paths: list[Path], top: int) -> list[Predic
         for index, labels, probabilities in rows:
             classes = tuple(trained.classes[label] for label in labels)
             predictions[index] = Prediction(str(paths[index]), classes, tuple(probabilities))
-    return [predictions.get(index) or _failure(trained, path) for index, path in enumerate(paths)]
+    return [
+        predictions.get(index) or _failure(trained, path, max_megapixels)
+        for index, path in enumerate(paths)
+    ]
 
 
-def _failure(trained: Trained, path: Path) -> Prediction:
+def _failure(trained: Trained, path: Path, max_megapixels: float) -> Prediction:
     """Reads an image once more, alone, to learn what is wrong with it."""
     error = f"{path}: expected an image, found one that changed while it was read"
     if os.path.isdir(path):
@@ -108,7 +124,10 @@ def _failure(trained: Trained, path: Path) -> Prediction:
         error = f"{path}: expected {expected}, found nothing of that name"
     else:
         try:
-            read_image(path, trained.preprocessing.size, trained.preprocessing.channels)
+            about = trained.preprocessing
+            read_image(
+                path, about.size, about.channels, str(path), about.grey_range, max_megapixels
+            )
         except BadImage as bad:
             error = str(bad)
     return Prediction(str(path), error=error)

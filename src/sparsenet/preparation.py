@@ -76,7 +76,7 @@ def preparing(config: RunConfig, previous: Arithmetic) -> Generator[Reading, Non
     config = dataclasses.replace(config, network=network)
     _check_sizes(config, size, len(data.train))
     mean, std = channel_statistics(data.train)
-    preprocessing = Preprocessing(size, channels, mean, std)
+    preprocessing = Preprocessing(size, channels, mean, std, data.grey_range)
     arithmetic = choose_arithmetic(config.train, device, previous)
     data = _on_device(data, device)
     return Setup(config, data, preprocessing, device, arithmetic, small_batches)

@@ -26,7 +26,7 @@ from safetensors.torch import save as serialise_tensors
 from torch import Tensor
 
 from sparsenet.data.identity import DataRecord
-from sparsenet.data.preprocessing import Preprocessing
+from sparsenet.data.preprocessing import RULE, Preprocessing
 from sparsenet.downloads import ChecksumError, DownloadError, download
 from sparsenet.files import cache_folder, read_json
 from sparsenet.validation import nearest
@@ -62,6 +62,7 @@ class About:
     data: DataRecord | None = None  # of the images; older versions did not record them
     # By precision, the results of exactly the numbers in the file; a run has none.
     measured: dict[str, Measured] = field(default_factory=dict)
+    rule: str = RULE  # for people: how an image becomes what the network takes
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,7 @@ def pack(tensors: Mapping[str, Tensor], about: About) -> bytes:
     if problem := _problem(about):
         raise ValueError(f"weights: expected a network that a file can describe, found {problem}")
     contiguous = {name: value.cpu().contiguous() for name, value in tensors.items()}
+    # One entry alone, as safetensors writes several in an order of chance.
     return serialise_tensors(contiguous, {"sparsenet": msgspec.json.encode(about).decode()})
 
 
@@ -229,7 +231,7 @@ def _problem(about: About) -> str | None:
     classes = architecture.get("num_classes")
     if channels != [images.channels] * 3 or not 1 <= images.size <= MAX_IMAGE_SIZE:
         return "'preprocessing' that does not fit the network"
-    if not all(0 < std < math.inf for std in images.std):
+    if not all(0 < std < math.inf for std in images.std) or not _is_range(images.grey_range):
         return "'preprocessing' that divides by nothing"
     if not all(map(math.isfinite, images.mean)):
         return "'preprocessing' that subtracts no number"
@@ -242,3 +244,9 @@ def _problem(about: About) -> str | None:
     if test_images != (float, bool):
         return "a 'recipe' that does not say which images are the test images"
     return None
+
+
+def _is_range(levels: tuple[float, ...]) -> bool:
+    """Whether *levels* are the low and the high end of a range of greys, or none."""
+    rising = len(levels) == 2 and levels[0] < levels[1]
+    return levels == () or (rising and all(map(math.isfinite, levels)))

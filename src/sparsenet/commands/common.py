@@ -41,25 +41,32 @@ def load_images(args: argparse.Namespace, trained: Trained) -> Selection:
     return selection
 
 
+def stored_data(trained: Trained) -> DataConfig:
+    """The settings of the data that a run, or as far as it knows them a weights file, was given."""
+    if trained.path.is_dir():
+        return Run.open(trained.path).config().data
+    recipe = trained.about.recipe["data"]  # knows only how its test images were found
+    known = ("test_fraction", "val_fraction", "skip_corrupt")
+    return DataConfig(**{name: recipe[name] for name in known})
+
+
 def _data_config(args: argparse.Namespace, trained: Trained) -> DataConfig:
-    is_run = trained.path.is_dir()
-    if not is_run and not args.dataset_dir and lies_in_folder(args.dataset or "auto"):
+    if (
+        not trained.path.is_dir()
+        and not args.dataset_dir
+        and lies_in_folder(args.dataset or "auto")
+    ):
         raise ValueError(
             "--dataset_dir: expected the folder of the test images, which a weights file does not "
             "know (or --dataset digits), found none"
         )
-    if is_run:
-        stored = Run.open(trained.path).config().data
-    else:  # a weights file knows only how its test images were found
-        recipe = trained.about.recipe["data"]
-        stored = DataConfig(
-            **{name: recipe[name] for name in ("test_fraction", "val_fraction", "skip_corrupt")}
-        )
+    stored = stored_data(trained)
     given = {name: getattr(args, name) for name in POINTERS if getattr(args, name)}
     return dataclasses.replace(
         stored.pointed_at(given),
         image_size=trained.preprocessing.size,
         in_chans=trained.preprocessing.channels,
+        grey_range=trained.preprocessing.grey_range,
         download=False,
     )
 

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 
-from sparsenet.commands.common import load_network
+from sparsenet.commands.common import load_network, stored_data
 from sparsenet.device import choose_device
 from sparsenet.predict import find_images, predict
 
@@ -14,7 +14,8 @@ from sparsenet.predict import find_images, predict
 def run(args: argparse.Namespace) -> int:
     trained = load_network(args, choose_device(args.device))
     predictions = []
-    for prediction in predict(trained, find_images(args.images), args.top, args.batch_size):
+    images, limit = find_images(args.images), stored_data(trained).max_megapixels
+    for prediction in predict(trained, images, args.top, args.batch_size, limit):
         predictions.append(prediction)
         if args.json:
             continue

@@ -74,10 +74,11 @@ class Images:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images in splits, with the names of their classes and of corrupt images left out.
+    """Images in splits, with the names of their classes and lines on images left out.
 
     *ids* are int64 ``(N,)`` for each split that there is (train, val, test): equal ones are images
-    of the same bytes. *notes* are lines for the user.
+    of the same bytes. *grey_range* are the levels of deep greys that are black and white, empty
+    where *train* has none. *notes* are lines for the user.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Dataset:
     skipped: tuple[str, ...] = ()
     tested: str = "test"  # what the test images are: "test", "validation" or "held-out"
     ids: Mapping[str, Tensor] = field(default_factory=dict)
+    grey_range: tuple[float, ...] = ()
     notes: tuple[str, ...] = ()
 
     def labels(self, split: str) -> Tensor:

@@ -14,7 +14,7 @@ from sparsenet.data.config import DataConfig
 from sparsenet.data.dataset import Dataset, Source
 from sparsenet.data.errors import DataError, reason
 from sparsenet.data.identity import Labelled, repeated
-from sparsenet.data.images import common_size, drained, reading_images
+from sparsenet.data.images import Decoded, common_size, drained, reading_images
 from sparsenet.data.registry import KINDS, DatasetKind, resolve
 from sparsenet.data.sampling import hold_out
 from sparsenet.events import Reading
@@ -43,10 +43,14 @@ def loading_dataset(config: DataConfig) -> Generator[Reading, None, Dataset]:
         names = sorted(source.splits, key="train".__ne__)  # whose greys set the scale, first
         parts: dict[str, Labelled] = {}
         skipped: tuple[str, ...] = ()
+        clipped: tuple[str, ...] = ()
+        grey_range = config.grey_range or None
         for name in names:
-            part, corrupt = yield from decode(source, name, config, size, channels)
-            parts[name] = part
-            skipped += corrupt
+            decoded = yield from decode(source, name, config, size, channels, grey_range)
+            parts[name] = Labelled(decoded.images, decoded.ids)
+            skipped += decoded.skipped
+            clipped += clipping(decoded, name)
+            grey_range = decoded.grey_range
     tested = "test"
     if "test" not in parts and "val" in parts:
         parts["test"], tested = parts.pop("val"), "validation"
@@ -69,7 +73,8 @@ def loading_dataset(config: DataConfig) -> Generator[Reading, None, Dataset]:
         skipped=skipped,
         tested=tested,
         ids={name: part.ids for name, part in parts.items()},
-        notes=(*source.notes, *_remarks(parts, source.classes, tested)),
+        grey_range=grey_range or (),
+        notes=(*source.notes, *clipped, *_remarks(parts, source.classes, tested)),
     )
 
 
@@ -130,11 +135,18 @@ def _check_training(source: Source) -> None:
 
 
 def decode(
-    source: Source, name: str, config: DataConfig, size: int, channels: int
-) -> Generator[Reading, None, tuple[Labelled, tuple[str, ...]]]:
-    """Reads a split of *source*; also returns the names of the images that were left out."""
+    source: Source,
+    name: str,
+    config: DataConfig,
+    size: int,
+    channels: int,
+    grey_range: tuple[float, ...] | None,
+) -> Generator[Reading, None, Decoded]:
+    """Reads a split of *source*, with *grey_range* as for ``reading_images``."""
     split = source.splits[name]
-    reading = reading_images(split, size, channels, config.skip_corrupt)
+    reading = reading_images(
+        split, size, channels, config.skip_corrupt, grey_range, config.max_megapixels
+    )
     told = time.monotonic()
     try:
         while True:
@@ -143,13 +155,22 @@ def decode(
                 told = time.monotonic()
                 yield Reading(name, done, len(split))
     except StopIteration as end:
-        decoded = end.value
+        decoded: Decoded = end.value
     if not len(decoded.images):
         expected = f"{name} images"
         raise DataError(
             f"--dataset_dir: expected {expected}, found none ({len(decoded.skipped)} corrupt)"
         )
-    return Labelled(decoded.images, decoded.ids), decoded.skipped
+    return decoded
+
+
+def clipping(decoded: Decoded, split: str) -> tuple[str, ...]:
+    """A line where images of *split* have greys beyond the range that black and white span."""
+    if not decoded.clipped:
+        return ()
+    low, high = decoded.grey_range
+    where = f"images with greys beyond {low:g} to {high:g}, which are clipped (--grey_range)"
+    return (f"warning: {split} has {decoded.clipped} {where}",)
 
 
 def draw(part: Labelled, fraction: float, purpose: str) -> dict[str, Labelled]:

@@ -10,18 +10,39 @@ from torch import Tensor
 
 from sparsenet.data.dataset import Images
 
+FULL_RANGE = (0.0, 65535.0)  # levels of 16 bits
+# From a file to what a network takes, for whoever does it without this package.
+RULE = (
+    "The first picture of the file, turned as its EXIF orientation says; transparency laid on "
+    "white; colours as RGB where channels is 3, as grey L = (19595 R + 38470 G + 7471 B + 32768) "
+    "// 65536 where it is 1, and grey as three equal channels where it is 3. The largest central "
+    "square, whose edges may lie within pixels, resized to size by antialiased bilinear "
+    "interpolation and rounded to 8 bits: Pillow's ImageOps.fit(image, (size, size), "
+    "Image.Resampling.BILINEAR). Greys of 16 bits, of 32 bits or float are resized as float32 "
+    "(mode F), and then pixel = round(255 (level - low) / (high - low)), cut off at 0 and 255, "
+    "where grey_range is (low, high), or (0, 65535) where it is empty. A JPEG is decoded at full "
+    "size, but above 128 megapixels at the first of 1/2, 1/4, 1/8 that has no "
+    "more. Then value = (pixel / 255 - mean) / std for each channel, in the order "
+    "(batch, channel, row, column)."
+)
+
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """The images that a model was trained on; *mean* and *std* are those of ``pixels / 255``."""
+    """The images that a model was trained on; *mean* and *std* are those of ``pixels / 255``.
+
+    *grey_range* are the levels of deep greys (16 bits and float) that are black and white, empty
+    where it was trained on none.
+    """
 
     size: int
     channels: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    grey_range: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("mean", "std"):  # a JSON file has lists
+        for name in ("mean", "std", "grey_range"):  # a JSON file has lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
     def normalise(self, batch: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -13,7 +13,7 @@ from sparsenet.data.dataset import Images, Source
 from sparsenet.data.errors import DataError
 from sparsenet.data.identity import DataRecord, Labelled, digest
 from sparsenet.data.images import drained
-from sparsenet.data.load import decode, draw, find, one_line
+from sparsenet.data.load import clipping, decode, draw, find, one_line
 
 SPLITS = {"train": "training", "val": "validation", "test": "test"}  # and their images' names
 
@@ -110,11 +110,13 @@ def select_images(
 
 def _decoded(source: Source, name: str, config: DataConfig) -> tuple[Labelled, tuple[str, ...]]:
     with one_line():
-        part, skipped = drained(decode(source, name, config, config.image_size, config.in_chans))
-    notes = source.notes
+        size, channels = config.image_size, config.in_chans
+        # The network's range, which is empty where it was trained on no deep greys.
+        decoded = drained(decode(source, name, config, size, channels, config.grey_range))
+    notes, skipped = (*source.notes, *clipping(decoded, name)), decoded.skipped
     if skipped:
         notes = (*notes, f"skipped {len(skipped)} corrupt images, the first: {skipped[0]}")
-    return part, notes
+    return Labelled(decoded.images, decoded.ids), notes
 
 
 def _drawn(known: Known, whole: Labelled, config: DataConfig) -> Known:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsenet import __version__
+from sparsenet.data.preprocessing import FULL_RANGE, RULE
 from sparsenet.data.selection import Selection
 from sparsenet.export import check_target
 from sparsenet.export.check import RANDOM_IMAGES, Forward, compare, random_images, reference_model
@@ -107,16 +108,22 @@ def onnx_file(trained: Trained, opset: int | None = None) -> tuple[bytes, int]:
 
 
 def metadata(trained: Trained) -> dict[str, str]:
-    """What a user of the file needs: text by key; numbers, lists and objects are JSON."""
+    """What a user of the file needs: text by key; numbers, lists and objects are JSON.
+
+    docs/how-to/preprocess.md does with it what ``preprocessing`` says.
+    """
     preprocessing = trained.preprocessing
     return {
         "classes": json.dumps(trained.classes),
         "layout": "NCHW",
+        "channel_order": "grey" if preprocessing.channels == 1 else "RGB",
+        "preprocessing": RULE,
         "normalisation": "(pixels / 255 - mean) / std",
         "size": str(preprocessing.size),
         "channels": str(preprocessing.channels),
         "mean": json.dumps(preprocessing.mean),
         "std": json.dumps(preprocessing.std),
+        "grey_range": json.dumps(preprocessing.grey_range or FULL_RANGE),
         "dataset": trained.about.dataset,
         "architecture": json.dumps(trained.model.architecture.to_dict()),
         "sparsenet.version": __version__,
