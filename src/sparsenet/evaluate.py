@@ -14,6 +14,7 @@ from sparsenet.capture import Captured
 from sparsenet.data.dataset import Images
 from sparsenet.data.preprocessing import Preprocessing
 from sparsenet.data.sampling import Batches
+from sparsenet.ops.plan import MOMENTUM
 
 Scorer = Callable[[Tensor, Tensor], tuple[Tensor, ...]]  # an EvaluationStep, captured or not
 
@@ -79,6 +80,43 @@ class EvaluationStep:
         top5 = logits.topk(min(5, logits.shape[1]), 1).indices
         losses = F.cross_entropy(logits, labels, reduction="none")
         return losses, predicted, confidence, (top5 == labels[:, None]).any(1)
+
+
+@torch.no_grad()
+def recompute_statistics(
+    model: nn.Module,
+    images: Images,
+    preprocessing: Preprocessing,
+    device: torch.device,
+    batch_size: int = 64,
+    precision: str = "fp32",
+) -> None:
+    """Sets the running statistics of *model* to the means of those of batches of *images*.
+
+    The *images* come in their order, in which classes must be mixed.
+
+    After few steps, running ones still are mostly what they began with, and averaged weights have
+    statistics of other weights.
+    """
+    running = [
+        buffer
+        for name, buffer in model.named_buffers()
+        if name.endswith(("running_mean", "running_var"))
+    ]
+    sums = [torch.zeros_like(buffer) for buffer in running]
+    was_training = model.training
+    model.train()
+    for pixels, _ in Batches(images, batch_size, device=device):
+        for buffer in running:
+            buffer.zero_()  # so that it becomes MOMENTUM times that of the batch
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            model(preprocessing.normalise(pixels))
+        share = len(pixels) / (MOMENTUM * len(images))
+        for total, buffer in zip(sums, running, strict=True):
+            total.add_(buffer, alpha=share)
+    for total, buffer in zip(sums, running, strict=True):
+        buffer.copy_(total)
+    model.train(was_training)
 
 
 @torch.no_grad()

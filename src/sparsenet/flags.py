@@ -235,6 +235,7 @@ def _add_predict(commands: Any) -> None:
     predict.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders or globs")
     predict.add_argument("--top", type=_at_least_1, default=5, help="classes to show")
     predict.add_argument("--batch_size", type=_at_least_1, default=64, help="images at a time")
+    _add_limit(predict)
 
 
 def _add_export(commands: Any) -> None:
@@ -288,9 +289,22 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     for name in POINTERS:
         text = f"other data than the run's, as for train: {_help_of(name)}"
         parser.add_argument(f"--{name}", default="", help=text)
+    _add_limit(parser)
     splits = ("", "train", "val", "test")
     text = "which images; default: test, else validation, else those that were not trained on"
     parser.add_argument("--split", default="", choices=splits, metavar="SPLIT", help=text)
+
+
+def _add_limit(parser: argparse.ArgumentParser) -> None:
+    text = f"{_help_of('max_megapixels')} (default: as for the training)"
+    parser.add_argument("--max_megapixels", type=_positive, default=None, help=text)
+
+
+def _positive(text: str) -> float:
+    number = _number(float, text)
+    if number is None or number <= 0:
+        raise argparse.ArgumentTypeError(f"expected a positive number, found {text!r}")
+    return number
 
 
 def _help_of(name: str) -> str:

@@ -7,11 +7,13 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from sparsenet.data.config import DataConfig
@@ -93,7 +95,7 @@ def _predict_batch(
     trained: Trained, paths: list[Path], top: int, max_megapixels: float
 ) -> list[Prediction]:
     # The label of an example is its index in the batch: those missing afterwards were not readable.
-    examples = [Example(str(path), path, index) for index, path in enumerate(paths)]
+    examples = [Example(str(path), _source(path), index) for index, path in enumerate(paths)]
     about = trained.preprocessing
     images = read_images(
         examples, about.size, about.channels, True, about.grey_range, max_megapixels
@@ -109,24 +111,39 @@ def _predict_batch(
             classes = tuple(trained.classes[label] for label in labels)
             predictions[index] = Prediction(str(paths[index]), classes, tuple(probabilities))
     return [
-        predictions.get(index) or _failure(trained, path, max_megapixels)
-        for index, path in enumerate(paths)
+        predictions.get(index) or _failure(trained, path, example, max_megapixels)
+        for index, (path, example) in enumerate(zip(paths, examples, strict=True))
     ]
 
 
-def _failure(trained: Trained, path: Path, max_megapixels: float) -> Prediction:
+def _source(path: Path) -> Path | bytes:
+    """What an image is read from: of a pipe that was named, such as <(curl …), its bytes, once."""
+    with suppress(OSError):
+        if path.is_fifo():
+            return path.read_bytes()
+    return path
+
+
+def _failure(trained: Trained, path: Path, example: Example, max_megapixels: float) -> Prediction:
     """Reads an image once more, alone, to learn what is wrong with it."""
     error = f"{path}: expected an image, found one that changed while it was read"
     if os.path.isdir(path):
-        error = f"{path}: expected a folder with images, found none in it"
+        found = "none in it" if os.access(path, os.R_OK | os.X_OK) else "one that cannot be read"
+        error = f"{path}: expected a folder with images, found {found}"
     elif not os.path.lexists(path):
         expected = "an image, a folder or a glob that matches some"
         error = f"{path}: expected {expected}, found nothing of that name"
     else:
         try:
             about = trained.preprocessing
+            assert not isinstance(example.source, np.ndarray), "a file or its bytes"
             read_image(
-                path, about.size, about.channels, str(path), about.grey_range, max_megapixels
+                example.source,
+                about.size,
+                about.channels,
+                example.name,
+                about.grey_range,
+                max_megapixels,
             )
         except BadImage as bad:
             error = str(bad)

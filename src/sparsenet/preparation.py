@@ -136,7 +136,7 @@ def introduce(setup: Setup, previous: Arithmetic) -> Iterator[str]:
     elif data.tested == "validation":
         yield "the data has no test split: the validation images are tested on"
     if data.skipped:
-        yield f"skipped {len(data.skipped)} corrupt images, the first: {data.skipped[0]}"
+        yield f"left out: {len(data.skipped)} unreadable images, the first: {data.skipped[0]}"
     settings = setup.config.train
     if setup.small_batches:
         yield f"batches of {settings.batch_size} images, since there are few (--batch_size)"

@@ -20,7 +20,13 @@ from sparsenet.data.identity import to_tensors
 from sparsenet.data.sampling import Batches, batch_ends, plan_epoch, resized, stream, training_size
 from sparsenet.device import traits
 from sparsenet.environment import environment
-from sparsenet.evaluate import Evaluation, EvaluationStep, Scorer, evaluate
+from sparsenet.evaluate import (
+    Evaluation,
+    EvaluationStep,
+    Scorer,
+    evaluate,
+    recompute_statistics,
+)
 from sparsenet.events import Concluded, EpochDone, Event, Message, Step, Stopped
 from sparsenet.memory import peak_memory_mb
 from sparsenet.preparation import Setup, introduce, preparing
@@ -32,6 +38,7 @@ from sparsenet.state import TrainingState, new_state, restore
 from sparsenet.step import TrainingStep
 
 TIME_LIMIT = "the time limit"
+FEW_STEPS = 100  # after which running statistics and averages are those of the weights
 LOOK_EVERY = 1.0  # seconds between looks at the loss where a look makes the device wait
 
 StepFunction = Callable[..., tuple[Tensor, ...]]  # a TrainingStep, captured or not
@@ -87,6 +94,7 @@ def train(
         yield Stopped(stop)
     if stop in (None, TIME_LIMIT):  # a signal wants out at once; everything is saved already
         if not state.rows:  # stopped within the first epoch
+            _settle_statistics(setup, state)
             state.save("best", run.checkpoints, setup.about)
         yield Concluded(conclude(run, setup, state.rows, captures))
 
@@ -175,6 +183,24 @@ def _progress(state: TrainingState, steps: int, images: int) -> tuple[float, flo
     return losses.mean().item(), 100 * state.mistakes[:steps].sum().item() / images
 
 
+def _settle_statistics(setup: Setup, state: TrainingState) -> None:
+    """Recomputes the running statistics of what is evaluated, while there were too few steps."""
+    if state.step >= FEW_STEPS:
+        return
+    train, images, seed = setup.config.train, setup.data.train, setup.config.train.seed
+    order = torch.randperm(len(images), generator=stream(seed, "statistics", state.step))
+    if setup.config.network.dropout:
+        torch.manual_seed(stream(seed, "statistics", state.step).initial_seed())
+    recompute_statistics(
+        state.evaluated,
+        images[order.to(images.labels.device)],
+        setup.preprocessing,
+        setup.device,
+        train.batch_size,
+        setup.arithmetic.precision,
+    )
+
+
 def _finish_epoch(run: Run, setup: Setup, state: TrainingState, score: Scorer) -> EpochDone:
     config, data, device = setup.config, setup.data, setup.device
 
@@ -182,6 +208,7 @@ def _finish_epoch(run: Run, setup: Setup, state: TrainingState, score: Scorer) -
         return evaluate(state.evaluated, images, setup.preprocessing, device, score=score)
 
     loss, error = _progress(state, state.steps_per_epoch, len(data.train))
+    _settle_statistics(setup, state)
     test, validation = evaluated(data.test), evaluated(data.val) if data.val else None
     if not all(math.isfinite(each.loss) for each in (test, validation) if each):
         raise DivergedError(f"the weights of step {state.step} give a loss that is")

@@ -67,6 +67,7 @@ def _data_config(args: argparse.Namespace, trained: Trained) -> DataConfig:
         image_size=trained.preprocessing.size,
         in_chans=trained.preprocessing.channels,
         grey_range=trained.preprocessing.grey_range,
+        max_megapixels=args.max_megapixels or stored.max_megapixels,
         download=False,
     )
 

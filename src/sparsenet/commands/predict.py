@@ -14,7 +14,8 @@ from sparsenet.predict import find_images, predict
 def run(args: argparse.Namespace) -> int:
     trained = load_network(args, choose_device(args.device))
     predictions = []
-    images, limit = find_images(args.images), stored_data(trained).max_megapixels
+    images = find_images(args.images)
+    limit = args.max_megapixels or stored_data(trained).max_megapixels
     for prediction in predict(trained, images, args.top, args.batch_size, limit):
         predictions.append(prediction)
         if args.json:

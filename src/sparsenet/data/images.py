@@ -30,6 +30,7 @@ from sparsenet.data.preprocessing import FULL_RANGE
 from sparsenet.data.tree import SUFFIXES as SUFFIXES
 
 T = TypeVar("T")
+TASK = 8  # images that a thread reads at a time, and that are waited for when reading is stopped
 
 
 def read_image(
@@ -177,8 +178,8 @@ def _read_all(
 
     rest = iter(split)
     while wave := list(islice(rest, 1024)):  # bounds what is read ahead
-        # A task costs more than a small image, so that each has 32 of them.
-        parts = [wave[first : first + 32] for first in range(0, len(wave), 32)]
+        # A task costs more than a small image, so that each has several of them.
+        parts = [wave[first : first + TASK] for first in range(0, len(wave), TASK)]
         yield from zip(wave, chain.from_iterable(pool.map(read_part, parts)), strict=True)
 
 

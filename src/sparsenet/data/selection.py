@@ -14,6 +14,7 @@ from sparsenet.data.errors import DataError
 from sparsenet.data.identity import DataRecord, Labelled, digest
 from sparsenet.data.images import drained
 from sparsenet.data.load import clipping, decode, draw, find, one_line
+from sparsenet.validation import printable
 
 SPLITS = {"train": "training", "val": "validation", "test": "test"}  # and their images' names
 
@@ -100,7 +101,7 @@ def select_images(
     if missing := part.missing(classes):
         notes = (*notes, f"no image of {missing}")
     return Selection(
-        name=config.dataset_name or source.name,
+        name=printable(config.dataset_name or source.name),
         images=part.images,
         kind=kind,
         place=source.places.get(name or "train", config.dataset_dir),
@@ -115,7 +116,7 @@ def _decoded(source: Source, name: str, config: DataConfig) -> tuple[Labelled, t
         decoded = drained(decode(source, name, config, size, channels, config.grey_range))
     notes, skipped = (*source.notes, *clipping(decoded, name)), decoded.skipped
     if skipped:
-        notes = (*notes, f"skipped {len(skipped)} corrupt images, the first: {skipped[0]}")
+        notes = (*notes, f"left out: {len(skipped)} unreadable images, the first: {skipped[0]}")
     return Labelled(decoded.images, decoded.ids), notes
 
 
