@@ -222,11 +222,13 @@ def write_image(path: Path, seed: int = 0, size: int = 8) -> Path:
     return path
 
 
-def write_classes(root: Path, classes: tuple[str, ...] = CLASSES, images: int = 6) -> Path:
-    """``root/<class>/<number>.png``."""
+def write_classes(
+    root: Path, classes: tuple[str, ...] = CLASSES, images: int = 6, seed: int = 0
+) -> Path:
+    """``root/<class>/<number>.png``; other seeds give other images."""
     for label, name in enumerate(classes):
         for i in range(images):
-            write_image(root / name / f"{i}.png", seed=100 * label + i)
+            write_image(root / name / f"{i}.png", seed=1000 * seed + 100 * label + i)
     return root
 
 

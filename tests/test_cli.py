@@ -166,7 +166,7 @@ def test_an_unknown_network_is_told_with_the_nearest_ones(call: Call) -> None:
         (("--time_limit", "nan"), "expected", "nan"),
         (("--seed", "-1"), "at least 0", "-1"),
         (("--max_epoch", "0"), "at least 1", "0"),
-        (("--batch_size", "0"), "at least 1", "0"),
+        (("--batch_size", "-1"), "at least 0", "-1"),
         (("--growth_rate", "4,x"), "whole numbers", "'4,x'"),
         (("--growth_rate", "4,5"), "1 or 3 numbers", "(4, 5)"),
         (("--growth_rate", "0"), "positive", "0"),
@@ -651,7 +651,7 @@ def test_predict_json_goes_on_after_a_bad_file(call: Call, trained: Path) -> Non
     bad = Path("shown/c.png")
     bad.write_bytes(b"no image")
     outcome = call(
-        "predict", trained, "shown", "nothing-here.png", "shown/[ab].png", "--json", "--top", 3
+        "predict", trained, "shown", "nothing-here.png", "shown/**", "--json", "--top", 3
     )
     assert outcome.err == ""
     found = json_of(outcome.out)
@@ -660,8 +660,6 @@ def test_predict_json_goes_on_after_a_bad_file(call: Call, trained: Path) -> Non
         "shown/b.png",
         "shown/c.png",
         "nothing-here.png",
-        "shown/a.png",
-        "shown/b.png",
     ]
     assert [each["path"] for each in found] == paths
     for each in found:
@@ -752,7 +750,7 @@ def test_export_writes_weights_into_the_run_folder(
     file = copied / "model.safetensors"
     size = f"{file.stat().st_size / 1024:.1f} KiB"
     assert re.fullmatch(
-        rf"{file}: {size}; error \d+\.\d\d % in fp32.* \(359 images of digits\)",
+        rf"{file}: {size}; error \d+\.\d\d % in fp32.* \(digits: 359 test images\)",
         outcome.lines[0],
     )
     assert len(outcome.lines) == 1 and file.is_file()

@@ -16,6 +16,7 @@ from sparsenet.data.config import DataConfig
 from sparsenet.data.dataset import Images
 from sparsenet.data.sampling import (
     Batches,
+    batch_ends,
     plan_epoch,
     resized,
     stratified_split,
@@ -189,11 +190,32 @@ def test_batches_follow_the_plan() -> None:
 @pytest.mark.parametrize("planned", [True, False])
 @pytest.mark.parametrize("start", range(5))
 def test_batches_resume_in_mid_epoch(start: int, planned: bool) -> None:
-    images, plan = some_images(13), plan_epoch(5, 2, 13, EVERYTHING) if planned else None
+    images, plan = some_images(14), plan_epoch(5, 2, 14, EVERYTHING) if planned else None
     whole, rest = (Batches(images, 4, plan, first) for first in (0, start))
     assert len(whole) == len(rest) == 4
     for expected, actual in zip(list(whole)[start:], rest, strict=True):
         assert all(map(torch.equal, expected, actual))
+
+
+@pytest.mark.parametrize(
+    ("images", "batch_size", "ends"),
+    [
+        (8, 4, [4, 8]),
+        (10, 4, [4, 8, 10]),
+        (9, 4, [4, 9]),
+        (5, 4, [5]),
+        (1, 4, [1]),
+        (3, 1, [1, 2, 3]),
+        (3, 2, [3]),
+    ],
+)
+def test_a_single_last_image_joins_the_batch_before(
+    images: int, batch_size: int, ends: list[int]
+) -> None:
+    assert batch_ends(images, batch_size) == ends
+    batches = list(Batches(some_images(images), batch_size))
+    assert len(batches) == len(Batches(some_images(images), batch_size)) == len(ends)
+    assert torch.cat([labels for _, labels in batches]).tolist() == list(range(images))
 
 
 @pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs an accelerator")

@@ -128,9 +128,12 @@ def single_images(root: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (empty_class, r"bare: expected images of this class \(.*\), found none$"),
-        (other_classes, r"test: expected the classes of train, found .*: -cat, \+frog$"),
-        (single_images, r"expected a class of 2 images or more"),
+        (empty_class, r"bare: expected images of this class, found none; remove the folder$"),
+        (other_classes, r"test: expected the classes of .*train \(cat, dog\), found also frog$"),
+        (
+            single_images,
+            r"expected a class of 2 different images .* found none among 2 images$",
+        ),
         (lambda root: plant(root, "only"), r"at least 2 class folders .* found 1$"),
         (lambda root: None, r"--dataset_dir: .* found 0$"),
         (
@@ -331,6 +334,6 @@ def test_real_parquet_folder() -> None:
 
 def test_a_class_whose_name_is_not_utf_8_is_refused(tmp_path: Path) -> None:
     for name in (b"cat", b"caf\xe9"):
-        os.mkdir(os.path.join(os.fsencode(tmp_path), name))  # noqa: PTH102, PTH118
+        plant(tmp_path, os.fsdecode(name))
     with pytest.raises(DataError, match=r"expected names of classes in UTF-8, found 'caf\\udce9'"):
         load_dataset(DataConfig(dataset_dir=str(tmp_path)))

@@ -59,7 +59,21 @@ def test_globs_and_names_keep_the_order_given(folder: Path) -> None:
     (folder / "[1].png").write_bytes((folder / "b.png").read_bytes())
     patterns = [str(folder / p) for p in ("deep/*", "[1].png", "b.*", "**/*.jpg", "nothing*")]
     found = names(find_images(patterns), folder)
-    assert found == ["deep/c.jpg", "deep/er/d.BMP", "[1].png", "b.png", "deep/c.jpg", "nothing*"]
+    assert found == ["deep/c.jpg", "deep/er/d.BMP", "[1].png", "b.png", "nothing*"]
+
+
+@pytest.mark.parametrize("pattern", ["", "*", "**", "**/*"])
+def test_an_image_that_is_named_several_times_comes_once(folder: Path, pattern: str) -> None:
+    (folder / "notes.txt").unlink()
+    found = [path.resolve() for path in find_images([str(folder / pattern), str(folder / "b.png")])]
+    assert sorted(names(list(set(found)), folder)) == sorted(names(found, folder))
+    assert set(names(found, folder)) == {
+        "a.webp",
+        "b.png",
+        "broken.png",
+        "deep/c.jpg",
+        "deep/er/d.BMP",
+    }
 
 
 def test_predictions_are_the_models(trained: Trained, folder: Path) -> None:

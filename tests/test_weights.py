@@ -22,7 +22,7 @@ from test_data_archives import Server
 
 import sparsenet
 from sparsenet import Architecture, SparseNet, checkpoints, downloads, weights, zoo
-from sparsenet.data.load import load_dataset
+from sparsenet.data.selection import Known, select_images
 from sparsenet.export.onnx import ExportReport
 from sparsenet.export.safetensors import export
 from sparsenet.run import Run
@@ -45,7 +45,10 @@ def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         tmp_path_factory.mktemp("exported") / "mine.safetensors",
         Run.open(trained).config().data,
     )
-    export(load_trained(trained), path, load_dataset(data))
+    network = load_trained(trained)
+    data = dataclasses.replace(data, image_size=8, in_chans=1)
+    images = select_images(data, "", network.classes, Known({}, network.about.data))
+    export(network, path, images)
     return path
 
 
@@ -136,7 +139,7 @@ def test_the_stated_error_is_that_of_the_file(call: Call, file: Path) -> None:
         found = json.loads(passed(call(*arguments, "--json")).out)
         assert found["stated_error"] == result["error"]
         assert {name: found[name] for name in result} == result
-        images = f"{result['images']} images of digits"
+        images = f"{result['images']} test images of digits"
         line = f"stated: {result['error']:.2f} % ({precision}), for {images}"
         assert passed(call(*arguments)).lines[-1] == line
 
@@ -169,39 +172,28 @@ def test_the_stated_error_is_on_the_images_that_the_run_was_tested_on(
     half = (*data, "--test_fraction", 0.5, "--batch_size", 4)
     passed(call("train", *TINY, "--max_epoch", 1, *half, "--out", "run"))
     passed(call("export", "run", "--format", "safetensors"))
-    found = json.loads(
-        passed(call("eval", "run/model.safetensors", *data, "--json", "--precision", "fp32")).out
-    )
-    assert (
-        found["images"] == json.loads((tmp_path / "run" / "result.json").read_text())["images"] == 6
-    )
+    arguments = ("eval", "run/model.safetensors", *data, "--json", "--precision", "fp32")
+    outcome = call(*arguments)
+    assert "left out: 5 images" in outcome.err and outcome.code == 0
+    found, result = json.loads(outcome.out), json.loads(Path("run/result.json").read_text())
+    assert found["images"] == result["images"] == 7 and found["split"] == "held-out"
     assert found["error"] == found["stated_error"]
 
 
 def test_the_stated_error_names_the_images_it_was_found_on(
     call: Call, trained_on_folder: Path, tmp_path: Path
 ) -> None:
-    write_classes(tmp_path / "others")
-    passed(
-        call(
-            "export",
-            trained_on_folder,
-            "--format",
-            "safetensors",
-            "--dataset_dir",
-            "others",
-            "--out",
-            "w.safetensors",
-        )
-    )
+    write_classes(tmp_path / "others", seed=1)
+    data = ("--dataset_dir", "others")
+    target = ("--format", "safetensors", "--out", "w.safetensors")
+    passed(call("export", trained_on_folder, *data, *target))
     about = said(tmp_path / "w.safetensors")
     assert {result["dataset"] for result in about["measured"].values()} == {"others"}
     assert about["dataset"] == "insects"
-    assert (
-        passed(call("eval", "w.safetensors", "--dataset_dir", "others"))
-        .lines[-1]
-        .endswith(" images of others")
-    )
+    outcome = call("eval", "w.safetensors", *data)
+    assert "which of these images the network was trained on" in outcome.err
+    assert outcome.lines[0].startswith("others: 12 images in others, ")
+    assert outcome.lines[-1].endswith(" for 12 images of others")
 
 
 def test_a_run_states_no_error(call: Call, trained: Path) -> None:
@@ -325,7 +317,7 @@ def test_what_names_nothing_is_one_line(
         ),
         (
             ("eval", "mine.safetensors", "--dataset_dir", "DATA"),
-            "expected the 10 classes .* found 2 classes",
+            "expected images of the 10 classes .* found also ant, bee",
         ),
         (
             ("eval", "mine.safetensors", "--dataset", "digits", "--checkpoint", "last"),
@@ -337,7 +329,7 @@ def test_what_names_nothing_is_one_line(
         ),
         (
             ("export", "mine.safetensors", "--dataset_dir", "DATA"),
-            "expected the 10 classes .* found 2 classes",
+            "expected images of the 10 classes .* found also ant, bee",
         ),
         (("export", "mine.safetensors", "--device", "meta"), "--device: expected auto or cpu"),
         (

@@ -11,13 +11,14 @@ from typing import Any, TypeVar
 
 from sparsenet.config import COMPONENTS, RunConfig, from_dict
 from sparsenet.files import read_json
+from sparsenet.presets import preset
 from sparsenet.run import Run
 from sparsenet.summary import MeasuredRun, RunSummary
 
 T = TypeVar("T")
 
 RUN_FILES = ("config.json", "metrics.csv", "result.json")  # any of them makes a folder a run
-PAPER = RunConfig()
+PAPER = preset("paper")
 RECIPE = (  # the settings that a recipe names where they are not the paper's
     ("train", "batch_size"),
     *(("optim", field.name) for field in dataclasses.fields(PAPER.optim)),

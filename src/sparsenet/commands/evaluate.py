@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sparsenet.commands.common import load_images, load_network, print_result
-from sparsenet.data.selection import Selection
+from sparsenet.data.selection import Selection, count_images
 from sparsenet.device import choose_device
 from sparsenet.evaluate import evaluate
 from sparsenet.export.onnx import Exported
@@ -91,7 +91,5 @@ def _lines(report: EvaluationReport, data: Selection, stated: Measured | None) -
     for name, error in report.class_errors.items():
         yield f"  {name}: {'no image' if error is None else f'{error:.2f} %'}"
     if stated:
-        yield (
-            f"stated: {stated.error:.2f} % ({report.precision}), "
-            f"for {stated.images} {stated.split} images of {stated.dataset}"
-        )
+        images = f"{count_images(stated.images, stated.split)} of {stated.dataset}"
+        yield f"stated: {stated.error:.2f} % ({report.precision}), for {images}"

@@ -61,8 +61,8 @@ def loading_dataset(config: DataConfig) -> Generator[Reading, None, Dataset]:
         parts |= draw(parts["train"], config.val_fraction, "val")
     if not len(parts["test"].images):
         raise DataError(
-            "--dataset_dir: expected a class of 2 different images or more, so that one can be held "
-            f"out to test on, found none among {len(parts['train'].images)} images"
+            "--dataset_dir: expected a class of 2 different images or more, so that one can be "
+            f"held out to test on, found none among {len(parts['train'].images)} images"
         )
     return Dataset(
         name=printable(config.dataset_name or source.name),

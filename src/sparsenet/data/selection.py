@@ -32,9 +32,13 @@ class Selection:
     @property
     def description(self) -> str:
         """How many images of what, and where: ``photos: 20 test images in photos/test``."""
-        kind = f"{self.kind} " if self.kind else ""
         place = f" in {self.place}" if self.place else ""
-        return f"{self.name}: {len(self.images)} {kind}images{place}"
+        return f"{self.name}: {count_images(len(self.images), self.kind)}{place}"
+
+
+def count_images(count: int, kind: str) -> str:
+    """So many images in words: ``20 test images``, or ``20 images`` where *kind* is empty."""
+    return f"{count} {kind} images" if kind else f"{count} images"
 
 
 @dataclass(frozen=True)
@@ -159,9 +163,11 @@ def _part_of_training(
         )
     if not count:
         return whole, "", ()
-    note = f"left out: {count} images in {folder} that it was trained on (--split train)"
     part = whole.pick(~learned)
-    return part, "held-out", (note, *known.changes(part))
+    if known.own:
+        return part, "held-out", known.changes(part)
+    note = f"left out: {count} images in {folder} that it was trained on (--split train)"
+    return part, "held-out", (note,)
 
 
 def _labels(part: Labelled, source: Source, classes: Sequence[str]) -> Tensor:
