@@ -148,7 +148,8 @@ def _part_of_training(
             raise DataError(f"--split val: expected validation images in {folder}, found none")
         return part, kind, ()
     if name == "train":
-        return whole.pick(~known.in_splits(whole, "val", "test")), "training", ()
+        learned = known.in_splits(whole, "train")
+        return (whole.pick(learned) if learned.any() else whole), "training", ()
     if known.record and known.record.tested != "held-out":
         return whole, "", known.warning(whole)
     if not known.images:
