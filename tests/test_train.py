@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -17,11 +18,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from sparsenet import device
+from sparsenet import Architecture, SparseNet, device
 from sparsenet.checkpoints import restore
 from sparsenet.config import replace
-from sparsenet.evaluate import evaluate
-from sparsenet.events import Concluded, EpochDone, Message, Step, Stopped
+from sparsenet.data.dataset import Images
+from sparsenet.data.preprocessing import Preprocessing
+from sparsenet.evaluate import evaluate, recompute_statistics
+from sparsenet.events import Concluded, EpochDone, Message, Reading, Step, Stopped
 from sparsenet.presets import preset
 from sparsenet.run import Run
 from sparsenet.state import check_finite
@@ -348,3 +351,112 @@ def test_a_device_that_is_not_here(tmp_path):
     with pytest.raises(ValueError, match="--device: expected a device of this machine"):
         list(train(tiny(train={"device": "npu"}), Run.create(tmp_path / "run")))
     assert time.monotonic() - start < 60
+
+
+# --- few images ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stripes(tmp_path_factory):
+    """Three classes that are easily told apart: 20 training and 30 test images of each."""
+    root = tmp_path_factory.mktemp("data") / "stripes"
+    for split, count in (("train", 20), ("test", 30)):
+        for label, name in enumerate(("across", "down", "plain")):
+            (root / split / name).mkdir(parents=True)
+            for number in range(count):
+                random = np.random.default_rng([number, label, split == "test"])
+                wave = 80 * np.sign(np.sin(np.arange(24) * np.pi / 3 + random.uniform(0, 6)))
+                pattern = np.tile(wave * (label < 2), (24, 1))
+                noise = random.normal(128, 20, (24, 24))
+                levels = noise + (pattern if label == 0 else pattern.T)
+                picture = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
+                picture.save(root / split / name / f"{number}.png")
+    return root
+
+
+def short(folder, **changes):
+    network = {"depth": 13, "growth_rate": 8}
+    config = replace(preset("short"), {"data": {"dataset_dir": str(folder)}, "network": network})
+    return replace(config, changes)
+
+
+def test_few_steps_are_tested_with_statistics_of_their_own(stripes, tmp_path, monkeypatch):
+    """Running statistics would still be mostly those of the start."""
+    config = short(stripes, train={"max_epoch": 1, "precision": "fp32"})
+    settled = finished(tmp_path / "settled", config)
+    monkeypatch.setattr("sparsenet.train.FEW_STEPS", 0)
+    running = finished(tmp_path / "running", config)
+    errors = [run.metrics()[0].test_error for run in (settled, running)]
+    assert errors[0] < errors[1] / 2
+    assert settled.metrics()[0].train_error == running.metrics()[0].train_error
+    (weights, _), (others, _) = (restore(run.checkpoints, "last") for run in (settled, running))
+    for name, tensor in weights.part("model.").items():  # the average's are what is evaluated
+        assert torch.equal(tensor, others.part("model.")[name])
+
+
+@pytest.mark.parametrize("implementation", ["reference", "shared", "native"])
+def test_recomputed_statistics_are_those_of_the_batches(implementation):
+    torch.manual_seed(0)
+    network = SparseNet(Architecture(depth=7, growth_rate=4, num_classes=3), implementation)
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randint(0, 256, (11, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    images = Images(pixels, torch.zeros(11, dtype=torch.int64))
+    preprocessing = Preprocessing(8, 3, (0.5,) * 3, (0.25,) * 3)
+    network.eval()
+    recompute_statistics(network, images, preprocessing, torch.device("cpu"), 8)
+    assert not network.training
+    with torch.no_grad():
+        features = network.stem(preprocessing.normalise(pixels))
+    means = [part.mean((0, 2, 3)) for part in features.split(8)]
+    variances = [part.var((0, 2, 3)) for part in features.split(8)]
+    expected = [(8 * first + 3 * second) / 11 for first, second in (means, variances)]
+    statistics = network.stages[0].statistics[0]
+    torch.testing.assert_close(statistics.running_mean, expected[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(statistics.running_var, expected[1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_size_that_nobody_asked_for_fits_and_is_said(stripes, tmp_path):
+    run = Run.create(tmp_path / "run")
+    events = list(train(short(stripes, train={"max_epoch": 1}), run))
+    assert Message("batches of 15 images, since there are few (--batch_size)") in events
+    assert run.config().train.batch_size == 15 and run.metrics()[0].step == 4
+    config = short(stripes, train={"max_epoch": 1, "batch_size": 20})
+    assert not [e for e in train(config, Run.create(tmp_path / "two")) if "batches of" in str(e)]
+
+
+def test_a_single_last_image_is_trained_on_with_the_batch_before(stripes, tmp_path):
+    """Alone it would have no variance where the last stage has one pixel."""
+    network = {"stem": "imagenet", "bottleneck": True, "blocks": (2, 2, 2, 2), "growth_rate": 4}
+    changes = {"network": network, "data": {"image_size": 32}}
+    for batch_size, steps in ((59, 1), (8, 8)):
+        config = short(stripes, train={"max_epoch": 1, "batch_size": batch_size}, **changes)
+        assert finished(tmp_path / f"run{batch_size}", config).metrics()[0].step == steps
+    config = short(stripes, train={"max_epoch": 1, "batch_size": 1}, **changes)
+    with pytest.raises(ValueError, match="--batch_size: expected at least 2 images a step"):
+        list(train(config, Run.create(tmp_path / "alone")))
+
+
+@pytest.mark.parametrize("schedule", ["onecycle", "cosine", "step"])
+def test_a_rate_that_jumps_when_epochs_are_added_is_said(schedule, tmp_path):
+    run = finished(tmp_path / "run", tiny(optim={"schedule": schedule}))
+    more = tiny(optim={"schedule": schedule}, train={"max_epoch": 6})
+    said = [event.text for event in train(more, run, True) if isinstance(event, Message)]
+    jumps = [line for line in said if "learning rate goes from" in line]
+    assert len(jumps) == (schedule != "step")
+    if jumps:
+        last, coming = (run.metrics()[epoch].lr for epoch in (2, 3))
+        assert f"from {last:.4g} to " in jumps[0] and coming > last
+    again = [event.text for event in train(more, run, True) if isinstance(event, Message)]
+    assert "finished: all 6 epochs are trained; --max_epoch N adds to them" in again
+
+
+def test_reading_is_told_and_can_be_stopped(stripes, tmp_path, monkeypatch):
+    monkeypatch.setattr("sparsenet.data.load.TELL_EVERY", 0.0)
+    run = Run.create(tmp_path / "run")
+    config = short(stripes, train={"max_epoch": 1})
+    events = list(train(config, run, should_stop=lambda: "SIGINT"))
+    assert events == [Reading("train", 1, 60), Stopped("SIGINT", saved=False)]
+    assert not run.is_described
+    read = [event for event in train(config, run) if isinstance(event, Reading)]
+    expected = [("train", n, 60) for n in range(1, 61)] + [("test", n, 90) for n in range(1, 91)]
+    assert [dataclasses.astuple(event) for event in read] == expected
