@@ -68,7 +68,7 @@ def test_split_folders_are_known_by_their_usual_names(
     plant(tmp_path / pair[0], "a", "b")
     plant(tmp_path / pair[1], "a", "b", count=2, first=100)
     data = load(tmp_path)
-    assert (data.classes, data.tested) == (("a", "b"), PAIRS[pair])
+    assert (data.classes, data.tested_on) == (("a", "b"), PAIRS[pair])
     assert (len(data.train), len(data.test), data.val) == (10, 4, None)
     assert data.test.pixels[:, 0, 0, 0].tolist() == [100, 101, 120, 121]
     assert not data.notes
@@ -144,7 +144,7 @@ def test_a_split_that_was_packed_once_more_is_entered(tmp_path: Path) -> None:
     plant(tmp_path / "seg_test" / "seg_test", "a", "b", first=100)
     plant(tmp_path / "seg_pred", "seg_pred", first=150)
     data = load(tmp_path)
-    assert (len(data.train), len(data.test), data.tested) == (10, 10, "test")
+    assert (len(data.train), len(data.test), data.tested_on) == (10, 10, "test")
     assert f"left out: {tmp_path / 'seg_pred'}, 5 images in a folder that is no split" in data.notes
 
 
@@ -155,7 +155,7 @@ def test_a_test_split_without_labels_is_said_and_a_part_is_held_out(
     plant(tmp_path / "train", "a", "b")
     plant(tmp_path / "test", where, first=100)
     data = load(tmp_path)
-    assert data.tested == "held-out" and len(data.train) + len(data.test) == 10
+    assert data.tested_on == "held-out" and len(data.train) + len(data.test) == 10
     assert len(data.notes) == 1 and "left out" in data.notes[0] and "5 images" in data.notes[0]
 
 
@@ -167,7 +167,7 @@ def test_a_split_of_unknown_name_is_refused(tmp_path: Path) -> None:
     assert len(load(tmp_path / "train").train) < 10
     plant(tmp_path / "val", "a", "b", first=150)
     data = load(tmp_path)
-    assert data.tested == "validation"
+    assert data.tested_on == "validation"
     assert any("holdout, 10 images in a folder that is no split" in note for note in data.notes)
 
 

@@ -35,6 +35,7 @@ def conclude(
         checkpoint="lowest validation error" if data.val else "last epoch",
         classes=data.classes,
         class_errors=evaluation.class_errors(data.classes),
+        tested_on=data.tested_on,
     )
     write_json(run.path / "result.json", result)
     title = f"{run.path.name} on {data.name}"

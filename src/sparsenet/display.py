@@ -9,7 +9,6 @@ from typing import Any
 
 from sparsenet.events import Concluded, EpochDone, Event, Message, Reading, Step, Stopped
 from sparsenet.extras import require
-from sparsenet.results import EpochMetrics
 from sparsenet.run import Run
 
 # Columns of a terminal that have room beside the bar for loss and error; and for images/s.
@@ -45,27 +44,28 @@ def _line(event: Message | EpochDone | Stopped | Concluded) -> str:
     match event:
         case Message(text):
             return text
-        case EpochDone(metrics, epochs):
-            return _epoch_line(metrics, epochs)
+        case EpochDone():
+            return _epoch_line(event)
         case Stopped(reason, saved):
             return f"{'saved and stopped' if saved else 'stopped before the first step'}: {reason}"
         case Concluded(result):
             # Of five classes every one is among the five most probable.
             top5 = f", top-5 {result.top5_error:.2f} %" if len(result.classes) > 5 else ""
             return (
-                f"{result.dataset}: test error {result.error:.2f} %{top5} "
+                f"{result.dataset}: {result.tested_on} error {result.error:.2f} %{top5} "
                 f"({result.checkpoint}, epoch {result.epochs})"
             )
 
 
-def _epoch_line(row: EpochMetrics, epochs: int) -> str:
+def _epoch_line(event: EpochDone) -> str:
+    row = event.metrics
     figures = [
-        f"epoch {row.epoch}/{epochs}",
+        f"epoch {row.epoch}/{event.epochs}",
         f"lr {row.lr:.4g}",
         f"loss {row.train_loss:.4f}",
         f"error {row.train_error:.2f} %",
-        None if row.val_error is None else f"validation {row.val_error:.2f} %",
-        f"test {row.test_error:.2f} %",
+        None if row.val_error is None else f"{event.chosen_on} {row.val_error:.2f} %",
+        f"{event.tested_on} {row.test_error:.2f} %",
         f"{row.seconds:.1f} s + {row.eval_seconds:.1f} s",
         f"{row.images_per_second:.0f} images/s",
         None if row.peak_memory_mb is None else f"peak {row.peak_memory_mb:.0f} MB",

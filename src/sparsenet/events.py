@@ -38,10 +38,16 @@ class Step:
 
 @dataclass(frozen=True)
 class EpochDone:
-    """An epoch was finished; ``metrics`` is its row in metrics.csv."""
+    """An epoch was finished; ``metrics`` is its row in metrics.csv.
+
+    *chosen_on* and *tested_on* are what the images are called that its ``val_error`` and
+    ``test_error`` are of.
+    """
 
     metrics: EpochMetrics
     epochs: int
+    chosen_on: str = "validation"
+    tested_on: str = "test"
 
 
 @dataclass(frozen=True)

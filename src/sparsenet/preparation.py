@@ -125,15 +125,15 @@ def _on_device(data: Dataset, device: torch.device) -> Dataset:
 def introduce(setup: Setup, previous: Arithmetic) -> Iterator[str]:
     """Lines for the user that say what is trained on what, and how."""
     data, nodes = setup.data, setup.nodes
-    validation = f", {len(data.val)} validation" if data.val else ""
-    counts = f"{len(data.train)} training{validation} and {len(data.test)} {data.tested} images"
+    validation = f", {len(data.val)} {data.chosen_on}" if data.val else ""
+    counts = f"{len(data.train)} training{validation} and {len(data.test)} {data.tested_on} images"
     shape = tuple(data.train.pixels.shape[1:])
     yield f"{data.name}: {counts}, {len(data.classes)} classes, {shape}"
     yield from data.notes
-    if data.tested == "held-out":
+    if data.tested_on == "held-out":
         fraction = f"--test_fraction {setup.config.data.test_fraction:g}"
         yield f"the data has no test split: {len(data.test)} images are held out ({fraction})"
-    elif data.tested == "validation":
+    elif data.tested_on == "validation":
         yield "the data has no test split: the validation images are tested on"
     if data.skipped:
         yield f"left out: {len(data.skipped)} unreadable images, the first: {data.skipped[0]}"

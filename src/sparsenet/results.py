@@ -41,3 +41,4 @@ class TrainingResult:
     checkpoint: str  # why these weights: "last epoch" or "lowest validation error"
     classes: tuple[str, ...]
     class_errors: dict[str, float | None]  # ``None``: no test image of the class
+    tested_on: str = "test"  # what the images are: also "validation" or "held-out"

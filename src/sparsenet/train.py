@@ -239,4 +239,4 @@ def _finish_epoch(run: Run, setup: Setup, state: TrainingState, score: Scorer) -
     if best:  # before "last", so that resuming after a kill between the two writes it again
         state.save("best", run.checkpoints, setup.about)
     state.save("last", run.checkpoints, setup.about)
-    return EpochDone(row, config.train.max_epoch)
+    return EpochDone(row, config.train.max_epoch, data.chosen_on, data.tested_on)

@@ -87,10 +87,15 @@ class Dataset:
     val: Images | None
     test: Images
     skipped: tuple[str, ...] = ()
-    tested: str = "test"  # what the test images are: "test", "validation" or "held-out"
+    tested_on: str = "test"  # what the test images are: "test", "validation" or "held-out"
     ids: Mapping[str, Tensor] = field(default_factory=dict)
     grey_range: tuple[float, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def chosen_on(self) -> str:
+        """What the validation images are called, where there are some."""
+        return "held-out" if self.tested_on == "validation" else "validation"
 
     def labels(self, split: str) -> Tensor:
         """The labels of a split that there is, int64 ``(N,)``."""

@@ -43,7 +43,7 @@ def repeated(part: Labelled) -> int:
 class DataRecord:
     """What weights say of the images they were made with, by the splits train, val and test."""
 
-    tested: str = "test"  # what the test images were: "test", "validation" or "held-out"
+    tested_on: str = "test"  # what the test images were: "test", "validation" or "held-out"
     images: dict[str, int] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)  # the same for the same images
 
@@ -53,7 +53,7 @@ def record(data: Dataset) -> DataRecord:
     ids = data.ids
     counts = {name: len(each) for name, each in ids.items()}
     digests = {name: digest(each, data.labels(name)) for name, each in ids.items()}
-    return DataRecord(data.tested, counts, digests)
+    return DataRecord(data.tested_on, counts, digests)
 
 
 def digest(ids: Tensor, labels: Tensor) -> str:

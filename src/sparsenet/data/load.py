@@ -51,11 +51,11 @@ def loading_dataset(config: DataConfig) -> Generator[Reading, None, Dataset]:
             skipped += decoded.skipped
             clipped += clipping(decoded, name)
             grey_range = decoded.grey_range
-    tested = "test"
+    tested_on = "test"
     if "test" not in parts and "val" in parts:
-        parts["test"], tested = parts.pop("val"), "validation"
+        parts["test"], tested_on = parts.pop("val"), "validation"
     if "test" not in parts:
-        tested = "held-out"
+        tested_on = "held-out"
         parts |= draw(parts["train"], config.test_fraction, "test")
     if "val" not in parts and config.val_fraction:
         parts |= draw(parts["train"], config.val_fraction, "val")
@@ -71,10 +71,10 @@ def loading_dataset(config: DataConfig) -> Generator[Reading, None, Dataset]:
         val=parts["val"].images if "val" in parts else None,
         test=parts["test"].images,
         skipped=skipped,
-        tested=tested,
+        tested_on=tested_on,
         ids={name: part.ids for name, part in parts.items()},
         grey_range=grey_range or (),
-        notes=(*source.notes, *clipped, *_remarks(parts, source.classes, tested)),
+        notes=(*source.notes, *clipped, *_remarks(parts, source.classes, tested_on)),
     )
 
 
@@ -179,11 +179,13 @@ def draw(part: Labelled, fraction: float, purpose: str) -> dict[str, Labelled]:
     return {"train": part.pick(~held), purpose: part.pick(held)}
 
 
-def _remarks(parts: Mapping[str, Labelled], classes: tuple[str, ...], tested: str) -> Iterator[str]:
+def _remarks(
+    parts: Mapping[str, Labelled], classes: tuple[str, ...], tested_on: str
+) -> Iterator[str]:
     """Lines about what is missing from the splits, and about images that are in two places."""
     for name, part in parts.items():
         if missing := part.missing(classes):
-            what = {"train": "training", "val": "validation"}.get(name, tested)
+            what = {"train": "training", "val": "validation"}.get(name, tested_on)
             yield f"warning: no {what} image of {missing}"
     train = parts["train"]
     if count := repeated(train):
@@ -191,5 +193,5 @@ def _remarks(parts: Mapping[str, Labelled], classes: tuple[str, ...], tested: st
     for name, part in parts.items():
         overlap = int(torch.isin(part.ids, train.ids).sum())
         if name != "train" and overlap:
-            what = {"val": "validation"}.get(name, tested)
+            what = {"val": "validation"}.get(name, tested_on)
             yield f"warning: {overlap} {what} images are also training images, to the byte"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -32,8 +33,10 @@ class Selection:
     @property
     def description(self) -> str:
         """How many images of what, and where: ``photos: 20 test images in photos/test``."""
-        place = f" in {self.place}" if self.place else ""
-        return f"{self.name}: {count_images(len(self.images), self.kind)}{place}"
+        place, here = Path(self.place), Path.cwd()
+        shown = place.relative_to(here) if place.is_relative_to(here) else place
+        where = f" in {shown}" if self.place else ""
+        return f"{self.name}: {count_images(len(self.images), self.kind)}{where}"
 
 
 def count_images(count: int, kind: str) -> str:
@@ -127,7 +130,7 @@ def _decoded(source: Source, name: str, config: DataConfig) -> tuple[Labelled, t
 def _drawn(known: Known, whole: Labelled, config: DataConfig) -> Known:
     """*known* with the images of a network's splits, where *whole* is what they were drawn from."""
     record = known.record
-    if known.images or record is None or record.tested != "held-out":
+    if known.images or record is None or record.tested_on != "held-out":
         return known
     parts = draw(whole, config.test_fraction, "test")
     if "val" in record.images:
@@ -150,7 +153,7 @@ def _part_of_training(
     if name == "train":
         learned = known.in_splits(whole, "train")
         return (whole.pick(learned) if learned.any() else whole), "training", ()
-    if known.record and known.record.tested != "held-out":
+    if known.record and known.record.tested_on != "held-out":
         return whole, "", known.warning(whole)
     if not known.images:
         warning = "which of these images the network was trained on, if any, is not recorded"
