@@ -307,6 +307,20 @@ def test_flags_win_over_a_file_and_a_file_over_a_preset(
     assert (config.optim.lr, config.optim.momentum, config.data.dataset) == (0.4, 0.5, "digits")
 
 
+def test_the_settings_of_a_run_on_other_data_do_not_name_its_data(
+    configured: Callable[..., RunConfig],
+) -> None:
+    Path("mine.json").write_text('{"data": {"dataset": "digits", "dataset_name": "Digits!"}}')
+    same = configured("--config", "mine.json", "--seed", "1").data
+    assert (same.dataset, same.dataset_name) == ("digits", "Digits!")
+    other = configured("--config", "mine.json", "--dataset_dir", "photos").data
+    assert (other.dataset, other.dataset_dir, other.dataset_name) == ("auto", "photos", "")
+    named = configured("--config", "mine.json", "--dataset_dir", "p", "--dataset_name", "P").data
+    assert named.dataset_name == "P"
+    Path("table.json").write_text('{"data": {"dataset_dir": "p", "labels": "l.csv"}}')
+    assert configured("--config", "table.json", "--dataset_dir", "q").data.labels == ""
+
+
 def test_a_function_of_ones_own_is_a_topology(configured: Callable[..., RunConfig]) -> None:
     Path("mine.py").write_text("def chain(i):\n    return [i - 1]\n")
     mine = configured("--depth", "13", "--fetch", "mine.py:chain").network

@@ -120,13 +120,14 @@ def evaluated(call: Call, *arguments: Any) -> tuple[dict[str, Any], str]:
 
 def test_what_was_trained_on_is_not_tested_on(call: Call, grown: Path) -> None:
     result = json.loads((grown / "result.json").read_text())
+    assert result["tested_on"] == "held-out"
     found, said = evaluated(call, grown)
     assert (found["split"], found["images"]) == ("held-out", result["images"] + 10)
     assert said == "sparsenet: warning: since the training, test images are 10 new\n"
     assert (
         call("eval", grown)
         .lines[0]
-        .startswith(f"d: {result['images'] + 10} held-out images in {Path('d').absolute()}, ")
+        .startswith(f"d: {result['images'] + 10} held-out images in d, ")
     )
     trained = evaluated(call, grown, "--split", "train")[0]
     assert trained["split"] == "training"

@@ -39,7 +39,8 @@ def conclude(
     )
     write_json(run.path / "result.json", result)
     title = f"{run.path.name} on {data.name}"
-    pictures.draw_curves(rows, run.path / "curves.png", title)
+    names = {"train": "train", "val": data.chosen_on, "test": data.tested_on}
+    pictures.draw_curves(rows, run.path / "curves.png", title, names)
     confusion = evaluation.confusion(len(data.classes))
     pictures.draw_confusion(confusion, data.classes, run.path / "confusion.png")
     pictures.draw_samples(

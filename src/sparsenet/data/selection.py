@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from unicodedata import normalize
 
 import torch
 from torch import Tensor
@@ -176,13 +177,14 @@ def _part_of_training(
 
 def _labels(part: Labelled, source: Source, classes: Sequence[str]) -> Tensor:
     """The labels of *part* as the numbers of *classes*, by their names."""
-    numbers = {name: number for number, name in enumerate(classes)}
-    present = [source.classes[label] for label in part.images.labels.unique().tolist()]
+    numbers = {normalize("NFC", name): number for number, name in enumerate(classes)}
+    names = [normalize("NFC", name) for name in source.classes]
+    present = [names[label] for label in part.images.labels.unique().tolist()]
     if unknown := [name for name in present if name not in numbers]:
         raise DataError(
             f"--dataset_dir: expected images of the {len(classes)} classes of the training "
             f"({', '.join(classes[:5])}{', …' * (len(classes) > 5)}), "
             f"found also {', '.join(unknown[:5])}"
         )
-    table = torch.tensor([numbers.get(name, -1) for name in source.classes])
+    table = torch.tensor([numbers.get(name, -1) for name in names])
     return table[part.images.labels]

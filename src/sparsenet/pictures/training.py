@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,21 +13,28 @@ from sparsenet.extras import require
 from sparsenet.pictures.figure import FAINT, INK, drawable, measured_points, picture, shorten
 from sparsenet.results import EpochMetrics
 
+SPLITS = {"train": "train", "val": "val", "test": "test"}  # and what pictures call them
 SPLIT_COLOURS = {"train": "#0072b2", "val": "#e69f00", "test": "#d55e00"}
 MISTAKES_ROWS, MISTAKES_COLUMNS = 4, 8
 NUMBERED = "#: number in result.json's list of classes, from 0; no font here has this script"
 
 
-def draw_curves(rows: Sequence[EpochMetrics], target: Path, title: str = "") -> None:
+def draw_curves(
+    rows: Sequence[EpochMetrics],
+    target: Path,
+    title: str = "",
+    names: Mapping[str, str] = SPLITS,
+) -> None:
     """Draws a PNG of loss and error over the epochs, and of the learning rate.
 
-    The rate is drawn as a line at each drop, or as a curve where it changes all the time.
+    The rate is drawn as a line at each drop, or as a curve where it changes all the time. *names*
+    are what the splits are called.
     """
     with picture(target, 11, 4.4, title) as figure:
         loss_axis, error_axis = figure.subplots(1, 2)
-        _draw_quantity(loss_axis, rows, "loss", "nats")
-        _draw_quantity(error_axis, rows, "error", "%")
-        _annotate_last_error(error_axis, rows)
+        _draw_quantity(loss_axis, rows, "loss", "nats", names)
+        _draw_quantity(error_axis, rows, "error", "%", names)
+        _annotate_last_error(error_axis, rows, names)
         rates = measured_points(rows, "lr")
         drops = [after for before, after in pairwise(rates) if before[1] != after[1]]
         if 3 * len(drops) > len(rates):
@@ -37,7 +44,9 @@ def draw_curves(rows: Sequence[EpochMetrics], target: Path, title: str = "") -> 
             _mark_drops(error_axis, drops)
 
 
-def _draw_quantity(axis: Any, rows: Sequence[EpochMetrics], quantity: str, unit: str) -> None:
+def _draw_quantity(
+    axis: Any, rows: Sequence[EpochMetrics], quantity: str, unit: str, names: Mapping[str, str]
+) -> None:
     axis.set(xlabel="epoch", title=f"{quantity} ({unit})")
     axis.grid(axis="y")
     axis.xaxis.get_major_locator().set_params(integer=True)
@@ -46,7 +55,7 @@ def _draw_quantity(axis: Any, rows: Sequence[EpochMetrics], quantity: str, unit:
         points = measured_points(rows, f"{split}_{quantity}")
         if points:
             line = ".-" if len(points) <= 40 else "-"
-            axis.plot(*zip(*points, strict=True), line, color=colour, label=split)
+            axis.plot(*zip(*points, strict=True), line, color=colour, label=names[split])
             values += [value for _, value in points]
     if not values:
         axis.set(xticks=[], yticks=[])
@@ -61,7 +70,7 @@ def _draw_quantity(axis: Any, rows: Sequence[EpochMetrics], quantity: str, unit:
     axis.legend(ncols=3, handlelength=1.2, columnspacing=1.4, **place)
 
 
-def _annotate_last_error(axis: Any, rows: Sequence[EpochMetrics]) -> None:
+def _annotate_last_error(axis: Any, rows: Sequence[EpochMetrics], names: Mapping[str, str]) -> None:
     tested = measured_points(rows, "test_error")
     split = "test" if tested else "val"
     points = tested or measured_points(rows, "val_error")
@@ -71,7 +80,7 @@ def _annotate_last_error(axis: Any, rows: Sequence[EpochMetrics]) -> None:
     colour = SPLIT_COLOURS[split]
     axis.plot(epoch, error, "o", color=colour, ms=7, mec="white", clip_on=False, zorder=5)
     axis.annotate(
-        f"{split}\n{error:.2f} %",
+        f"{names[split]}\n{error:.2f} %",
         (1.015, min(error, axis.get_ylim()[1])),
         xycoords=("axes fraction", "data"),
         annotation_clip=False,
