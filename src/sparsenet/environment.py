@@ -29,12 +29,16 @@ class Environment:
     driver: dict[str, str | None] | None  # versions of CUDA and HIP; ``None`` on a CPU
     threads: int
     cpus: int | None
+    batch_size: int | None = None  # images a step of a run
     precision: str | None = None  # that a run computes in
     implementation: str | None = None  # that a run computes with
 
 
 def environment(
-    device: torch.device, precision: str | None = None, implementation: str | None = None
+    device: torch.device,
+    batch_size: int | None = None,
+    precision: str | None = None,
+    implementation: str | None = None,
 ) -> Environment:
     """Describes this process on *device*."""
     driver = {"cuda": torch.version.cuda, "hip": torch.version.hip}
@@ -49,6 +53,7 @@ def environment(
         driver=driver if device.type == "cuda" else None,
         threads=torch.get_num_threads(),
         cpus=os.cpu_count(),
+        batch_size=batch_size,
         precision=precision,
         implementation=implementation,
     )

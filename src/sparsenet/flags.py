@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from sparsenet import __version__, presets
 from sparsenet.config import COMPONENTS, RunConfig, Setting, replace, settings
 from sparsenet.data.config import POINTERS
+from sparsenet.data.splits import split_of
 from sparsenet.export import FORMATS, RUNTIMES
 from sparsenet.topology import fetch_from_file
 from sparsenet.validation import nearest
@@ -290,14 +291,20 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         text = f"other data than the run's, as for train: {_help_of(name)}"
         parser.add_argument(f"--{name}", default="", help=text)
     _add_limit(parser)
-    splits = ("", "train", "val", "test")
-    text = "which images; default: test, else validation, else those that were not trained on"
-    parser.add_argument("--split", default="", choices=splits, metavar="SPLIT", help=text)
+    text = "train, val or test; default: test, else val, else what was not trained on"
+    parser.add_argument("--split", type=_split, default="", help=text)
 
 
 def _add_limit(parser: argparse.ArgumentParser) -> None:
     text = f"{_help_of('max_megapixels')} (default: as for the training)"
     parser.add_argument("--max_megapixels", type=_positive, default=None, help=text)
+
+
+def _split(text: str) -> str:
+    meaning = split_of(text)
+    if not meaning:
+        raise argparse.ArgumentTypeError(f"expected train, val or test, found {text!r}")
+    return meaning[0]
 
 
 def _positive(text: str) -> float:

@@ -15,6 +15,7 @@ from sparsenet import __version__
 from sparsenet.arithmetic import Arithmetic, choose_arithmetic, explain
 from sparsenet.config import RunConfig, TrainConfig, recipe
 from sparsenet.data.dataset import Dataset
+from sparsenet.data.errors import shortened
 from sparsenet.data.identity import record
 from sparsenet.data.load import loading_dataset
 from sparsenet.data.preprocessing import Preprocessing, channel_statistics
@@ -32,12 +33,12 @@ BATCH_SIZE = 64  # the paper's
 class Setup:
     """What stays the same while a run goes on."""
 
-    config: RunConfig  # with the channels and classes of the data
+    asked: RunConfig  # as it is when other data are trained on
+    config: RunConfig  # with the channels and classes of the data, and a batch size that fits
     data: Dataset
     preprocessing: Preprocessing
     device: torch.device
     arithmetic: Arithmetic
-    small_batches: bool = False  # nobody asked for a batch size, and the usual one does not fit
 
     @cached_property
     def nodes(self) -> list[Node]:
@@ -68,8 +69,8 @@ def preparing(config: RunConfig, previous: Arithmetic) -> Generator[Reading, Non
     if config.train.implementation != "auto":  # refused before the data is loaded
         dispatch.choose(config.train.implementation, device)
     data = yield from loading_dataset(config.data)
+    asked = config
     settings = _with_batch_size(config.train, len(data.train))
-    small_batches = settings.batch_size < BATCH_SIZE and not config.train.batch_size
     config = dataclasses.replace(config, train=settings)
     channels, size = data.train.pixels.shape[1], data.train.pixels.shape[-1]
     network = dataclasses.replace(config.network, in_chans=channels, num_classes=len(data.classes))
@@ -79,7 +80,8 @@ def preparing(config: RunConfig, previous: Arithmetic) -> Generator[Reading, Non
     preprocessing = Preprocessing(size, channels, mean, std, data.grey_range)
     arithmetic = choose_arithmetic(config.train, device, previous)
     data = _on_device(data, device)
-    return Setup(config, data, preprocessing, device, arithmetic, small_batches)
+    asked = dataclasses.replace(asked, network=config.network)
+    return Setup(asked, config, data, preprocessing, device, arithmetic)
 
 
 def _with_batch_size(settings: TrainConfig, images: int) -> TrainConfig:
@@ -128,17 +130,20 @@ def introduce(setup: Setup, previous: Arithmetic) -> Iterator[str]:
     validation = f", {len(data.val)} {data.chosen_on}" if data.val else ""
     counts = f"{len(data.train)} training{validation} and {len(data.test)} {data.tested_on} images"
     shape = tuple(data.train.pixels.shape[1:])
-    yield f"{data.name}: {counts}, {len(data.classes)} classes, {shape}"
+    classes = f"{len(data.classes)} classes ({shortened(data.classes)})"
+    yield f"{data.name}: {counts}, {classes}, {shape}"
     yield from data.notes
     if data.tested_on == "held-out":
-        fraction = f"--test_fraction {setup.config.data.test_fraction:g}"
-        yield f"the data has no test split: {len(data.test)} images are held out ({fraction})"
+        total = len(data.train) + len(data.test) + (len(data.val) if data.val else 0)
+        fraction = f"about --test_fraction {setup.config.data.test_fraction:g}"
+        held_out = f"{len(data.test)} of {total} images are held out ({fraction})"
+        yield f"the data has no test split: {held_out}"
     elif data.tested_on == "validation":
         yield "the data has no test split: the validation images are tested on"
     if data.skipped:
         yield f"left out: {len(data.skipped)} unreadable images, the first: {data.skipped[0]}"
     settings = setup.config.train
-    if setup.small_batches:
+    if not setup.asked.train.batch_size and settings.batch_size < BATCH_SIZE:
         yield f"batches of {settings.batch_size} images, since there are few (--batch_size)"
     network = setup.config.network
     parameters, macs = totals(nodes)

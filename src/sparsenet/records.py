@@ -43,6 +43,7 @@ class Environment:
     device_name: str | None = None
     threads: int | None = None
     torch: str | None = None
+    batch_size: int | None = None
     precision: str | None = None
     implementation: str | None = None
 
@@ -117,6 +118,9 @@ def read_run(path: Path) -> tuple[RunSummary, MeasuredRun]:
     """
     config, known = _read_config(path / "config.json")
     environment = _read_if_there(path / "environment.json", Environment)
+    if environment and environment.batch_size:  # what an automatic one came to
+        train = dataclasses.replace(config.train, batch_size=environment.batch_size)
+        config = dataclasses.replace(config, train=train)
     costs = _read_if_there(path / "graph.json", Costs) or Costs()
     result = _read_if_there(path / "result.json", Result)
     seed = config.train.seed if "train" in known else None

@@ -116,9 +116,10 @@ def _prepared(
 
 
 def _describe(run: Run, setup: Setup) -> None:
-    used = environment(setup.device, **dataclasses.asdict(setup.arithmetic))
+    batch_size = setup.config.train.batch_size
+    used = environment(setup.device, batch_size, **dataclasses.asdict(setup.arithmetic))
     size, images = setup.preprocessing.size, to_tensors(setup.data)
-    run.describe(setup.config, size, setup.nodes, used, images)
+    run.describe(setup.asked, size, setup.nodes, used, images)
     pictures.draw_graph(setup.nodes, run.path / "graph.svg", run.path.name)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 # What decoders of images, pickles, archives and tables raise on damaged bytes, seen while fuzzing.
@@ -34,6 +34,11 @@ class DataError(ValueError):
 
 class BadImage(DataError):
     """A file that is not a readable image; the message names it."""
+
+
+def shortened(names: Sequence[str]) -> str:
+    """The first five of *names* in one line, and a sign where there are more."""
+    return ", ".join(names[:5]) + ", …" * (len(names) > 5)
 
 
 def reason(error: BaseException) -> str:

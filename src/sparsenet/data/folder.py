@@ -10,7 +10,6 @@ from pathlib import Path
 from sparsenet.data.config import DataConfig
 from sparsenet.data.dataset import Example, Source
 from sparsenet.data.errors import DataError
-from sparsenet.data.registry import KINDS
 from sparsenet.data.splits import find_splits, split_of
 from sparsenet.data.tree import Listing, describe_others, is_visible, list_folder
 from sparsenet.data.unreadable import name_what_it_is
@@ -60,19 +59,18 @@ def read_folder(root: Path, config: DataConfig) -> Source:
         splits = {"train": tree}
     first = splits.get("train") or next(iter(splits.values()))
     classes, _ = _classes(first)
-    if len(classes) < 2:
-        others = " or ".join(kind.expected for kind in KINDS.values() if kind.expected)
-        expected = f"at least 2 class folders (or {others}) in {first.path}"
-        found = name_what_it_is(tree.path) or str(len(classes))
-        raise DataError(f"--dataset_dir: expected {expected}, found {found}")
+    if not classes:
+        raise DataError(
+            f"--dataset_dir: expected class folders in {first.path}, found {_what_else(tree)}"
+        )
     examples = {name: _examples(each, classes, first.path) for name, each in splits.items()}
     empty = [str(first.path / name) for name in first.below if name not in first.filled]
     return Source(
-        name=root.resolve().name,
+        name=_name(root),
         classes=tuple(classes),
         channels=3,
         splits=examples,
-        notes=(*notes, *_left_out(tree, splits)),
+        notes=(*notes, *_deeper(splits), *_left_out(tree, splits)),
         places={name: str(each.path) for name, each in splits.items()},
         empty=tuple(empty),
     )
@@ -105,9 +103,16 @@ def _split_trees(tree: Tree, notes: list[str]) -> dict[str, Tree]:
     found = find_splits((name for name, each in named.items() if each.has_classes), str(tree.path))
     splits = {split: named[name] for split, name in found.items()}
     if not splits:
-        for name, each in named.items():
-            if each.straight.images:
-                notes.append(f"{tree.path / name} is taken as a class: it holds no class folders")
+        as_classes = [name for name in named if name in tree.filled]
+        if len(as_classes) > 1 and as_classes == tree.filled:
+            listed = ", ".join(as_classes[:5])
+            raise DataError(
+                f"{tree.path}: expected class folders, or splits that hold some, found {listed}, "
+                f"named as splits, with images in no class folders; {_how_to_label(tree)}"
+            )
+        if as_classes:
+            names = " and ".join(as_classes)
+            notes.append(f"taken as classes, as they hold no class folders: {names}")
         return {}
     others = [name for name in tree.filled if name not in found.values()]
     unlabelled = [name for name in others if name in named]
@@ -127,6 +132,12 @@ def _split_trees(tree: Tree, notes: list[str]) -> dict[str, Tree]:
         count = len(tree.below[name].images)
         notes.append(f"left out: {tree.path / name}, {count} images in a folder that is no split")
     return _without_foreign_tests(splits, notes)
+
+
+def _how_to_label(tree: Tree) -> str:
+    tables = [path for path in tree.straight.others if path.suffix.lower() in (".csv", ".tsv")]
+    file = tables[0] if tables else "FILE"
+    return f"--labels {file} can say which class each image has"
 
 
 def _without_foreign_tests(splits: dict[str, Tree], notes: list[str]) -> dict[str, Tree]:
@@ -160,6 +171,21 @@ def _refuse_unnamed_splits(tree: Tree) -> None:
     )
 
 
+def _what_else(tree: Tree) -> str:
+    """What a folder without class folders holds, with advice."""
+    if known := name_what_it_is(tree.path):
+        return known
+    if count := len(tree.straight.images):
+        return f"{_images(count)} outside of any; --labels FILE can say which class each has"
+    return "none, and no parquet files or CIFAR archives"
+
+
+def _name(root: Path) -> str:
+    """The name of the data: that of its folder, and of the one above where that is a split's."""
+    path = root.resolve()
+    return f"{path.parent.name}/{path.name}" if split_of(path.name) else path.name
+
+
 def _nfc(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
@@ -190,6 +216,22 @@ def _examples(tree: Tree, classes: list[str], train: Path) -> list[Example]:
     ]
 
 
+def _deeper(splits: Mapping[str, Tree]) -> Iterable[str]:
+    """A line about images in folders within class folders, whose names mean nothing."""
+    deeper = [
+        path
+        for tree in splits.values()
+        for name, folder in tree.below.items()
+        for path in folder.images
+        if path.parent != tree.path / name
+    ]
+    if deeper:
+        yield (
+            f"{_images(len(deeper))} in folders within class folders, which belong to the class, "
+            f"the first: {deeper[0]}"
+        )
+
+
 def _left_out(tree: Tree, splits: Mapping[str, Tree]) -> Iterable[str]:
     """Lines that name and count the files that are in no split."""
     trees = {each.path: each for each in (tree, *splits.values())}.values()
@@ -200,7 +242,7 @@ def _left_out(tree: Tree, splits: Mapping[str, Tree]) -> Iterable[str]:
     listings += [folder for each in splits.values() for folder in each.below.values()]
     others = [path for listing in listings for path in listing.others]
     if others:
-        yield f"left out: {describe_others(others)}, the first: {others[0]}"
+        yield describe_others(others)
 
 
 def _images(count: int) -> str:

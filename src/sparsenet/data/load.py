@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pkgutil
 import time
+from collections import Counter
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -129,6 +130,10 @@ def _check_training(source: Source) -> None:
             f"--dataset_dir: expected images to train on, found only the split {found}; "
             "name their folder or file train, or give it as --dataset_dir"
         )
+    if len(source.classes) < 2:
+        found = ", ".join(source.classes) or "none"
+        place = source.places.get("train", "the data")
+        raise DataError(f"--dataset_dir: expected at least 2 classes in {place}, found {found}")
     if source.empty:
         expected = "images of this class"
         raise DataError(f"{source.empty[0]}: expected {expected}, found none; remove the folder")
@@ -187,7 +192,12 @@ def _remarks(
         if missing := part.missing(classes):
             what = {"train": "training", "val": "validation"}.get(name, tested_on)
             yield f"warning: no {what} image of {missing}"
+    folded = Counter(name.casefold() for name in classes)
+    if alike := [name for name in classes if folded[name.casefold()] > 1]:
+        yield f"warning: classes whose names differ in case only: {', '.join(alike[:6])}"
     train = parts["train"]
+    if count := len(train.ids) - len(train.ids.unique()) - repeated(train) // 2:
+        yield f"warning: {count} training images are copies of others, to the byte"
     if count := repeated(train):
         yield f"warning: {count} training images are also in another class, to the byte"
     for name, part in parts.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,13 @@ SUFFIXES = frozenset(
     for suffix in (
         *("bmp", "dib", "gif", "jfif", "jpe", "jpeg", "jpg", "pgm"),
         *("png", "pnm", "ppm", "tif", "tiff", "webp"),
+    )
+)
+UNREADABLE = frozenset(
+    f".{suffix}"
+    for suffix in (
+        *("arw", "avif", "cr2", "cr3", "dng", "heic", "heif", "jp2", "jxl"),
+        *("nef", "orf", "psd", "raf", "rw2", "svg"),
     )
 )
 # How files of these formats begin; a file with another suffix, or with none, is known by this.
@@ -80,9 +87,15 @@ def is_image(path: Path) -> bool:
     return start.startswith(BEGINNINGS) or (start[:4] == b"RIFF" and start[8:12] == b"WEBP")
 
 
-def describe_others(paths: Iterable[Path]) -> str:
-    """Files that are left out, counted by suffix: ``3 files (.txt 2, no suffix 1)``."""
+def describe_others(paths: Sequence[Path]) -> str:
+    """Files that are left out, counted by suffix, such as ``3 files (.txt 2, no suffix 1)``.
+
+    Pictures in formats that cannot be read come first, with what to do.
+    """
     counts = Counter(path.suffix.lower() or "no suffix" for path in paths)
     listed = ", ".join(f"{suffix} {count}" for suffix, count in counts.most_common())
-    total = sum(counts.values())
-    return f"{total} file{'s' * (total != 1)} ({listed})"
+    total = len(paths)
+    pictures = [path for path in paths if path.suffix.lower() in UNREADABLE]
+    advice = "; pictures in such formats have to be converted, to JPEG or PNG" if pictures else ""
+    first = f"the first: {(pictures or paths)[0]}"
+    return f"left out: {total} file{'s' * (total != 1)} ({listed}), {first}{advice}"
