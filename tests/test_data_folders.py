@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
 import unicodedata
-from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,9 @@ def test_split_folders_are_known_by_their_usual_names(
     assert (data.classes, data.tested_on) == (("a", "b"), PAIRS[pair])
     assert (len(data.train), len(data.test), data.val) == (10, 4, None)
     assert data.test.pixels[:, 0, 0, 0].tolist() == [100, 101, 120, 121]
-    assert not data.notes
+    rests = {meaning[1] for name in pair if (meaning := split_of(name))}
+    said = [note for note in data.notes if note.startswith("taken as splits: ")]
+    assert len(said) == len(data.notes) == (rests != {"*"})
 
 
 def test_all_three_splits_are_taken_as_they_are(tmp_path: Path) -> None:
@@ -112,10 +114,8 @@ def test_of_several_names_for_a_split_those_that_belong_together_count() -> None
 def test_a_class_may_be_named_as_a_split(tmp_path: Path) -> None:
     data = load(plant(tmp_path, "train", "plane", "test_tube"))
     assert data.classes == ("plane", "test_tube", "train")
-    assert [note for note in data.notes if "taken as a class" in note] == [
-        f"{tmp_path / name} is taken as a class: it holds no class folders"
-        for name in ("test_tube", "train")
-    ]
+    words = "taken as classes, since they hold no class folders: test_tube, train"
+    assert words in data.notes
 
 
 def test_stray_images_beside_class_folders_are_named_and_left_out(tmp_path: Path) -> None:
@@ -231,7 +231,8 @@ def test_the_content_says_what_is_an_image(tmp_path: Path) -> None:
     assert len(data.train) + len(data.test) == 6 + len(files)
     assert data.notes == (
         "left out: 4 files (.txt 2, no suffix 1, .heic 1), "
-        f"the first: {tmp_path / 'b' / 'more.TXT'}",
+        f"the first: {tmp_path / 'b' / 'x.heic'}; pictures in such formats have to be converted, "
+        "to JPEG or PNG",
     )
 
 
@@ -252,8 +253,8 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
     for number in range(5):
         (root / "dog" / f"{number}.png").symlink_to(f"../../src/dog/{number}.png")
     (root / "dog" / "more").symlink_to("../../src/more")
-    (root / "dog" / "again").symlink_to("../../src/more")
     (root / "dog" / "loop").symlink_to("../dog")
+    (root / "dog" / "up").symlink_to("../..")
     data = load(root)
     assert len(data.train) + len(data.test) == 15
     for number in range(2):
@@ -278,18 +279,23 @@ def test_a_folder_that_may_not_be_read_is_not_passed_over(tmp_path: Path) -> Non
     assert "locked" in refusal(tmp_path)
 
 
+@pytest.mark.parametrize("locked", ["a/locked", "b"])
 def test_an_unreadable_folder_counts_as_an_image(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    locked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plant(tmp_path, "a", "b")
-    walk = os.walk
+    plant(tmp_path, "a", "b", "c")
+    (tmp_path / locked).mkdir(exist_ok=True)
+    scan = os.scandir
 
-    def failing(top: Any, onerror: Callable[[OSError], None], **options: Any) -> Any:
-        onerror(PermissionError(13, "Permission denied", str(tmp_path / "a" / "locked")))
-        return walk(top, onerror=onerror, **options)
+    def failing(folder: Any) -> Any:
+        if Path(folder) == tmp_path / locked:
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scan(folder)
 
-    monkeypatch.setattr(os, "walk", failing)
-    assert tmp_path / "a" / "locked" in list_folder(tmp_path / "a").images
+    monkeypatch.setattr(os, "scandir", failing)
+    assert tmp_path / locked in list_folder(tmp_path).images
+    assert f"{tmp_path / locked}: expected an image, found a folder" in refusal(tmp_path)
+    assert len(load(tmp_path, skip_corrupt=True).skipped) == 1
 
 
 def test_classes_are_compared_in_one_unicode_form(tmp_path: Path) -> None:
@@ -319,6 +325,59 @@ def test_what_is_no_folder_of_images_is_named(name: str, alone: bool, tmp_path: 
 
 
 def test_others_are_counted_by_suffix() -> None:
-    paths = [Path(name) for name in ("a.txt", "b.TXT", "c", "d.heic")]
-    assert describe_others(paths) == "4 files (.txt 2, no suffix 1, .heic 1)"
-    assert describe_others(paths[:1]) == "1 file (.txt 1)"
+    paths = [Path(name) for name in ("a.txt", "b.TXT", "c")]
+    assert describe_others(paths) == "left out: 3 files (.txt 2, no suffix 1), the first: a.txt"
+    assert describe_others(paths[:1]) == "left out: 1 file (.txt 1), the first: a.txt"
+
+
+@pytest.mark.parametrize("names", [("train", "test"), ("circle_train", "circle_test")])
+def test_splits_without_class_folders_are_no_classes(
+    names: tuple[str, ...], tmp_path: Path
+) -> None:
+    plant(tmp_path, *names)
+    assert "named as splits, with images in no class folders; --labels FILE" in refusal(tmp_path)
+    (tmp_path / "train.csv").write_text("id,label\n")
+    assert f"--labels {tmp_path / 'train.csv'} can say" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("missing", [None, "dog/test"])
+def test_splits_within_classes_are_refused(missing: str | None, tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        plant(tmp_path / name, "train", "test")
+    if missing:
+        shutil.rmtree(tmp_path / missing)
+    assert "found splits in each of cat, dog; put them the other way round" in refusal(tmp_path)
+
+
+def test_images_outside_of_class_folders_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "1.png").write_bytes(image(1))
+    assert "found 1 image outside of any; --labels FILE" in refusal(tmp_path)
+    plant(tmp_path / "d" / "train", "", count=5)
+    plant(tmp_path / "d" / "train", "a", "b", count=2)
+    plant(tmp_path / "d" / "test", "a", "b", first=100)
+    assert "train: expected class folders, found 5 images outside of any" in refusal(tmp_path / "d")
+
+
+def test_a_second_folder_for_a_split_is_said(tmp_path: Path) -> None:
+    for place, name in enumerate(("train", "test", "my_test_photos")):
+        plant(tmp_path / name, "a", "b", first=60 * place)
+    note = f"left out: {tmp_path / 'my_test_photos'}, 10 images in a second folder for a split"
+    assert note in load(tmp_path).notes
+
+
+def test_classes_that_differ_in_case_only_and_copies_are_said(tmp_path: Path) -> None:
+    plant(tmp_path, "cat", "Cat", "dog")
+    (tmp_path / "dog" / "copy.png").write_bytes((tmp_path / "dog" / "0.png").read_bytes())
+    notes = load(tmp_path, test_fraction=0.01).notes
+    assert "warning: classes whose names differ in case only: Cat, cat" in notes
+    assert "warning: 1 training images are copies of others, to the byte" in notes
+
+
+def test_data_in_a_split_are_named_after_the_folder_above(tmp_path: Path) -> None:
+    plant(tmp_path / "pets" / "test", "a", "b")
+    assert load(tmp_path / "pets" / "test").name == "pets/test"
+
+
+def test_one_class_is_not_enough(tmp_path: Path) -> None:
+    plant(tmp_path, "only")
+    assert "expected at least 2 classes in " in refusal(tmp_path)

@@ -21,7 +21,7 @@ from PIL import Image
 
 from sparsenet.data.dataset import Example, Images
 from sparsenet.data.errors import BadImage, DataError
-from sparsenet.data.images import common_size, read_image, read_images
+from sparsenet.data.images import common_size, drained, read_image, read_images
 from sparsenet.data.preprocessing import Preprocessing, channel_statistics
 from sparsenet.extras import MissingExtra, require
 
@@ -413,7 +413,7 @@ def test_pillows_own_limit_does_not_count_and_is_put_back(
     with suppress(BadImage):
         assert np.array_equal(read_image(content, 8, 3), chw(COLOUR))
     read_images([Example("x", content, 0)], 8, 3, skip_corrupt=True)
-    assert common_size([Example("x", content, 0)]) == (8 if len(content) > 1 else 64)
+    assert drained(common_size([Example("x", content, 0)])) == (8 if len(content) > 1 else 64)
     assert Image.MAX_IMAGE_PIXELS == 10
 
 
@@ -437,7 +437,7 @@ def test_what_is_no_file_is_refused_and_never_waited_for(tmp_path: Path) -> None
         with pytest.raises(BadImage, match=rf"^{path}: .*{found}"):
             read_image(path, 8, 3)
     split = [Example(str(path), path, 0) for path in expected]
-    assert common_size(split) == 64
+    assert drained(common_size(split)) == 64
     assert len(read_images(split, 8, 3, skip_corrupt=True).skipped) == 6
 
 
@@ -521,7 +521,7 @@ def test_filters_of_warnings_are_left_as_they_were() -> None:
 )
 def test_own_size_is_kept_where_all_agree(shapes: list[tuple[int, int]], size: int) -> None:
     examples = [Example("x", encoded(Image.new("L", shape), "PNG"), 0) for shape in shapes]
-    assert common_size([Example("bad", b"?", 0), *examples]) == size
+    assert drained(common_size([Example("bad", b"?", 0), *examples])) == size
 
 
 @settings(max_examples=25, deadline=None)
@@ -562,3 +562,21 @@ def test_missing_package_is_named_with_its_extra() -> None:
     with pytest.raises(MissingExtra, match=r"surely_absent.*pip install '\.\[train\]'"):
         require("surely_absent.part", "train")
     assert issubclass(BadImage, DataError) and issubclass(DataError, ValueError)
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.uint32])
+def test_levels_whose_sign_is_lost_are_refused(kind: Any) -> None:
+    """Pillow takes signed bytes for unsigned ones, and large 32-bit levels for negative ones."""
+    levels = np.array([[-30, 30]] * 2) if kind is np.int8 else np.array([[0, 2**32 - 9]] * 2)
+    bits, sign = np.dtype(kind).itemsize * 8, 2 if kind is np.int8 else 1
+    fields = {256: 2, 257: 2, 258: bits, 259: 1, 262: 1, 277: 1, 278: 2, 339: sign}
+    data = levels.astype(kind).tobytes()
+    offset = 8 + 2 + 12 * (len(fields) + 2) + 4
+    fields |= {273: offset, 279: len(data)}
+    entries = b"".join(
+        tag.to_bytes(2, "little") + b"\x04\0\1\0\0\0" + value.to_bytes(4, "little")
+        for tag, value in sorted(fields.items())
+    )
+    header = b"II*\0\x08\0\0\0" + len(fields).to_bytes(2, "little") + entries + bytes(4)
+    with pytest.raises(BadImage, match=r"expected (unsigned levels of 8 bits|levels below)"):
+        read_image(header + data, 0, 1, "x.tif", (0.0, 4e9))

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import CLASSES, TINY, Call, write_classes, write_image
+from PIL import Image
 
 from sparsenet import checkpoints
 from sparsenet.data.config import DataConfig
@@ -123,7 +124,7 @@ def test_what_was_trained_on_is_not_tested_on(call: Call, grown: Path) -> None:
     assert result["tested_on"] == "held-out"
     found, said = evaluated(call, grown)
     assert (found["split"], found["images"]) == ("held-out", result["images"] + 10)
-    assert said == "sparsenet: warning: since the training, test images are 10 new\n"
+    assert said == "sparsenet: warning: test images have changed since the training: 10 new\n"
     assert (
         call("eval", grown)
         .lines[0]
@@ -165,7 +166,7 @@ def test_a_removed_image_is_named(call: Call, grown: Path) -> None:
         )
         if gone & set(ids.tolist()):
             break
-    assert " and 1 gone" in evaluated(call, grown)[1]
+    assert ", 1 gone" in evaluated(call, grown)[1]
 
 
 def test_other_data_without_splits_are_all_tested(call: Call, tmp_path: Path) -> None:
@@ -250,6 +251,79 @@ def test_a_description_names_number_kind_and_place() -> None:
     assert plain.description == "pets: 3 images"
 
 
+def test_a_test_image_of_another_class_is_named(call: Call) -> None:
+    root = write_classes(Path("d"), images=20)
+    assert call("train", *SHORT, "--batch_size", 8, "--dataset_dir", "d", "--out", "run").code == 0
+    ids = set(Run.open(Path("run")).images()["test.ids"].tolist())
+    data = load_dataset(DataConfig(dataset_dir="d", image_size=8))
+    assert set(data.ids["test"].tolist()) == ids
+    for name in CLASSES:
+        (root / name).rename(root / f"old-{name}")
+    for name, other in zip(CLASSES, reversed(CLASSES), strict=True):
+        (root / f"old-{name}").rename(root / other)
+    said = evaluated(call, "run")[1]
+    words = f"test images have changed since the training: {len(ids)} of another class"
+    assert said == f"sparsenet: warning: {words}\n"
+
+
+def test_the_runs_own_folder_with_other_images_is_refused(call: Call, grown: Path) -> None:
+    for path in Path("d").rglob("*.png"):
+        Image.open(path).save(path, compress_level=1)
+    outcome = call("eval", grown)
+    assert outcome.code == 2
+    assert "expected the images that the run was made with, found none of them" in outcome.error
+    assert evaluated(call, grown, "--dataset_dir", "d")[0]["images"] == 60
+
+
+def test_splits_that_were_drawn_beside_given_ones_are_found_again(call: Call) -> None:
+    """From a run and, as long as the data are the same, from its weights."""
+    write_classes(Path("d/train"), images=20)
+    write_classes(Path("d/test"), images=4, seed=1)
+    target = ("--dataset_dir", "d", "--val_fraction", 0.3, "--out", "run")
+    assert call("train", *SHORT, "--batch_size", 8, *target).code == 0
+    assert call("export", "run", "--format", "safetensors", "--out", "w.safetensors").code == 0
+    kept = Run.open(Path("run")).images()
+    for network, data in (("run", ()), ("w.safetensors", ("--dataset_dir", "d"))):
+        for split in ("train", "val", "test"):
+            found = evaluated(call, network, "--split", split, *data)[0]
+            assert found["images"] == len(kept[f"{split}.ids"])
+
+
+def test_validation_images_that_were_drawn_beside_tested_ones_are_found_again(call: Call) -> None:
+    write_classes(Path("d/train"), images=20)
+    write_classes(Path("d/val"), images=4, seed=1)
+    target = ("--dataset_dir", "d", "--val_fraction", 0.3, "--out", "run")
+    assert call("train", *SHORT, "--batch_size", 8, *target).code == 0
+    kept = Run.open(Path("run")).images()
+    kinds = {"train": "training", "val": "held-out", "test": "validation"}
+    for split, kind in kinds.items():
+        found = evaluated(call, "run", "--split", split)[0]
+        assert (found["images"], found["split"]) == (len(kept[f"{split}.ids"]), kind)
+
+
+def test_training_images_that_are_tested_on_too_stay_training_images(call: Call) -> None:
+    write_classes(Path("d/train"), images=8)
+    Path("d/test").symlink_to("train")
+    target = ("--dataset_dir", "d", "--out", "run")
+    assert call("train", *SHORT, "--batch_size", 8, *target).code == 0
+    found = evaluated(call, "run", "--split", "train")[0]
+    assert found["images"] == 16 and found["split"] == "training"
+    assert "trained on 16 of these images" in evaluated(call, "run")[1]
+
+
+def test_the_result_is_repeated_where_classes_share_images(call: Call) -> None:
+    root = write_classes(Path("d"), ("ant", "bee", "cat"), images=12)
+    for number in range(6):
+        (root / "cat" / f"c{number}.png").write_bytes((root / "ant" / f"{number}.png").read_bytes())
+    target = ("--dataset_dir", "d", "--val_fraction", 0.2, "--out", "run")
+    assert call("train", *SHORT, "--batch_size", 8, *target).code == 0
+    kept = Run.open(Path("run")).images()
+    splits = [set(kept[f"{split}.ids"].tolist()) for split in ("train", "val", "test")]
+    assert not (splits[0] & splits[1] or splits[0] & splits[2] or splits[1] & splits[2])
+    found, said = evaluated(call, "run")
+    assert said == "" and found["images"] == len(kept["test.ids"])
+
+
 # --- resuming ------------------------------------------------------------------------------------
 
 
@@ -297,6 +371,16 @@ def test_a_renamed_image_resumes(call: Call, tmp_path: Path) -> None:
     (root / CLASSES[0] / "3.png").rename(root / CLASSES[0] / "zzz.png")
     outcome = call("train", "--resume", "run", "--max_epoch", 2)
     assert outcome.code == 0
+    write_classes(tmp_path / "same", images=12)
+    arguments = ("--batch_size", 8, "--dataset_dir", tmp_path / "same", "--out", "same-run")
+    assert call("train", *SHORT, *arguments).code == 0
+    assert call("train", "--resume", "same-run", "--max_epoch", 2).code == 0
+    renamed, unchanged = (
+        checkpoints.restore(Path(run, "checkpoints"), "last")[0].tensors
+        for run in ("run", "same-run")
+    )
+    for name, tensor in unchanged.items():
+        assert torch.equal(tensor, renamed[name]), name
 
 
 def test_a_run_of_an_older_version_says_that_it_does_not_know(call: Call, grown: Path) -> None:

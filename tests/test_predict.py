@@ -52,20 +52,23 @@ def names(paths: list[Path], folder: Path) -> list[str]:
 
 def test_a_folder_gives_its_images_sorted_without_hidden_ones(folder: Path) -> None:
     expected = ["a.webp", "b.png", "broken.png", "deep/c.jpg", "deep/er/d.BMP"]
-    assert names(find_images([str(folder)]), folder) == expected
+    assert names(find_images([str(folder)]).images, folder) == expected
 
 
 def test_globs_and_names_keep_the_order_given(folder: Path) -> None:
     (folder / "[1].png").write_bytes((folder / "b.png").read_bytes())
     patterns = [str(folder / p) for p in ("deep/*", "[1].png", "b.*", "**/*.jpg", "nothing*")]
-    found = names(find_images(patterns), folder)
+    found = names(find_images(patterns).images, folder)
     assert found == ["deep/c.jpg", "deep/er/d.BMP", "[1].png", "b.png", "nothing*"]
 
 
 @pytest.mark.parametrize("pattern", ["", "*", "**", "**/*"])
 def test_an_image_that_is_named_several_times_comes_once(folder: Path, pattern: str) -> None:
     (folder / "notes.txt").unlink()
-    found = [path.resolve() for path in find_images([str(folder / pattern), str(folder / "b.png")])]
+    found = [
+        path.resolve()
+        for path in find_images([str(folder / pattern), str(folder / "b.png")]).images
+    ]
     assert sorted(names(list(set(found)), folder)) == sorted(names(found, folder))
     assert set(names(found, folder)) == {
         "a.webp",
@@ -91,7 +94,9 @@ def test_one_bad_file_spoils_no_other(trained: Trained, folder: Path) -> None:
     (folder / "empty").mkdir()
     patterns = ["b.png", "broken.png", "gone.png", "notes.txt", "none/*.png", "empty", "a.webp"]
     found = list(
-        predict(trained, find_images([str(folder / p) for p in patterns]), top=2, batch_size=3)
+        predict(
+            trained, find_images([str(folder / p) for p in patterns]).images, top=2, batch_size=3
+        )
     )
     assert [Path(p.path) for p in found] == [folder / p for p in patterns]
     assert [p.error is None for p in found] == [True, False, False, False, False, False, True]
@@ -108,7 +113,7 @@ def test_one_bad_file_spoils_no_other(trained: Trained, folder: Path) -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 2, 100])
 def test_the_batch_size_changes_nothing(trained: Trained, folder: Path, batch_size: int) -> None:
-    paths = find_images([str(folder)])
+    paths = find_images([str(folder)]).images
     for one, other in zip(
         predict(trained, paths), predict(trained, paths, batch_size=batch_size), strict=True
     ):

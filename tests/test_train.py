@@ -419,7 +419,9 @@ def test_a_batch_size_that_nobody_asked_for_fits_and_is_said(stripes, tmp_path):
     run = Run.create(tmp_path / "run")
     events = list(train(short(stripes, train={"max_epoch": 1}), run))
     assert Message("batches of 15 images, since there are few (--batch_size)") in events
-    assert run.config().train.batch_size == 15 and run.metrics()[0].step == 4
+    assert run.metrics()[0].step == 4
+    assert run.config().train.batch_size == 0  # so that other data have another
+    assert json.loads((run.path / "environment.json").read_text())["batch_size"] == 15
     config = short(stripes, train={"max_epoch": 1, "batch_size": 20})
     assert not [e for e in train(config, Run.create(tmp_path / "two")) if "batches of" in str(e)]
 
@@ -455,8 +457,9 @@ def test_reading_is_told_and_can_be_stopped(stripes, tmp_path, monkeypatch):
     run = Run.create(tmp_path / "run")
     config = short(stripes, train={"max_epoch": 1})
     events = list(train(config, run, should_stop=lambda: "SIGINT"))
-    assert events == [Reading("train", 1, 60), Stopped("SIGINT", saved=False)]
+    assert events == [Reading("sizes", 1, 60), Stopped("SIGINT", saved=False)]
     assert not run.is_described
     read = [event for event in train(config, run) if isinstance(event, Reading)]
-    expected = [("train", n, 60) for n in range(1, 61)] + [("test", n, 90) for n in range(1, 91)]
+    work = {"sizes": 60, "train": 60, "test": 90}
+    expected = [(name, n, total) for name, total in work.items() for n in range(1, total + 1)]
     assert [dataclasses.astuple(event) for event in read] == expected

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from sparsenet.data.config import DataConfig
+from sparsenet.data.errors import shortened, unreadable
 from sparsenet.data.load import load_dataset
 from sparsenet.device import choose_device, computes_in_bf16
 from sparsenet.environment import Environment, environment
@@ -44,7 +46,9 @@ class DataSummary:
     classes: tuple[str, ...]
     train: int  # images
     test: int
+    tested_on: str  # what the test images are: "test", "validation" or "held-out"
     shape: tuple[int, ...]  # (C, H, W)
+    notes: tuple[str, ...]  # what was left out, and what was taken for what
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,8 @@ class MachineReport:
     data: DataSummary | None
 
 
-def check(dataset_dir: str = "", measure: bool = False) -> MachineReport:
-    """Looks at the machine and, where one is named, at a data folder.
+def check(data: DataConfig | None = None, measure: bool = False) -> MachineReport:
+    """Looks at the machine and, where some is named, at data.
 
     What ``auto`` goes by is measured where that has not been done, and with *measure* anew.
     Raises ``ValueError`` for data that cannot be read.
@@ -76,14 +80,21 @@ def check(dataset_dir: str = "", measure: bool = False) -> MachineReport:
         implementations=reasons,
         auto={name: _auto_choices(device, measure) for name, device in devices.items()},
         extras=missing_packages(),
-        data=_summarise_data(dataset_dir) if dataset_dir else None,
+        data=_summarise_data(data) if data else None,
     )
 
 
-def _summarise_data(folder: str) -> DataSummary:
-    data = load_dataset(DataConfig(dataset_dir=folder))
-    shape = tuple(data.train.pixels.shape[1:])
-    return DataSummary(data.name, data.classes, len(data.train), len(data.test), shape)
+def _summarise_data(config: DataConfig) -> DataSummary:
+    data = load_dataset(dataclasses.replace(config, skip_corrupt=True))
+    return DataSummary(
+        name=data.name,
+        classes=data.classes,
+        train=len(data.train),
+        test=len(data.test),
+        tested_on=data.tested_on,
+        shape=tuple(data.train.pixels.shape[1:]),
+        notes=(*data.notes, *unreadable(data.skipped)),
+    )
 
 
 def _precisions(device: torch.device) -> list[str]:
@@ -137,9 +148,10 @@ def lines(report: MachineReport) -> Iterator[str]:
         yield f"extra '{extra}': {lacks if missing else 'installed'}"
     if data := report.data:
         yield (
-            f"data {data.name}: {data.train} training and {data.test} test images, "
-            f"{len(data.classes)} classes, {data.shape}"
+            f"data {data.name}: {data.train} training and {data.test} {data.tested_on} images, "
+            f"{len(data.classes)} classes ({shortened(data.classes)}), {data.shape}"
         )
+        yield from data.notes
 
 
 def _lines_of_choices(device: str, auto: AutoChoices) -> Iterator[str]:

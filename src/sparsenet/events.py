@@ -18,7 +18,7 @@ class Message:
 class Reading:
     """Images are being read, before training begins."""
 
-    split: str
+    split: str  # or "sizes", which are looked at first
     done: int  # images
     total: int
 

@@ -272,7 +272,9 @@ def _add_report(commands: Any) -> None:
 
 def _add_check(commands: Any) -> None:
     check = commands.add_parser("check", help="what this machine offers, and what is fastest on it")
-    check.add_argument("--dataset_dir", default="", help="data to look at")
+    for name in POINTERS:
+        text = f"data to look at, as for train: {_help_of(name)}"
+        check.add_argument(f"--{name}", default="", help=text)
     text = "time the implementations anew, for auto; leave the machine alone meanwhile"
     check.add_argument("--measure", action="store_true", help=text)
     _add_json(check)
@@ -292,7 +294,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", default="", help=text)
     _add_limit(parser)
     text = "train, val or test; default: test, else val, else what was not trained on"
-    parser.add_argument("--split", type=_split, default="", help=text)
+    parser.add_argument("--split", type=_split, default=None, help=text)
 
 
 def _add_limit(parser: argparse.ArgumentParser) -> None:

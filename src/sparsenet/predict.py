@@ -20,7 +20,7 @@ from sparsenet.data.config import DataConfig
 from sparsenet.data.dataset import Example
 from sparsenet.data.errors import BadImage
 from sparsenet.data.images import read_image, read_images
-from sparsenet.data.tree import list_folder
+from sparsenet.data.tree import Listing, list_folder
 from sparsenet.trained import Trained
 from sparsenet.validation import printable
 
@@ -47,22 +47,25 @@ class Prediction:
         return f"{printable(self.path)}: {shown}"
 
 
-def find_images(patterns: Sequence[str]) -> list[Path]:
-    """The image files that files, folders and globs (``**`` goes deep) name, in the order given.
+def find_images(patterns: Sequence[str]) -> Listing:
+    """The images that files, folders and globs (``**`` goes deep) name, in the order given.
 
     A folder gives every image in it and below (``sparsenet.data.tree``), sorted. An image that is
     named several times comes once. A pattern that names nothing stays in the list as it is, so that
-    ``predict`` reports it in its place.
+    ``predict`` reports it in its place. What folders hold besides are the listing's *others*.
     """
     images: list[Path] = []
+    others: list[Path] = []
     for pattern in patterns:
         path = os.path.expanduser(pattern)
         matches = [path] if os.path.lexists(path) else sorted(glob.glob(path, recursive=True))
         named: list[Path] = []
         for match in map(Path, matches):
-            named += list_folder(match).images if os.path.isdir(match) else [match]
+            listing = list_folder(match) if os.path.isdir(match) else Listing((match,))
+            named += listing.images
+            others += listing.others
         images += named or [Path(path)]
-    return list(dict.fromkeys(images))
+    return Listing(tuple(dict.fromkeys(images)), tuple(dict.fromkeys(others)))
 
 
 def predict(

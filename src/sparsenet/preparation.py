@@ -15,7 +15,7 @@ from sparsenet import __version__
 from sparsenet.arithmetic import Arithmetic, choose_arithmetic, explain
 from sparsenet.config import RunConfig, TrainConfig, recipe
 from sparsenet.data.dataset import Dataset
-from sparsenet.data.errors import shortened
+from sparsenet.data.errors import shortened, unreadable
 from sparsenet.data.identity import record
 from sparsenet.data.load import loading_dataset
 from sparsenet.data.preprocessing import Preprocessing, channel_statistics
@@ -140,8 +140,7 @@ def introduce(setup: Setup, previous: Arithmetic) -> Iterator[str]:
         yield f"the data has no test split: {held_out}"
     elif data.tested_on == "validation":
         yield "the data has no test split: the validation images are tested on"
-    if data.skipped:
-        yield f"left out: {len(data.skipped)} unreadable images, the first: {data.skipped[0]}"
+    yield from unreadable(data.skipped)
     settings = setup.config.train
     if not setup.asked.train.batch_size and settings.batch_size < BATCH_SIZE:
         yield f"batches of {settings.batch_size} images, since there are few (--batch_size)"

@@ -165,9 +165,12 @@ def _rate_jump(state: TrainingState, now: RunConfig, before: RunConfig) -> list[
 def _check_data(checkpoint: Checkpoint, steps: int, setup: Setup, run: Run) -> None:
     data, about = setup.data, checkpoint.manifest.about
     if about["classes"] != list(data.classes):
+        before, now = about["classes"], list(data.classes)
+        lost, new = ([c for c in a if c not in b] for a, b in ((before, now), (now, before)))
+        change = ", ".join([*(f"-{name}" for name in lost), *(f"+{name}" for name in new)][:6])
         raise RunError(
-            f"{checkpoint.path}: expected the {len(about['classes'])} classes it was trained on, "
-            f"found {len(data.classes)} classes in the data"
+            f"{checkpoint.path}: expected the {len(before)} classes it was trained on, "
+            f"found {len(now)} classes in the data ({change or 'in another order'})"
         )
     expected = f"{checkpoint.path}: expected the images it was trained on"
     if "data" in about and about["data"] != setup.about["data"]:

@@ -16,7 +16,7 @@ from sparsenet.capture import Captures
 from sparsenet.conclusion import conclude
 from sparsenet.config import RunConfig
 from sparsenet.data.dataset import Images
-from sparsenet.data.identity import to_tensors
+from sparsenet.data.identity import in_order, to_tensors
 from sparsenet.data.sampling import Batches, batch_ends, plan_epoch, resized, stream, training_size
 from sparsenet.device import traits
 from sparsenet.environment import environment
@@ -38,6 +38,7 @@ from sparsenet.state import TrainingState, new_state, restore
 from sparsenet.step import TrainingStep
 
 TIME_LIMIT = "the time limit"
+FEWEST_BATCHES = 8  # that statistics are computed from, where there are as many
 FEW_STEPS = 100  # after which running statistics and averages are those of the weights
 LOOK_EVERY = 1.0  # seconds between looks at the loss where a look makes the device wait
 
@@ -62,6 +63,8 @@ def train(
     setup = yield from _prepared(config, previous, should_stop)
     if setup is None:
         return
+    if resume:
+        setup = dataclasses.replace(setup, data=in_order(setup.data, run.images()))
     state = new_state(setup)
     restored = restore(state, setup, run) if resume else []  # refused before writing
     _describe(run, setup)
@@ -190,6 +193,7 @@ def _settle_statistics(setup: Setup, state: TrainingState) -> None:
         return
     train, images, seed = setup.config.train, setup.data.train, setup.config.train.seed
     order = torch.randperm(len(images), generator=stream(seed, "statistics", state.step))
+    order = order[: max(state.step, FEWEST_BATCHES) * train.batch_size]  # no longer than training
     if setup.config.network.dropout:
         torch.manual_seed(stream(seed, "statistics", state.step).initial_seed())
     recompute_statistics(

@@ -6,8 +6,10 @@ import argparse
 
 from sparsenet.check import check, lines
 from sparsenet.commands.common import print_result
+from sparsenet.data.config import POINTERS, DataConfig
 
 
 def run(args: argparse.Namespace) -> int:
-    report = check(args.dataset_dir, args.measure)
+    given = {name: getattr(args, name) for name in POINTERS if getattr(args, name)}
+    report = check(DataConfig(**given) if given else None, args.measure)
     return print_result(report, lines(report), args.json)

@@ -35,7 +35,7 @@ def load_images(args: argparse.Namespace, trained: Trained) -> Selection:
     ids = Run.open(trained.path).images() if trained.path.is_dir() else {}
     own = not any(getattr(args, name) for name in POINTERS)
     known = Known(ids, trained.about.data, own)
-    selection = select_images(_data_config(args, trained), args.split, trained.classes, known)
+    selection = select_images(_data_config(args, trained), args.split or "", trained.classes, known)
     for note in selection.notes:
         print(f"sparsenet: {note}", file=sys.stderr)
     return selection

@@ -13,6 +13,7 @@ from sparsenet.evaluate import evaluate
 from sparsenet.export.onnx import Exported
 from sparsenet.export.runtimes import Runtime
 from sparsenet.ops import dispatch
+from sparsenet.run import Run
 from sparsenet.weights import Measured
 
 
@@ -31,6 +32,7 @@ class EvaluationReport:
     images: int
     split: str  # "training", "validation", "test", "held-out", or nothing where data has no splits
     place: str  # where they lie
+    notes: tuple[str, ...]  # about them
     seconds: float
     class_errors: dict[str, float | None]  # ``None``: no image of the class
     stated_error: float | None  # what a weights file says of itself
@@ -40,11 +42,15 @@ def run(args: argparse.Namespace) -> int:
     """Evaluates a run's network on its test images."""
     runtime = _runtime(args)
     device = choose_device("cpu" if runtime else args.device)
+    trained = load_network(args, device)
     if runtime:
         precision = runtime.precision
     else:
-        precision = dispatch.choose_precision(args.precision, device, training=False)
-    trained = load_network(args, device)
+        asked = args.precision
+        of_run = Run(trained.path).arithmetic().precision
+        if asked == "auto" and of_run == "fp32":  # as its own result was computed
+            asked = of_run
+        precision = dispatch.choose_precision(asked, device, training=False)
     data = load_images(args, trained)
     pixels = data.images.pixels[: args.batch_size]
     model = Exported(trained, runtime, pixels) if runtime else trained.model
@@ -65,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
         images=evaluation.images,
         split=data.kind,
         place=data.place,
+        notes=data.notes,
         seconds=evaluation.seconds,
         class_errors=evaluation.class_errors(trained.classes),
         stated_error=stated.error if stated else None,

@@ -7,6 +7,7 @@ import json
 import sys
 
 from sparsenet.commands.common import load_network, stored_data
+from sparsenet.data.tree import describe_others
 from sparsenet.device import choose_device
 from sparsenet.predict import find_images, predict
 
@@ -14,9 +15,11 @@ from sparsenet.predict import find_images, predict
 def run(args: argparse.Namespace) -> int:
     trained = load_network(args, choose_device(args.device))
     predictions = []
-    images = find_images(args.images)
+    found = find_images(args.images)
+    if found.others:
+        print(f"sparsenet predict: {describe_others(found.others)}", file=sys.stderr)
     limit = args.max_megapixels or stored_data(trained).max_megapixels
-    for prediction in predict(trained, images, args.top, args.batch_size, limit):
+    for prediction in predict(trained, found.images, args.top, args.batch_size, limit):
         predictions.append(prediction)
         if args.json:
             continue

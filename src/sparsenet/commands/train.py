@@ -74,7 +74,8 @@ def _new_run(args: argparse.Namespace) -> tuple[Run, RunConfig]:
         base = presets.preset(args.preset)
     elif not args.config:
         data = getattr(args, "dataset", "auto"), getattr(args, "dataset_dir", "")
-        base = presets.preset(presets.preset_for(*data))
+        labelled = getattr(args, "labels", "")
+        base = presets.preset("short" if labelled else presets.preset_for(*data))
     config = _with_settings(args, base)
     return Run.create(Path(args.out) if args.out else _default_folder(config)), config
 

@@ -110,7 +110,8 @@ class DataConfig:
         """
         new = dict(given)
         if given.keys() & {"dataset", "dataset_dir", "labels"}:
-            new = {"dataset_name": "", "labels": "", **new}
+            other = ("dataset_name", "labels", "image_column", "label_column")
+            new = {**dict.fromkeys(other, ""), **new}
         kind = given.get("dataset", self.dataset)
         if given.get("dataset_dir") and "dataset" not in given and not lies_in_folder(kind):
             new["dataset"] = "auto"

@@ -13,7 +13,7 @@ from unicodedata import normalize
 
 from sparsenet.data.config import DataConfig
 from sparsenet.data.dataset import Example, Source
-from sparsenet.data.errors import DataError, decoding
+from sparsenet.data.errors import DataError, decoding, shortened
 from sparsenet.data.splits import SPLITS, split_of
 from sparsenet.data.tree import list_folder
 
@@ -42,13 +42,12 @@ def read_csv_labels(root: Path, config: DataConfig) -> Source | None:
     split, splits = _split_column(table, {image, *same, config.label_column})
     others = [name for name in table.columns if name and name not in {image, split, *same}]
     label, labels = _labels(table, others, config.label_column)
-    notes = []
-    if len(others) > 1 or same:
-        notes = [f"{table.path.name}: images from column {image}, classes from {label}"]
-    rows, more = _rows(table, images.find_all(table, image), labels, splits, config.skip_corrupt)
+    notes = [_used_columns(table, image, label, split)]
+    paths = images.find_all(table, image)
+    rows, more = _rows(table, image, paths, labels, splits, config.skip_corrupt)
     notes += more
     if rest := len(images.paths) - len(rows):
-        notes.append(f"images without a line in {table.path.name}: {rest}, left out")
+        notes.append(f"left out: {rest} images without a line in {table.path.name}")
     classes = tuple(sorted({row.label for row in rows}))
     number = {name: number for number, name in enumerate(classes)}
     examples: dict[str, list[Example]] = {name: [] for name in SPLITS}
@@ -56,6 +55,14 @@ def read_csv_labels(root: Path, config: DataConfig) -> Source | None:
         examples[row.split].append(Example(str(row.path), row.path, number[row.label]))
     found = {name: part for name, part in examples.items() if part}
     return Source(root.resolve().name, classes, 3, found, tuple(notes), is_table=True)
+
+
+def _used_columns(table: _Table, image: str, label: str, split: str) -> str:
+    """A line that says what was taken from which column."""
+    splits = f", splits from {split}" if split else ""
+    used = f"{table.path.name}: images from column {image}, classes from {label}{splits}"
+    others = [name for name in table.columns if name and name not in {image, label, split}]
+    return used if not others or ", " in label else f"{used}; not used: {shortened(others)}"
 
 
 # --- the table ------------------------------------------------------------------------------------
@@ -166,11 +173,11 @@ def _image_column(table: _Table, images: _Images, config: DataConfig) -> tuple[s
     for name in table.columns:
         if "." in name and images.find(name):
             raise DataError(f"{table.path} line 1: expected names of columns, found image {name!r}")
-    found = {
-        name: [tuple(images.find(cell)) for cell in cells]
-        for name, cells in table.columns.items()
-        if name and name != config.label_column
-    }
+    found = {}
+    for name, cells in table.columns.items():
+        if name and name != config.label_column:
+            named = {cell: tuple(images.find(cell)) for cell in set(cells)}
+            found[name] = [named[cell] for cell in cells]
     counts = {name: len({paths for paths in column if paths}) for name, column in found.items()}
     best = max(counts, key=lambda name: counts[name])
     rivals = {name for name, count in counts.items() if count and 2 * count > counts[best]} - {best}
@@ -255,15 +262,20 @@ class _Row(NamedTuple):
 
 
 def _rows(
-    table: _Table, found: list[Path | None], labels: list[str], splits: list[str], skip: bool
+    table: _Table,
+    image: str,
+    found: list[Path | None],
+    labels: list[str],
+    splits: list[str],
+    skip: bool,
 ) -> tuple[list[_Row], list[str]]:
     """The image, class and split of each row, each image once, and notes on those left out."""
     missing = [row for row, path in enumerate(found) if path is None]
     if missing and (not skip or len(missing) == len(found)):
+        names = "names none" if len(missing) == 1 else f"and {len(missing) - 1} others name none"
         raise DataError(
-            f"{table.where(missing[0])}: expected the name of an image below --dataset_dir, found "
-            f"none of this name ({len(missing)} such of {len(found)} lines); "
-            "--skip_corrupt leaves such lines out"
+            f"{table.where(missing[0])}: expected an image below --dataset_dir, found that "
+            f"{table.columns[image][missing[0]]!r} {names}; --skip_corrupt leaves such lines out"
         )
     first: dict[Path, int] = {}
     for row, path in enumerate(found):
@@ -271,14 +283,17 @@ def _rows(
             continue
         before = first.setdefault(path, row)
         if (labels[row], splits[row]) != (labels[before], splits[before]):
+            first_said, now_said = (
+                f"{labels[each]!r}" + f" in {splits[each]}" * (splits[before] != splits[row])
+                for each in (before, row)
+            )
             raise DataError(
-                f"{table.where(row)}: expected {labels[before]!r} in {splits[before]} for "
-                f"{path.name} as in line {table.lines[before]}, "
-                f"found {labels[row]!r} in {splits[row]}"
+                f"{table.where(row)}: expected {first_said} for {path} as in line "
+                f"{table.lines[before]}, found {now_said}"
             )
     notes = []
     if missing:
-        notes.append(f"lines of {table.path.name} whose image is missing: {len(missing)}, left out")
+        notes.append(f"left out: {len(missing)} lines of {table.path.name} whose image is missing")
     if repeated := len(found) - len(missing) - len(first):
         notes.append(f"lines of {table.path.name} that repeat another: {repeated}, taken once")
     return [_Row(path, labels[row], splits[row]) for path, row in first.items()], notes

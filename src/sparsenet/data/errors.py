@@ -41,6 +41,14 @@ def shortened(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + ", …" * (len(names) > 5)
 
 
+def unreadable(skipped: Sequence[str]) -> tuple[str, ...]:
+    """A line about images that were left out, of which *skipped* say what is wrong; or none."""
+    if not skipped:
+        return ()
+    images = "1 unreadable image" if len(skipped) == 1 else f"{len(skipped)} unreadable images"
+    return (f"left out: {images}, the first: {skipped[0]}",)
+
+
 def reason(error: BaseException) -> str:
     """The message of *error*, or its type where it has none."""
     return str(error) or type(error).__name__

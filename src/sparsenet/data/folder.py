@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import unicodedata
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from sparsenet.data.config import DataConfig
 from sparsenet.data.dataset import Example, Source
-from sparsenet.data.errors import DataError
+from sparsenet.data.errors import DataError, shortened
 from sparsenet.data.splits import find_splits, split_of
 from sparsenet.data.tree import Listing, describe_others, is_visible, list_folder
 from sparsenet.data.unreadable import name_what_it_is
@@ -22,6 +24,28 @@ class Tree:
     path: Path
     straight: Listing
     below: Mapping[str, Listing]  # by the names of its visible folders, sorted
+
+    @classmethod
+    def of(cls, path: Path, listing: Listing) -> Tree:
+        """The tree of a folder of which *listing* is all that lies in and below it."""
+        depth = len(path.parts)
+        parts: dict[str, tuple[list[Path], list[Path]]] = {}
+        parts |= {name: ([], []) for name in _folders(path)}
+        straight: tuple[list[Path], list[Path]] = ([], [])
+        for place, paths in enumerate((listing.images, listing.others)):
+            for each in paths:
+                inner = parts.get(each.parts[depth]) if len(each.parts) > depth else None
+                (straight if inner is None else inner)[place].append(each)
+        below = {name: Listing(tuple(a), tuple(b)) for name, (a, b) in parts.items()}
+        return cls(path, Listing(tuple(straight[0]), tuple(straight[1])), below)
+
+    def inner(self, name: str) -> Tree:
+        """The tree of one of its folders."""
+        return Tree.of(self.path / name, self.below[name])
+
+    def count(self, name: str) -> int:
+        """The number of images in one of its folders."""
+        return len(self.below[name].images)
 
     @property
     def filled(self) -> list[str]:
@@ -39,6 +63,13 @@ class Tree:
         return self.in_folders > len(self.straight.images)
 
 
+def _folders(path: Path) -> list[str]:
+    """The names of the visible folders in *path*, sorted; none where it may not be read."""
+    with suppress(OSError), os.scandir(path) as entries:
+        return sorted(each.name for each in entries if is_visible(each.name) and each.is_dir())
+    return []
+
+
 def read_folder(root: Path, config: DataConfig) -> Source:
     """The images below *root*; classes are the sorted names of folders, in Unicode's NFC.
 
@@ -52,7 +83,7 @@ def read_folder(root: Path, config: DataConfig) -> Source:
         found = name_what_it_is(root) or f"{root}, a file that is none of these"
         raise DataError(f"--dataset_dir: expected a folder or a parquet file, found {found}")
     notes: list[str] = []
-    tree = _entered(root, notes)
+    tree = _entered(Tree.of(root, list_folder(root)), notes)
     splits = _split_trees(tree, notes)
     if not splits:
         _refuse_unnamed_splits(tree)
@@ -76,18 +107,11 @@ def read_folder(root: Path, config: DataConfig) -> Source:
     )
 
 
-def _tree(path: Path) -> Tree:
-    folders = sorted(each for each in path.iterdir() if is_visible(each.name) and each.is_dir())
-    below = {each.name: list_folder(each) for each in folders}
-    return Tree(path, list_folder(path, deep=False), below)
-
-
-def _entered(root: Path, notes: list[str]) -> Tree:
-    """The tree of *root*, or of the folder that is all that *root* and the like hold."""
-    tree = _tree(root)
+def _entered(tree: Tree, notes: list[str]) -> Tree:
+    """*tree*, or that of the folder which is all that it and the like hold."""
     while len(tree.below) == 1 and not tree.straight.images:
         (name,) = tree.below
-        inner = _tree(tree.path / name)
+        inner = tree.inner(name)
         # A lone split or class folder is not one that was packed once more.
         is_split = split_of(name) and not any(map(split_of, inner.below))
         if not inner.below or inner.straight.images or (is_split and name != tree.path.name):
@@ -99,39 +123,56 @@ def _entered(root: Path, notes: list[str]) -> Tree:
 
 def _split_trees(tree: Tree, notes: list[str]) -> dict[str, Tree]:
     """The folders of *tree* that are splits; none where it holds class folders itself."""
-    named = {name: _entered(tree.path / name, notes) for name in tree.below if split_of(name)}
-    found = find_splits((name for name, each in named.items() if each.has_classes), str(tree.path))
-    splits = {split: named[name] for split, name in found.items()}
+    named = {name: _entered(tree.inner(name), notes) for name in tree.below if split_of(name)}
+    names = find_splits((name for name, each in named.items() if each.has_classes), str(tree.path))
+    splits = {split: named[name] for split, name in names.items()}
+    others = [name for name in tree.filled if name not in names.values()]
     if not splits:
-        as_classes = [name for name in named if name in tree.filled]
-        if len(as_classes) > 1 and as_classes == tree.filled:
-            listed = ", ".join(as_classes[:5])
-            raise DataError(
-                f"{tree.path}: expected class folders, or splits that hold some, found {listed}, "
-                f"named as splits, with images in no class folders; {_how_to_label(tree)}"
-            )
-        if as_classes:
-            names = " and ".join(as_classes)
-            notes.append(f"taken as classes, as they hold no class folders: {names}")
+        _check_classes_named_as_splits(tree, [name for name in others if name in named], notes)
         return {}
-    others = [name for name in tree.filled if name not in found.values()]
-    unlabelled = [name for name in others if name in named]
-    unknown = [name for name in others if name not in named]
-    if unknown and not {"train", "test"} <= splits.keys() and not {"train", "val"} <= splits.keys():
-        rest = ", ".join(f"{name} ({len(tree.below[name].images)} images)" for name in unknown)
+    _refuse_ambiguous(tree, splits, others)
+    for name in others:
+        reason = "in a folder that is no split"
+        if name in named:
+            doubled = named[name].has_classes
+            reason = "in a second folder for a split" if doubled else "in no class folders"
+        notes.append(f"left out: {tree.path / name}, {_images(tree.count(name))} {reason}")
+    if any(split_of(name) != (split, "*") for split, name in names.items()):
+        taken = ", ".join(f"{name} as {split}" for split, name in names.items())
+        notes.append(f"taken as splits: {taken}")
+    return _without_foreign_tests(splits, notes)
+
+
+def _check_classes_named_as_splits(tree: Tree, names: list[str], notes: list[str]) -> None:
+    """Says that class folders are named as splits are; ``DataError`` where all of them are."""
+    if len(names) > 1 and names == tree.filled:
+        raise DataError(
+            f"{tree.path}: expected class folders, or splits that hold some, found "
+            f"{shortened(names)}, named as splits, with images in no class folders; "
+            f"{_how_to_label(tree)}"
+        )
+    if names:
+        notes.append(f"taken as classes, since they hold no class folders: {', '.join(names)}")
+
+
+def _refuse_ambiguous(tree: Tree, splits: Mapping[str, Tree], others: list[str]) -> None:
+    """Raises ``DataError`` where *others*, which are no splits, may be what is missing."""
+    for name in others:
+        meaning = split_of(name)
+        if meaning and meaning[0] == "train" and "train" not in splits:
+            count = len(tree.inner(name).straight.images)
+            raise DataError(
+                f"{tree.path / name}: expected class folders, found {_images(count)} outside of "
+                f"any; {_how_to_label(tree)}"
+            )
+    unknown = [f"{name} ({_images(tree.count(name))})" for name in others if not split_of(name)]
+    if unknown and not ("train" in splits and len(splits) > 1):
         first = next(iter(splits.values())).path
         raise DataError(
             f"{tree.path}: expected splits (train, test) or class folders, found {first.name} "
-            f"with class folders beside {rest}; name splits train, val and test, or give "
-            f"--dataset_dir {first}"
+            f"with class folders beside {shortened(unknown)}; name splits train, val and test, "
+            f"or give --dataset_dir {first}"
         )
-    for name in unlabelled:
-        count = len(tree.below[name].images)
-        notes.append(f"left out: {tree.path / name}, {count} images in no class folders")
-    for name in unknown:
-        count = len(tree.below[name].images)
-        notes.append(f"left out: {tree.path / name}, {count} images in a folder that is no split")
-    return _without_foreign_tests(splits, notes)
 
 
 def _how_to_label(tree: Tree) -> str:
@@ -156,19 +197,26 @@ def _without_foreign_tests(splits: dict[str, Tree], notes: list[str]) -> dict[st
 
 
 def _refuse_unnamed_splits(tree: Tree) -> None:
-    """Raises ``DataError`` where the folders of *tree* hold no images but the same folders."""
-    inner = [_tree(tree.path / name) for name in tree.filled]
-    names = {tuple(each.filled) for each in inner}
-    if len(inner) < 2 or len(names) > 1 or any(each.straight.images for each in inner):
+    """Raises ``DataError`` where the folders of *tree* hold no images but folders as splits have.
+
+    These are the same folders in all of them, or splits within each class.
+    """
+    inner = [tree.inner(name) for name in tree.filled]
+    if len(inner) < 2 or any(each.straight.images for each in inner):
         return
-    (shared,) = names
-    if len(shared) < 2:
-        return
-    raise DataError(
-        f"{tree.path}: expected class folders, found {', '.join(tree.filled)} with the same "
-        f"folders ({', '.join(shared[:5])}), as splits have; name splits train, val and test, or "
-        "put the images of a class straight into its folder"
-    )
+    listed = shortened(tree.filled)
+    if all(all(map(split_of, each.filled)) for each in inner):
+        raise DataError(
+            f"{tree.path}: expected splits with class folders in them, found splits in each of "
+            f"{listed}; put them the other way round, as train/{tree.filled[0]}"
+        )
+    shared = inner[0].filled
+    if len(shared) > 1 and all(each.filled == shared for each in inner):
+        raise DataError(
+            f"{tree.path}: expected class folders, found {listed} with the same folders "
+            f"({shortened(shared)}), as splits have; name splits train, val and test, or put the "
+            "images of a class straight into its folder"
+        )
 
 
 def _what_else(tree: Tree) -> str:
@@ -183,7 +231,8 @@ def _what_else(tree: Tree) -> str:
 def _name(root: Path) -> str:
     """The name of the data: that of its folder, and of the one above where that is a split's."""
     path = root.resolve()
-    return f"{path.parent.name}/{path.name}" if split_of(path.name) else path.name
+    meaning = split_of(path.name)
+    return f"{path.parent.name}/{path.name}" if meaning and meaning[1] == "*" else path.name
 
 
 def _nfc(name: str) -> str:
@@ -206,8 +255,8 @@ def _examples(tree: Tree, classes: list[str], train: Path) -> list[Example]:
     """The images of a split, whose classes must be among those in the folder *train*."""
     present, folders = _classes(tree)
     if unknown := sorted(set(present) - set(classes)):
-        expected = f"the classes of {train} ({', '.join(classes[:5])}{', …' * (len(classes) > 5)})"
-        raise DataError(f"{tree.path}: expected {expected}, found also {', '.join(unknown[:5])}")
+        expected = f"the classes of {train} ({shortened(classes)})"
+        raise DataError(f"{tree.path}: expected {expected}, found also {shortened(unknown)}")
     return [
         Example(str(path), path, label)
         for label, name in enumerate(classes)

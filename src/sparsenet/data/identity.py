@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -32,11 +32,20 @@ class Labelled(NamedTuple):
         return ", ".join(names[:5]) + more
 
 
+def copies(part: Labelled) -> int:
+    """The number of images that come after another of the same bytes and class."""
+    return len(part.ids) - len(_distinct(part))
+
+
 def repeated(part: Labelled) -> int:
-    """The number of images that are in several classes."""
-    pairs = torch.stack([part.ids, part.images.labels], 1).unique(dim=0)
-    _, counts = pairs[:, 0].unique(return_counts=True)
+    """The number of images that are in several classes, their copies not counted."""
+    _, counts = _distinct(part)[:, 0].unique(return_counts=True)
     return int(counts[counts > 1].sum())
+
+
+def _distinct(part: Labelled) -> Tensor:
+    rows: Tensor = torch.stack([part.ids, part.images.labels], 1).unique(dim=0)
+    return rows
 
 
 @dataclass(frozen=True)
@@ -72,8 +81,30 @@ def to_tensors(data: Dataset) -> dict[str, Tensor]:
     }
 
 
+def in_order(data: Dataset, before: Mapping[str, Tensor]) -> Dataset:
+    """*data* with its training images in the order of *before* (``to_tensors``), if they are those.
+
+    Files that were renamed come in another order.
+    """
+    now = to_tensors(data)
+    if "train.ids" not in before or len(before["train.ids"]) != len(now["train.ids"]):
+        return data
+    old, new = (
+        np.lexsort([tensors["train.labels"].numpy(), tensors["train.ids"].numpy()])
+        for tensors in (before, now)
+    )
+    index = torch.empty(len(old), dtype=torch.int64)
+    index[torch.from_numpy(old)] = torch.from_numpy(new)
+    if not torch.equal(now["train.ids"][index], before["train.ids"]):
+        return data
+    train = data.train[index.to(data.train.labels.device)]
+    return replace(data, train=train, ids={**data.ids, "train": data.ids["train"][index]})
+
+
 def differences(before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> str:
     """What distinguishes the images of now from those before, both as ``to_tensors`` gives them."""
+    if not before:
+        return "which they were is no longer recorded"
     old, new = _by_id(before), _by_id(now)
     common = old.keys() & new.keys()
     counts = {

@@ -183,11 +183,15 @@ def _read_all(
         yield from zip(wave, chain.from_iterable(pool.map(read_part, parts)), strict=True)
 
 
-def common_size(split: Split) -> int:
-    """The images' own size where all have one square size of at most 224 pixels, else 64."""
+def common_size(split: Split) -> Generator[int, None, int]:
+    """The images' own size where all have one square size of at most 224 pixels, else 64.
+
+    It yields how many images it has looked at so far.
+    """
     sizes: set[tuple[int, int]] = set()
     with limits_of_our_own():
-        for example in split:
+        for number, example in enumerate(split, 1):
+            yield number
             # A corrupt image is reported when it is decoded.
             with suppress(BadImage), opened(example) as image:
                 sizes.add(image.size)

@@ -8,19 +8,21 @@ from collections import Counter
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from sparsenet.data.config import DataConfig
 from sparsenet.data.dataset import Dataset, Source
-from sparsenet.data.errors import DataError, reason
-from sparsenet.data.identity import Labelled, repeated
+from sparsenet.data.errors import DataError, reason, shortened
+from sparsenet.data.identity import Labelled, copies, repeated
 from sparsenet.data.images import Decoded, common_size, drained, reading_images
 from sparsenet.data.registry import KINDS, DatasetKind, resolve
 from sparsenet.data.sampling import hold_out
 from sparsenet.events import Reading
 from sparsenet.validation import printable
 
+T = TypeVar("T")
 TELL_EVERY = 0.1  # seconds between two words on how far the reading has come
 
 
@@ -39,7 +41,8 @@ def loading_dataset(config: DataConfig) -> Generator[Reading, None, Dataset]:
     with one_line():
         source = find(config)
         _check_training(source)
-        size = config.image_size or common_size(source.splits["train"])
+        train = source.splits["train"]
+        size = config.image_size or (yield from told("sizes", len(train), common_size(train)))
         channels = config.in_chans or source.channels
         names = sorted(source.splits, key="train".__ne__)  # whose greys set the scale, first
         parts: dict[str, Labelled] = {}
@@ -63,7 +66,8 @@ def loading_dataset(config: DataConfig) -> Generator[Reading, None, Dataset]:
     if not len(parts["test"].images):
         raise DataError(
             "--dataset_dir: expected a class of 2 different images or more, so that one can be "
-            f"held out to test on, found none among {len(parts['train'].images)} images"
+            f"held out to test on, found none among {len(parts['train'].images)} images of "
+            f"{len(source.classes)} classes ({shortened(source.classes)})"
         )
     return Dataset(
         name=printable(config.dataset_name or source.name),
@@ -131,9 +135,11 @@ def _check_training(source: Source) -> None:
             "name their folder or file train, or give it as --dataset_dir"
         )
     if len(source.classes) < 2:
-        found = ", ".join(source.classes) or "none"
+        found = ", ".join(source.classes)
         place = source.places.get("train", "the data")
-        raise DataError(f"--dataset_dir: expected at least 2 classes in {place}, found {found}")
+        raise DataError(
+            f"--dataset_dir: expected at least 2 classes in {place}, found only {found}"
+        )
     if source.empty:
         expected = "images of this class"
         raise DataError(f"{source.empty[0]}: expected {expected}, found none; remove the folder")
@@ -152,21 +158,27 @@ def decode(
     reading = reading_images(
         split, size, channels, config.skip_corrupt, grey_range, config.max_megapixels
     )
-    told = time.monotonic()
-    try:
-        while True:
-            done = next(reading)
-            if time.monotonic() - told >= TELL_EVERY:
-                told = time.monotonic()
-                yield Reading(name, done, len(split))
-    except StopIteration as end:
-        decoded: Decoded = end.value
+    decoded = yield from told(name, len(split), reading)
     if not len(decoded.images):
         expected = f"{name} images"
         raise DataError(
             f"--dataset_dir: expected {expected}, found none ({len(decoded.skipped)} corrupt)"
         )
     return decoded
+
+
+def told(what: str, total: int, work: Generator[int, None, T]) -> Generator[Reading, None, T]:
+    """Does *work*, which yields how many images are done, and yields now and then how far it is."""
+    last = time.monotonic()
+    while True:
+        try:
+            done = next(work)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+        if time.monotonic() - last >= TELL_EVERY:
+            last = time.monotonic()
+            yield Reading(what, done, total)
 
 
 def clipping(decoded: Decoded, split: str) -> tuple[str, ...]:
@@ -196,7 +208,7 @@ def _remarks(
     if alike := [name for name in classes if folded[name.casefold()] > 1]:
         yield f"warning: classes whose names differ in case only: {', '.join(alike[:6])}"
     train = parts["train"]
-    if count := len(train.ids) - len(train.ids.unique()) - repeated(train) // 2:
+    if count := copies(train):
         yield f"warning: {count} training images are copies of others, to the byte"
     if count := repeated(train):
         yield f"warning: {count} training images are also in another class, to the byte"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -87,6 +88,14 @@ def _is_parquet(path: Path) -> bool:
     return path.suffix.lower() == ".parquet" and is_visible(path.name) and path.is_file()
 
 
+def _parquet_files(folder: Path) -> list[Path]:
+    """The parquet files straight in *folder*, of which there may be many others; sorted."""
+    with suppress(PermissionError), os.scandir(folder) as entries:
+        names = [each.name for each in entries if each.name.lower().endswith(".parquet")]
+        return sorted(path for path in (folder / name for name in names) if _is_parquet(path))
+    return []
+
+
 def _entries(folder: Path) -> dict[str, list[Path]]:
     """The parquet files in *folder* by their names without numbers, and in folders, as ``NAME/``"""
     entries: dict[str, list[Path]] = {}
@@ -94,7 +103,7 @@ def _entries(folder: Path) -> dict[str, list[Path]]:
         if _is_parquet(path):
             entries.setdefault(PART.sub("", path.stem), []).append(path)
         elif is_visible(path.name) and path.is_dir():
-            entries[f"{path.name}/"] = sorted(filter(_is_parquet, path.iterdir()))
+            entries[f"{path.name}/"] = _parquet_files(path)
     return {name: files for name, files in entries.items() if files}
 
 

@@ -27,6 +27,7 @@ JPEG_FACTOR = 8  # how many times as many pixels a JPEG may have, which can be d
 # "BGR;16" is not one of them: it has 16 bits for all three.
 DEEP_COLOURS = re.compile(r";16[BLN]\b|^\('RGB', 65535\)$")
 BITS_PER_SAMPLE, PHOTOMETRIC, PLANAR_CONFIGURATION = 258, 262, 284  # numbers of TIFF tags
+SAMPLE_FORMAT, UNSIGNED, SIGNED = 339, 1, 2  # a TIFF tag, and two of its values
 NOMINAL_SHARE = 1 / 16  # of its scale, below which a picture of 16 bits has the levels of fewer
 LARGEST_LEVELS = (255, 1023, 4095, 16383, 65535)
 
@@ -156,6 +157,7 @@ def decode(
         is_deep_grey = image.mode[0] in "IF"
         if not is_deep_grey:
             _check_colours(image, example.name)
+        _check_signs(image, example.name)
         image.load()
         with suppress(*DAMAGE):  # damaged metadata must not spoil the image
             operations.exif_transpose(image, in_place=True)
@@ -197,6 +199,15 @@ def _check_colours(image: Any, name: str) -> None:
             f"{name}: expected colours that fill their 16 bits, found all in the lowest 1/16; "
             "scale them, or save them with 8 bits"
         )
+
+
+def _check_signs(image: Any, name: str) -> None:
+    """Refuses levels of a TIFF whose sign Pillow does not keep."""
+    formats = getattr(image, "tag_v2", {}).get(SAMPLE_FORMAT, (UNSIGNED,))
+    if SIGNED in formats and image.mode[0] not in "IF":
+        raise BadImage(f"{name}: expected unsigned levels of 8 bits, found signed ones")
+    if image.mode == "I" and UNSIGNED in formats and image.getextrema()[0] < 0:
+        raise BadImage(f"{name}: expected levels below 2147483648, found larger ones")
 
 
 def _as_channels(image: Any, channels: int) -> Any:

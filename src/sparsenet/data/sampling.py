@@ -108,20 +108,18 @@ def hold_out(ids: Tensor, labels: Tensor, fraction: float, purpose: str) -> Tens
     """Which images are held out, bool ``(N,)``: about a *fraction* of each class.
 
     Each image is drawn by its id alone, so that other images change nothing, and copies stay
-    together. Only where all or none of a class would be held out, one is left or taken: the one
-    whose draw comes nearest.
+    together, in whatever classes they are. Only where all or none of a class would be held out,
+    one is left or taken: the one whose draw comes nearest.
     """
     draws = torch.tensor([_draw(purpose, each) for each in ids.tolist()], dtype=torch.float64)
     held = draws < fraction
     for label in labels.unique().tolist():
         members = labels == label
         own = draws[members]
-        if own.min() == own.max():  # one image, or copies of one
-            held[members] = False
+        if own.min() == own.max() or held[members].all():
+            held &= draws != own.max()  # a class of one image and its copies has none to spare
         elif not held[members].any():
-            held |= members & (draws == own.min())
-        elif held[members].all():
-            held &= ~(members & (draws == own.max()))
+            held |= draws == own.min()
     return held
 
 

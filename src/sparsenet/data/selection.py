@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparsenet.data.config import DataConfig
 from sparsenet.data.dataset import Images, Source
-from sparsenet.data.errors import DataError
+from sparsenet.data.errors import DataError, shortened, unreadable
 from sparsenet.data.identity import DataRecord, Labelled, digest
 from sparsenet.data.images import drained
 from sparsenet.data.load import clipping, decode, draw, find, one_line
@@ -45,6 +45,11 @@ def count_images(count: int, kind: str) -> str:
     return f"{count} {kind} images" if kind else f"{count} images"
 
 
+def label_by_id(ids: Tensor, labels: Tensor) -> dict[int, int]:
+    """The label of each image, by its id."""
+    return dict(zip(ids.tolist(), labels.tolist(), strict=True))
+
+
 @dataclass(frozen=True)
 class Known:
     """What is known of the images that a network was made with.
@@ -57,21 +62,48 @@ class Known:
     record: DataRecord | None
     own: bool = False  # whether the data that are looked at are those of the run
 
+    @property
+    def tested_on(self) -> str:
+        """What the network was tested on, which older versions did not record."""
+        return self.record.tested_on if self.record else ""
+
     def in_splits(self, part: Labelled, *splits: str) -> Tensor:
         """Which images are in one of *splits* of the training, bool ``(N,)``."""
         names = [f"{split}.ids" for split in splits]
         ids = [self.images[name] for name in names if name in self.images]
         return torch.isin(part.ids, torch.cat(ids)) if ids else torch.zeros(len(part.ids)).bool()
 
+    def with_drawn(self, whole: Labelled, config: DataConfig) -> Known:
+        """The same with the images of the splits that were drawn from *whole*.
+
+        Of a weights file these are known only where *whole* is still what they were drawn from.
+        """
+        if self.images or self.record is None:
+            return self
+        parts = {"train": whole}
+        if self.tested_on == "held-out":
+            parts |= draw(parts["train"], config.test_fraction, "test")
+        if config.val_fraction:
+            parts |= draw(parts["train"], config.val_fraction, "val")
+        train = parts["train"]
+        if digest(train.ids, train.images.labels) != self.record.digests["train"]:
+            return self
+        return Known({f"{name}.ids": part.ids for name, part in parts.items()}, self.record)
+
     def changes(self, part: Labelled) -> tuple[str, ...]:
         """A line where the images that the run was tested on have changed since."""
         if not self.own or "test.ids" not in self.images:
             return ()
-        before = self.images["test.ids"]
-        new, gone = int((~torch.isin(part.ids, before)).sum()), ~torch.isin(before, part.ids)
-        counts = {"new": new, "gone": int(gone.sum())}
-        named = " and ".join(f"{count} {what}" for what, count in counts.items() if count)
-        return (f"warning: since the training, test images are {named}",) if named else ()
+        before = label_by_id(self.images["test.ids"], self.images["test.labels"])
+        now = label_by_id(part.ids, part.images.labels)
+        common = now.keys() & before.keys()
+        counts = {
+            "new": len(now) - len(common),
+            "gone": len(before) - len(common),
+            "of another class": sum(now[each] != before[each] for each in common),
+        }
+        named = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+        return (f"warning: test images have changed since the training: {named}",) if named else ()
 
     def warning(self, part: Labelled) -> tuple[str, ...]:
         """A line where some of the images were trained on."""
@@ -90,77 +122,93 @@ def select_images(
     """
     with one_line():
         source = find(config)
-    name = split or next((each for each in ("test", "val") if each in source.splits), "")
-    if name in source.splits and name != "train":
-        part, notes = _decoded(source, name, config)
-        kind = SPLITS[name]
-        notes += known.warning(part)
-        if name == "test" or "test" not in source.splits:
-            notes += known.changes(part)
-    elif "train" in source.splits and not (name == "test" and "val" in source.splits):
-        whole, notes = _decoded(source, "train", config)
-        part, kind, note = _part_of_training(whole, name, _drawn(known, whole, config), config)
-        notes += note
+    name = _split_of_source(source, split, known)
+    part, notes = _decoded(source, name, config, classes)
+    kind = SPLITS[name]
+    if name == "train":
+        known = known.with_drawn(part, config)
+        part, kind, more = _part_of_training(part, split, known, config)
     else:
-        found = ", ".join(source.splits)
-        raise DataError(f"--split: expected one of those that there are ({found}), found {split}")
-    labels = _labels(part, source, classes)
-    part = part._replace(images=Images(part.images.pixels, labels))
+        more = known.warning(part)
+        if split != "val" or name == "test":
+            more += known.changes(part)
     if missing := part.missing(classes):
-        notes = (*notes, f"no image of {missing}")
+        more = (*more, f"no image of {missing}")
     return Selection(
         name=printable(config.dataset_name or source.name),
         images=part.images,
         kind=kind,
-        place=source.places.get(name or "train", config.dataset_dir),
-        notes=notes,
+        place=source.places.get(name, config.dataset_dir),
+        notes=(*(() if known.own else source.notes), *notes, *more),
     )
 
 
-def _decoded(source: Source, name: str, config: DataConfig) -> tuple[Labelled, tuple[str, ...]]:
+def _split_of_source(source: Source, split: str, known: Known) -> str:
+    """The split of *source* that has the images of *split*, or that they were drawn from."""
+    there = source.splits.keys()
+    validation_is_test = known.tested_on == "validation" and "test" not in there
+    if split in ("", "test"):
+        if "test" in there:
+            return "test"
+        if "val" in there and (not split or validation_is_test):
+            return "val"
+        if "train" in there and "val" not in there:
+            return "train"
+    drawn = split == "val" and validation_is_test and "val.ids" in known.images
+    if split in there and not drawn:
+        return split
+    if split == "val" and "train" in there:
+        return "train"
+    found = f"found {split}" if split else "found only that"
+    raise DataError(f"--split: expected one of those that there are ({', '.join(there)}), {found}")
+
+
+def _decoded(
+    source: Source, name: str, config: DataConfig, classes: Sequence[str]
+) -> tuple[Labelled, tuple[str, ...]]:
+    """A split, with labels that are numbers of *classes*, and notes about it."""
+    size, channels = config.image_size, config.in_chans
     with one_line():
-        size, channels = config.image_size, config.in_chans
-        # The network's range, which is empty where it was trained on no deep greys.
         decoded = drained(decode(source, name, config, size, channels, config.grey_range))
-    notes, skipped = (*source.notes, *clipping(decoded, name)), decoded.skipped
-    if skipped:
-        notes = (*notes, f"left out: {len(skipped)} unreadable images, the first: {skipped[0]}")
-    return Labelled(decoded.images, decoded.ids), notes
-
-
-def _drawn(known: Known, whole: Labelled, config: DataConfig) -> Known:
-    """*known* with the images of a network's splits, where *whole* is what they were drawn from."""
-    record = known.record
-    if known.images or record is None or record.tested_on != "held-out":
-        return known
-    parts = draw(whole, config.test_fraction, "test")
-    if "val" in record.images:
-        parts |= draw(parts["train"], config.val_fraction, "val")
-    if digest(parts["train"].ids, parts["train"].images.labels) != record.digests["train"]:
-        return known
-    return Known({f"{name}.ids": part.ids for name, part in parts.items()}, record)
+    notes = (*clipping(decoded, name), *unreadable(decoded.skipped))
+    labels = _labels(decoded.images.labels, source, classes)
+    return Labelled(Images(decoded.images.pixels, labels), decoded.ids), notes
 
 
 def _part_of_training(
-    whole: Labelled, name: str, known: Known, config: DataConfig
+    whole: Labelled, split: str, known: Known, config: DataConfig
 ) -> tuple[Labelled, str, tuple[str, ...]]:
     """The images of *whole*, all there are to train on, that are in a split; kind and notes."""
-    folder = config.dataset_dir
-    if name == "val":
-        part, kind = whole.pick(known.in_splits(whole, "val")), "validation"
+    if split == "val":
+        part = whole.pick(known.in_splits(whole, "val"))
         if not len(part.ids):
-            raise DataError(f"--split val: expected validation images in {folder}, found none")
-        return part, kind, ()
-    if name == "train":
-        learned = known.in_splits(whole, "train")
-        return (whole.pick(learned) if learned.any() else whole), "training", ()
-    if known.record and known.record.tested_on != "held-out":
+            expected = f"validation images in {config.dataset_dir}"
+            raise DataError(f"--split val: expected {expected}, found none")
+        return part, "held-out" if known.tested_on == "validation" else "validation", ()
+    if split == "train":
+        trained = known.in_splits(whole, "train")
+        if trained.any():
+            return whole.pick(trained), "training", ()
+        return whole, "", ("warning: the network is not known to have learned from these images",)
+    return _not_trained_on(whole, known, config.dataset_dir)
+
+
+def _not_trained_on(
+    whole: Labelled, known: Known, folder: str
+) -> tuple[Labelled, str, tuple[str, ...]]:
+    """The images of *whole* that a network can be tested on; kind and notes."""
+    learned = known.in_splits(whole, "train", "val")
+    count = int(learned.sum())
+    if known.own and known.images and not count:
+        raise DataError(
+            f"{folder}: expected the images that the run was made with, found none of them; "
+            f"--dataset_dir {folder} tests on all that are there"
+        )
+    if known.record and known.tested_on != "held-out":
         return whole, "", known.warning(whole)
     if not known.images:
         warning = "which of these images the network was trained on, if any, is not recorded"
         return whole, "", (f"warning: {warning}",)
-    learned = known.in_splits(whole, "train", "val")
-    count = int(learned.sum())
     if count == len(learned):
         raise DataError(
             f"--dataset_dir: expected images that the network was not trained on in {folder}, "
@@ -175,16 +223,15 @@ def _part_of_training(
     return part, "held-out", (note,)
 
 
-def _labels(part: Labelled, source: Source, classes: Sequence[str]) -> Tensor:
-    """The labels of *part* as the numbers of *classes*, by their names."""
+def _labels(labels: Tensor, source: Source, classes: Sequence[str]) -> Tensor:
+    """*labels* of *source* as the numbers of *classes*, by their names."""
     numbers = {normalize("NFC", name): number for number, name in enumerate(classes)}
     names = [normalize("NFC", name) for name in source.classes]
-    present = [names[label] for label in part.images.labels.unique().tolist()]
+    present = [names[label] for label in labels.unique().tolist()]
     if unknown := [name for name in present if name not in numbers]:
         raise DataError(
             f"--dataset_dir: expected images of the {len(classes)} classes of the training "
-            f"({', '.join(classes[:5])}{', …' * (len(classes) > 5)}), "
-            f"found also {', '.join(unknown[:5])}"
+            f"({shortened(classes)}), found also {shortened(unknown)}"
         )
     table = torch.tensor([numbers.get(name, -1) for name in names])
-    return table[part.images.labels]
+    return table[labels]

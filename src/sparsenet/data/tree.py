@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,49 +41,55 @@ def is_visible(name: str) -> bool:
     return not name.startswith(".") and name not in CLUTTER
 
 
-def list_folder(folder: Path, deep: bool = True) -> Listing:
-    """The visible files in *folder* and, where *deep*, in the folders in it.
+def list_folder(folder: Path) -> Listing:
+    """The visible files in *folder* and in the folders in it.
 
-    Links are followed, and each folder is entered once. A link that leads nowhere, and a folder
-    that may not be read, count as images, so that whoever reads them reports them.
+    Links are followed, but not back into a folder that holds them. A link that leads nowhere, and
+    a folder that may not be read, count as images, so that whoever reads them reports them.
     """
     images: list[Path] = []
     others: list[Path] = []
-
-    def unreadable(error: OSError) -> None:
-        images.append(Path(error.filename))
-
-    for path in _files(folder, deep, unreadable):
-        (images if is_image(path) else others).append(path)
-    return Listing(tuple(sorted(images)), tuple(sorted(others)))
+    for path, found in _walk(str(folder), frozenset()):
+        (images if found else others).append(Path(path))
+    return Listing(tuple(images), tuple(others))
 
 
-def _files(folder: Path, deep: bool, unreadable: Callable[[OSError], None]) -> Iterator[Path]:
-    seen = set()
-    for parent, folders, names in os.walk(folder, onerror=unreadable, followlinks=True):
-        status = os.stat(parent)  # noqa: PTH116 - of what os.walk names as text
-        if (status.st_dev, status.st_ino) in seen:  # by a link
-            folders.clear()
+def _walk(folder: str, outer: frozenset[tuple[int, int]]) -> Iterator[tuple[str, bool]]:
+    """Each visible file, in the order of paths, and whether it is an image."""
+    try:
+        status = os.stat(folder)  # noqa: PTH116 - names as text are much faster
+        with os.scandir(folder) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+    except OSError:
+        yield folder, True
+        return
+    identity = status.st_dev, status.st_ino
+    if identity in outer:
+        return
+    for entry in entries:
+        if not is_visible(entry.name):
             continue
-        seen.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(filter(is_visible, folders)) if deep else []
-        yield from (Path(parent, name) for name in names if is_visible(name))
+        if entry.is_dir():
+            yield from _walk(entry.path, outer | {identity})
+        else:
+            yield entry.path, _is_image(entry)
 
 
-def is_image(path: Path) -> bool:
-    """Whether *path* is an image by its suffix or, where that says nothing, by how it begins.
+def _is_image(entry: os.DirEntry[str]) -> bool:
+    """Whether a file is an image by its suffix or, where that says nothing, by how it begins.
 
     A pipe or a device is none.
     """
+    if not entry.is_file():
+        return entry.is_symlink() and not os.path.exists(entry.path)  # noqa: PTH110
+    suffix = os.path.splitext(entry.name)[1].lower()  # noqa: PTH122
+    if suffix in SUFFIXES:
+        return True
     try:
-        if not path.is_file():
-            return path.is_symlink() and not path.exists()
-        if path.suffix.lower() in SUFFIXES:
-            return True
-        with path.open("rb") as file:
+        with open(entry.path, "rb") as file:  # noqa: PTH123
             start = file.read(16)
-    except OSError:  # nobody may read it, which whoever reads an image reports
-        return path.suffix.lower() in SUFFIXES
+    except OSError:
+        return False
     return start.startswith(BEGINNINGS) or (start[:4] == b"RIFF" and start[8:12] == b"WEBP")
 
 
