@@ -565,7 +565,7 @@ def test_missing_package_is_named_with_its_extra() -> None:
 
 
 @pytest.mark.parametrize("kind", [np.int8, np.uint32])
-def test_levels_whose_sign_is_lost_are_refused(kind: Any) -> None:
+def test_levels_whose_sign_is_lost_are_refused(kind: type) -> None:
     """Pillow takes signed bytes for unsigned ones, and large 32-bit levels for negative ones."""
     levels = np.array([[-30, 30]] * 2) if kind is np.int8 else np.array([[0, 2**32 - 9]] * 2)
     bits, sign = np.dtype(kind).itemsize * 8, 2 if kind is np.int8 else 1
