@@ -206,6 +206,13 @@ def test_a_cell_without_an_image_is_an_unreadable_image(cell: Any, tmp_path: Pat
     assert len(data.skipped) == 1 and data.skipped[0].startswith(f"{path} row 7: expected an image")
 
 
+def test_parts_that_are_missing_are_said(tmp_path: Path) -> None:
+    write(tmp_path / "train-00000-of-00002.parquet", [0, 1] * 4)
+    assert parquet(tmp_path).notes == ("warning: train has 1 of 2 files, as their names say",)
+    write(tmp_path / "train-00001-of-00002.parquet", [0, 1] * 4)
+    assert parquet(tmp_path).notes == ()
+
+
 def test_the_image_column_is_found_or_told(tmp_path: Path) -> None:
     masks = pa.array([{"bytes": png(100 + row), "path": None} for row in range(2)], STRUCT)
     write(tmp_path / "a" / "train.parquet", mask=masks)

@@ -31,7 +31,7 @@ def load_dataset(config: DataConfig) -> Dataset:
 
     Without test images, validation images are tested on, and without those a part of the training
     images that is held out. Which these are is a function of their bytes, so that all runs on the
-    data have the same, and none that was trained on is tested on when images are added.
+    data have the same, and others do not change sides when images are added.
     """
     return drained(loading_dataset(config))
 

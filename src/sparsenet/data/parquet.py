@@ -42,7 +42,7 @@ def read_parquet(root: Path, config: DataConfig) -> Source | None:
     if not files:
         return None
     image, label, notes = _columns(next(iter(files.values()))[0], config)
-    notes += _left_out(root, files)
+    notes += (*_left_out(root, files), *_missing_parts(files))
     columns: dict[str, list[Labels]] = {}
     for split, paths in files.items():
         columns[split] = [_read_labels(path, image, label) for path in paths]
@@ -130,6 +130,14 @@ def _left_out(root: Path, files: Mapping[str, list[Path]]) -> tuple[str, ...]:
     names = _listed(path.relative_to(root).as_posix() for path in others)
     count = f"{len(others)} parquet file{'s' * (len(others) > 1)}"
     return (f"{count} beside those of {' and '.join(files)} left out: {names}",)
+
+
+def _missing_parts(files: Mapping[str, list[Path]]) -> Iterator[str]:
+    """Lines about files whose names say that there are more of them than there are."""
+    for split, paths in files.items():
+        parts = [found for path in paths if (found := re.search(r"-of-0*(\d+)", path.stem))]
+        if parts and len(parts) < (total := int(parts[0][1])):
+            yield f"warning: {split} has {len(parts)} of {total} files, as their names say"
 
 
 def _listed(names: Iterable[str], most: int = 8) -> str:
