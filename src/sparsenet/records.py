@@ -118,8 +118,9 @@ def read_run(path: Path) -> tuple[RunSummary, MeasuredRun]:
     """
     config, known = _read_config(path / "config.json")
     environment = _read_if_there(path / "environment.json", Environment)
-    if environment and environment.batch_size:  # what an automatic one came to
-        train = dataclasses.replace(config.train, batch_size=environment.batch_size)
+    if not config.train.batch_size:
+        came_to = (environment and environment.batch_size) or PAPER.train.batch_size
+        train = dataclasses.replace(config.train, batch_size=came_to)
         config = dataclasses.replace(config, train=train)
     costs = _read_if_there(path / "graph.json", Costs) or Costs()
     result = _read_if_there(path / "result.json", Result)
