@@ -188,7 +188,7 @@ def test_folders_within_a_class_belong_to_it(tmp_path: Path) -> None:
 
 def test_only_a_test_split_cannot_be_trained_on(tmp_path: Path) -> None:
     plant(tmp_path / "test", "a", "b")
-    assert "expected images to train on, found only the split test" in refusal(tmp_path)
+    assert "expected images to train on, found only test;" in refusal(tmp_path)
 
 
 def test_a_class_without_test_images_is_said(tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def _check_training(source: Source) -> None:
     if "train" not in source.splits:
         found = ", ".join(source.splits)
         raise DataError(
-            f"--dataset_dir: expected images to train on, found only the split {found}; "
+            f"--dataset_dir: expected images to train on, found only {found}; "
             "name their folder or file train, or give it as --dataset_dir"
         )
     if len(source.classes) < 2:
