@@ -176,6 +176,7 @@ def test_folders_with_the_same_folders_look_like_splits(tmp_path: Path) -> None:
         plant(tmp_path / f"fold{number}", "a", "b", first=60 * number)
     line = refusal(tmp_path)
     assert "fold0, fold1, fold2 with the same folders (a, b), as splits have" in line
+    assert load(tmp_path, dataset="folder").classes == ("fold0", "fold1", "fold2")
 
 
 def test_folders_within_a_class_belong_to_it(tmp_path: Path) -> None:
@@ -225,13 +226,14 @@ def test_the_content_says_what_is_an_image(tmp_path: Path) -> None:
     }
     for name, content in files.items():
         (tmp_path / "a" / name).write_bytes(content)
-    for name in ("x.heic", "notes.txt", "more.TXT", "readme"):
+    for name in ("notes.txt", "more.TXT", "readme"):
         (tmp_path / "b" / name).write_bytes(b"no image")
+    (tmp_path / "b" / "x.NEF").write_bytes(image(37, "TIFF"))  # as raw photographs begin
     data = load(tmp_path)
     assert len(data.train) + len(data.test) == 6 + len(files)
     assert data.notes == (
-        "left out: 4 files (.txt 2, no suffix 1, .heic 1), "
-        f"the first: {tmp_path / 'b' / 'x.heic'}; pictures in such formats have to be converted, "
+        "left out: 4 files (.txt 2, no suffix 1, .nef 1), "
+        f"the first: {tmp_path / 'b' / 'x.NEF'}; pictures in such formats have to be converted, "
         "to JPEG or PNG",
     )
 
@@ -255,6 +257,11 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
     (root / "dog" / "more").symlink_to("../../src/more")
     (root / "dog" / "loop").symlink_to("../dog")
     (root / "dog" / "up").symlink_to("..")
+    (root / "dog" / "self").symlink_to("self")
+    (root / "self").symlink_to("self")
+    assert "dog/self: expected an image, found" in refusal(root)
+    assert len(load(root, skip_corrupt=True).skipped) == 1
+    (root / "dog" / "self").unlink()
     data = load(root)
     assert len(data.train) + len(data.test) == 15
     for number in range(2):
@@ -287,7 +294,7 @@ def test_an_unreadable_folder_counts_as_an_image(
     (tmp_path / locked).mkdir(exist_ok=True)
     scan = os.scandir
 
-    def failing(folder: Any) -> Any:
+    def failing(folder: Any = ".") -> Any:
         if Path(folder) == tmp_path / locked:
             raise PermissionError(13, "Permission denied", str(folder))
         return scan(folder)
@@ -303,7 +310,7 @@ def test_classes_are_compared_in_one_unicode_form(tmp_path: Path) -> None:
     plant(tmp_path / "train", composed, "b")
     plant(tmp_path / "test", decomposed, "b", first=100)
     data = load(tmp_path)
-    assert data.classes == (composed, "b") or data.classes == ("b", composed)
+    assert data.classes == (composed, "b")
     assert len(data.test) == 10
     plant(tmp_path / "train", decomposed, first=200)
     assert "expected one folder a class, found two named" in refusal(tmp_path)
@@ -338,6 +345,26 @@ def test_splits_without_class_folders_are_no_classes(
     assert "named as splits, with images in no class folders; --labels FILE" in refusal(tmp_path)
     (tmp_path / "train.csv").write_text("id,label\n")
     assert f"--labels {tmp_path / 'train.csv'} can say" in refusal(tmp_path)
+    assert load(tmp_path, dataset="folder").classes == tuple(sorted(names))
+
+
+def test_classes_that_name_one_split_are_classes(tmp_path: Path) -> None:
+    plant(tmp_path, "blood_test", "breath_test")
+    assert load(tmp_path).classes == ("blood_test", "breath_test")
+
+
+def test_a_split_without_images_is_said(tmp_path: Path) -> None:
+    plant(tmp_path / "train", "a", "b")
+    (tmp_path / "test" / "a").mkdir(parents=True)
+    data = load(tmp_path)
+    assert data.tested_on == "held-out"
+    assert f"warning: {tmp_path / 'test'} holds no images" in data.notes
+
+
+def test_a_class_that_differs_in_case_in_another_split_is_refused(tmp_path: Path) -> None:
+    plant(tmp_path / "train", "Cat", "Dog")
+    plant(tmp_path / "test", "cat", first=100)
+    assert refusal(tmp_path).endswith("train (Cat, Dog), found also cat")
 
 
 @pytest.mark.parametrize("missing", [None, "dog/test"])

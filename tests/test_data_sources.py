@@ -172,7 +172,7 @@ def test_corrupt_image_is_named_or_skipped(tmp_path: Path) -> None:
     assert line.startswith(f"{bad}: expected an image") and len(data.train) + len(data.test) == 9
     for path in tmp_path.rglob("*.png"):
         path.write_bytes(b"?")
-    with pytest.raises(DataError, match=r"expected train images, found none \(10 corrupt\)"):
+    with pytest.raises(DataError, match=r"expected train images, found none \(10 unreadable\)"):
         load(tmp_path, skip_corrupt=True)
 
 

@@ -205,7 +205,7 @@ def test_test_images_beyond_the_range_are_counted_aloud(call: Call) -> None:
     Image.fromarray(np.full((8, 8), 5000, np.uint16)).save("data/test/light/0.tif")
     short = ("--max_epoch", 1, "--batch_size", 4, *TINY, "--in_chans", 1)
     outcome = call("train", "--dataset_dir", "data", *short, "--out", "run")
-    assert "warning: test has 1 images with greys beyond 0 to 4095" in outcome.out
+    assert "warning: test has 1 image with greys beyond 0 to 4095" in outcome.out
     assert "greys beyond 0 to 4095" in call("eval", "run").err
 
 

@@ -79,7 +79,6 @@ MAY_CHANGE = {  # settings that a resumed run may have other values of
     "capture",
     "dataset_dir",
     "labels",
-    "max_megapixels",
     "download",
 }
 EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}

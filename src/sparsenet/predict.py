@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparsenet.data.config import DataConfig
 from sparsenet.data.dataset import Example
 from sparsenet.data.errors import BadImage
 from sparsenet.data.images import read_image, read_images
@@ -73,23 +72,23 @@ def predict(
     paths: Iterable[Path],
     top: int = 5,
     batch_size: int = 64,
-    max_megapixels: float = DataConfig.max_megapixels,
+    max_megapixels: float | None = None,
 ) -> Iterator[Prediction]:
     """Yields the *top* classes of each image, in the order of *paths*.
 
     It computes where the model lies and holds one batch of images at a time. A file that cannot be
-    read, or has more than *max_megapixels*, gives a prediction with an error. Raises ``ValueError``
+    read, or has more than *max_megapixels* (by default what the network was trained with), gives a
+    prediction with an error. Raises ``ValueError``
     for a *top* or *batch_size* below 1.
     """
     for flag, value in (("top", top), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"--{flag}: expected at least 1, found {value}")
+    limit = max_megapixels or trained.preprocessing.max_megapixels
     remaining = iter(paths)
     batches = iter(lambda: list(islice(remaining, batch_size)), [])
     return (
-        prediction
-        for batch in batches
-        for prediction in _predict_batch(trained, batch, top, max_megapixels)
+        prediction for batch in batches for prediction in _predict_batch(trained, batch, top, limit)
     )
 
 

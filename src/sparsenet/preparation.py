@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sparsenet import __version__
 from sparsenet.arithmetic import Arithmetic, choose_arithmetic, explain
 from sparsenet.config import RunConfig, TrainConfig, recipe
 from sparsenet.data.dataset import Dataset
 from sparsenet.data.errors import shortened, unreadable
-from sparsenet.data.identity import record
+from sparsenet.data.identity import in_order, record
 from sparsenet.data.load import loading_dataset
 from sparsenet.data.preprocessing import Preprocessing, channel_statistics
 from sparsenet.data.sampling import batch_ends
@@ -45,7 +46,7 @@ class Setup:
         """The pieces of the network."""
         return graph(self.config.network, self.preprocessing.size)
 
-    @property
+    @cached_property
     def about(self) -> dict[str, Any]:
         """What a checkpoint says of its weights."""
         return {
@@ -59,16 +60,19 @@ class Setup:
         }
 
 
-def preparing(config: RunConfig, previous: Arithmetic) -> Generator[Reading, None, Setup]:
+def preparing(
+    config: RunConfig, previous: Arithmetic, images: Mapping[str, Tensor]
+) -> Generator[Reading, None, Setup]:
     """Loads the data and decides what only the data and the device can say.
 
-    *previous* is the arithmetic of a run that is resumed. Yields how far the reading has come.
+    *previous* is the arithmetic of a run that is resumed, *images* are what it kept of them
+    (``sparsenet.data.identity.to_tensors``), and empty else. Yields how far the reading has come.
     Raises ``ValueError`` in one line where settings do not fit the data or the device.
     """
     device = choose_device(config.train.device)
     if config.train.implementation != "auto":  # refused before the data is loaded
         dispatch.choose(config.train.implementation, device)
-    data = yield from loading_dataset(config.data)
+    data = in_order((yield from loading_dataset(config.data)), images)
     asked = config
     settings = _with_batch_size(config.train, len(data.train))
     config = dataclasses.replace(config, train=settings)
@@ -77,7 +81,8 @@ def preparing(config: RunConfig, previous: Arithmetic) -> Generator[Reading, Non
     config = dataclasses.replace(config, network=network)
     _check_sizes(config, size, len(data.train))
     mean, std = channel_statistics(data.train)
-    preprocessing = Preprocessing(size, channels, mean, std, data.grey_range)
+    limit = config.data.max_megapixels
+    preprocessing = Preprocessing(size, channels, mean, std, data.grey_range, limit)
     arithmetic = choose_arithmetic(config.train, device, previous)
     data = _on_device(data, device)
     asked = dataclasses.replace(asked, network=config.network)
@@ -85,7 +90,7 @@ def preparing(config: RunConfig, previous: Arithmetic) -> Generator[Reading, Non
 
 
 def _with_batch_size(settings: TrainConfig, images: int) -> TrainConfig:
-    """*settings* with a batch size: by default the paper's, and at least 4 batches an epoch."""
+    """*settings* with a batch size: by default the paper's, or a quarter of fewer images."""
     fitting = min(BATCH_SIZE, max(images // 4, 2))
     if settings.batch_size > images:
         raise ValueError(

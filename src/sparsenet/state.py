@@ -174,7 +174,7 @@ def _check_data(checkpoint: Checkpoint, steps: int, setup: Setup, run: Run) -> N
         )
     expected = f"{checkpoint.path}: expected the images it was trained on"
     if "data" in about and about["data"] != setup.about["data"]:
-        changes = differences(run.images(), to_tensors(data))
+        changes = differences(run.images(), to_tensors(data)) or "other copies of some"
         raise RunError(f"{expected}, found others ({changes}); a new run trains on them")
     if Preprocessing(**about["preprocessing"]) != setup.preprocessing:
         raise RunError(f"{expected}, found others (mean or size differ)")

@@ -16,7 +16,7 @@ from sparsenet.capture import Captures
 from sparsenet.conclusion import conclude
 from sparsenet.config import RunConfig
 from sparsenet.data.dataset import Images
-from sparsenet.data.identity import in_order, to_tensors
+from sparsenet.data.identity import to_tensors
 from sparsenet.data.sampling import Batches, batch_ends, plan_epoch, resized, stream, training_size
 from sparsenet.device import traits
 from sparsenet.environment import environment
@@ -27,7 +27,7 @@ from sparsenet.evaluate import (
     evaluate,
     recompute_statistics,
 )
-from sparsenet.events import Concluded, EpochDone, Event, Message, Step, Stopped
+from sparsenet.events import Concluded, EpochDone, Event, Message, Reading, Step, Stopped
 from sparsenet.memory import peak_memory_mb
 from sparsenet.preparation import Setup, introduce, preparing
 from sparsenet.results import EpochMetrics
@@ -60,11 +60,10 @@ def train(
     """
     began = time.monotonic()
     previous = run.arithmetic() if resume else Arithmetic()
-    setup = yield from _prepared(config, previous, should_stop)
+    images = run.images() if resume else {}
+    setup = yield from _prepared(preparing(config, previous, images), should_stop)
     if setup is None:
         return
-    if resume:
-        setup = dataclasses.replace(setup, data=in_order(setup.data, run.images()))
     state = new_state(setup)
     restored = restore(state, setup, run) if resume else []  # refused before writing
     _describe(run, setup)
@@ -103,10 +102,9 @@ def train(
 
 
 def _prepared(
-    config: RunConfig, previous: Arithmetic, should_stop: Callable[[], str | None]
+    work: Generator[Reading, None, Setup], should_stop: Callable[[], str | None]
 ) -> Generator[Event, None, Setup | None]:
     """The setup of a run, or ``None`` where it was stopped while the images were read."""
-    work = preparing(config, previous)
     try:
         while True:
             yield next(work)

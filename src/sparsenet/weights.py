@@ -227,11 +227,13 @@ def _problem(about: About) -> str | None:
     channels = [architecture.get("in_chans"), len(images.mean), len(images.std)]
     data = about.recipe.get("data", {})
     test_images = type(data.get("test_fraction")), type(data.get("skip_corrupt"))
+    fraction = data.get("val_fraction", 0.0)
     datasets = [about.dataset, *(measured.dataset for measured in about.measured.values())]
     classes = architecture.get("num_classes")
     if channels != [images.channels] * 3 or not 1 <= images.size <= MAX_IMAGE_SIZE:
         return "'preprocessing' that does not fit the network"
-    if not all(0 < std < math.inf for std in images.std) or not _is_range(images.grey_range):
+    divisors = (*images.std, images.max_megapixels)
+    if not all(0 < each < math.inf for each in divisors) or not _is_range(images.grey_range):
         return "'preprocessing' that divides by nothing"
     if not all(map(math.isfinite, images.mean)):
         return "'preprocessing' that subtracts no number"
@@ -241,7 +243,7 @@ def _problem(about: About) -> str | None:
         return "names that cannot be printed"
     if "fp32" not in about.measured:
         return "no 'measured' in fp32"
-    if test_images != (float, bool):
+    if test_images != (float, bool) or not isinstance(fraction, float) or not 0 <= fraction < 1:
         return "a 'recipe' that does not say which images are the test images"
     return None
 

@@ -47,7 +47,7 @@ def stored_data(trained: Trained) -> DataConfig:
         return Run.open(trained.path).config().data
     recipe = trained.about.recipe["data"]  # knows only how its test images were found
     known = ("test_fraction", "val_fraction", "skip_corrupt")
-    return DataConfig(**{name: recipe[name] for name in known})
+    return DataConfig(**{name: recipe[name] for name in known if name in recipe})
 
 
 def _data_config(args: argparse.Namespace, trained: Trained) -> DataConfig:
@@ -67,7 +67,7 @@ def _data_config(args: argparse.Namespace, trained: Trained) -> DataConfig:
         image_size=trained.preprocessing.size,
         in_chans=trained.preprocessing.channels,
         grey_range=trained.preprocessing.grey_range,
-        max_megapixels=args.max_megapixels or stored.max_megapixels,
+        max_megapixels=args.max_megapixels or trained.preprocessing.max_megapixels,
         download=False,
     )
 

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 
-from sparsenet.commands.common import load_network, stored_data
+from sparsenet.commands.common import load_network
 from sparsenet.data.tree import describe_others
 from sparsenet.device import choose_device
 from sparsenet.predict import find_images, predict
@@ -18,7 +18,7 @@ def run(args: argparse.Namespace) -> int:
     found = find_images(args.images)
     if found.others:
         print(f"sparsenet predict: {describe_others(found.others)}", file=sys.stderr)
-    limit = args.max_megapixels or stored_data(trained).max_megapixels
+    limit = args.max_megapixels
     for prediction in predict(trained, found.images, args.top, args.batch_size, limit):
         predictions.append(prediction)
         if args.json:

@@ -24,7 +24,9 @@ class DataConfig:
     dataset: str = setting(
         "auto", "which data; auto: digits, or what --dataset_dir holds", DATASETS
     )
-    dataset_dir: str = setting("", "folder with the data: archives, class folders or parquet files")
+    dataset_dir: str = setting(
+        "", "the data: a folder of images, parquet files or archives, or one parquet file"
+    )
     dataset_name: str = setting("", "name used in reports; default: derived from the data")
     labels: str = setting("", "a CSV file that says which class the images in --dataset_dir have")
     image_column: str = setting("", "column of the images in CSV and parquet files; default: found")
@@ -35,7 +37,7 @@ class DataConfig:
     image_size: int = setting(0, "side of the square images; 0: their own where all agree, else 64")
     in_chans: int = setting(0, "channels: 1 grey, 3 colour; 0: those of the data", (0, 1, 3))
     test_fraction: float = setting(
-        0.2, "part of the images tested on where the data has no test split"
+        0.2, "part of the images held out to test on where the data has no split for it"
     )
     val_fraction: float = setting(
         0.0, "part of the training images held out to choose the best checkpoint"
@@ -48,7 +50,9 @@ class DataConfig:
     max_megapixels: float = setting(
         128.0, "largest image that is decoded; a JPEG may have 8 times as many pixels"
     )
-    skip_corrupt: bool = setting(False, "leave out images that cannot be read, and count them")
+    skip_corrupt: bool = setting(
+        False, "leave out and count images that cannot be read, and lines without one"
+    )
     mirror: bool = setting(True, "mirror half of the training images")
     shift: int = setting(4, "shift training images by up to so many pixels each way")
     trivial_augment: bool = setting(

@@ -19,7 +19,7 @@ from sparsenet.data.tree import list_folder
 
 DELIMITERS = ",;\t"
 LABELS = ("label", "labels", "class", "category", "target", "breed", "species", "diagnosis", "dx")
-SPLIT_COLUMNS = ("split", "set", "subset")
+SPLIT_COLUMNS = ("split", "set", "subset", "usage")
 
 
 def read_csv_labels(root: Path, config: DataConfig) -> Source | None:
@@ -206,10 +206,12 @@ def _split_column(table: _Table, taken: set[str]) -> tuple[str, list[str]]:
             meanings = [split_of(cell) for cell in cells]
             if all(meanings):
                 return name, [meaning[0] for meaning in meanings if meaning]
-            if any(meanings):
-                row = meanings.index(None)
-                expected = f"train, val or test in column {name}"
-                raise DataError(f"{table.where(row)}: expected {expected}, found {cells[row]!r}")
+            row = meanings.index(None)
+            expected = f"train, val or test in column {name}"
+            raise DataError(
+                f"{table.where(row)}: expected {expected}, found {cells[row]!r}; another name of "
+                "the column has it passed over"
+            )
     return "", ["train"] * len(table.lines)
 
 

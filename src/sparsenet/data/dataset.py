@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -70,6 +70,24 @@ class Images:
     def to(self, device: torch.device) -> Images:
         """The same images on *device*."""
         return Images(self.pixels.to(device), self.labels.to(device))
+
+
+class Labelled(NamedTuple):
+    """Images, and for each an int64 number that is a function of its bytes, *ids* ``(N,)``."""
+
+    images: Images
+    ids: Tensor
+
+    def pick(self, index: Tensor) -> Labelled:
+        """Those that *index*, a mask or numbers, chooses."""
+        return Labelled(self.images[index], self.ids[index])
+
+    def missing(self, classes: Sequence[str]) -> str:
+        """The names of the classes of which there is no image; of many the first five."""
+        counts = torch.bincount(self.images.labels, minlength=len(classes))
+        names = [name for name, count in zip(classes, counts.tolist(), strict=True) if not count]
+        more = f" and {len(names) - 5} more classes" if len(names) > 5 else ""
+        return ", ".join(names[:5]) + more
 
 
 @dataclass(frozen=True)

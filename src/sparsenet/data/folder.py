@@ -7,6 +7,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from sparsenet.data.config import DataConfig
@@ -47,7 +48,7 @@ class Tree:
         """The number of images in one of its folders."""
         return len(self.below[name].images)
 
-    @property
+    @cached_property
     def filled(self) -> list[str]:
         """The names of the folders that hold images."""
         return [name for name, listing in self.below.items() if listing.images]
@@ -66,8 +67,14 @@ class Tree:
 def _folders(path: Path) -> list[str]:
     """The names of the visible folders in *path*, sorted; none where it may not be read."""
     with suppress(OSError), os.scandir(path) as entries:
-        return sorted(each.name for each in entries if is_visible(each.name) and each.is_dir())
+        return sorted(each.name for each in entries if is_visible(each.name) and _is_folder(each))
     return []
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    with suppress(OSError):  # of a link to itself
+        return entry.is_dir()
+    return False
 
 
 def read_folder(root: Path, config: DataConfig) -> Source:
@@ -77,16 +84,17 @@ def read_folder(root: Path, config: DataConfig) -> Source:
     Images in folders within a class folder belong to that class. A folder that holds nothing but
     one other folder stands for it. Raises ``DataError`` where there are fewer than 2 classes, a
     split has a class that the training images do not have, or folders look like splits but are not
-    named so.
+    named so, unless ``--dataset folder`` says that they are classes.
     """
     if not root.is_dir():
         found = name_what_it_is(root) or f"{root}, a file that is none of these"
         raise DataError(f"--dataset_dir: expected a folder or a parquet file, found {found}")
     notes: list[str] = []
     tree = _entered(Tree.of(root, list_folder(root)), notes)
-    splits = _split_trees(tree, notes)
+    splits = _split_trees(tree, notes, config.dataset == "folder")
     if not splits:
-        _refuse_unnamed_splits(tree)
+        if config.dataset != "folder":
+            _refuse_unnamed_splits(tree)
         splits = {"train": tree}
     first = splits.get("train") or next(iter(splits.values()))
     classes, _ = _classes(first)
@@ -95,7 +103,7 @@ def read_folder(root: Path, config: DataConfig) -> Source:
             f"--dataset_dir: expected class folders in {first.path}, found {_what_else(tree)}"
         )
     examples = {name: _examples(each, classes, first.path) for name, each in splits.items()}
-    empty = [str(first.path / name) for name in first.below if name not in first.filled]
+    empty = [str(first.path / name) for name, each in first.below.items() if not each.images]
     return Source(
         name=_name(root),
         classes=tuple(classes),
@@ -121,16 +129,24 @@ def _entered(tree: Tree, notes: list[str]) -> Tree:
     return tree
 
 
-def _split_trees(tree: Tree, notes: list[str]) -> dict[str, Tree]:
-    """The folders of *tree* that are splits; none where it holds class folders itself."""
-    named = {name: _entered(tree.inner(name), notes) for name in tree.below if split_of(name)}
+def _split_trees(tree: Tree, notes: list[str], told: bool) -> dict[str, Tree]:
+    """The folders of *tree* that are splits; none where it holds class folders itself.
+
+    Where somebody *told* that it is class folders, their names are not doubted.
+    """
+    entered: dict[str, list[str]] = {name: [] for name in tree.below if split_of(name)}
+    named = {name: _entered(tree.inner(name), said) for name, said in entered.items()}
     names = find_splits((name for name, each in named.items() if each.has_classes), str(tree.path))
     splits = {split: named[name] for split, name in names.items()}
     others = [name for name in tree.filled if name not in names.values()]
     if not splits:
-        _check_classes_named_as_splits(tree, [name for name in others if name in named], notes)
+        as_classes = [name for name in others if name in named]
+        _check_classes_named_as_splits(tree, as_classes, notes, told)
         return {}
     _refuse_ambiguous(tree, splits, others)
+    notes += [note for name in names.values() for note in entered[name]]
+    for name in named.keys() - set(tree.filled):
+        notes.append(f"warning: {tree.path / name} holds no images")
     for name in others:
         reason = "in a folder that is no split"
         if name in named:
@@ -143,13 +159,16 @@ def _split_trees(tree: Tree, notes: list[str]) -> dict[str, Tree]:
     return _without_foreign_tests(splits, notes)
 
 
-def _check_classes_named_as_splits(tree: Tree, names: list[str], notes: list[str]) -> None:
-    """Says that class folders are named as splits are; ``DataError`` where all of them are."""
-    if len(names) > 1 and names == tree.filled:
+def _check_classes_named_as_splits(
+    tree: Tree, names: list[str], notes: list[str], told: bool
+) -> None:
+    """Says that class folders are named as splits are; ``DataError`` where they look like some."""
+    meanings = {meaning[0] for name in names if (meaning := split_of(name))}
+    if len(meanings) > 1 and names == tree.filled and not told:
         raise DataError(
             f"{tree.path}: expected class folders, or splits that hold some, found "
             f"{shortened(names)}, named as splits, with images in no class folders; "
-            f"{_how_to_label(tree)}"
+            f"{_how_to_label(tree)}, --dataset folder that these are the classes"
         )
     if names:
         notes.append(f"taken as classes, since they hold no class folders: {', '.join(names)}")
@@ -185,10 +204,11 @@ def _without_foreign_tests(splits: dict[str, Tree], notes: list[str]) -> dict[st
     """*splits* without those whose images lie in one folder that is no class of train's."""
     if "train" not in splits:
         return splits
-    classes, _ = _classes(splits["train"])
+    classes = {name.casefold() for name in _classes(splits["train"])[0]}
     kept = {}
     for split, tree in splits.items():
-        if split != "train" and len(tree.filled) == 1 and _nfc(tree.filled[0]) not in classes:
+        lone = _nfc(tree.filled[0]).casefold() if len(tree.filled) == 1 else ""
+        if split != "train" and lone and lone not in classes:
             where = tree.path / tree.filled[0]
             notes.append(f"left out: {where}, {tree.in_folders} images of no class of train")
         else:
@@ -208,14 +228,15 @@ def _refuse_unnamed_splits(tree: Tree) -> None:
     if all(all(map(split_of, each.filled)) for each in inner):
         raise DataError(
             f"{tree.path}: expected splits with class folders in them, found splits in each of "
-            f"{listed}; put them the other way round, as train/{tree.filled[0]}"
+            f"{listed}; put them the other way round, as train/{tree.filled[0]}, or give "
+            "--dataset folder, which takes all in a class folder together"
         )
     shared = inner[0].filled
     if len(shared) > 1 and all(each.filled == shared for each in inner):
         raise DataError(
             f"{tree.path}: expected class folders, found {listed} with the same folders "
-            f"({shortened(shared)}), as splits have; name splits train, val and test, or put the "
-            "images of a class straight into its folder"
+            f"({shortened(shared)}), as splits have; name splits train, val and test, or give "
+            "--dataset folder, which takes all in a class folder together"
         )
 
 

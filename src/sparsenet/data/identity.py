@@ -3,33 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sparsenet.data.dataset import Dataset, Images
-
-
-class Labelled(NamedTuple):
-    """Images, and for each an int64 number that is a function of its bytes, *ids* ``(N,)``."""
-
-    images: Images
-    ids: Tensor
-
-    def pick(self, index: Tensor) -> Labelled:
-        """Those that *index*, a mask or numbers, chooses."""
-        return Labelled(self.images[index], self.ids[index])
-
-    def missing(self, classes: Sequence[str]) -> str:
-        """The names of the classes of which there is no image; of many the first five."""
-        counts = torch.bincount(self.images.labels, minlength=len(classes))
-        names = [name for name, count in zip(classes, counts.tolist(), strict=True) if not count]
-        more = f" and {len(names) - 5} more classes" if len(names) > 5 else ""
-        return ", ".join(names[:5]) + more
+from sparsenet.data.dataset import Dataset, Labelled
 
 
 def copies(part: Labelled) -> int:
@@ -89,6 +70,8 @@ def in_order(data: Dataset, before: Mapping[str, Tensor]) -> Dataset:
     now = to_tensors(data)
     if "train.ids" not in before or len(before["train.ids"]) != len(now["train.ids"]):
         return data
+    if all(torch.equal(now[name], before[name]) for name in ("train.ids", "train.labels")):
+        return data
     old, new = (
         np.lexsort([tensors["train.labels"].numpy(), tensors["train.ids"].numpy()])
         for tensors in (before, now)
@@ -97,12 +80,15 @@ def in_order(data: Dataset, before: Mapping[str, Tensor]) -> Dataset:
     index[torch.from_numpy(old)] = torch.from_numpy(new)
     if not torch.equal(now["train.ids"][index], before["train.ids"]):
         return data
-    train = data.train[index.to(data.train.labels.device)]
-    return replace(data, train=train, ids={**data.ids, "train": data.ids["train"][index]})
+    ids = {**data.ids, "train": data.ids["train"][index]}
+    return replace(data, train=data.train[index], ids=ids)
 
 
 def differences(before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> str:
-    """What distinguishes the images of now from those before, both as ``to_tensors`` gives them."""
+    """What distinguishes the images of now from those before, both as ``to_tensors`` gives them.
+
+    It is empty where there are only other numbers of copies.
+    """
     if not before:
         return "which they were is no longer recorded"
     old, new = _by_id(before), _by_id(now)
@@ -114,7 +100,7 @@ def differences(before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> str:
         "in another split": sum(old[each][0] != new[each][0] for each in common),
     }
     named = [f"{count} {what}" for what, count in counts.items() if count]
-    return ", ".join(named) or "copies of some, or another order"
+    return ", ".join(named)
 
 
 def _by_id(tensors: Mapping[str, Tensor]) -> dict[int, tuple[str, int]]:

@@ -27,7 +27,6 @@ from sparsenet.data.pixels import (
     opened,
 )
 from sparsenet.data.preprocessing import FULL_RANGE
-from sparsenet.data.tree import SUFFIXES as SUFFIXES
 
 T = TypeVar("T")
 TASK = 8  # images that a thread reads at a time, and that are waited for when reading is stopped
@@ -54,7 +53,7 @@ def read_image(
         content = file_content(example)
         found = decode(example._replace(source=content), size, channels, grey_range, max_megapixels)
     if isinstance(found, Greys):
-        found = found.pixels(_settled(grey_range, [found]) or FULL_RANGE, channels)
+        found = found.pixels(_settled(grey_range, [found]) or FULL_RANGE, channels).copy()
     return found
 
 
@@ -112,7 +111,8 @@ def reading_images(
     labels: list[int] = []
     ids = []
     skipped: list[str] = []
-    greys: dict[int, Greys] = {}
+    greys: dict[int, Greys] = {}  # until their range is known
+    clipped = 0
     decoded = partial(
         decode, size=size, channels=channels, grey_range=grey_range, max_megapixels=max_megapixels
     )
@@ -124,15 +124,18 @@ def reading_images(
                 skipped.append(str(image))
             else:
                 found, number = image
-                if isinstance(found, Greys):
-                    greys[len(labels)] = found
-                else:
+                if not isinstance(found, Greys):
                     pixels[len(labels)] = found
+                elif grey_range:
+                    clipped += found.exceeds(grey_range)
+                    pixels[len(labels)] = found.pixels(grey_range, channels)
+                else:
+                    greys[len(labels)] = found
                 labels.append(example.label)
                 ids.append(number)
             yield len(labels) + len(skipped)
     settled = _settled(grey_range, greys.values())
-    clipped = sum(grey.exceeds(settled or FULL_RANGE) for grey in greys.values())
+    clipped += sum(grey.exceeds(settled or FULL_RANGE) for grey in greys.values())
     while greys:  # frees their memory
         index, grey = greys.popitem()
         pixels[index] = grey.pixels(settled or FULL_RANGE, channels)

@@ -13,9 +13,9 @@ from typing import TypeVar
 import torch
 
 from sparsenet.data.config import DataConfig
-from sparsenet.data.dataset import Dataset, Source
+from sparsenet.data.dataset import Dataset, Labelled, Source
 from sparsenet.data.errors import DataError, reason, shortened
-from sparsenet.data.identity import Labelled, copies, repeated
+from sparsenet.data.identity import copies, repeated
 from sparsenet.data.images import Decoded, common_size, drained, reading_images
 from sparsenet.data.registry import KINDS, DatasetKind, resolve
 from sparsenet.data.sampling import hold_out
@@ -50,11 +50,12 @@ def loading_dataset(config: DataConfig) -> Generator[Reading, None, Dataset]:
         clipped: tuple[str, ...] = ()
         grey_range = config.grey_range or None
         for name in names:
-            decoded = yield from decode(source, name, config, size, channels, grey_range)
+            decoded = yield from read_split(source, name, config, size, channels, grey_range)
             parts[name] = Labelled(decoded.images, decoded.ids)
             skipped += decoded.skipped
             clipped += clipping(decoded, name)
             grey_range = decoded.grey_range
+            del decoded  # or all training images would be held until the end
     tested_on = "test"
     if "test" not in parts and "val" in parts:
         parts["test"], tested_on = parts.pop("val"), "validation"
@@ -145,7 +146,7 @@ def _check_training(source: Source) -> None:
         raise DataError(f"{source.empty[0]}: expected {expected}, found none; remove the folder")
 
 
-def decode(
+def read_split(
     source: Source,
     name: str,
     config: DataConfig,
@@ -162,7 +163,7 @@ def decode(
     if not len(decoded.images):
         expected = f"{name} images"
         raise DataError(
-            f"--dataset_dir: expected {expected}, found none ({len(decoded.skipped)} corrupt)"
+            f"--dataset_dir: expected {expected}, found none ({len(decoded.skipped)} unreadable)"
         )
     return decoded
 
@@ -186,8 +187,9 @@ def clipping(decoded: Decoded, split: str) -> tuple[str, ...]:
     if not decoded.clipped:
         return ()
     low, high = decoded.grey_range
-    where = f"images with greys beyond {low:g} to {high:g}, which are clipped (--grey_range)"
-    return (f"warning: {split} has {decoded.clipped} {where}",)
+    images = "1 image" if decoded.clipped == 1 else f"{decoded.clipped} images"
+    beyond = f"greys beyond {low:g} to {high:g}, which are clipped (--grey_range)"
+    return (f"warning: {split} has {images} with {beyond}",)
 
 
 def draw(part: Labelled, fraction: float, purpose: str) -> dict[str, Labelled]:

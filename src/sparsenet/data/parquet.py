@@ -73,7 +73,7 @@ def _find_files(root: Path) -> dict[str, list[Path]]:
         plain = [path for name, paths in entries.items() if name[-1:] != "/" for path in paths]
         if found := _splits(folder, entries) or ({"train": sorted(plain)} if plain else {}):
             return found
-    folders = sorted(path for path in root.iterdir() if path.is_dir() and is_visible(path.name))
+    folders = _look_into(root)[1]
     configs = {path: found for path in folders if (found := _splits(path, _entries(path)))}
     if len(configs) > 1:
         names = ", ".join(path.name for path in configs)
@@ -88,22 +88,29 @@ def _is_parquet(path: Path) -> bool:
     return path.suffix.lower() == ".parquet" and is_visible(path.name) and path.is_file()
 
 
-def _parquet_files(folder: Path) -> list[Path]:
-    """The parquet files straight in *folder*, of which there may be many others; sorted."""
-    with suppress(PermissionError), os.scandir(folder) as entries:
-        names = [each.name for each in entries if each.name.lower().endswith(".parquet")]
-        return sorted(path for path in (folder / name for name in names) if _is_parquet(path))
-    return []
+def _look_into(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The parquet files and the folders straight in *folder*, which may hold many others; sorted.
+
+    There are none where it may not be read, which other readers report.
+    """
+    files, folders = [], []
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.lower().endswith(".parquet") and _is_parquet(folder / entry.name):
+                files.append(folder / entry.name)
+            elif is_visible(entry.name):
+                with suppress(OSError):  # of a link to itself
+                    folders += [folder / entry.name] if entry.is_dir() else []
+    return sorted(files), sorted(folders)
 
 
 def _entries(folder: Path) -> dict[str, list[Path]]:
     """The parquet files in *folder* by their names without numbers, and in folders, as ``NAME/``"""
     entries: dict[str, list[Path]] = {}
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if _is_parquet(path):
-            entries.setdefault(PART.sub("", path.stem), []).append(path)
-        elif is_visible(path.name) and path.is_dir():
-            entries[f"{path.name}/"] = _parquet_files(path)
+    files, folders = _look_into(folder)
+    for path in files:
+        entries.setdefault(PART.sub("", path.stem), []).append(path)
+    entries |= {f"{path.name}/": _look_into(path)[0] for path in folders}
     return {name: files for name, files in entries.items() if files}
 
 

@@ -21,7 +21,7 @@ RULE = (
     "Image.Resampling.BILINEAR). Greys of 16 bits, of 32 bits or float are resized as float32 "
     "(mode F), and then pixel = round(255 (level - low) / (high - low)), cut off at 0 and 255, "
     "where grey_range is (low, high), or (0, 65535) where it is empty. A JPEG is decoded at full "
-    "size, but above 128 megapixels at the first of 1/2, 1/4, 1/8 that has no "
+    "size, but above max_megapixels at the first of 1/2, 1/4, 1/8 that has no "
     "more. Then value = (pixel / 255 - mean) / std for each channel, in the order "
     "(batch, channel, row, column)."
 )
@@ -32,7 +32,8 @@ class Preprocessing:
     """The images that a model was trained on; *mean* and *std* are those of ``pixels / 255``.
 
     *grey_range* are the levels of deep greys (16 bits and float) that are black and white, empty
-    where it was trained on none.
+    where it was trained on none. Of more than *max_megapixels* a JPEG is decoded smaller, and no
+    other image is read.
     """
 
     size: int
@@ -40,6 +41,7 @@ class Preprocessing:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     grey_range: tuple[float, ...] = ()
+    max_megapixels: float = 128.0
 
     def __post_init__(self) -> None:
         for name in ("mean", "std", "grey_range"):  # a JSON file has lists

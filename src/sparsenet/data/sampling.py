@@ -107,9 +107,9 @@ def stratified_split(labels: Tensor, fraction: float, seed: int = 0) -> tuple[Te
 def hold_out(ids: Tensor, labels: Tensor, fraction: float, purpose: str) -> Tensor:
     """Which images are held out, bool ``(N,)``: about a *fraction* of each class.
 
-    Each image is drawn by its id alone, so that other images change nothing, and copies stay
-    together, in whatever classes they are. Only where all or none of a class would be held out,
-    one is left or taken: the one whose draw comes nearest.
+    Each image is drawn by its id alone, and copies stay together, in whatever classes they are.
+    Only where all or none of a class would be held out, as of one with two or three images, one is
+    left or taken: the one whose draw comes nearest.
     """
     draws = torch.tensor([_draw(purpose, each) for each in ids.tolist()], dtype=torch.float64)
     held = draws < fraction

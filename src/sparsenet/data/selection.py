@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from sparsenet.data.config import DataConfig
-from sparsenet.data.dataset import Images, Source
+from sparsenet.data.dataset import Images, Labelled, Source
 from sparsenet.data.errors import DataError, shortened, unreadable
-from sparsenet.data.identity import DataRecord, Labelled, digest
+from sparsenet.data.identity import DataRecord, differences, digest
 from sparsenet.data.images import drained
-from sparsenet.data.load import clipping, decode, draw, find, one_line
+from sparsenet.data.load import clipping, draw, find, one_line, read_split
+from sparsenet.data.sampling import stratified_split
 from sparsenet.validation import printable
 
 SPLITS = {"train": "training", "val": "validation", "test": "test"}  # and their images' names
@@ -43,11 +44,6 @@ class Selection:
 def count_images(count: int, kind: str) -> str:
     """So many images in words: ``20 test images``, or ``20 images`` where *kind* is empty."""
     return f"{count} {kind} images" if kind else f"{count} images"
-
-
-def label_by_id(ids: Tensor, labels: Tensor) -> dict[int, int]:
-    """The label of each image, by its id."""
-    return dict(zip(ids.tolist(), labels.tolist(), strict=True))
 
 
 @dataclass(frozen=True)
@@ -86,7 +82,7 @@ class Known:
         if config.val_fraction:
             parts |= draw(parts["train"], config.val_fraction, "val")
         train = parts["train"]
-        if digest(train.ids, train.images.labels) != self.record.digests["train"]:
+        if digest(train.ids, train.images.labels) != self.record.digests.get("train"):
             return self
         return Known({f"{name}.ids": part.ids for name, part in parts.items()}, self.record)
 
@@ -94,16 +90,9 @@ class Known:
         """A line where the images that the run was tested on have changed since."""
         if not self.own or "test.ids" not in self.images:
             return ()
-        before = label_by_id(self.images["test.ids"], self.images["test.labels"])
-        now = label_by_id(part.ids, part.images.labels)
-        common = now.keys() & before.keys()
-        counts = {
-            "new": len(now) - len(common),
-            "gone": len(before) - len(common),
-            "of another class": sum(now[each] != before[each] for each in common),
-        }
-        named = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-        return (f"warning: test images have changed since the training: {named}",) if named else ()
+        before = {name: self.images[name] for name in ("test.ids", "test.labels")}
+        changes = differences(before, {"test.ids": part.ids, "test.labels": part.images.labels})
+        return (f"warning: test images have changed since then: {changes}",) if changes else ()
 
     def warning(self, part: Labelled) -> tuple[str, ...]:
         """A line where some of the images were trained on."""
@@ -169,7 +158,7 @@ def _decoded(
     """A split, with labels that are numbers of *classes*, and notes about it."""
     size, channels = config.image_size, config.in_chans
     with one_line():
-        decoded = drained(decode(source, name, config, size, channels, config.grey_range))
+        decoded = drained(read_split(source, name, config, size, channels, config.grey_range))
     notes = (*clipping(decoded, name), *unreadable(decoded.skipped))
     labels = _labels(decoded.images.labels, source, classes)
     return Labelled(Images(decoded.images.pixels, labels), decoded.ids), notes
@@ -190,13 +179,14 @@ def _part_of_training(
         if trained.any():
             return whole.pick(trained), "training", ()
         return whole, "", ("warning: the network is not known to have learned from these images",)
-    return _not_trained_on(whole, known, config.dataset_dir)
+    return _not_trained_on(whole, known, config)
 
 
 def _not_trained_on(
-    whole: Labelled, known: Known, folder: str
+    whole: Labelled, known: Known, config: DataConfig
 ) -> tuple[Labelled, str, tuple[str, ...]]:
     """The images of *whole* that a network can be tested on; kind and notes."""
+    folder = config.dataset_dir
     learned = known.in_splits(whole, "train", "val")
     count = int(learned.sum())
     if known.own and known.images and not count:
@@ -204,6 +194,10 @@ def _not_trained_on(
             f"{folder}: expected the images that the run was made with, found none of them; "
             f"--dataset_dir {folder} tests on all that are there"
         )
+    if known.own and not known.record:
+        _, held_out = stratified_split(whole.images.labels, config.test_fraction)
+        note = "the run is of an older version: its test images are found by their places"
+        return whole.pick(held_out), "held-out", (note,)
     if known.record and known.tested_on != "held-out":
         return whole, "", known.warning(whole)
     if not known.images:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ UNREADABLE = frozenset(
     f".{suffix}"
     for suffix in (
         *("arw", "avif", "cr2", "cr3", "dng", "heic", "heif", "jp2", "jxl"),
-        *("nef", "orf", "psd", "raf", "rw2", "svg"),
+        *("nef", "nrw", "orf", "pef", "psd", "raf", "rw2", "srw", "svg", "3fr", "iiq"),
     )
 )
 # How files of these formats begin; a file with another suffix, or with none, is known by this.
@@ -69,10 +69,18 @@ def _walk(folder: str, outer: frozenset[tuple[int, int]]) -> Iterator[tuple[str,
     for entry in entries:
         if not is_visible(entry.name):
             continue
-        if entry.is_dir():
+        if _is(entry.is_dir):
             yield from _walk(entry.path, outer | {identity})
         else:
             yield entry.path, _is_image(entry)
+
+
+def _is(kind: Callable[[], bool]) -> bool:
+    """What *kind* says of an entry; no where it cannot be told, as of a link to itself."""
+    try:
+        return kind()
+    except OSError:
+        return False
 
 
 def _is_image(entry: os.DirEntry[str]) -> bool:
@@ -80,11 +88,11 @@ def _is_image(entry: os.DirEntry[str]) -> bool:
 
     A pipe or a device is none.
     """
-    if not entry.is_file():
+    if not _is(entry.is_file):
         return entry.is_symlink() and not os.path.exists(entry.path)  # noqa: PTH110
     suffix = os.path.splitext(entry.name)[1].lower()  # noqa: PTH122
-    if suffix in SUFFIXES:
-        return True
+    if suffix in SUFFIXES or suffix in UNREADABLE:  # raw photographs begin as a TIFF does
+        return suffix in SUFFIXES
     try:
         with open(entry.path, "rb") as file:  # noqa: PTH123
             start = file.read(16)

@@ -124,6 +124,7 @@ def metadata(trained: Trained) -> dict[str, str]:
         "mean": json.dumps(preprocessing.mean),
         "std": json.dumps(preprocessing.std),
         "grey_range": json.dumps(preprocessing.grey_range or FULL_RANGE),
+        "max_megapixels": str(preprocessing.max_megapixels),
         "dataset": trained.about.dataset,
         "architecture": json.dumps(trained.model.architecture.to_dict()),
         "sparsenet.version": __version__,
