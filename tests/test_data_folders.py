@@ -397,7 +397,7 @@ def test_classes_that_differ_in_case_only_and_copies_are_said(tmp_path: Path) ->
     (tmp_path / "dog" / "copy.png").write_bytes((tmp_path / "dog" / "0.png").read_bytes())
     notes = load(tmp_path, test_fraction=0.01).notes
     assert "warning: classes whose names differ in case only: Cat, cat" in notes
-    assert "warning: 1 training images are copies of others, to the byte" in notes
+    assert "warning: copies of other training images, to the byte: 1" in notes
 
 
 def test_data_in_a_split_are_named_after_the_folder_above(tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sparsenet.commands.common import load_images, load_network, print_result
-from sparsenet.data.selection import Selection, count_images
+from sparsenet.data.errors import count_images
+from sparsenet.data.selection import Selection
 from sparsenet.device import choose_device
 from sparsenet.evaluate import evaluate
 from sparsenet.export.onnx import Exported

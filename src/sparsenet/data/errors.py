@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 # What decoders of images, pickles, archives and tables raise on damaged bytes, seen while fuzzing.
@@ -36,17 +36,22 @@ class BadImage(DataError):
     """A file that is not a readable image; the message names it."""
 
 
-def shortened(names: Sequence[str]) -> str:
-    """The first five of *names* in one line, and a sign where there are more."""
-    return ", ".join(names[:5]) + ", …" * (len(names) > 5)
+def shortened(names: Iterable[str], most: int = 5) -> str:
+    """The first of *names* in one line, and a sign where there are more than *most*."""
+    listed = list(names)
+    return ", ".join(listed[:most]) + ", …" * (len(listed) > most)
+
+
+def count_images(count: int, kind: str = "") -> str:
+    """So many images in words: ``20 test images``, ``1 image``."""
+    return f"{count} {kind}{' ' * bool(kind)}image{'s' * (count != 1)}"
 
 
 def unreadable(skipped: Sequence[str]) -> tuple[str, ...]:
     """A line about images that were left out, of which *skipped* say what is wrong; or none."""
     if not skipped:
         return ()
-    images = "1 unreadable image" if len(skipped) == 1 else f"{len(skipped)} unreadable images"
-    return (f"left out: {images}, the first: {skipped[0]}",)
+    return (f"left out: {count_images(len(skipped), 'unreadable')}, the first: {skipped[0]}",)
 
 
 def reason(error: BaseException) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sparsenet.data.config import DataConfig
 from sparsenet.data.dataset import Example, Source
-from sparsenet.data.errors import DataError, shortened
+from sparsenet.data.errors import DataError, count_images, shortened
 from sparsenet.data.splits import find_splits, split_of
 from sparsenet.data.tree import Listing, describe_others, is_visible, list_folder
 from sparsenet.data.unreadable import name_what_it_is
@@ -152,7 +152,7 @@ def _split_trees(tree: Tree, notes: list[str], told: bool) -> dict[str, Tree]:
         if name in named:
             doubled = named[name].has_classes
             reason = "in a second folder for a split" if doubled else "in no class folders"
-        notes.append(f"left out: {tree.path / name}, {_images(tree.count(name))} {reason}")
+        notes.append(f"left out: {tree.path / name}, {count_images(tree.count(name))} {reason}")
     if any(split_of(name) != (split, "*") for split, name in names.items()):
         taken = ", ".join(f"{name} as {split}" for split, name in names.items())
         notes.append(f"taken as splits: {taken}")
@@ -179,12 +179,13 @@ def _refuse_ambiguous(tree: Tree, splits: Mapping[str, Tree], others: list[str])
     for name in others:
         meaning = split_of(name)
         if meaning and meaning[0] == "train" and "train" not in splits:
-            count = len(tree.inner(name).straight.images)
+            found = count_images(len(tree.inner(name).straight.images))
             raise DataError(
-                f"{tree.path / name}: expected class folders, found {_images(count)} outside of "
-                f"any; {_how_to_label(tree)}"
+                f"{tree.path / name}: expected class folders, found {found} outside of any; "
+                f"{_how_to_label(tree)}"
             )
-    unknown = [f"{name} ({_images(tree.count(name))})" for name in others if not split_of(name)]
+    doubtful = [name for name in others if not split_of(name)]
+    unknown = [f"{name} ({count_images(tree.count(name))})" for name in doubtful]
     if unknown and not ("train" in splits and len(splits) > 1):
         first = next(iter(splits.values())).path
         raise DataError(
@@ -245,7 +246,7 @@ def _what_else(tree: Tree) -> str:
     if known := name_what_it_is(tree.path):
         return known
     if count := len(tree.straight.images):
-        return f"{_images(count)} outside of any; --labels FILE can say which class each has"
+        return f"{count_images(count)} outside of any; --labels FILE can say which class each has"
     return "none, and no parquet files or CIFAR archives"
 
 
@@ -297,7 +298,7 @@ def _deeper(splits: Mapping[str, Tree]) -> Iterable[str]:
     ]
     if deeper:
         yield (
-            f"{_images(len(deeper))} in folders within class folders, which belong to the class, "
+            f"{count_images(len(deeper))} in folders within class folders belong to these classes, "
             f"the first: {deeper[0]}"
         )
 
@@ -307,13 +308,9 @@ def _left_out(tree: Tree, splits: Mapping[str, Tree]) -> Iterable[str]:
     trees = {each.path: each for each in (tree, *splits.values())}.values()
     stray = [path for each in trees for path in each.straight.images]
     if stray:
-        yield f"left out: {_images(len(stray))} in no class folder, the first: {stray[0]}"
+        yield f"left out: {count_images(len(stray))} in no class folder, the first: {stray[0]}"
     listings = [each.straight for each in trees]
     listings += [folder for each in splits.values() for folder in each.below.values()]
     others = [path for listing in listings for path in listing.others]
     if others:
         yield describe_others(others)
-
-
-def _images(count: int) -> str:
-    return f"{count} image{'s' * (count != 1)}"

@@ -14,11 +14,12 @@ import torch
 
 from sparsenet.data.config import DataConfig
 from sparsenet.data.dataset import Dataset, Labelled, Source
-from sparsenet.data.errors import DataError, reason, shortened
+from sparsenet.data.errors import DataError, count_images, reason, shortened
 from sparsenet.data.identity import copies, repeated
 from sparsenet.data.images import Decoded, common_size, drained, reading_images
 from sparsenet.data.registry import KINDS, DatasetKind, resolve
 from sparsenet.data.sampling import hold_out
+from sparsenet.data.splits import IMAGES_OF
 from sparsenet.events import Reading
 from sparsenet.validation import printable
 
@@ -187,9 +188,8 @@ def clipping(decoded: Decoded, split: str) -> tuple[str, ...]:
     if not decoded.clipped:
         return ()
     low, high = decoded.grey_range
-    images = "1 image" if decoded.clipped == 1 else f"{decoded.clipped} images"
     beyond = f"greys beyond {low:g} to {high:g}, which are clipped (--grey_range)"
-    return (f"warning: {split} has {images} with {beyond}",)
+    return (f"warning: {split} has {count_images(decoded.clipped)} with {beyond}",)
 
 
 def draw(part: Labelled, fraction: float, purpose: str) -> dict[str, Labelled]:
@@ -204,18 +204,18 @@ def _remarks(
     """Lines about what is missing from the splits, and about images that are in two places."""
     for name, part in parts.items():
         if missing := part.missing(classes):
-            what = {"train": "training", "val": "validation"}.get(name, tested_on)
+            what = tested_on if name == "test" else IMAGES_OF[name]
             yield f"warning: no {what} image of {missing}"
     folded = Counter(name.casefold() for name in classes)
     if alike := [name for name in classes if folded[name.casefold()] > 1]:
-        yield f"warning: classes whose names differ in case only: {', '.join(alike[:6])}"
+        yield f"warning: classes whose names differ in case only: {shortened(alike)}"
     train = parts["train"]
     if count := copies(train):
-        yield f"warning: {count} training images are copies of others, to the byte"
+        yield f"warning: copies of other training images, to the byte: {count}"
     if count := repeated(train):
         yield f"warning: {count} training images are also in another class, to the byte"
     for name, part in parts.items():
         overlap = int(torch.isin(part.ids, train.ids).sum())
         if name != "train" and overlap:
-            what = {"val": "validation"}.get(name, tested_on)
+            what = tested_on if name == "test" else IMAGES_OF[name]
             yield f"warning: {overlap} {what} images are also training images, to the byte"

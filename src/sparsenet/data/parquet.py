@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 
 from sparsenet.data.config import DataConfig
 from sparsenet.data.dataset import Example, Source, check_labels
-from sparsenet.data.errors import DataError, decoding
+from sparsenet.data.errors import DataError, decoding, shortened
 from sparsenet.data.splits import SPLITS, find_splits, split_of
 from sparsenet.data.tree import SUFFIXES, is_visible, list_folder
 from sparsenet.extras import require
@@ -134,7 +134,7 @@ def _left_out(root: Path, files: Mapping[str, list[Path]]) -> tuple[str, ...]:
     others = [path for path in list_folder(root).others if _is_parquet(path) and path not in used]
     if not others:
         return ()
-    names = _listed(path.relative_to(root).as_posix() for path in others)
+    names = shortened(path.relative_to(root).as_posix() for path in others)
     count = f"{len(others)} parquet file{'s' * (len(others) > 1)}"
     return (f"{count} beside those of {' and '.join(files)} left out: {names}",)
 
@@ -145,11 +145,6 @@ def _missing_parts(files: Mapping[str, list[Path]]) -> Iterator[str]:
         parts = [found for path in paths if (found := re.search(r"-of-0*(\d+)", path.stem))]
         if parts and len(parts) < (total := int(parts[0][1])):
             yield f"warning: {split} has {len(parts)} of {total} files, as their names say"
-
-
-def _listed(names: Iterable[str], most: int = 8) -> str:
-    names = list(names)
-    return ", ".join(names[:most]) + ", …" * (len(names) > most)
 
 
 # --- which columns --------------------------------------------------------------------------------
@@ -184,7 +179,7 @@ def _columns(path: Path, config: DataConfig) -> tuple[str, str, tuple[str, ...]]
             if name and name not in contents:
                 raise DataError(
                     f"--{flag}: expected a column of {path}, found {name!r}; "
-                    f"the columns are {_listed(contents, 40)}"
+                    f"the columns are {shortened(contents, 40)}"
                 )
         image = config.image_column or _image_column(file, contents)
         features = _features(path, file)
@@ -275,7 +270,7 @@ def _read_labels(path: Path, image: str, label: str) -> Labels:
 
 
 def _refuse_column(path: Path, column: str, expected: str, contents: Mapping[str, str]) -> NoReturn:
-    found = contents.get(column) or f"the columns {_listed(contents, 40)}"
+    found = contents.get(column) or f"the columns {shortened(contents, 40)}"
     raise DataError(f"{path}: expected {expected} in a column {column}, found {found}")
 
 
@@ -331,7 +326,7 @@ def _classes(columns: Mapping[str, list[Labels]]) -> tuple[tuple[str, ...], tupl
             signed += [f"-{name}" for name in sorted(missing)]
             raise DataError(
                 f"{part.path}: expected the classes of {model.path}, "
-                f"found unknown (+), missing (-): {_listed(signed)}"
+                f"found unknown (+), missing (-): {shortened(signed)}"
             )
         elif part.names != model.names[: len(part.names)]:
             notes.append(f"{part.path.name} numbers the classes otherwise: taken by their names")

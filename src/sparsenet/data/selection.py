@@ -12,14 +12,13 @@ from torch import Tensor
 
 from sparsenet.data.config import DataConfig
 from sparsenet.data.dataset import Images, Labelled, Source
-from sparsenet.data.errors import DataError, shortened, unreadable
+from sparsenet.data.errors import DataError, count_images, shortened, unreadable
 from sparsenet.data.identity import DataRecord, differences, digest
 from sparsenet.data.images import drained
 from sparsenet.data.load import clipping, draw, find, one_line, read_split
 from sparsenet.data.sampling import stratified_split
+from sparsenet.data.splits import IMAGES_OF
 from sparsenet.validation import printable
-
-SPLITS = {"train": "training", "val": "validation", "test": "test"}  # and their images' names
 
 
 @dataclass(frozen=True)
@@ -39,11 +38,6 @@ class Selection:
         shown = place.relative_to(here) if place.is_relative_to(here) else place
         where = f" in {shown}" if self.place else ""
         return f"{self.name}: {count_images(len(self.images), self.kind)}{where}"
-
-
-def count_images(count: int, kind: str) -> str:
-    """So many images in words: ``20 test images``, or ``20 images`` where *kind* is empty."""
-    return f"{count} {kind} images" if kind else f"{count} images"
 
 
 @dataclass(frozen=True)
@@ -113,7 +107,7 @@ def select_images(
         source = find(config)
     name = _split_of_source(source, split, known)
     part, notes = _decoded(source, name, config, classes)
-    kind = SPLITS[name]
+    kind = IMAGES_OF[name]
     if name == "train":
         known = known.with_drawn(part, config)
         part, kind, more = _part_of_training(part, split, known, config)

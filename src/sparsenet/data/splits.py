@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from sparsenet.data.errors import DataError
 
 SPLITS = ("train", "val", "test")
+IMAGES_OF = {"train": "training", "val": "validation", "test": "test"}  # as "training images"
 WORDS = {
     "train": "train",
     "training": "train",
