@@ -660,8 +660,76 @@ def test_weights_of_another_network_are_refused(refused: Callable[..., str], cop
 
 def test_damaged_metrics_are_named(refused: Callable[..., str], copied: Path) -> None:
     (copied / "metrics.csv").write_text("epoch,step\none,two\n")
-    assert "metrics.csv" in refused("train", "--resume", copied, "--max_epoch", 3)
     assert "metrics.csv" in refused("report", copied)
+
+
+def shorten(metrics: Path) -> None:
+    metrics.write_text("\n".join(metrics.read_text().splitlines()[:-1]) + "\n")
+
+
+def exchange(metrics: Path) -> None:
+    header, *rows = metrics.read_text().splitlines()
+    metrics.write_text("\n".join([header, *reversed(rows)]) + "\n")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [Path.unlink, shorten, exchange, lambda metrics: metrics.write_text("epoch,step\none,two\n")],
+    ids=["gone", "shorter", "exchanged", "damaged"],
+)
+def test_metrics_are_written_anew_from_the_checkpoint(
+    damage: Callable[[Path], object], call: Call, copied: Path
+) -> None:
+    before = (copied / "metrics.csv").read_text()
+    damage(copied / "metrics.csv")
+    outcome = call("train", "--resume", copied, "--max_epoch", 3)
+    assert outcome.code == 0 and "metrics.csv is written anew from the checkpoint" in outcome.out
+    assert (copied / "metrics.csv").read_text().startswith(before)
+
+
+def test_a_run_that_lost_its_last_checkpoint_does_not_start_over(
+    refused: Callable[..., str], copied: Path
+) -> None:
+    for file in (copied / "checkpoints").glob("last-*"):
+        file.unlink()
+    before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+    expected = ["result.json", "2 epochs in metrics.csv", "a 'best' checkpoint of epoch 2"]
+    for name in ("result.json", "metrics.csv", "checkpoints/best-*.json"):
+        line = refused("train", "--resume", copied, "--max_epoch", 3)
+        assert f"found none, but {' and '.join(expected)}; put it back" in line
+        now = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+        assert now == {path: content for path, content in before.items() if path.exists()}
+        next(copied.glob(name)).unlink()
+        expected.pop(0)
+
+
+@pytest.mark.parametrize(
+    ("component", "name", "value"),
+    [
+        ("optim", "lr", 0.3),
+        ("optim", "momentum", 0.8),
+        ("train", "seed", 5),
+        ("train", "batch_size", 65),
+        ("network", "growth_rate", [8]),
+        ("network", "fetch", "dense"),
+        ("network", "depth", 10),
+        ("data", "mirror", True),
+        ("data", "val_fraction", 0.25),
+    ],
+)
+def test_settings_that_were_changed_in_the_file_are_refused(
+    component: str, name: str, value: object, refused: Callable[..., str], copied: Path
+) -> None:
+    file = copied / "config.json"
+    config = json.loads(file.read_text())
+    config[component][name] = value
+    file.write_text(json.dumps(config))
+    before = {path: path.read_bytes() for path in (copied / "checkpoints").iterdir()}
+    line = refused("train", "--resume", copied, "--max_epoch", 3)
+    assert name in line or "images it was trained on" in line
+    assert (
+        sorted((copied / "checkpoints").glob("last-*.safetensors"))[-1].read_bytes() == checkpoint
+    )
 
 
 # --- runs that fail -------------------------------------------------------------------------------

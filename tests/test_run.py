@@ -70,7 +70,7 @@ def test_only_files_that_the_program_wrote_are_removed(tmp_path):
 def test_a_manifest_has_the_keys_that_it_always_had(tmp_path):
     run = Run.create(tmp_path / "run")
     keys = {"epoch", "about", "kind", "step", "sha256"}
-    for kind, more in (("best", set()), ("last", {"seconds", "best"})):
+    for kind, more in (("best", set()), ("last", {"seconds", "best", "rows"})):
         save(run.checkpoints, Manifest(kind=kind, step=3, epoch=1, about={}), {"x": torch.zeros(3)})
         assert (
             json.loads((run.checkpoints / f"{kind}-00000003.json").read_text()).keys()

@@ -36,6 +36,7 @@ class Manifest:
     about: dict[str, Any]  # what is needed to use the weights
     seconds: float = 0.0  # training time of the epoch that has begun; only in "last"
     best: float | None = None  # lowest validation error so far, in percent; only in "last"
+    rows: list[dict[str, Any]] | None = None  # of metrics.csv; only in "last", not in older ones
     sha256: str = ""  # of the tensors' file; ``save`` fills it in
 
 
@@ -63,7 +64,7 @@ def save(folder: Path, manifest: Manifest, tensors: Mapping[str, Tensor]) -> Non
     """
     description = dataclasses.asdict(manifest)
     if manifest.kind == "best":  # weights alone, without the state of their training
-        del description["seconds"], description["best"]
+        del description["seconds"], description["best"], description["rows"]
     identity = {name: description.pop(name) for name in ("kind", "step", "sha256")}
     data = serialise_tensors(
         {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
 from sparsenet import checkpoints, optim
 from sparsenet.checkpoints import Checkpoint, Manifest, RunError
-from sparsenet.config import RunConfig
+from sparsenet.config import RunConfig, recipe
 from sparsenet.data.identity import differences, to_tensors
 from sparsenet.data.preprocessing import Preprocessing
 from sparsenet.data.sampling import batch_ends, stream
@@ -69,7 +71,8 @@ class TrainingState:
         """
         tensors = self._tensors() if kind == "last" else _named("model.", self.evaluated)
         check_finite(tensors, self.step)
-        manifest = Manifest(kind, self.step, self.epoch, about, self.seconds, self.best)
+        rows = [dataclasses.asdict(row) for row in self.rows]
+        manifest = Manifest(kind, self.step, self.epoch, about, self.seconds, self.best, rows)
         checkpoints.save(folder, manifest, tensors)
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -97,7 +100,7 @@ class TrainingState:
         self.mistakes.copy_(checkpoint.tensors["epoch.wrongs"])
         manifest = checkpoint.manifest
         self.step, self.seconds, self.best = manifest.step, manifest.seconds, manifest.best
-        self.rows = rows[: self.epoch]
+        self.rows = rows
 
 
 def _named(prefix: str, model: nn.Module) -> dict[str, Tensor]:
@@ -130,19 +133,84 @@ def new_state(setup: Setup) -> TrainingState:
 def restore(state: TrainingState, setup: Setup, run: Run) -> list[str]:
     """Loads the last intact checkpoint of *run* into a new *state*; returns lines for the user.
 
-    Raises ``RunError`` where there are only damaged ones, or where the data is another.
+    Raises ``RunError`` where there are only damaged ones or none that should be, and where the
+    data or the settings are others.
     """
     if not checkpoints.saved(run.checkpoints, "last"):
+        _check_nothing_is_lost(run)
         return ["stopped before the first checkpoint: starting from the beginning"]
     checkpoint, warnings = checkpoints.restore(run.checkpoints, "last")
-    _check_data(checkpoint, state.steps_per_epoch, setup, run)
-    state.load(checkpoint, run.metrics())
-    lines = [f"warning: {warning}" for warning in warnings]
+    _check_data(checkpoint, setup, run)
+    _check_settings(checkpoint, setup.config)
+    _check_steps(checkpoint, state.steps_per_epoch)
+    rows, said = _rows(checkpoint, run)
+    state.load(checkpoint, rows)
+    lines = [f"warning: {warning}" for warning in [*warnings, *said]]
     epochs = setup.config.train.max_epoch
     if state.epoch >= epochs:
         return [*lines, f"finished: all {epochs} epochs are trained; --max_epoch N adds to them"]
     lines.append(f"resumed at step {state.step} (epoch {1 + state.epoch})")
     return lines + _rate_jump(state, setup.config, run.config())
+
+
+def _check_nothing_is_lost(run: Run) -> None:
+    """Raises ``RunError`` where there is more than a kill before the first ``last`` can leave."""
+    found = []
+    if (run.path / "result.json").exists():
+        found.append("result.json")
+    if (rows := len(run.metrics())) > 1:
+        found.append(f"{rows} epochs in metrics.csv")
+    if checkpoints.saved(run.checkpoints, "best"):
+        checkpoint, _ = checkpoints.restore(run.checkpoints, "best")
+        if checkpoint.manifest.epoch > 1:
+            found.append(f"a 'best' checkpoint of epoch {checkpoint.manifest.epoch}")
+    if found:
+        raise RunError(
+            f"{run.path}: expected a 'last' checkpoint to go on from, found none, but "
+            f"{' and '.join(found)}; put it back, or start a new run with --config {run.path}"
+        )
+
+
+def _rows(checkpoint: Checkpoint, run: Run) -> tuple[list[EpochMetrics], list[str]]:
+    """The rows of the epochs before *checkpoint*, and a warning where metrics.csv lacks some."""
+    manifest = checkpoint.manifest
+    try:
+        found, problem = run.metrics(), ""
+    except RunError as error:
+        if manifest.rows is None:
+            raise
+        found, problem = [], f"{error}; "
+    if manifest.rows is None:  # of an older version
+        if len(found) < manifest.epoch:
+            problem = f"metrics.csv has {len(found)} of {manifest.epoch} epochs"
+        return found[: manifest.epoch], [problem] if problem else []
+    rows = msgspec.convert(manifest.rows, list[EpochMetrics])
+    if found[: len(rows)] == rows:
+        return rows, []
+    return rows, [f"{problem}metrics.csv is written anew from the checkpoint"]
+
+
+def _check_settings(checkpoint: Checkpoint, config: RunConfig) -> None:
+    """Raises ``RunError`` where settings are not those that the checkpoint was trained with.
+
+    ``Run`` compares what is asked for with config.json, which somebody may have changed.
+    """
+    about = checkpoint.manifest.about
+    before = {**about["recipe"], "network": about["architecture"]}
+    asked = {**recipe(config), "network": config.network.to_dict()}
+    now = msgspec.json.decode(msgspec.json.encode(asked))  # with lists, as in a file
+    changed = []
+    for component, settings in before.items():
+        for name, value in settings.items():
+            found = now.get(component, {}).get(name, value)  # older versions had other settings
+            was_auto = name == "implementation" and value == "auto"
+            if found != value and name != "max_epoch" and not was_auto:
+                changed.append(f"{name} {value!r} -> {found!r}")
+    if changed:
+        raise RunError(
+            f"{checkpoint.path}: expected the settings that it was trained with, found others: "
+            f"{'; '.join(changed)}; put back what was changed in config.json"
+        )
 
 
 def _rate_jump(state: TrainingState, now: RunConfig, before: RunConfig) -> list[str]:
@@ -162,7 +230,7 @@ def _rate_jump(state: TrainingState, now: RunConfig, before: RunConfig) -> list[
     ]
 
 
-def _check_data(checkpoint: Checkpoint, steps: int, setup: Setup, run: Run) -> None:
+def _check_data(checkpoint: Checkpoint, setup: Setup, run: Run) -> None:
     data, about = setup.data, checkpoint.manifest.about
     if about["classes"] != list(data.classes):
         before, now = about["classes"], list(data.classes)
@@ -178,9 +246,13 @@ def _check_data(checkpoint: Checkpoint, steps: int, setup: Setup, run: Run) -> N
         raise RunError(f"{expected}, found others ({changes}); a new run trains on them")
     if Preprocessing(**about["preprocessing"]) != setup.preprocessing:
         raise RunError(f"{expected}, found others (mean or size differ)")
+
+
+def _check_steps(checkpoint: Checkpoint, steps: int) -> None:
+    """Raises ``RunError`` where an epoch has another number of steps, as in older versions."""
     before = len(checkpoint.tensors["epoch.losses"])
     if before != steps:
         raise RunError(
-            f"{expected}, {before} steps an epoch, "
-            f"found {len(data.train)} images, {steps} steps an epoch"
+            f"{checkpoint.path}: expected the images and batches that it was trained on, "
+            f"{before} steps an epoch, found {steps}"
         )
