@@ -399,6 +399,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_anew(
     for path in run.checkpoints.iterdir():
         path.unlink()
     run.write_metrics([])
+    (run.path / "result.json").unlink()
     outcome = call("train", "--resume", copied)
     assert (outcome.code, outcome.err) == (0, "")
     name = "checkpoints/last-00000046.safetensors"

@@ -344,6 +344,7 @@ def test_splits_without_class_folders_are_no_classes(
     plant(tmp_path, *names)
     assert "named as splits, with images in no class folders; --labels FILE" in refusal(tmp_path)
     (tmp_path / "train.csv").write_text("id,label\n")
+    (tmp_path / "sample_submission.csv").write_text("id,label\n")
     assert f"--labels {tmp_path / 'train.csv'} can say" in refusal(tmp_path)
     assert load(tmp_path, dataset="folder").classes == tuple(sorted(names))
 
@@ -383,6 +384,21 @@ def test_images_outside_of_class_folders_are_counted(tmp_path: Path) -> None:
     plant(tmp_path / "d" / "train", "a", "b", count=2)
     plant(tmp_path / "d" / "test", "a", "b", first=100)
     assert "train: expected class folders, found 5 images outside of any" in refusal(tmp_path / "d")
+
+
+def test_folders_of_pictures_that_cannot_be_read_are_no_riddle(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.heic").write_bytes(b"?")
+    assert "found none; left out: 2 files (.heic 2)" in refusal(tmp_path)
+
+
+def test_a_table_beside_one_folder_of_images_is_named(tmp_path: Path) -> None:
+    plant(tmp_path, "images")
+    (tmp_path / "labels.csv").write_text("id,label\n")
+    assert f"found only images and labels.csv; --labels {tmp_path / 'labels.csv'}" in refusal(
+        tmp_path
+    )
 
 
 def test_a_second_folder_for_a_split_is_said(tmp_path: Path) -> None:

@@ -258,9 +258,12 @@ def test_a_test_image_of_another_class_is_named(call: Call) -> None:
         (root / name).rename(root / f"old-{name}")
     for name, other in zip(CLASSES, reversed(CLASSES), strict=True):
         (root / f"old-{name}").rename(root / other)
-    said = evaluated(call, "run")[1]
-    words = f"test images have changed since then: {len(ids)} of another class"
-    assert said == f"sparsenet: warning: {words}\n"
+    counts = {"test": len(ids), "train": 40 - len(ids)}
+    for split, kind in (("test", "test"), ("train", "training")):
+        for data in ((), ("--dataset_dir", "d")):
+            said = evaluated(call, "run", "--split", split, *data)[1]
+            words = f"{kind} images have changed since then: {counts[split]} of another class"
+            assert f"sparsenet: warning: {words}\n" in said
 
 
 def test_the_runs_own_folder_with_other_images_is_refused(call: Call, grown: Path) -> None:
@@ -361,6 +364,17 @@ def test_resuming_with_other_images_is_refused(
     assert before == {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
 
 
+def test_resuming_with_other_test_images_says_so(call: Call, tmp_path: Path) -> None:
+    for name, seed in (("train", 0), ("test", 1)):
+        write_classes(tmp_path / "d" / name, images=6, seed=seed)
+    arguments = ("--batch_size", 4, "--dataset_dir", tmp_path / "d", "--out", "run")
+    assert call("train", *SHORT, *arguments).code == 0
+    write_image(tmp_path / "d" / "test" / CLASSES[0] / "new.png", seed=999)
+    outcome = call("train", "--resume", "run", "--max_epoch", 2)
+    assert outcome.code == 0
+    assert "warning: the test images are others than before (1 added)" in outcome.out
+
+
 def test_a_renamed_image_resumes(call: Call, tmp_path: Path) -> None:
     root = write_classes(tmp_path / "d", images=12)
     arguments = ("--batch_size", 8, "--dataset_dir", root, "--out", "run")
@@ -396,7 +410,8 @@ def test_a_run_of_an_older_version_is_tested_as_it_was(call: Call) -> None:
     assert load_trained(run).about.data is None
     found, said = evaluated(call, "run")
     assert (found["images"], found["split"]) == (10, "held-out") and "older version" in said
-    found, said = evaluated(call, "run", "--dataset_dir", "d")
+    shutil.copytree("d", "elsewhere")
+    found, said = evaluated(call, "run", "--dataset_dir", "elsewhere")
     assert found["images"] == 50 and "is not recorded" in said
 
 

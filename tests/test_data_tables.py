@@ -206,6 +206,23 @@ def test_a_cell_without_an_image_is_an_unreadable_image(cell: Any, tmp_path: Pat
     assert len(data.skipped) == 1 and data.skipped[0].startswith(f"{path} row 7: expected an image")
 
 
+def test_a_column_of_splits_is_not_passed_over(tmp_path: Path) -> None:
+    table = write(tmp_path / "all.parquet", [0, 1] * 4, split=pa.array(["train", "test"] * 4))
+    with pytest.raises(DataError, match="expected a file for each split, found a column split"):
+        parquet(tmp_path)
+    table.rename(tmp_path / "train.parquet")
+    assert "not used: split" in parquet(tmp_path).notes[0]
+
+
+def test_a_test_file_without_a_label_column_is_left_out(tmp_path: Path) -> None:
+    write(tmp_path / "train.parquet", [0, 1] * 4)
+    images = pa.array([{"bytes": png(9), "path": None}] * 3, STRUCT)
+    pq.write_table(pa.table({"image": images}), tmp_path / "test.parquet")
+    source = parquet(tmp_path)
+    assert set(source.splits) == {"train"}
+    assert source.notes == ("test: 3 images without labels, left out",)
+
+
 def test_parts_that_are_missing_are_said(tmp_path: Path) -> None:
     write(tmp_path / "train-00000-of-00002.parquet", [0, 1] * 4)
     assert parquet(tmp_path).notes == ("warning: train has 1 of 2 files, as their names say",)
@@ -218,7 +235,9 @@ def test_the_image_column_is_found_or_told(tmp_path: Path) -> None:
     write(tmp_path / "a" / "train.parquet", mask=masks)
     source = parquet(tmp_path / "a")
     assert greys(source) == [0, 1]
-    assert source.notes == ("images: column image of train.parquet; classes: column label",)
+    assert source.notes == (
+        "images: column image of train.parquet; classes: column label; not used: mask",
+    )
     assert greys(parquet(tmp_path / "a", image_column="mask")) == [100, 101]
     table = pq.read_table(tmp_path / "a" / "train.parquet").rename_columns(["x", "label", "y"])
     (tmp_path / "b").mkdir()

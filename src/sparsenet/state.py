@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sparsenet import checkpoints, optim
 from sparsenet.checkpoints import Checkpoint, Manifest, RunError
 from sparsenet.config import RunConfig, recipe
-from sparsenet.data.identity import differences, to_tensors
+from sparsenet.data.identity import DataRecord, differences, to_tensors
 from sparsenet.data.preprocessing import Preprocessing
 from sparsenet.data.sampling import batch_ends, stream
 from sparsenet.device import place
@@ -140,12 +140,12 @@ def restore(state: TrainingState, setup: Setup, run: Run) -> list[str]:
         _check_nothing_is_lost(run)
         return ["stopped before the first checkpoint: starting from the beginning"]
     checkpoint, warnings = checkpoints.restore(run.checkpoints, "last")
-    _check_data(checkpoint, setup, run)
+    changed = _check_data(checkpoint, setup, run)
     _check_settings(checkpoint, setup.config)
     _check_steps(checkpoint, state.steps_per_epoch)
     rows, said = _rows(checkpoint, run)
     state.load(checkpoint, rows)
-    lines = [f"warning: {warning}" for warning in [*warnings, *said]]
+    lines = [f"warning: {warning}" for warning in [*warnings, *said, *changed]]
     epochs = setup.config.train.max_epoch
     if state.epoch >= epochs:
         return [*lines, f"finished: all {epochs} epochs are trained; --max_epoch N adds to them"]
@@ -230,7 +230,8 @@ def _rate_jump(state: TrainingState, now: RunConfig, before: RunConfig) -> list[
     ]
 
 
-def _check_data(checkpoint: Checkpoint, setup: Setup, run: Run) -> None:
+def _check_data(checkpoint: Checkpoint, setup: Setup, run: Run) -> list[str]:
+    """Raises ``RunError`` for other training images; returns a warning of other test images."""
     data, about = setup.data, checkpoint.manifest.about
     if about["classes"] != list(data.classes):
         before, now = about["classes"], list(data.classes)
@@ -241,11 +242,16 @@ def _check_data(checkpoint: Checkpoint, setup: Setup, run: Run) -> None:
             f"found {len(now)} classes in the data ({change or 'in another order'})"
         )
     expected = f"{checkpoint.path}: expected the images it was trained on"
+    warnings: list[str] = []
     if "data" in about and about["data"] != setup.about["data"]:
         changes = differences(run.images(), to_tensors(data)) or "other copies of some"
-        raise RunError(f"{expected}, found others ({changes}); a new run trains on them")
+        then, today = (msgspec.convert(each["data"], DataRecord) for each in (about, setup.about))
+        if then.without_test() != today.without_test():
+            raise RunError(f"{expected}, found others ({changes}); a new run trains on them")
+        warnings.append(f"the test images are others than before ({changes})")
     if Preprocessing(**about["preprocessing"]) != setup.preprocessing:
         raise RunError(f"{expected}, found others (mean or size differ)")
+    return warnings
 
 
 def _check_steps(checkpoint: Checkpoint, steps: int) -> None:

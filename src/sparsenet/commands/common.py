@@ -33,12 +33,19 @@ def load_images(args: argparse.Namespace, trained: Trained) -> Selection:
     Raises ``ValueError`` where there are none, or some of a class that the network does not know.
     """
     ids = Run.open(trained.path).images() if trained.path.is_dir() else {}
-    own = not any(getattr(args, name) for name in POINTERS)
-    known = Known(ids, trained.about.data, own)
-    selection = select_images(_data_config(args, trained), args.split or "", trained.classes, known)
+    told = any(getattr(args, name) for name in POINTERS)
+    config = _data_config(args, trained)
+    own = trained.path.is_dir() and _same_place(config, stored_data(trained))
+    known = Known(ids, trained.about.data, own, told)
+    selection = select_images(config, args.split or "", trained.classes, known)
     for note in selection.notes:
         print(f"sparsenet: {note}", file=sys.stderr)
     return selection
+
+
+def _same_place(config: DataConfig, other: DataConfig) -> bool:
+    first, second = config.located(), other.located()
+    return (first.dataset_dir, first.labels) == (second.dataset_dir, second.labels)
 
 
 def stored_data(trained: Trained) -> DataConfig:

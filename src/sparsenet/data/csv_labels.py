@@ -14,12 +14,11 @@ from unicodedata import normalize
 from sparsenet.data.config import DataConfig
 from sparsenet.data.dataset import Example, Source
 from sparsenet.data.errors import DataError, decoding, shortened
-from sparsenet.data.splits import SPLITS, split_of
+from sparsenet.data.splits import SPLIT_COLUMNS, SPLITS, split_of
 from sparsenet.data.tree import list_folder
 
 DELIMITERS = ",;\t"
 LABELS = ("label", "labels", "class", "category", "target", "breed", "species", "diagnosis", "dx")
-SPLIT_COLUMNS = ("split", "set", "subset", "usage")
 
 
 def read_csv_labels(root: Path, config: DataConfig) -> Source | None:
@@ -181,6 +180,8 @@ def _image_column(table: _Table, images: _Images, config: DataConfig) -> tuple[s
     counts = {name: len({paths for paths in column if paths}) for name, column in found.items()}
     best = max(counts, key=lambda name: counts[name])
     rivals = {name for name, count in counts.items() if count and 2 * count > counts[best]} - {best}
+    if not images.paths:
+        raise DataError(f"--dataset_dir: expected images in {images.root}, found none")
     if not counts[best]:
         expected = f"a column that names the {len(images.paths)} images below {images.root}"
         raise DataError(f"{table.path}: expected {expected}, found {_quoted(table.columns)}")
@@ -295,7 +296,8 @@ def _rows(
             )
     notes = []
     if missing:
-        notes.append(f"left out: {len(missing)} lines of {table.path.name} whose image is missing")
+        lines = f"{len(missing)} line{'s' * (len(missing) != 1)}"
+        notes.append(f"left out: {lines} of {table.path.name} whose image is missing")
     if repeated := len(found) - len(missing) - len(first):
         notes.append(f"lines of {table.path.name} that repeat another: {repeated}, taken once")
     return [_Row(path, labels[row], splits[row]) for path, row in first.items()], notes

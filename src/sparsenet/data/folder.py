@@ -98,6 +98,9 @@ def read_folder(root: Path, config: DataConfig) -> Source:
         splits = {"train": tree}
     first = splits.get("train") or next(iter(splits.values()))
     classes, _ = _classes(first)
+    if len(classes) == 1 and first is tree and _tables(tree):
+        found = f"only {classes[0]} and {_tables(tree)[0].name}; {_how_to_label(tree)}"
+        raise DataError(f"--dataset_dir: expected class folders in {first.path}, found {found}")
     if not classes:
         raise DataError(
             f"--dataset_dir: expected class folders in {first.path}, found {_what_else(tree)}"
@@ -195,9 +198,18 @@ def _refuse_ambiguous(tree: Tree, splits: Mapping[str, Tree], others: list[str])
         )
 
 
-def _how_to_label(tree: Tree) -> str:
+def _tables(tree: Tree) -> list[Path]:
+    """The tables straight in a folder that may say classes, the most likely one first.
+
+    A sample of a submission has made-up classes.
+    """
     tables = [path for path in tree.straight.others if path.suffix.lower() in (".csv", ".tsv")]
-    file = tables[0] if tables else "FILE"
+    tables = [path for path in tables if "sample" not in path.name.lower()]
+    return sorted(tables, key=lambda path: "train" not in path.name.lower())
+
+
+def _how_to_label(tree: Tree) -> str:
+    file = next(iter(_tables(tree)), "FILE")
     return f"--labels {file} can say which class each image has"
 
 
@@ -247,6 +259,8 @@ def _what_else(tree: Tree) -> str:
         return known
     if count := len(tree.straight.images):
         return f"{count_images(count)} outside of any; --labels FILE can say which class each has"
+    if others := list_folder(tree.path).others:
+        return f"none; {describe_others(others)}"
     return "none, and no parquet files or CIFAR archives"
 
 

@@ -37,6 +37,10 @@ class DataRecord:
     images: dict[str, int] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)  # the same for the same images
 
+    def without_test(self) -> tuple[str, dict[str, str]]:
+        """What training depends on: all but which the test images are."""
+        return self.tested_on, {name: each for name, each in self.digests.items() if name != "test"}
+
 
 def record(data: Dataset) -> DataRecord:
     """The record of a data set."""

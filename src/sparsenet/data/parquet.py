@@ -18,7 +18,7 @@ import numpy as np
 from sparsenet.data.config import DataConfig
 from sparsenet.data.dataset import Example, Source, check_labels
 from sparsenet.data.errors import DataError, decoding, shortened
-from sparsenet.data.splits import SPLITS, find_splits, split_of
+from sparsenet.data.splits import SPLIT_COLUMNS, SPLITS, find_splits, split_of
 from sparsenet.data.tree import SUFFIXES, is_visible, list_folder
 from sparsenet.extras import require
 
@@ -45,7 +45,7 @@ def read_parquet(root: Path, config: DataConfig) -> Source | None:
     notes += (*_left_out(root, files), *_missing_parts(files))
     columns: dict[str, list[Labels]] = {}
     for split, paths in files.items():
-        columns[split] = [_read_labels(path, image, label) for path in paths]
+        columns[split] = [_read_labels(path, image, label, split) for path in paths]
         if not _have_labels(split, columns[split]):
             count = sum(len(column.labels) for column in columns.pop(split))
             notes += (f"{split}: {count} images without labels, left out",)
@@ -184,11 +184,23 @@ def _columns(path: Path, config: DataConfig) -> tuple[str, str, tuple[str, ...]]
         image = config.image_column or _image_column(file, contents)
         features = _features(path, file)
         label = config.label_column or _label_column(features, contents, image)
+        _refuse_split_column(path, file, contents)
     if image == label:
         raise DataError(f"--label_column: expected another than the image column, found {label!r}")
-    notes = (f"images: column {image} of {path.name}; classes: column {label}",)
-    found = not (config.image_column and config.label_column)
-    return image, label, notes if found and len(contents) > 2 else ()
+    note = f"images: column {image} of {path.name}; classes: column {label}"
+    others = [name for name in contents if name not in (image, label) and name[:2] != "__"]
+    return image, label, (f"{note}; not used: {shortened(others)}",) if others else ()
+
+
+def _refuse_split_column(path: Path, file: Any, contents: Mapping[str, str]) -> None:
+    for name, content in contents.items():
+        if name.lower() in SPLIT_COLUMNS and content == "string" and not split_of(path.stem):
+            cells = set(file.read(columns=[name]).column(name).to_pylist())
+            if all(cell and split_of(cell) for cell in cells):
+                raise DataError(
+                    f"{path}: expected a file for each split, found a column {name} that says "
+                    "which; write train.parquet, test.parquet"
+                )
 
 
 def _image_column(file: Any, contents: Mapping[str, str]) -> str:
@@ -248,12 +260,14 @@ class Labels:
     labels: np.ndarray
 
 
-def _read_labels(path: Path, image: str, label: str) -> Labels:
+def _read_labels(path: Path, image: str, label: str, split: str) -> Labels:
     with _opened(path) as file:
         schema = file.schema_arrow
         contents = dict(zip(schema.names, map(_content, schema.types), strict=True))
         if contents.get(image) not in ("images", "binary", "string"):
             _refuse_column(path, image, "images (bytes, paths, or a struct of them)", contents)
+        if label not in contents and split != "train":  # as where labels are kept secret
+            return Labels(path, "null", (), np.full(file.metadata.num_rows, -1))
         if contents.get(label) not in HOLD_LABELS:
             _refuse_column(path, label, "integers, booleans or strings", contents)
         cells = file.read(columns=[label]).column(label).to_pylist()

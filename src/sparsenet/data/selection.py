@@ -51,6 +51,7 @@ class Known:
     images: Mapping[str, Tensor]
     record: DataRecord | None
     own: bool = False  # whether the data that are looked at are those of the run
+    told: bool = False  # whether somebody has named them all the same
 
     @property
     def tested_on(self) -> str:
@@ -80,13 +81,15 @@ class Known:
             return self
         return Known({f"{name}.ids": part.ids for name, part in parts.items()}, self.record)
 
-    def changes(self, part: Labelled) -> tuple[str, ...]:
-        """A line where the images that the run was tested on have changed since."""
-        if not self.own or "test.ids" not in self.images:
+    def changes(self, part: Labelled, split: str = "test") -> tuple[str, ...]:
+        """A line where the images of a *split* of the run have changed since."""
+        names = f"{split}.ids", f"{split}.labels"
+        if not self.own or names[0] not in self.images:
             return ()
-        before = {name: self.images[name] for name in ("test.ids", "test.labels")}
-        changes = differences(before, {"test.ids": part.ids, "test.labels": part.images.labels})
-        return (f"warning: test images have changed since then: {changes}",) if changes else ()
+        before = {name: self.images[name] for name in names}
+        now = dict(zip(names, (part.ids, part.images.labels), strict=True))
+        kind, changes = IMAGES_OF[split], differences(before, now)
+        return (f"warning: {kind} images have changed since then: {changes}",) if changes else ()
 
     def warning(self, part: Labelled) -> tuple[str, ...]:
         """A line where some of the images were trained on."""
@@ -167,11 +170,15 @@ def _part_of_training(
         if not len(part.ids):
             expected = f"validation images in {config.dataset_dir}"
             raise DataError(f"--split val: expected {expected}, found none")
-        return part, "held-out" if known.tested_on == "validation" else "validation", ()
+        kind = "held-out" if known.tested_on == "validation" else "validation"
+        return part, kind, known.changes(part, "val")
     if split == "train":
         trained = known.in_splits(whole, "train")
         if trained.any():
-            return whole.pick(trained), "training", ()
+            part, rest = whole.pick(trained), int((~trained).sum())
+            left_out = f"left out: {count_images(rest)} that the network was not trained on"
+            notes = known.changes(part, "train") if known.own else (left_out,) * bool(rest)
+            return part, "training", notes
         return whole, "", ("warning: the network is not known to have learned from these images",)
     return _not_trained_on(whole, known, config)
 
@@ -183,7 +190,7 @@ def _not_trained_on(
     folder = config.dataset_dir
     learned = known.in_splits(whole, "train", "val")
     count = int(learned.sum())
-    if known.own and known.images and not count:
+    if known.own and known.images and not count and not known.told:
         raise DataError(
             f"{folder}: expected the images that the run was made with, found none of them; "
             f"--dataset_dir {folder} tests on all that are there"
