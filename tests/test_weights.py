@@ -589,6 +589,43 @@ def test_an_address_is_fetched_once(server: Server, file: Path, tmp_path: Path) 
     assert weights.load(address).about == about  # and a file in the cache is not asked for
 
 
+@pytest.mark.parametrize("pinned", [False, True])
+def test_flipped_bits_of_a_file_that_was_fetched_are_found(
+    server: Server, file: Path, tmp_path: Path, pinned: bool
+) -> None:
+    with server.url() as url:
+        digest = hashlib.sha256(server.content).hexdigest()
+        address = f"{url}a.safetensors" + (f"#sha256={digest}" if pinned else "")
+        for asked in (1, 2):
+            loaded = weights.load(address)
+            (path,) = kept(tmp_path)
+            assert loaded.path == path and path.read_bytes() == server.content
+            assert len(server.asked) == asked
+            damaged = bytearray(server.content)
+            damaged[-2] ^= 0x40  # a number that stays one
+            path.write_bytes(damaged)
+            assert load_file(path).keys() == load_file(file).keys()
+    with pytest.raises(ValueError, match=f"^{re.escape(address)}: .*refused"):
+        weights.load(address)
+    assert kept(tmp_path) == []
+
+
+def test_a_damaged_file_gives_way_to_what_the_address_has_now(
+    server: Server, changed: Callable[..., Path], tmp_path: Path
+) -> None:
+    with server.url() as url:
+        address = f"{url}a.safetensors"
+        weights.load(address)
+        (path,) = kept(tmp_path)
+        server.content = changed(epoch=9).read_bytes()
+        server.limit = len(server.content)
+        assert weights.load(address).about.epoch == 2  # what was asked for once stays
+        path.write_bytes(b"")
+        assert weights.load(address).about.epoch == 9
+    (path,) = kept(tmp_path)
+    assert path.read_bytes() == server.content
+
+
 def test_what_is_fetched_and_wrong_is_not_kept(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

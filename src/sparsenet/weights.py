@@ -78,9 +78,9 @@ class Weights:
 def load(source: str | Path, alternatives: str = "") -> Weights:
     """Loads what *source* names: a file that exists, else an https address, else a shipped name.
 
-    An address may end in ``#sha256=HEX``; it is downloaded once, into the user's cache. The hash of
-    a shipped file is always checked. The error for a source that names nothing also lists
-    *alternatives*, other things that the caller accepts.
+    An address may end in ``#sha256=HEX``; it is downloaded once, into the user's cache. The hashes
+    of a shipped file and of one in the cache are always checked. The error for a source that names
+    nothing also lists *alternatives*, other things that the caller accepts.
 
     Raises ``ValueError`` in one line for a source that names nothing, and for a file that is
     damaged, too large or of another kind.
@@ -157,18 +157,22 @@ def _load_address(address: str) -> Weights:
     if not re.fullmatch(r"(sha256=[0-9a-f]{64})?", checksum):
         expected = "#sha256= and 64 hexadecimal digits at its end"
         raise ValueError(f"{address}: expected {expected}, found #{fragment}")
-    # With the checksum in the key, the file in the cache is the one that was asked for.
+    # With what was asked for in the key, the file is of that, and with its own hash in its name, it
+    # is found out when it is no longer what was downloaded.
     key = hashlib.sha256(address.encode()).hexdigest()[:32]
-    cached = cache_folder() / "weights" / f"{key}.safetensors"
-    if cached.exists():
-        with suppress(ValueError):  # damaged meanwhile: downloaded again
-            return _load_file(cached, address, checksum.removeprefix("sha256="))
+    folder = cache_folder() / "weights"
+    for cached in folder.glob(f"{key}-*.safetensors"):
+        with suppress(ValueError):
+            return _load_file(cached, address, cached.stem.removeprefix(f"{key}-"))
+        with suppress(OSError):  # damaged meanwhile: downloaded again
+            cached.unlink()
     try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cached.parent) as folder:
-            file = download(url, Path(folder) / cached.name, checksum, LIMIT)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            file = download(url, Path(temporary) / "weights", checksum, LIMIT)
             weights = _load_file(file, address)
-            file.replace(cached)
+            digest = hashlib.sha256(file.read_bytes()).hexdigest()
+            cached = file.replace(folder / f"{key}-{digest}.safetensors")
     except ChecksumError as error:
         raise ValueError(f"{address}: {error}") from None
     except DownloadError as error:
