@@ -151,6 +151,17 @@ def description(data: bytes) -> Any:
     return msgspec.json.decode(header.get("__metadata__", {}).get("sparsenet", "null"))
 
 
+def not_numbers(tensors: Mapping[str, Tensor]) -> str | None:
+    """The first of the *tensors* that no network can compute with, in one clause, or ``None``."""
+    for name, tensor in tensors.items():
+        # In fp32, as networks get them.
+        if tensor.is_floating_point() and not tensor.float().isfinite().all():
+            return f"NaN or infinity in {name}"
+        if name.endswith("running_var") and (tensor < 0).any():
+            return f"a negative variance in {name}"
+    return None
+
+
 def _load_address(address: str) -> Weights:
     url, _, fragment = address.partition("#")
     checksum = fragment.lower()
@@ -209,6 +220,8 @@ def _load_file(path: Path, source: str, sha256: str = "") -> Weights:
         dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
         # Copied because what safetensors gives does not begin where kernels expect a tensor to.
         tensors[name] = tensor.to(dtype, copy=True)
+    if wrong := not_numbers(tensors):
+        raise ValueError(f"{source}: expected numbers to compute with, found {wrong}")
     return Weights(source, path, tensors, about)
 
 
@@ -236,11 +249,10 @@ def _problem(about: About) -> str | None:
     classes = architecture.get("num_classes")
     if channels != [images.channels] * 3 or not 1 <= images.size <= MAX_IMAGE_SIZE:
         return "'preprocessing' that does not fit the network"
-    divisors = (*images.std, images.max_megapixels)
-    if not all(0 < each < math.inf for each in divisors) or not _is_range(images.grey_range):
+    if not 0 < images.max_megapixels < math.inf or not _is_range(images.grey_range):
         return "'preprocessing' that divides by nothing"
-    if not all(map(math.isfinite, images.mean)):
-        return "'preprocessing' that subtracts no number"
+    if problem := images.problem():
+        return f"'preprocessing' with {problem}"
     if len(about.classes) != classes:
         return f"{len(about.classes)} names for {classes} classes"
     if not all(name.isprintable() for name in (*about.classes, *datasets)):
