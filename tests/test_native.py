@@ -159,6 +159,11 @@ def test_a_compiler_that_is_not_there(tmp_path):
     assert "could not be compiled by nowhere-cc: No such file or directory" in message
 
 
+def test_a_compiler_with_an_open_quote_is_told_in_one_line(tmp_path):
+    message = run(CHOOSE.format("native"), CC="'gcc", XDG_CACHE_HOME=str(tmp_path))
+    assert "No closing quotation" in message and message.count("\n") == 1
+
+
 def test_a_compiler_is_not_asked_again(tmp_path):
     """One that fails is remembered, and one with arguments is understood."""
     count, compiler = tmp_path / "count", tmp_path / "cc"
