@@ -58,9 +58,9 @@ def _assumed(
 def linked_kernels(folder: Path) -> Path:
     """*folder* as a user's cache that holds the compiled kernels and nothing else."""
     dispatch.unavailable("native", CPU)  # compiled now, if they are not yet
-    mine = folder / "sparsenet"
-    mine.mkdir(parents=True)
-    for kernels in cache_folder().glob("native-*"):
+    mine = folder / "sparsenet" / "kernels"
+    mine.mkdir(mode=0o700, parents=True)
+    for kernels in cache_folder().glob("kernels/native-*"):
         (mine / kernels.name).symlink_to(kernels)
     return folder
 

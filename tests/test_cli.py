@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -23,6 +24,7 @@ from conftest import TINY, Call, Found, snapshot, write_cifar10, write_classes, 
 from safetensors.torch import load_file
 
 from sparsenet import cli, commands, flags, zoo
+from sparsenet.commands.common import print_result
 from sparsenet.config import RunConfig, settings
 from sparsenet.export import RUNTIMES
 from sparsenet.run import Run
@@ -777,3 +779,12 @@ def test_export_writes_weights_into_the_run_folder(
         and "--dataset_dir: expected a folder with data, found nothing at" in outcome.error
     )
     assert not Path("run/model.safetensors").exists()
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_what_json_does_not_have_is_never_printed(
+    capsys: pytest.CaptureFixture[str], number: float
+) -> None:
+    with pytest.raises(ValueError, match=r"^--json: expected finite numbers, found one"):
+        print_result({"errors": (1.0, number)}, [], as_json=True)
+    assert capsys.readouterr().out == ""

@@ -149,7 +149,7 @@ def laws_hold(environment, more=()):
 @pytest.mark.parametrize("build", BUILDS)
 def test_the_laws_hold_for_every_build(build, tmp_path):
     laws_hold({"CFLAGS": f"{BUILDS[build]} -DPOISON", "XDG_CACHE_HOME": str(tmp_path)})
-    assert len(list(tmp_path.glob("sparsenet/native-*.so"))) == 1
+    assert len(list(tmp_path.glob("sparsenet/kernels/native-*.so"))) == 1
 
 
 @pytest.mark.skipif(not shutil.which("clang"), reason="needs Clang")

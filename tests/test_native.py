@@ -1,9 +1,12 @@
 """The C kernels beyond what test_ops.py holds: other machines, threads, no compiler."""
 
+import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparsenet.architecture import Architecture
 from sparsenet.model import SparseNet
-from sparsenet.ops import native
+from sparsenet.ops import compiler, native
 
 if reason := native.unavailable(torch.device("cpu")):
     pytest.skip(f"native: {reason}", allow_module_level=True)
@@ -144,7 +147,7 @@ def test_without_a_cache(tmp_path, cache):
     (tmp_path / "tmp").mkdir()
     code = """
 import torch
-from sparsenet.ops import native
+from sparsenet.ops import compiler, native
 print(native.unavailable(torch.device("cpu")))
 """
     assert run(code, TMPDIR=str(tmp_path / "tmp"), **where) == "None\n"
@@ -154,6 +157,11 @@ print(native.unavailable(torch.device("cpu")))
 def test_a_compiler_that_is_not_there(tmp_path):
     message = run(CHOOSE.format("native"), CC="nowhere-cc", XDG_CACHE_HOME=str(tmp_path))
     assert "could not be compiled by nowhere-cc: No such file or directory" in message
+
+
+def test_a_compiler_with_an_open_quote_is_told_in_one_line(tmp_path):
+    message = run(CHOOSE.format("native"), CC="'gcc", XDG_CACHE_HOME=str(tmp_path))
+    assert "No closing quotation" in message and message.count("\n") == 1
 
 
 def test_a_compiler_is_not_asked_again(tmp_path):
@@ -173,6 +181,146 @@ def test_a_compiler_is_not_asked_again(tmp_path):
 def test_a_compiler_that_fails_is_told_in_one_line(tmp_path):
     actual = run(CHOOSE.format("native"), CFLAGS="-march=none", XDG_CACHE_HOME=str(tmp_path))
     assert "could not be compiled" in actual and actual.count("\n") == 1
+
+
+def script(path, lines):
+    path.write_text(f"#!/bin/sh\n{lines}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_what_a_compiler_prints_need_not_be_text(tmp_path):
+    hostile = script(tmp_path / "cc", "printf 'a.c: error: \\377\\351 \\200\\n' >&2; exit 1")
+    with pytest.raises(RuntimeError, match=r"compiled by .*cc: a\.c: error: \ufffd+ \ufffd$"):
+        compiler.compile_library([hostile], [], tmp_path / "native.so")
+
+
+class Kept:
+    """A cache with the compiled kernels, whose compiler takes no time: it copies a library."""
+
+    def __init__(self, folder):
+        self.library, self.log = folder / "library.so", folder / "log"
+        shutil.copy(compiler.library()._name, self.library)
+        lines = f'for target; do :; done; echo >> {self.log}; cp {self.library} "$target"'
+        self.cc, self.folder = script(folder / "cc", lines), folder / "sparsenet" / "kernels"
+
+    @property
+    def file(self):
+        (path,) = self.folder.glob("native-*.so")
+        return path
+
+    @property
+    def compiled(self):
+        """So often since the last time that this was asked for."""
+        count = len(self.log.read_text().splitlines()) if self.log.exists() else 0
+        self.log.unlink(missing_ok=True)
+        return count
+
+    def load(self):
+        return Path(compiler._load(self.cc, [])._name)
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    if not Path(compiler.library()._name).exists():
+        pytest.skip("nothing can be kept here")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    kept = Kept(tmp_path)
+    assert kept.load() == kept.file and kept.compiled == 1
+    assert kept.load() == kept.file and kept.compiled == 0
+    return kept
+
+
+def is_whole(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest() in path.name
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def without_functions(path):
+    """A library that loads and is what its name says."""
+    source = path.with_name("other.c")
+    source.write_text("int matrix_unit(void) { return 1; }")
+    other = source.with_suffix(".so")
+    assert not compiler.run_compiler(["cc", "-shared", "-fPIC", str(source), "-o", str(other)])
+    key = path.name.split("-")[1]
+    path.unlink()
+    other.rename(path.with_name(compiler._name(key, other.read_bytes())))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: os.truncate(path, 40960),
+        lambda path: os.truncate(path, 0),
+        flip,
+        pytest.param(
+            without_functions,
+            marks=pytest.mark.skipif(not shutil.which("cc"), reason="needs a compiler, cc"),
+        ),
+        lambda path: path.chmod(0o664),
+        lambda path: path.chmod(0o646),
+        pytest.param(
+            lambda path: os.chown(path, 12345, 12345),
+            marks=pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away"),
+        ),
+    ],
+    ids=["truncated", "empty", "flipped", "without functions", "group", "others", "owner"],
+)
+def test_a_kept_library_that_is_not_as_it_should_be_is_compiled_anew(kept, damage):
+    kept.library.with_name("copy").write_bytes(kept.file.read_bytes())
+    kept.library.with_name("copy").replace(kept.file)  # this process has mapped the other one
+    damage(kept.file)
+    assert kept.load() == kept.file and kept.compiled == 1
+    assert is_whole(kept.file) and kept.file.stat().st_mode & 0o777 == 0o644
+    assert kept.file.stat().st_uid == os.geteuid()
+    assert kept.load() == kept.file and kept.compiled == 0
+
+
+def test_what_lies_in_a_folder_that_others_may_write_to_is_not_executed(kept):
+    kept.folder.chmod(0o777)
+    before = kept.file.stat()
+    assert kept.load().parent != kept.folder and kept.compiled == 1
+    assert kept.file.stat() == before
+    kept.folder.chmod(0o1777)  # as /tmp is
+    assert kept.load() == kept.file and kept.compiled == 0
+
+
+def test_the_umask_opens_the_folder_to_nobody(kept):
+    shutil.rmtree(kept.folder)
+    before = os.umask(0)
+    try:
+        assert kept.load() == kept.file
+    finally:
+        os.umask(before)
+    assert kept.folder.stat().st_mode & 0o777 == 0o700
+    assert kept.load() == kept.file and kept.compiled == 1
+
+
+def test_a_compiler_that_makes_another_library_is_told_in_one_line(kept, monkeypatch):
+    kept.file.unlink()
+    kept.library.write_bytes(b"nothing")
+    monkeypatch.setenv("CC", kept.cc)
+    reason = compiler._library.__wrapped__()
+    assert "could not be compiled and loaded" in reason and "\n" not in reason
+    assert kept.compiled == 1
+
+
+def test_processes_that_start_at_once_share_an_empty_cache(kept):
+    shutil.rmtree(kept.folder)
+    code = "import torch; from sparsenet.ops import native\n"
+    code += "print(native.unavailable(torch.device('cpu')))"
+    environment = {**os.environ, "CC": kept.cc}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE)
+        for _ in range(3)
+    ]
+    assert [process.communicate()[0] for process in processes] == [b"None\n"] * 3
+    assert is_whole(kept.file)
 
 
 def test_the_accelerator_is_refused():

@@ -23,7 +23,7 @@ from sparsenet.checkpoints import restore
 from sparsenet.config import replace
 from sparsenet.data.dataset import Images
 from sparsenet.data.preprocessing import Preprocessing
-from sparsenet.evaluate import evaluate, recompute_statistics
+from sparsenet.evaluate import EvaluationStep, evaluate, recompute_statistics
 from sparsenet.events import Concluded, EpochDone, Message, Reading, Step, Stopped
 from sparsenet.presets import preset
 from sparsenet.run import Run
@@ -250,6 +250,23 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tmp_path):
     for checkpoint in run.checkpoints.glob("last-*.safetensors"):
         assert load_file(checkpoint)["epoch.losses"].isfinite().all()
     assert not list(run.checkpoints.glob("best-*"))
+
+
+@pytest.mark.parametrize("limit", [0.0, 1e-6], ids=["after an epoch", "at the end"])
+def test_an_evaluation_that_is_not_finite_ends_the_run(tmp_path, monkeypatch, limit):
+    """With finite weights, as where they overflow in the middle; no result is written of it."""
+    score = EvaluationStep.__call__
+
+    def overflowing(step, pixels, labels):
+        losses, *others = score(step, pixels, labels)
+        return losses.index_fill(0, torch.tensor([2]), math.nan), *others
+
+    monkeypatch.setattr(EvaluationStep, "__call__", overflowing)
+    run = Run.create(tmp_path / "run")
+    with pytest.raises(DivergedError, match=r"the weights of step \d+ give a loss that is not"):
+        for _ in train(tiny(train={"time_limit": limit}), run):
+            pass
+    assert not (run.path / "result.json").exists() and not run.metrics()
 
 
 def test_only_finite_weights_are_saved():

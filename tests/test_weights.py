@@ -428,7 +428,18 @@ def test_a_foreign_file_is_one_line(file: Path, trained: Path) -> None:
         ({"recipe": {"data": {}}}, "'recipe' that does not say which images"),
         ({"preprocessing": {"mean": [0.1, 0.1, 0.1]}}, "'preprocessing' that does not fit"),
         ({"architecture": {"in_chans": [1]}}, "'preprocessing' that does not fit"),
-        ({"preprocessing": {"std": [0.0]}}, "'preprocessing' that divides by nothing"),
+        (
+            {"preprocessing": {"std": [0.0]}},
+            r"'preprocessing' with a std of 0, expected one from 1e-06 to 1e\+06",
+        ),
+        ({"preprocessing": {"std": [1e-320]}}, "'preprocessing' with a std of .*e-321"),
+        ({"preprocessing": {"std": [-0.3]}}, "'preprocessing' with a std of -0.3"),
+        ({"preprocessing": {"std": [1e7]}}, r"'preprocessing' with a std of 1e\+07"),
+        (
+            {"preprocessing": {"mean": [1e308]}},
+            r"'preprocessing' with a mean of 1e\+308, expected one within ±1000",
+        ),
+        ({"preprocessing": {"mean": [-1001.0]}}, "'preprocessing' with a mean of -1001"),
         ({"preprocessing": {"grey_range": [9.0, 9.0]}}, "'preprocessing' that divides by nothing"),
         ({"preprocessing": {"grey_range": [0.0]}}, "'preprocessing' that divides by nothing"),
         (
@@ -478,6 +489,82 @@ def test_a_tensor_too_many_too_few_or_of_another_shape_is_named(
         ValueError, match=f"expected the tensors of its network, found {re.escape(name)} of "
     ):
         load_trained(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "found"),
+    [
+        ("classifier.weight", float("nan"), "NaN or infinity in classifier.weight"),
+        ("classifier.bias", float("-inf"), "NaN or infinity in classifier.bias"),
+        ("RUNNING_VAR", float("inf"), "NaN or infinity in RUNNING_VAR"),
+        ("RUNNING_VAR", -1e-9, "a negative variance in RUNNING_VAR"),
+    ],
+)
+def test_numbers_that_no_network_computes_with_are_refused(
+    call: Call, changed: Callable[..., Path], file: Path, name: str, number: float, found: str
+) -> None:
+    stored = load_file(file)
+    variance = next(name for name in stored if name.endswith("running_var"))
+    name, found = (text.replace("RUNNING_VAR", variance) for text in (name, found))
+    tensor = stored[name].clone()
+    tensor.view(-1)[-1] = number
+    path = changed({name: tensor})
+    refused(path, f"expected numbers to compute with, found {re.escape(found)}$")
+    outcome = call("eval", path, "--dataset", "digits", "--json")
+    assert (outcome.code, outcome.out) == (2, "") and found in outcome.error
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -1.0])
+def test_a_checkpoint_with_such_numbers_is_refused(call: Call, copied: Path, number: float) -> None:
+    folder = Run.open(copied).checkpoints
+    for kind in ("best", "last"):
+        checkpoint, _ = checkpoints.restore(folder, kind)
+        name = next(name for name in checkpoint.tensors if name.endswith("running_var"))
+        tensor = checkpoint.tensors[name].clone()
+        tensor[0] = number
+        checkpoints.save(folder, checkpoint.manifest, {**checkpoint.tensors, name: tensor})
+        outcome = call("eval", copied, "--checkpoint", kind)
+        # Of "last", the one before is used.
+        assert outcome.code == (2 if kind == "best" else 0)
+        assert name in outcome.error and "nan" not in outcome.out
+        assert ("a negative variance" if number < 0 else "NaN or infinity") in outcome.error
+    assert name in call("train", "--resume", copied).out
+
+
+def test_a_checkpoint_with_statistics_of_no_images_is_refused(copied: Path) -> None:
+    folder = Run.open(copied).checkpoints
+    checkpoint, _ = checkpoints.restore(folder, "best")
+    about = checkpoint.manifest.about
+    for wrong in ({"std": [1e-320]}, {"mean": [1e308]}):
+        changed = {**about, "preprocessing": {**about["preprocessing"], **wrong}}
+        manifest = dataclasses.replace(checkpoint.manifest, about=changed)
+        checkpoints.save(folder, manifest, checkpoint.tensors)
+        with pytest.raises(checkpoints.RunError, match=r"the statistics of images, found a \w+ of"):
+            load_trained(copied)
+
+
+@pytest.mark.parametrize("weights", [(-6e4, -6e4), (6e4, 6e4), (6e4, -6e4)])
+def test_finite_weights_with_logits_that_are_not_give_no_error_and_no_class(
+    call: Call, changed: Callable[..., Path], file: Path, weights: tuple[float, float]
+) -> None:
+    """Of class 0 alone, so that the most probable class and most losses would be numbers."""
+    stored = load_file(file)
+    last = "stages.2.norm.bias"
+    classifier, bias = stored["classifier.weight"] * 0, stored[last] * 0
+    classifier[0, :2], bias[:2] = torch.tensor(weights), 1e37
+    path = changed({"classifier.weight": classifier, last: bias})
+    write_image(Path("a.png"))
+    logits = load_trained(path).model(torch.rand(1, 1, 8, 8))
+    assert logits.isfinite().tolist() == [[False] + 9 * [True]]
+    for form in ((), ("--json",)):
+        outcome = call("eval", path, "--dataset", "digits", *form)
+        assert (outcome.code, outcome.out) == (2, "")
+        assert "image 0: expected finite logits and loss, found NaN or infinity" in outcome.error
+    outcome = call("predict", path, "a.png")
+    assert (outcome.code, outcome.out) == (1, "")
+    assert "a.png: expected finite logits, found NaN or infinity" in outcome.error
+    (said,) = json.loads(call("predict", path, "a.png", "--json").out)
+    assert said.keys() == {"path", "error"}
 
 
 def test_a_file_too_large_is_not_read(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -587,6 +674,43 @@ def test_an_address_is_fetched_once(server: Server, file: Path, tmp_path: Path) 
         about = weights.load(file).about
         assert weights.load(address).about == about  # damaged meanwhile: downloaded again
     assert weights.load(address).about == about  # and a file in the cache is not asked for
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_flipped_bits_of_a_file_that_was_fetched_are_found(
+    server: Server, file: Path, tmp_path: Path, pinned: bool
+) -> None:
+    with server.url() as url:
+        digest = hashlib.sha256(server.content).hexdigest()
+        address = f"{url}a.safetensors" + (f"#sha256={digest}" if pinned else "")
+        for asked in (1, 2):
+            loaded = weights.load(address)
+            (path,) = kept(tmp_path)
+            assert loaded.path == path and path.read_bytes() == server.content
+            assert len(server.asked) == asked
+            damaged = bytearray(server.content)
+            damaged[-2] ^= 0x40  # a number that stays one
+            path.write_bytes(damaged)
+            assert load_file(path).keys() == load_file(file).keys()
+    with pytest.raises(ValueError, match=f"^{re.escape(address)}: .*refused"):
+        weights.load(address)
+    assert kept(tmp_path) == []
+
+
+def test_a_damaged_file_gives_way_to_what_the_address_has_now(
+    server: Server, changed: Callable[..., Path], tmp_path: Path
+) -> None:
+    with server.url() as url:
+        address = f"{url}a.safetensors"
+        weights.load(address)
+        (path,) = kept(tmp_path)
+        server.content = changed(epoch=9).read_bytes()
+        server.limit = len(server.content)
+        assert weights.load(address).about.epoch == 2  # what was asked for once stays
+        path.write_bytes(b"")
+        assert weights.load(address).about.epoch == 9
+    (path,) = kept(tmp_path)
+    assert path.read_bytes() == server.content
 
 
 def test_what_is_fetched_and_wrong_is_not_kept(

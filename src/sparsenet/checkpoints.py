@@ -121,4 +121,7 @@ def _read(path: Path) -> Checkpoint:
         getattr(manifest, name, None) != value for name, value in description.items()
     ):
         raise ValueError("its manifest is not the one it was written with")
-    return Checkpoint(path, parse_tensors(data), manifest)
+    tensors = parse_tensors(data)
+    if problem := weights.not_numbers(tensors):
+        raise ValueError(problem)
+    return Checkpoint(path, tensors, manifest)

@@ -6,24 +6,31 @@ from collections.abc import Sequence
 
 from sparsenet import pictures
 from sparsenet.capture import Captures
-from sparsenet.evaluate import EvaluationStep, evaluate
+from sparsenet.evaluate import EvaluationStep, NotFiniteError, evaluate
 from sparsenet.files import write_json
 from sparsenet.preparation import Setup
 from sparsenet.results import EpochMetrics, TrainingResult
 from sparsenet.run import Run
+from sparsenet.state import DivergedError
 from sparsenet.trained import load_trained
 
 
 def conclude(
     run: Run, setup: Setup, rows: Sequence[EpochMetrics], captures: Captures
 ) -> TrainingResult:
-    """Evaluates the best checkpoint on the test images; writes result.json and the pictures."""
+    """Evaluates the best checkpoint on the test images; writes result.json and the pictures.
+
+    Raises ``DivergedError`` where its loss is not finite.
+    """
     data, device = setup.data, setup.device
     arithmetic, preprocessing = setup.arithmetic, setup.preprocessing
     trained = load_trained(run.path, "best", device, arithmetic.implementation)
     step = EvaluationStep(trained.model, preprocessing, arithmetic.precision)
     score = captures(step, "the evaluation")
-    evaluation = evaluate(trained.model, data.test, preprocessing, device, score=score)
+    try:
+        evaluation = evaluate(trained.model, data.test, preprocessing, device, score=score)
+    except NotFiniteError:
+        raise DivergedError(f"the weights of step {trained.step} give a loss that is") from None
     result = TrainingResult(
         dataset=data.name,
         error=evaluation.error,

@@ -19,6 +19,10 @@ from sparsenet.ops.plan import MOMENTUM
 Scorer = Callable[[Tensor, Tensor], tuple[Tensor, ...]]  # an EvaluationStep, captured or not
 
 
+class NotFiniteError(ValueError):
+    """What a network computes for an image is no number, so it names no class."""
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """The result of a pass; entry *i* of each tensor, on the CPU, belongs to image *i*."""
@@ -71,6 +75,7 @@ class EvaluationStep:
     def __call__(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         """Losses, predicted classes, confidences and top-5 hits, ``(N,)`` each.
 
+        The loss of an image with a logit that is not finite is NaN, whatever its class is.
         *pixels* are uint8 ``(N, C, S, S)`` and *labels* int64 ``(N,)``.
         """
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
@@ -79,6 +84,7 @@ class EvaluationStep:
         confidence, predicted = logits.softmax(1).max(1)
         top5 = logits.topk(min(5, logits.shape[1]), 1).indices
         losses = F.cross_entropy(logits, labels, reduction="none")
+        losses = losses.where(logits.isfinite().all(1), torch.nan)
         return losses, predicted, confidence, (top5 == labels[:, None]).any(1)
 
 
@@ -133,6 +139,8 @@ def evaluate(
 
     *score* is the model's ``EvaluationStep``, for whoever wants it captured once for many
     passes; by default this pass makes one and captures it where it can.
+
+    Raises ``NotFiniteError`` naming the first image for which a logit or the loss is not finite.
     """
     score = score or Captured(EvaluationStep(model, preprocessing, precision))
     was_training = model.training
@@ -144,4 +152,8 @@ def evaluate(
     ]
     model.train(was_training)
     labels, losses, *others = (torch.cat(column).cpu() for column in zip(*results, strict=True))
+    wrong = (~losses.isfinite()).nonzero().flatten().tolist()
+    if wrong:
+        found = f"NaN or infinity (as for {len(wrong)} of {len(labels)} images)"
+        raise NotFiniteError(f"image {wrong[0]}: expected finite logits and loss, found {found}")
     return Evaluation(losses.double().mean().item(), time.perf_counter() - start, labels, *others)

@@ -78,7 +78,7 @@ def predict(
 
     It computes where the model lies and holds one batch of images at a time. A file that cannot be
     read, or has more than *max_megapixels* (by default what the network was trained with), gives a
-    prediction with an error. Raises ``ValueError``
+    prediction with an error, and so does one whose logits are not finite. Raises ``ValueError``
     for a *top* or *batch_size* below 1.
     """
     for flag, value in (("top", top), ("batch_size", batch_size)):
@@ -108,8 +108,14 @@ def _predict_batch(
         normalised = trained.preprocessing.normalise(images.pixels.to(device))
         logits = trained.model(normalised).float()  # (N, classes)
         best = logits.softmax(1).topk(min(top, len(trained.classes)), 1)
-        rows = zip(images.labels.tolist(), best.indices.tolist(), best.values.tolist(), strict=True)
-        for index, labels, probabilities in rows:
+        finite = logits.isfinite().all(1)
+        columns = images.labels, finite, best.indices, best.values
+        rows = zip(*(column.tolist() for column in columns), strict=True)
+        for index, is_finite, labels, probabilities in rows:
+            if not is_finite:
+                error = f"{paths[index]}: expected finite logits, found NaN or infinity"
+                predictions[index] = Prediction(str(paths[index]), error=error)
+                continue
             classes = tuple(trained.classes[label] for label in labels)
             predictions[index] = Prediction(str(paths[index]), classes, tuple(probabilities))
     return [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Generator, Iterator
 
@@ -23,6 +22,7 @@ from sparsenet.environment import environment
 from sparsenet.evaluate import (
     Evaluation,
     EvaluationStep,
+    NotFiniteError,
     Scorer,
     evaluate,
     recompute_statistics,
@@ -212,9 +212,10 @@ def _finish_epoch(run: Run, setup: Setup, state: TrainingState, score: Scorer) -
 
     loss, error = _progress(state, state.steps_per_epoch, len(data.train))
     _settle_statistics(setup, state)
-    test, validation = evaluated(data.test), evaluated(data.val) if data.val else None
-    if not all(math.isfinite(each.loss) for each in (test, validation) if each):
-        raise DivergedError(f"the weights of step {state.step} give a loss that is")
+    try:
+        test, validation = evaluated(data.test), evaluated(data.val) if data.val else None
+    except NotFiniteError:
+        raise DivergedError(f"the weights of step {state.step} give a loss that is") from None
     row = EpochMetrics(
         epoch=state.epoch,
         step=state.step,

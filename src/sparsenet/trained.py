@@ -69,6 +69,8 @@ def _load_run(path: Path, kind: str, device: torch.device | str, implementation:
     except (LookupError, TypeError, ValueError) as error:
         expected = "an architecture that this version knows"
         raise RunError(f"{checkpoint.path}: expected {expected}, found: {error}") from None
+    if problem := about.preprocessing.problem():
+        raise RunError(f"{checkpoint.path}: expected the statistics of images, found {problem}")
     averaged = any(name.startswith("average.") for name in checkpoint.tensors)
     prefix = "average." if averaged else "model."  # the weights that are evaluated
     try:

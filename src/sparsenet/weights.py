@@ -78,9 +78,9 @@ class Weights:
 def load(source: str | Path, alternatives: str = "") -> Weights:
     """Loads what *source* names: a file that exists, else an https address, else a shipped name.
 
-    An address may end in ``#sha256=HEX``; it is downloaded once, into the user's cache. The hash of
-    a shipped file is always checked. The error for a source that names nothing also lists
-    *alternatives*, other things that the caller accepts.
+    An address may end in ``#sha256=HEX``; it is downloaded once, into the user's cache. The hashes
+    of a shipped file and of one in the cache are always checked. The error for a source that names
+    nothing also lists *alternatives*, other things that the caller accepts.
 
     Raises ``ValueError`` in one line for a source that names nothing, and for a file that is
     damaged, too large or of another kind.
@@ -151,24 +151,39 @@ def description(data: bytes) -> Any:
     return msgspec.json.decode(header.get("__metadata__", {}).get("sparsenet", "null"))
 
 
+def not_numbers(tensors: Mapping[str, Tensor]) -> str | None:
+    """The first of the *tensors* that no network can compute with, in one clause, or ``None``."""
+    for name, tensor in tensors.items():
+        # In fp32, as networks get them.
+        if tensor.is_floating_point() and not tensor.float().isfinite().all():
+            return f"NaN or infinity in {name}"
+        if name.endswith("running_var") and (tensor < 0).any():
+            return f"a negative variance in {name}"
+    return None
+
+
 def _load_address(address: str) -> Weights:
     url, _, fragment = address.partition("#")
     checksum = fragment.lower()
     if not re.fullmatch(r"(sha256=[0-9a-f]{64})?", checksum):
         expected = "#sha256= and 64 hexadecimal digits at its end"
         raise ValueError(f"{address}: expected {expected}, found #{fragment}")
-    # With the checksum in the key, the file in the cache is the one that was asked for.
+    # With what was asked for in the key, the file is of that, and with its own hash in its name, it
+    # is found out when it is no longer what was downloaded.
     key = hashlib.sha256(address.encode()).hexdigest()[:32]
-    cached = cache_folder() / "weights" / f"{key}.safetensors"
-    if cached.exists():
-        with suppress(ValueError):  # damaged meanwhile: downloaded again
-            return _load_file(cached, address, checksum.removeprefix("sha256="))
+    folder = cache_folder() / "weights"
+    for cached in folder.glob(f"{key}-*.safetensors"):
+        with suppress(ValueError):
+            return _load_file(cached, address, cached.stem.removeprefix(f"{key}-"))
+        with suppress(OSError):  # damaged meanwhile: downloaded again
+            cached.unlink()
     try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cached.parent) as folder:
-            file = download(url, Path(folder) / cached.name, checksum, LIMIT)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            file = download(url, Path(temporary) / "weights", checksum, LIMIT)
             weights = _load_file(file, address)
-            file.replace(cached)
+            digest = hashlib.sha256(file.read_bytes()).hexdigest()
+            cached = file.replace(folder / f"{key}-{digest}.safetensors")
     except ChecksumError as error:
         raise ValueError(f"{address}: {error}") from None
     except DownloadError as error:
@@ -205,6 +220,8 @@ def _load_file(path: Path, source: str, sha256: str = "") -> Weights:
         dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
         # Copied because what safetensors gives does not begin where kernels expect a tensor to.
         tensors[name] = tensor.to(dtype, copy=True)
+    if wrong := not_numbers(tensors):
+        raise ValueError(f"{source}: expected numbers to compute with, found {wrong}")
     return Weights(source, path, tensors, about)
 
 
@@ -232,11 +249,10 @@ def _problem(about: About) -> str | None:
     classes = architecture.get("num_classes")
     if channels != [images.channels] * 3 or not 1 <= images.size <= MAX_IMAGE_SIZE:
         return "'preprocessing' that does not fit the network"
-    divisors = (*images.std, images.max_megapixels)
-    if not all(0 < each < math.inf for each in divisors) or not _is_range(images.grey_range):
+    if not 0 < images.max_megapixels < math.inf or not _is_range(images.grey_range):
         return "'preprocessing' that divides by nothing"
-    if not all(map(math.isfinite, images.mean)):
-        return "'preprocessing' that subtracts no number"
+    if problem := images.problem():
+        return f"'preprocessing' with {problem}"
     if len(about.classes) != classes:
         return f"{len(about.classes)} names for {classes} classes"
     if not all(name.isprintable() for name in (*about.classes, *datasets)):

@@ -81,6 +81,14 @@ def _data_config(args: argparse.Namespace, trained: Trained) -> DataConfig:
 
 def print_result(value: Any, lines: Iterable[str], as_json: bool) -> int:
     """Prints *lines*, or *value* (dataclasses, containers, numbers, text) as one JSON value."""
-    text = json.dumps(msgspec.to_builtins(value), indent=2) if as_json else "\n".join(lines)
-    print(text)
+    print(json_text(value) if as_json else "\n".join(lines))
     return 0
+
+
+def json_text(value: Any) -> str:
+    """*value* as JSON; ``ValueError`` for one with NaN or infinity, which JSON does not have."""
+    try:
+        return json.dumps(msgspec.to_builtins(value), indent=2, allow_nan=False)
+    except ValueError:
+        expected = "--json: expected finite numbers"
+        raise ValueError(f"{expected}, found one that is NaN or infinity") from None

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 
-from sparsenet.commands.common import load_network
+from sparsenet.commands.common import json_text, load_network
 from sparsenet.data.tree import describe_others
 from sparsenet.device import choose_device
 from sparsenet.predict import find_images, predict
@@ -28,5 +27,5 @@ def run(args: argparse.Namespace) -> int:
         else:
             print(prediction.summary())
     if args.json:
-        print(json.dumps([prediction.to_dict() for prediction in predictions], indent=2))
+        print(json_text([prediction.to_dict() for prediction in predictions]))
     return 1 if all(prediction.error is not None for prediction in predictions) else 0

@@ -10,6 +10,10 @@ from torch import Tensor
 
 from sparsenet.data.dataset import Images
 
+# A pixel of one grey level more must stay another number in fp32, and no number may come near its
+# ends: means of pixels / 255 are from 0 to 1, and deviations at most 0.5.
+MAX_MEAN = 1000.0  # fp32 has 64 numbers between two grey levels that are so far off
+STD_RANGE = (1e-6, 1e6)
 FULL_RANGE = (0.0, 65535.0)  # levels of 16 bits
 # From a file to what a network takes, for whoever does it without this package.
 RULE = (
@@ -46,6 +50,20 @@ class Preprocessing:
     def __post_init__(self) -> None:
         for name in ("mean", "std", "grey_range"):  # a JSON file has lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    def problem(self) -> str | None:
+        """Why *mean* and *std* are those of no images, in one clause; ``None`` where they may be.
+
+        Further off than ``MAX_MEAN`` and ``STD_RANGE``, what they make of pixels is no image.
+        """
+        low, high = STD_RANGE
+        for each in self.std:
+            if not low <= each <= high:
+                return f"a std of {each:g}, expected one from {low:g} to {high:g}"
+        for each in self.mean:
+            if not abs(each) <= MAX_MEAN:
+                return f"a mean of {each:g}, expected one within ±{MAX_MEAN:g}"
+        return None
 
     def normalise(self, batch: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Turns uint8 ``(N, C, H, W)`` into ``(pixels / 255 - mean) / std``, on the same device."""

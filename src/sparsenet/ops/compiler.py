@@ -1,21 +1,28 @@
-"""The C kernels as a library: compiled on first use and kept in the user's cache."""
+"""The C kernels as a library: compiled on first use and kept in the user's cache.
+
+A file of the cache is executed, so it is loaded only if nobody but this user and root can have
+written it and its content is what its name says: a digest, so that a name is never that of another
+content, whichever of several processes wrote it. What is not so is removed and compiled anew.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
+import stat
 import subprocess
 import tempfile
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-from sparsenet.files import cache_folder
+from sparsenet.files import cache_folder, write_atomic
 
 FOLDER = Path(__file__).with_name("kernels")
 SOURCE = FOLDER / "native.c"
@@ -39,7 +46,7 @@ def library() -> ctypes.CDLL:
 @cache  # of a failure too, because every forward pass asks
 def _library() -> ctypes.CDLL | str:
     """The library or the reason why there is none."""
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc")
+    compiler = os.environ.get("CC", "").strip() or shutil.which("gcc") or shutil.which("cc")
     if not compiler:
         return "it needs a C compiler (GCC or Clang, or $CC), found none"
     try:
@@ -48,7 +55,7 @@ def _library() -> ctypes.CDLL | str:
             kernels = _load(compiler, ["-DMATRIX=0"])
     except RuntimeError as error:
         return str(error)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: $CC with a quote that is not closed
         return f"its kernels could not be compiled and loaded: {error}"
     return kernels
 
@@ -62,25 +69,84 @@ def _load(compiler: str, more_flags: list[str]) -> ctypes.CDLL:
     flags = [*FLAGS, *vendor_flags, *more_flags, *os.environ.get("CFLAGS", "").split()]
     sources = [path.read_bytes() for path in sorted(FOLDER.glob("*.[ch]"))]
     key = hashlib.sha256(repr((sources, flags, compiler, processor)).encode()).hexdigest()[:16]
-    with contextlib.ExitStack() as stack:
-        target = _cache_file(f"native-{key}.so")
-        if target is None:  # a loaded library stays when its file is deleted
-            target = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "native.so"
-        if not target.exists():
-            compile_library(shlex.split(compiler), flags, target)
-        return ctypes.CDLL(str(target))
+    if kernels := _cached(key):
+        return kernels
+    with tempfile.TemporaryDirectory() as folder:  # a loaded library stays when its file is deleted
+        built = Path(folder) / "native.so"
+        compile_library(shlex.split(compiler), flags, built)
+        if kept := _keep(built.read_bytes(), key):
+            with suppress(OSError):  # a file system from which nothing is executed
+                return _open(kept)
+        return _open(built)
 
 
-def _cache_file(name: str) -> Path | None:
-    """A file of the user's cache that exists or can be written; ``None`` where neither is so."""
+def _cached(key: str) -> ctypes.CDLL | None:
+    """The library that an earlier process kept; a file that is not as it should be is removed."""
     try:
-        target = cache_folder() / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if not target.exists():
-            tempfile.TemporaryFile(dir=target.parent).close()
+        folder = _folder()
+        candidates = sorted(folder.glob(f"native-{key}-*.so")) if _is_ours(folder) else []
     except (OSError, RuntimeError):  # RuntimeError: no home
         return None
-    return target
+    for path in candidates:
+        with suppress(OSError, RuntimeError):  # RuntimeError: without the functions
+            if _is_ours(path) and path.name == _name(key, path.read_bytes()):
+                return _open(path)
+        with suppress(OSError):
+            path.unlink()
+    return None
+
+
+def _keep(content: bytes, key: str) -> Path | None:
+    """Writes a library into the cache; ``None`` where none can be kept."""
+    try:
+        folder = _folder()
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not _is_ours(folder):
+            return None
+        path = folder / _name(key, content)
+        write_atomic(path, content)
+    except (OSError, RuntimeError):
+        return None
+    return path
+
+
+def _folder() -> Path:
+    """One of its own, which the user's umask does not open to others."""
+    return cache_folder() / "kernels"
+
+
+def _name(key: str, content: bytes) -> str:
+    return f"native-{key}-{hashlib.sha256(content).hexdigest()}.so"
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a regular file or a folder is this user's or root's, and no one else's to change."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
+        return False
+    if os.name != "posix":
+        return True
+    for_others = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    # In a sticky folder, such as /tmp, others cannot put a file in the place of ours.
+    sticky = stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX
+    return found.st_uid in (0, os.geteuid()) and (not for_others or bool(sticky))
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    """Loads a library; ``OSError`` where that fails, ``RuntimeError`` for one that lacks some."""
+    kernels = ctypes.CDLL(str(path))
+    if missing := [name for name in _functions() if not hasattr(kernels, name)]:
+        raise RuntimeError(f"its kernels were compiled without {missing[0]}")
+    return kernels
+
+
+@cache
+def _functions() -> tuple[str, ...]:
+    """The names of the functions that native.py may call, as the sources have them."""
+    suffixes = re.findall(r"^#define SUFFIX (\w+)", SOURCE.read_text(), re.MULTILINE)
+    passes = (FOLDER / "passes.h").read_text()
+    functions = re.findall(r"^int NAME\((\w+)\)", passes, re.MULTILINE)
+    return "matrix_unit", *(f"{name}_{suffix}" for name in functions for suffix in suffixes)
 
 
 def _processor() -> tuple[str, ...]:
@@ -94,18 +160,12 @@ def _processor() -> tuple[str, ...]:
 
 
 def compile_library(compiler: list[str], flags: list[str], target: Path) -> None:
-    """Compiles the kernels to *target*. Raises ``RuntimeError`` in one line where that fails.
-
-    The file is renamed once it is complete, so that no process ever loads half a library.
-    """
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        built = Path(folder) / "native.so"
-        # OpenMP's library is not linked: PyTorch has loaded one, and two pools of threads would
-        # compete for the cores.
-        command = [*compiler, *flags, "-shared", str(SOURCE), "-o", str(built)]
-        if problem := run_compiler(command):
-            raise RuntimeError(f"its kernels could not be compiled by {compiler[0]}: {problem}")
-        built.replace(target)
+    """Compiles the kernels to *target*. Raises ``RuntimeError`` in one line where that fails."""
+    # OpenMP's library is not linked: PyTorch has loaded one, and two pools of threads would
+    # compete for the cores.
+    command = [*compiler, *flags, "-shared", str(SOURCE), "-o", str(target)]
+    if problem := run_compiler(command):
+        raise RuntimeError(f"its kernels could not be compiled by {compiler[0]}: {problem}")
 
 
 def run_compiler(command: list[str]) -> str | None:
