@@ -522,6 +522,39 @@ def test_a_stream_takes_any_character(call: Call, tmp_path: Path, encoding: str)
     assert all(dog in line for line in lines) and done.stderr == b""
 
 
+def test_names_reach_no_terminal_as_they_are(call: Call, tmp_path: Path) -> None:
+    name = "\x1b]0;owned\x07\u202e\x9b"
+    shown = r"\x1b]0;owned\x07\u202e\x9b"
+    data = write_classes(tmp_path / name, (f"cat{name}", "dog"))
+    image = write_image(Path(f"{name}.png"))
+    broken = Path(f"broken{name}.png")
+    broken.write_text("")
+    (data / f"notes{name}.txt").write_text("")
+    run = f"run{name}"
+    short = (*TINY, "--max_epoch", "1", "--batch_size", "4")
+    outcomes = {
+        "train": call("train", *short, "--dataset_dir", data, "--out", run),
+        "eval": call("eval", run),
+        "predict": call("predict", run, image, broken),
+        "report": call("report", run),
+        "table": call("report", run, "--markdown"),
+        "data": call("check", "--dataset_dir", data),
+        "export": call("export", run, "--out", f"{name}/x.onnx"),
+        "no run": call("eval", f"no{name}"),
+        "no flag": call("train", f"--x{name}"),
+    }
+    for command, outcome in outcomes.items():
+        printed = outcome.out + outcome.err
+        assert all(each.isprintable() or each == "\n" for each in printed), command
+        assert shown in printed.replace(r"\\", "\\"), command
+    assert [outcomes[each].code for each in ("train", "eval", "predict", "report")] == [0] * 4
+    assert f"cat{shown}" in outcomes["train"].out and f"cat{shown}" in outcomes["eval"].out
+    assert f"broken{shown}.png" in outcomes["predict"].err
+    assert all(each.isprintable() for each in (Path(run) / "train.log").read_text().split("\n"))
+    said = call("predict", run, image, "--json").out
+    assert said.isascii() and "\x1b" not in said and json_of(said)[0]["path"] == str(image)
+
+
 def test_a_folder_and_data_whose_names_are_not_utf_8(call: Call, tmp_path: Path) -> None:
     data = write_classes(tmp_path / os.fsdecode(b"ni\xf1o"))
     run = tmp_path / os.fsdecode(b"r\xe9")

@@ -13,6 +13,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from sparsenet.validation import printable
+
 FAILED, BAD_CALL = 1, 2
 
 
@@ -44,7 +46,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _complain(message: str) -> None:
-    print(f"sparsenet: {' '.join(message.split())}", file=sys.stderr)
+    print(f"sparsenet: {printable(' '.join(message.split()))}", file=sys.stderr)
 
 
 def _ends_a_run(error: RuntimeError) -> bool:

@@ -13,7 +13,7 @@ from sparsenet import config as settings
 from sparsenet import presets
 from sparsenet.config import RunConfig
 from sparsenet.data.config import POINTERS
-from sparsenet.display import display
+from sparsenet.display import display, say
 from sparsenet.flags import from_flags
 from sparsenet.run import Run
 from sparsenet.train import train
@@ -36,8 +36,8 @@ def run(args: argparse.Namespace) -> int:
     if stopped and not run.is_described:  # while it read the images
         return code
     if stopped:
-        print(_go_on(run))
-    print(run.path)
+        say(_go_on(run))
+    say(str(run.path))
     return code
 
 
