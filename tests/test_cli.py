@@ -22,7 +22,7 @@ import torch
 from conftest import TINY, Call, Found, snapshot, write_cifar10, write_classes, write_image
 from safetensors.torch import load_file
 
-from sparsenet import cli, commands, flags, zoo
+from sparsenet import cli, commands, flags, pictures, zoo
 from sparsenet.config import RunConfig, settings
 from sparsenet.export import RUNTIMES
 from sparsenet.run import Run
@@ -474,6 +474,70 @@ def test_sigterm_at_a_terminal_saves_and_exits_143(call: Call, tmp_path: Path) -
     assert "loss" in text and "left" in text  # the bar
     assert "\x1b" not in (run / "train.log").read_text()
     assert call("train", "--resume", run, "--time_limit", 0.001).code == 0
+
+
+@pytest.mark.parametrize("at_terminal", [True, False])
+def test_a_terminal_that_goes_saves_and_exits_129(
+    call: Call, tmp_path: Path, at_terminal: bool
+) -> None:
+    pty = pytest.importorskip("pty")
+    run = tmp_path / "run"
+    command = [*PROGRAM, "train", *TINY, "--max_epoch", "100000", "--out", str(run)]
+    shown, terminal = pty.openpty()
+    owned = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
+    owned += "os.execv(sys.argv[1], sys.argv[1:])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", owned, *command],
+        stdin=terminal,
+        stdout=terminal if at_terminal else subprocess.PIPE,
+        stderr=terminal if at_terminal else subprocess.PIPE,
+        start_new_session=True,
+    )
+    with process:
+        try:
+            os.close(terminal)
+            seen = b""
+            while b"epoch 2/" not in seen:
+                source = shown if at_terminal else process.stdout.fileno()  # type: ignore[union-attr]
+                seen += os.read(source, 1 << 16)
+            os.close(shown)  # which sends SIGHUP
+            if not at_terminal:
+                process.send_signal(signal.SIGHUP)  # as the shell does once more
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert (process.returncode, err) == (129, None if at_terminal else b"")
+    assert "saved and stopped: SIGHUP" in (run / "train.log").read_text()
+    if not at_terminal:
+        assert out.splitlines()[-1] == bytes(run)
+    assert call("train", "--resume", run, "--time_limit", 0.001).code == 0
+
+
+def test_nohup_trains_on_without_its_terminal(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = [*PROGRAM, "train", *TINY, "--max_epoch", "4", "--out", str(run)]
+    ignored = ["sh", "-c", "trap '' HUP; exec \"$@\"", "sh"]  # as nohup does
+    with subprocess.Popen([*ignored, *command], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("epoch 1/"):
+                process.send_signal(signal.SIGHUP)
+    assert process.returncode == 0 and (run / "result.json").is_file()
+
+
+def test_a_signal_while_the_result_is_written_stops_nothing(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = pictures.draw_samples
+
+    def interrupted(*arguments: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        draw(*arguments)
+
+    monkeypatch.setattr(pictures, "draw_samples", interrupted)
+    outcome = call("train", *TINY, "--max_epoch", 1, "--out", tmp_path / "run")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.lines[-1] == str(tmp_path / "run") and "--resume" not in outcome.out
 
 
 @pytest.mark.parametrize("columns", [40, 60, 80, 110])

@@ -1,7 +1,7 @@
 """The program ``sparsenet``: parses the command line, runs a command, reports errors in one line.
 
 Exit codes: 0 done; 1 a run failed; 2 a bad call (one line on stderr says what was expected and
-found); 130 or 143 stopped by Ctrl-C or SIGTERM, after saving.
+found); 130, 143 or 129 stopped by Ctrl-C, SIGTERM or a terminal that goes, after saving.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import signal
 from datetime import datetime
 from pathlib import Path
@@ -32,7 +33,8 @@ def run(args: argparse.Namespace) -> int:
         advice = f"; {_go_on(run)}" if run.is_described else ""
         reason = error.strerror or error
         raise OSError(f"{run.path}: the run broke off: {reason}{advice}") from error
-    code = 0 if signals.number is None else 128 + signals.number
+    # A signal that comes while the result is written has stopped nothing.
+    code = 128 + signal.Signals[stopped] if stopped in signal.Signals.__members__ else 0
     if stopped and not run.is_described:  # while it read the images
         return code
     if stopped:
@@ -45,14 +47,26 @@ def _go_on(run: Run) -> str:
     return f"go on with: sparsenet train --resume {run.path}"
 
 
+ASKING = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
+
+
 class _Signals:
-    """Ctrl-C and SIGTERM ask the run to save and end; a second one ends it at once."""
+    """Ctrl-C, SIGTERM and a terminal that goes ask the run to save and end.
+
+    A second one ends it at once, but for the terminal's, of which shells send another. One that
+    was ignored before, as by nohup, still is.
+    """
 
     def __init__(self) -> None:
         self.number: int | None = None
+        self.terminals = [number for number in (1, 2) if os.isatty(number)]
 
     def __enter__(self) -> _Signals:
-        self.before = {n: signal.signal(n, self._receive) for n in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {
+            number: signal.signal(number, self._receive)
+            for number in ASKING
+            if signal.getsignal(number) is not signal.SIG_IGN
+        }
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -61,7 +75,11 @@ class _Signals:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.number = number
-        signal.signal(number, signal.SIG_DFL)
+        last = number in (signal.SIGINT, signal.SIGTERM)
+        signal.signal(number, signal.SIG_DFL if last else signal.SIG_IGN)
+        for terminal in self.terminals:
+            if not os.isatty(terminal):  # it has gone, and what is printed would be an error
+                os.dup2(os.open(os.devnull, os.O_WRONLY), terminal)
 
     def received(self) -> str | None:
         """The name of the signal that was received, if one was."""
