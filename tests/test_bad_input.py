@@ -752,6 +752,28 @@ def test_a_full_disk_fails_the_run_and_loses_nothing(
     ]
 
 
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (OSError(13, "Permission denied", "a/b"), "a/b: Permission denied"),
+    ],
+)
+def test_what_cannot_be_written_names_its_path(
+    call: Call, trained: Path, monkeypatch: pytest.MonkeyPatch, error: OSError, told: str
+) -> None:
+    def failing(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr("sparsenet.export.onnx.write_atomic", failing)
+    outcome = call("export", trained, "--out", "x.onnx")
+    assert outcome.code == 1
+    assert outcome.error == f"sparsenet: --out: expected to write x.onnx, found: {told}"
+    monkeypatch.setattr("sparsenet.weights.read_json", failing)
+    outcome = call("models")
+    assert (outcome.code, outcome.error) == (1, f"sparsenet: {told}")
+
+
 def test_a_run_that_ends_before_an_epoch_is_evaluated_loses_no_epoch(
     call: Call, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

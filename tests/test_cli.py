@@ -216,6 +216,23 @@ def test_more_bad_calls_are_one_line(call: Call, trained: Path) -> None:
         assert outcome.error
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(("train", flag) for flag in ("--resume", "--out", "--config", "--preset")),
+        *(("train", flag) for flag in ("--dataset_dir", "--labels")),
+        *(("eval", "RUN", "--dataset_dir"), ("export", "RUN", "--out"), ("predict", "RUN")),
+        *(("check", "--dataset_dir"), ("report",), ("report", "RUN", "--out"), ("eval",)),
+    ],
+)
+def test_an_empty_value_is_none(call: Call, arguments: tuple[str, ...]) -> None:
+    outcome = call(*arguments, "")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "expected a value, found an empty one" in outcome.error
+    assert arguments[-1].strip("-") in outcome.error or not arguments[-1].startswith("-")
+    assert not any(Path().iterdir())
+
+
 @pytest.mark.parametrize("command", ["", *commands.MODULES])
 def test_help_renders_and_names_what_there_is(call: Call, command: str) -> None:
     outcome = call(*([command] if command else []), "--help")

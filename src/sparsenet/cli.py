@@ -22,7 +22,7 @@ def run(arguments: Sequence[str]) -> int:
     """Runs one command and returns its exit code; help and wrong flags load no PyTorch."""
     from importlib import import_module
 
-    from sparsenet import commands, flags
+    from sparsenet import commands, files, flags
     from sparsenet.extras import MissingExtra
 
     try:
@@ -40,7 +40,7 @@ def run(arguments: Sequence[str]) -> int:
     except (OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not _ends_a_run(error):
             raise
-        code, message = FAILED, str(error)
+        code, message = FAILED, files.failure(error) if isinstance(error, OSError) else str(error)
     _complain(message or "out of memory")  # only a MemoryError has no message
     return code
 

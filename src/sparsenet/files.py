@@ -54,6 +54,14 @@ def read_bytes(file: Path) -> bytes:
     return file.read_bytes()
 
 
+def failure(error: OSError) -> str:
+    """Why a file could not be used, after its path where *error* names one."""
+    if not error.strerror:
+        return str(error)
+    named = f"{os.fsdecode(error.filename)}: " if error.filename else ""
+    return f"{named}{error.strerror}"
+
+
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Writes a whole file or nothing: temporary file, fsync, rename, fsync of the folder.
 

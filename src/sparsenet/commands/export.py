@@ -11,6 +11,7 @@ from sparsenet.commands.common import load_images, load_network
 from sparsenet.device import choose_device
 from sparsenet.display import say, warn
 from sparsenet.export import FORMATS
+from sparsenet.files import failure
 from sparsenet.trained import Trained
 
 
@@ -31,7 +32,10 @@ def run(args: argparse.Namespace) -> int:
         warn(f"sparsenet export: {problem}")
         data = None
     target = Path(args.out) if args.out else _default_target(args, trained)
-    say(import_module(format.module).export(trained, target, data, args.opset))
+    try:
+        say(import_module(format.module).export(trained, target, data, args.opset))
+    except OSError as error:  # such as a full disk
+        raise OSError(f"--out: expected to write {target}, found: {failure(error)}") from error
     return 0
 
 

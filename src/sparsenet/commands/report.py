@@ -37,6 +37,7 @@ def _draw_filters(paths: Sequence[Path]) -> None:
     for run in [run.path for row in read_summaries(paths) for run in row.runs]:
         try:
             draw_filters(load_trained(run).model, run / "filters.png", run.name)
-        except ValueError as error:
-            # This run sums or has no weights; the page is about the others, too.
+        except (OSError, ValueError) as error:
+            # This run sums or has no weights, or its folder cannot be written; the page is about
+            # the others, too.
             warn(f"sparsenet report: {run}: no picture of filters: {error}")

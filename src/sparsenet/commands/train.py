@@ -15,6 +15,7 @@ from sparsenet import presets
 from sparsenet.config import RunConfig
 from sparsenet.data.config import POINTERS
 from sparsenet.display import display, say
+from sparsenet.files import failure
 from sparsenet.flags import from_flags
 from sparsenet.run import Run
 from sparsenet.train import train
@@ -31,10 +32,11 @@ def run(args: argparse.Namespace) -> int:
         raise
     except OSError as error:  # such as a full disk; those of the data are a ``DataError``
         advice = f"; {_go_on(run)}" if run.is_described else ""
-        reason = error.strerror or error
-        raise OSError(f"{run.path}: the run broke off: {reason}{advice}") from error
-    # A signal that comes while the result is written has stopped nothing.
-    code = 128 + signal.Signals[stopped] if stopped in signal.Signals.__members__ else 0
+        raise OSError(f"{run.path}: the run broke off: {failure(error)}{advice}") from error
+    code = 0
+    # A signal that came while the result was written has stopped nothing.
+    if stopped and stopped in signal.Signals.__members__:
+        code = 128 + signal.Signals[stopped]
     if stopped and not run.is_described:  # while it read the images
         return code
     if stopped:
