@@ -128,7 +128,7 @@ def measured_points(metrics: Sequence[EpochMetrics], column: str) -> list[tuple[
 
 def _written(value: Any) -> Any:
     """What becomes of a value in a template: a text, or a part of the page as it is."""
-    return value if hasattr(value, "__html__") else printable(str(value), "\n")
+    return value if hasattr(value, "__html__") else printable(str(value), "\n\t")
 
 
 def render(template: str, **values: Any) -> str:
