@@ -109,8 +109,9 @@ Call = Callable[..., Outcome]
 
 @contextlib.contextmanager
 def signals_put_back() -> Iterator[None]:
-    """Training in this process takes over SIGINT and SIGTERM, which belong to pytest."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    """Training in this process takes over signals, which belong to pytest."""
+    taken = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in taken}
     try:
         yield
     finally:

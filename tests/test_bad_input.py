@@ -7,13 +7,15 @@ import gzip
 import io
 import json
 import math
+import os
 import pickle
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -816,6 +818,28 @@ def test_a_full_disk_fails_the_run_and_loses_nothing(
     ]
 
 
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (OSError(13, "Permission denied", "a/b"), "a/b: Permission denied"),
+    ],
+)
+def test_what_cannot_be_written_names_its_path(
+    call: Call, trained: Path, monkeypatch: pytest.MonkeyPatch, error: OSError, told: str
+) -> None:
+    def failing(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr("sparsenet.export.onnx.write_atomic", failing)
+    outcome = call("export", trained, "--out", "x.onnx")
+    assert outcome.code == 1
+    assert outcome.error == f"sparsenet: --out: expected to write x.onnx, found: {told}"
+    monkeypatch.setattr("sparsenet.weights.read_json", failing)
+    outcome = call("models")
+    assert (outcome.code, outcome.error) == (1, f"sparsenet: {told}")
+
+
 def test_a_run_that_ends_before_an_epoch_is_evaluated_loses_no_epoch(
     call: Call, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -832,3 +856,130 @@ def test_a_run_that_ends_before_an_epoch_is_evaluated_loses_no_epoch(
         for run in (Path("run"), trained)
     )
     assert ours == theirs
+
+
+# --- links and pipes ------------------------------------------------------------------------------
+
+
+def linked(run: Path, name: str, target: Path) -> None:
+    if (run / name).is_dir():
+        shutil.rmtree(run / name)
+    (run / name).unlink(missing_ok=True)
+    (run / name).symlink_to(target)
+
+
+@pytest.mark.parametrize("name", ["train.log", "checkpoints", ".lock", "config.json"])
+def test_a_run_writes_through_no_link(
+    refused: Callable[..., str], copied: Path, tmp_path: Path, name: str
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    if name == "checkpoints":
+        shutil.copytree(copied / name, elsewhere)
+    else:
+        elsewhere.write_bytes((copied / name).read_bytes() if name != ".lock" else b"mine")
+    linked(copied, name, elsewhere)
+    before = snapshot(tmp_path)
+    line = refused("train", "--resume", copied, "--max_epoch", 3)
+    assert f"{copied / name}: " in line and "found a link" in line
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["train.log", "checkpoints", ".lock"])
+def test_a_new_run_writes_through_no_link(
+    refused: Callable[..., str], tmp_path: Path, name: str
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).symlink_to(tmp_path / "elsewhere")
+    assert "found a link" in refused("train", *SHORT, "--out", out)
+    assert not (tmp_path / "elsewhere").exists()
+    assert [path.name for path in out.iterdir()] == [name]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [*("curves.png", "graph.svg", "filters.png", "config.json", "environment.json"),
+     *("result.json", "metrics.csv", "graph.json")],
+)  # fmt: skip
+def test_a_report_shows_nothing_that_a_link_leads_to(
+    refused: Callable[..., str], copied: Path, tmp_path: Path, name: str
+) -> None:
+    private = tmp_path / "private"
+    private.write_text("{}")
+    linked(copied, name, private)
+    assert f"{copied / name}: " in refused("report", copied)
+    assert not (copied / "report.html").exists()
+
+
+def test_the_run_folder_may_be_a_link_and_hold_links_of_the_user(
+    call: Call, copied: Path, tmp_path: Path
+) -> None:
+    (copied / "notes").symlink_to(tmp_path / "my-notes")
+    (tmp_path / "run").symlink_to(copied)
+    assert call("train", "--resume", "run", "--max_epoch", 3).code == 0
+    assert call("eval", "run").code == 0
+    assert call("report", "run").code == 0
+
+
+def piped(*parts: object) -> Path:
+    path = Path(*map(str, parts))
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    return path
+
+
+@pytest.fixture
+def in_time() -> Iterator[None]:
+    """The test ends, however long somebody waits for a pipe."""
+
+    def late(number: int, frame: object) -> None:
+        raise AssertionError("still waits for a pipe")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+RUN_FILES = ("config.json", "metrics.csv", "environment.json", "images.safetensors", "train.log")
+
+
+@pytest.mark.usefixtures("in_time")
+@pytest.mark.parametrize("name", [*RUN_FILES, ".lock", "checkpoints"])
+def test_resuming_waits_for_no_pipe(refused: Callable[..., str], copied: Path, name: str) -> None:
+    if name == "checkpoints":
+        shutil.rmtree(copied / name)
+    piped(copied, name)
+    line = refused("train", "--resume", copied, "--max_epoch", 3)
+    assert f"{copied / name}: " in line and "found a pipe" in line
+
+
+@pytest.mark.usefixtures("in_time")
+@pytest.mark.parametrize("name", ["config.json", "metrics.csv", "curves.png", "result.json"])
+def test_a_report_waits_for_no_pipe(refused: Callable[..., str], copied: Path, name: str) -> None:
+    piped(copied, name)
+    assert f"{copied / name}: " in refused("report", copied)
+
+
+@pytest.mark.usefixtures("in_time")
+@pytest.mark.parametrize(
+    "name",
+    ["cifar-10-python.tar.gz", "cifar-10-binary.tar.gz", "cifar-10-batches-py", "a.parquet"],
+)
+def test_data_are_read_from_no_pipe(refused: Callable[..., str], name: str) -> None:
+    Path("data").mkdir()
+    pipe = piped("data", name)
+    for place in ("data", pipe):
+        line = refused("train", "--dataset_dir", place)
+        assert "data" in line and "expected" in line and "Traceback" not in line
+
+
+@pytest.mark.usefixtures("in_time")
+def test_tables_settings_and_functions_are_read_from_no_pipe(
+    refused: Callable[..., str], folder_data: Path
+) -> None:
+    pipe = piped("pipe.py")
+    assert "found none at" in refused("train", "--dataset_dir", folder_data, "--labels", pipe)
+    assert "found: a pipe or device" in refused("train", "--config", pipe)
+    assert "which is no file" in refused("train", "--fetch", f"{pipe}:sources")

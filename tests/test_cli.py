@@ -23,7 +23,7 @@ import torch
 from conftest import TINY, Call, Found, snapshot, write_cifar10, write_classes, write_image
 from safetensors.torch import load_file
 
-from sparsenet import cli, commands, flags, zoo
+from sparsenet import cli, commands, flags, pictures, zoo
 from sparsenet.commands.common import print_result
 from sparsenet.config import RunConfig, settings
 from sparsenet.export import RUNTIMES
@@ -216,6 +216,23 @@ def test_more_bad_calls_are_one_line(call: Call, trained: Path) -> None:
         outcome = call(*arguments)
         assert (outcome.code, outcome.out) == (2, ""), arguments
         assert outcome.error
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(("train", flag) for flag in ("--resume", "--out", "--config", "--preset")),
+        *(("train", flag) for flag in ("--dataset_dir", "--labels")),
+        *(("eval", "RUN", "--dataset_dir"), ("export", "RUN", "--out"), ("predict", "RUN")),
+        *(("check", "--dataset_dir"), ("report",), ("report", "RUN", "--out"), ("eval",)),
+    ],
+)
+def test_an_empty_value_is_none(call: Call, arguments: tuple[str, ...]) -> None:
+    outcome = call(*arguments, "")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "expected a value, found an empty one" in outcome.error
+    assert arguments[-1].strip("-") in outcome.error or not arguments[-1].startswith("-")
+    assert not any(Path().iterdir())
 
 
 @pytest.mark.parametrize("command", ["", *commands.MODULES])
@@ -479,6 +496,70 @@ def test_sigterm_at_a_terminal_saves_and_exits_143(call: Call, tmp_path: Path) -
     assert call("train", "--resume", run, "--time_limit", 0.001).code == 0
 
 
+@pytest.mark.parametrize("at_terminal", [True, False])
+def test_a_terminal_that_goes_saves_and_exits_129(
+    call: Call, tmp_path: Path, at_terminal: bool
+) -> None:
+    pty = pytest.importorskip("pty")
+    run = tmp_path / "run"
+    command = [*PROGRAM, "train", *TINY, "--max_epoch", "100000", "--out", str(run)]
+    shown, terminal = pty.openpty()
+    owned = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
+    owned += "os.execv(sys.argv[1], sys.argv[1:])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", owned, *command],
+        stdin=terminal,
+        stdout=terminal if at_terminal else subprocess.PIPE,
+        stderr=terminal if at_terminal else subprocess.PIPE,
+        start_new_session=True,
+    )
+    with process:
+        try:
+            os.close(terminal)
+            seen = b""
+            while b"epoch 2/" not in seen:
+                source = shown if at_terminal else process.stdout.fileno()  # type: ignore[union-attr]
+                seen += os.read(source, 1 << 16)
+            os.close(shown)  # which sends SIGHUP
+            if not at_terminal:
+                process.send_signal(signal.SIGHUP)  # as the shell does once more
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert (process.returncode, err) == (129, None if at_terminal else b"")
+    assert "saved and stopped: SIGHUP" in (run / "train.log").read_text()
+    if not at_terminal:
+        assert out.splitlines()[-1] == bytes(run)
+    assert call("train", "--resume", run, "--time_limit", 0.001).code == 0
+
+
+def test_nohup_trains_on_without_its_terminal(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = [*PROGRAM, "train", *TINY, "--max_epoch", "4", "--out", str(run)]
+    ignored = ["sh", "-c", "trap '' HUP; exec \"$@\"", "sh"]  # as nohup does
+    with subprocess.Popen([*ignored, *command], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("epoch 1/"):
+                process.send_signal(signal.SIGHUP)
+    assert process.returncode == 0 and (run / "result.json").is_file()
+
+
+def test_a_signal_while_the_result_is_written_stops_nothing(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = pictures.draw_samples
+
+    def interrupted(*arguments: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        draw(*arguments)
+
+    monkeypatch.setattr(pictures, "draw_samples", interrupted)
+    outcome = call("train", *TINY, "--max_epoch", 1, "--out", tmp_path / "run")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.lines[-1] == str(tmp_path / "run") and "--resume" not in outcome.out
+
+
 @pytest.mark.parametrize("columns", [40, 60, 80, 110])
 def test_a_bar_fits_the_terminal_and_says_at_last_what_the_run_took(
     tmp_path: Path, columns: int
@@ -523,6 +604,39 @@ def test_a_stream_takes_any_character(call: Call, tmp_path: Path, encoding: str)
     assert names == ["images/a.png", r"images/caf\udce9.png", r"images/two\nlines.png"]
     dog = "小狗" if encoding.startswith("utf-8") else r"\u5c0f\u72d7"
     assert all(dog in line for line in lines) and done.stderr == b""
+
+
+def test_names_reach_no_terminal_as_they_are(call: Call, tmp_path: Path) -> None:
+    name = "\x1b]0;owned\x07\u202e\x9b"
+    shown = r"\x1b]0;owned\x07\u202e\x9b"
+    data = write_classes(tmp_path / name, (f"cat{name}", "dog"))
+    image = write_image(Path(f"{name}.png"))
+    broken = Path(f"broken{name}.png")
+    broken.write_text("")
+    (data / f"notes{name}.txt").write_text("")
+    run = f"run{name}"
+    short = (*TINY, "--max_epoch", "1", "--batch_size", "4")
+    outcomes = {
+        "train": call("train", *short, "--dataset_dir", data, "--out", run),
+        "eval": call("eval", run),
+        "predict": call("predict", run, image, broken),
+        "report": call("report", run),
+        "table": call("report", run, "--markdown"),
+        "data": call("check", "--dataset_dir", data),
+        "export": call("export", run, "--out", f"{name}/x.onnx"),
+        "no run": call("eval", f"no{name}"),
+        "no flag": call("train", f"--x{name}"),
+    }
+    for command, outcome in outcomes.items():
+        printed = outcome.out + outcome.err
+        assert all(each.isprintable() or each == "\n" for each in printed), command
+        assert shown in printed.replace(r"\\", "\\"), command
+    assert [outcomes[each].code for each in ("train", "eval", "predict", "report")] == [0] * 4
+    assert f"cat{shown}" in outcomes["train"].out and f"cat{shown}" in outcomes["eval"].out
+    assert f"broken{shown}.png" in outcomes["predict"].err
+    assert all(each.isprintable() for each in (Path(run) / "train.log").read_text().split("\n"))
+    said = call("predict", run, image, "--json").out
+    assert said.isascii() and "\x1b" not in said and json_of(said)[0]["path"] == str(image)
 
 
 def test_a_folder_and_data_whose_names_are_not_utf_8(call: Call, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import gzip
 import hashlib
 import io
+import os
 import pickle
 import random
 import tarfile
@@ -422,6 +423,13 @@ def test_part_that_is_whole_already_is_taken(served: Server, tmp_path: Path) -> 
     (tmp_path / "file.part").write_bytes(served.content)
     with served.url() as url:
         assert download(url, tmp_path / "file", md5(served.content)).read_bytes() == served.content
+
+
+def test_nothing_is_downloaded_into_a_pipe(served: Server, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "file.part")
+    with served.url() as url, pytest.raises(DataError, match=r"a pipe or device at .*file.part"):
+        download(url, tmp_path / "file", md5(served.content))
+    assert served.asked == []
 
 
 def test_wrong_checksum_deletes_the_part(served: Server, tmp_path: Path) -> None:

@@ -155,3 +155,12 @@ def test_pictures_are_drawn_where_the_page_shows_them(
     assert [*draw(page)] == [*tmp_path.glob("*.png")] == [tmp_path / "shown.png"]
     main([str(page), "--pictures"])
     assert capsys.readouterr().out.endswith(f"{tmp_path / 'shown.png'}\n")
+
+
+def test_a_name_of_data_ends_no_table_of_a_page(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 5.5)
+    (run / "result.json").write_text('{"error": 5.5, "dataset": "<!-- /report -->\\n--> x"}')
+    page = tmp_path / "page.md"
+    page.write_text("<!-- report run -->\n<!-- /report -->\nafter\n")
+    assert [update(page), update(page)] == [1, 1]
+    assert page.read_text().count("<!-- /report -->") == page.read_text().count("-->\nafter") == 1

@@ -381,3 +381,32 @@ def test_the_program_prints_the_table(call: Call, copied: Path) -> None:
     outcome = call("report")
     assert outcome.code == 2
     assert "RUN" in outcome.error
+
+
+HOSTILE = "a|b\\|\n| x | --> <!-- /report --> <b> & [i](j) \x1b]0;t\x07\u202e\x9b"
+
+
+def test_a_name_breaks_out_of_no_table(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / fetch, 5.5, fetch) for fetch in ("sparse", "dense")]
+    for run in runs:
+        write(run / "result.json", result(5.5, dataset=HOSTILE))
+    shown = (
+        r"a\|b\\\|\\n\| x \| --&gt; &lt;!-- /report --&gt; &lt;b&gt; &amp; \[i](j) "
+        r"\\x1b]0;t\\x07\\u202e\\x9b"
+    )
+    alone, both = markdown(runs[:1]), markdown(runs)
+    assert f"| {shown} |" in alone and f"data: {shown}; recipe" in both
+    assert len(alone.splitlines()) == 3 and len(both.splitlines()) == 6
+    bars = {line.replace(r"\\", "").replace(r"\|", "").count("|") for line in alone.splitlines()}
+    assert len(bars) == 1
+
+
+def test_what_the_page_says_obeys_no_name(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "r\x1b]0;t\x07\u202e<b>", 5.5)
+    write(run / "result.json", result(5.5, dataset=HOSTILE))
+    (run / "environment.json").write_text('{"device_name": "\u202e\x7f"}')
+    page = write_report([run], tmp_path / "page.html").read_text()
+    assert all(each.isprintable() or each == "\n" for each in page)
+    words = Page(page).words
+    assert r"r\x1b]0;t\x07\u202e<b>" in words and r"<b> & [i](j) \x1b]0;t" in words
+    assert r'"\u202e\x7f"' in words

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import stat
 import subprocess
 import sys
 
@@ -194,3 +195,36 @@ def test_the_top_5_error_is_told_where_there_are_more_than_five_classes():
             "d", **numbers, epochs=1, checkpoint="", classes=classes, class_errors={}
         )
         assert ("top-5 1.50 %" in display._line(Concluded(result))) == told
+
+
+def test_new_files_may_be_read_by_whom_the_umask_lets(tmp_path):
+    for mask in (0o022, 0o077, 0o007):
+        before = os.umask(mask)
+        try:
+            write_atomic(tmp_path / "f", "x")
+        finally:
+            os.umask(before)
+        assert stat.S_IMODE((tmp_path / "f").stat().st_mode) == 0o666 & ~mask
+
+
+def test_without_a_home_there_is_a_cache_for_the_process(tmp_path):
+    homeless = (
+        "import os, pwd; from pathlib import Path; from sparsenet import files\n"
+        "def nobody(number): raise KeyError(number)\n"
+        "pwd.getpwuid = nobody\n"
+        "assert files.cache_folder() == files.cache_folder()\n"
+        "assert files.user_path('~/images') == Path('~/images')\n"
+        "assert files.cache_folder().stat().st_mode & 0o077 == 0\n"
+        "print(files.cache_folder())"
+    )
+    unset = ("HOME", "XDG_CACHE_HOME")
+    kept = {name: value for name, value in os.environ.items() if name not in unset}
+    done = subprocess.run(
+        [sys.executable, "-c", homeless],
+        env={**kept, "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith(f"{tmp_path}/sparsenet-")
+    assert not any(tmp_path.iterdir())  # and goes with it

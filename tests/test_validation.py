@@ -43,3 +43,4 @@ def test_what_cannot_be_printed_is_escaped() -> None:
     assert (
         printable("two\nlines, half \udce9, 小狗 é\x1b") == r"two\nlines, half \udce9, 小狗 é\x1b"
     )
+    assert printable("one\ntwo\x1b\u202e", "\n") == "one\ntwo\\x1b\\u202e"

@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,9 @@ def _remove_others(folder: Path, kind: str, newest: str) -> None:
     half = rf"\.{whole}\.\w+"  # named by files.write_atomic, and left by a kill
     for path in sorted(folder.iterdir()):  # manifests before tensors
         if re.fullmatch(f"{whole}|{half}", path.name) and path.stem not in kept:
-            path.unlink()
+            # An older one that stays does no harm, one of a later step would be taken for the last.
+            with suppress(OSError) if path.stem <= newest else nullcontext():
+                path.unlink()
 
 
 def saved(folder: Path, kind: str) -> list[Path]:
@@ -113,7 +116,7 @@ def restore(folder: Path, kind: str) -> tuple[Checkpoint, list[str]]:
 
 def _read(path: Path) -> Checkpoint:
     manifest = files.read_json(path, Manifest)
-    data = path.with_suffix(".safetensors").read_bytes()
+    data = files.read_bytes(path.with_suffix(".safetensors"))
     if hashlib.sha256(data).hexdigest() != manifest.sha256:
         raise ValueError("its hash is not the one in its manifest")
     description = weights.description(data)

@@ -1,7 +1,7 @@
 """The program ``sparsenet``: parses the command line, runs a command, reports errors in one line.
 
 Exit codes: 0 done; 1 a run failed; 2 a bad call (one line on stderr says what was expected and
-found); 130 or 143 stopped by Ctrl-C or SIGTERM, after saving.
+found); 130, 143 or 129 stopped by Ctrl-C, SIGTERM or a terminal that goes, after saving.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from sparsenet.validation import printable
+
 FAILED, BAD_CALL = 1, 2
 
 
@@ -20,7 +22,7 @@ def run(arguments: Sequence[str]) -> int:
     """Runs one command and returns its exit code; help and wrong flags load no PyTorch."""
     from importlib import import_module
 
-    from sparsenet import commands, flags
+    from sparsenet import commands, files, flags
     from sparsenet.extras import MissingExtra
 
     try:
@@ -38,13 +40,13 @@ def run(arguments: Sequence[str]) -> int:
     except (OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not _ends_a_run(error):
             raise
-        code, message = FAILED, str(error)
+        code, message = FAILED, files.failure(error) if isinstance(error, OSError) else str(error)
     _complain(message or "out of memory")  # only a MemoryError has no message
     return code
 
 
 def _complain(message: str) -> None:
-    print(f"sparsenet: {' '.join(message.split())}", file=sys.stderr)
+    print(f"sparsenet: {printable(' '.join(message.split()))}", file=sys.stderr)
 
 
 def _ends_a_run(error: RuntimeError) -> bool:

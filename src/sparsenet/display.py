@@ -1,4 +1,7 @@
-"""How a training run looks while it goes on: a live bar on a terminal, plain lines elsewhere."""
+"""How a training run looks while it goes on: a live bar on a terminal, plain lines elsewhere.
+
+All that the program prints of names and errors goes through ``say`` and ``warn``.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,20 @@ from typing import Any
 from sparsenet.events import Concluded, EpochDone, Event, Message, Reading, Step, Stopped
 from sparsenet.extras import require
 from sparsenet.run import Run
+from sparsenet.validation import printable
 
 # Columns of a terminal that have room beside the bar for loss and error; and for images/s.
 NARROW, WIDE = 60, 84
+
+
+def say(*lines: str) -> None:
+    """Prints lines, with escapes for what a terminal would obey."""
+    print("\n".join(map(printable, lines)))
+
+
+def warn(line: str) -> None:
+    """Prints a line on stderr, escaped in the same way."""
+    print(printable(line), file=sys.stderr)
 
 
 def display(events: Iterable[Event], run: Run) -> str | None:
@@ -30,11 +44,12 @@ def display(events: Iterable[Event], run: Run) -> str | None:
                 if bar:
                     bar.show(event)
                 continue
-            line = _line(event)
+            line = printable(_line(event))
             if bar:
                 bar.print(line)
             else:
-                print(line, flush=True)
+                say(line)
+                sys.stdout.flush()
             if not isinstance(event, Stopped) or event.saved:
                 run.log(line)
     return reason

@@ -11,6 +11,8 @@ from typing import IO
 from urllib.error import HTTPError
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
+from sparsenet.files import is_special
+
 BLOCK = 1 << 20  # bytes read at a time
 
 
@@ -52,6 +54,8 @@ def download(
 
 
 def _fetch(url: str, part: Path, limit: float, timeout: float) -> None:
+    if is_special(part):
+        raise OSError(f"a pipe or device at {part}")
     start = part.stat().st_size if part.exists() else 0
     request = Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     try:

@@ -1,10 +1,14 @@
-"""The user's cache folder, files written whole, and JSON."""
+"""The user's folders, files read and written whole, and JSON."""
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import secrets
+import shutil
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,27 +18,66 @@ T = TypeVar("T")
 
 
 def cache_folder() -> Path:
-    """Where this library keeps what it can make or fetch again; it need not exist yet."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsenet"
+    """Where this library keeps what it can make or fetch again; it need not exist yet.
+
+    A user without a home has one that ends with the process.
+    """
+    named = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return Path(named or Path.home() / ".cache") / "sparsenet"
+    except RuntimeError:  # neither HOME nor an entry among the system's users
+        return _passing_folder()
+
+
+@cache
+def _passing_folder() -> Path:
+    # Not a name that others know, who could put libraries into it before this user does.
+    folder = tempfile.mkdtemp(prefix="sparsenet-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+def user_path(text: str) -> Path:
+    """*text* as a path, with ``~`` for the user's home; where there is none, it stays."""
+    return Path(os.path.expanduser(text))  # noqa: PTH111 - pathlib raises instead
+
+
+def is_special(path: Path) -> bool:
+    """Whether *path* is a pipe or a device, from which reading may never end."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def read_bytes(file: Path) -> bytes:
+    """The content of a file. Raises ``OSError``, also for a pipe or a device."""
+    if is_special(file):
+        raise OSError("a pipe or device, which is no file")
+    return file.read_bytes()
+
+
+def failure(error: OSError) -> str:
+    """Why a file could not be used, after its path where *error* names one."""
+    if not error.strerror:
+        return str(error)
+    named = f"{os.fsdecode(error.filename)}: " if error.filename else ""
+    return f"{named}{error.strerror}"
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Writes a whole file or nothing: temporary file, fsync, rename, fsync of the folder.
 
     A text is written as UTF-8, and what UTF-8 does not have, such as half a surrogate pair in the
-    name of a file, as an escape.
+    name of a file, as an escape. Who may read it is what the process says of new files.
     """
     data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     if os.name == "posix":
         folder = os.open(path.parent, os.O_RDONLY)
@@ -96,7 +139,8 @@ def _place(data: bytes | str) -> str:
 def read_json(file: Path, kind: type[T]) -> T:
     """Reads a file with ``parse_json``; also ``ValueError`` where it cannot be read."""
     try:
-        data = file.read_bytes()
+        data = read_bytes(file)
     except OSError as error:
-        raise ValueError(f"{file}: expected a readable file, found: {error.strerror}") from None
+        found = error.strerror or error
+        raise ValueError(f"{file}: expected a readable file, found: {found}") from None
     return parse_json(data, kind, str(file))

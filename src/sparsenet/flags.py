@@ -141,12 +141,13 @@ def _add_train(commands: Any) -> None:
         "Settings come from a preset (digits without data of your own, paper for c10 and c100, "
         "short for your images), then --config, then flags.",
     )
-    train.add_argument("--out", default="", help="the run folder; default: a new one in runs/")
-    train.add_argument("--resume", default="", metavar="RUN", help="go on with a run")
+    text = "the run folder; default: a new one in runs/"
+    train.add_argument("--out", type=_given, help=text)
+    train.add_argument("--resume", type=_given, metavar="RUN", help="go on with a run")
     names = ", ".join(presets.PRESETS)
-    train.add_argument("--preset", default="", help=f"settings to start from: {names}")
+    train.add_argument("--preset", type=_given, help=f"settings to start from: {names}")
     text = "settings of another run: its folder or config.json"
-    train.add_argument("--config", default="", metavar="RUN", help=text)
+    train.add_argument("--config", type=_given, metavar="RUN", help=text)
     for component in COMPONENTS:
         group = train.add_argument_group(f"{component} (defaults without a preset)")
         for each in settings():
@@ -172,6 +173,7 @@ def _add_setting(group: Any, setting: Setting) -> None:
         choices=choices,
         help=shown,
         metavar="VALUE",
+        type=_given if setting.name in POINTERS else None,
         **optional_value,
     )
 
@@ -233,7 +235,8 @@ def _add_predict(commands: Any) -> None:
     predict = commands.add_parser("predict", help="classes of image files")
     _add_run(predict)
     _add_json(predict)
-    predict.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders or globs")
+    text = "files, folders or globs"
+    predict.add_argument("images", nargs="+", type=_given, metavar="IMAGE", help=text)
     predict.add_argument("--top", type=_at_least_1, default=5, help="classes to show")
     predict.add_argument("--batch_size", type=_at_least_1, default=64, help="images at a time")
     _add_limit(predict)
@@ -246,9 +249,8 @@ def _add_export(commands: Any) -> None:
     _add_run(export)
     text = "; or ".join(each.help for each in FORMATS.values())
     export.add_argument("--format", default="onnx", choices=tuple(FORMATS), help=text)
-    export.add_argument(
-        "--out", default="", help="the file; default: model.FORMAT in the run folder"
-    )
+    text = "the file; default: model.FORMAT in the run folder"
+    export.add_argument("--out", type=_given, help=text)
     export.add_argument("--opset", type=_at_least_1, default=None, help="ONNX operator set")
     _add_data(export)
 
@@ -261,9 +263,10 @@ def _add_models(commands: Any) -> None:
 
 def _add_report(commands: Any) -> None:
     report = commands.add_parser("report", help="one HTML page that compares runs")
-    report.add_argument("runs", nargs="*", metavar="RUN", help="run folders, or folders of them")
+    text = "run folders, or folders of them"
+    report.add_argument("runs", nargs="*", type=_given, metavar="RUN", help=text)
     text = "the page, its picture beside it; default: in the first run folder"
-    report.add_argument("--out", default="", help=text)
+    report.add_argument("--out", type=_given, help=text)
     text = "draw how layers weigh their sources into each folder"
     report.add_argument("--filters", action="store_true", help=text)
     text = "print the table as Markdown instead"
@@ -274,7 +277,7 @@ def _add_check(commands: Any) -> None:
     check = commands.add_parser("check", help="what this machine offers, and what is fastest on it")
     for name in POINTERS:
         text = f"data to look at, as for train: {_help_of(name)}"
-        check.add_argument(f"--{name}", default="", help=text)
+        check.add_argument(f"--{name}", type=_given, help=text)
     text = "time the implementations anew, for auto; leave the machine alone meanwhile"
     check.add_argument("--measure", action="store_true", help=text)
     _add_json(check)
@@ -282,7 +285,7 @@ def _add_check(commands: Any) -> None:
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
     text = "a run folder; or a weights file, its https address, or its name (sparsenet models)"
-    parser.add_argument("run", metavar="RUN", help=text)
+    parser.add_argument("run", type=_given, metavar="RUN", help=text)
     kinds = ("best", "last")
     parser.add_argument("--checkpoint", default="best", choices=kinds, help="which weights")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, npu, mps, xpu, …")
@@ -291,7 +294,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 def _add_data(parser: argparse.ArgumentParser) -> None:
     for name in POINTERS:
         text = f"other data than the run's, as for train: {_help_of(name)}"
-        parser.add_argument(f"--{name}", default="", help=text)
+        parser.add_argument(f"--{name}", type=_given, help=text)
     _add_limit(parser)
     text = "train, val or test; default: test, else val, else what was not trained on"
     parser.add_argument("--split", type=_split, default=None, help=text)
@@ -307,6 +310,13 @@ def _split(text: str) -> str:
     if not meaning:
         raise argparse.ArgumentTypeError(f"expected train, val or test, found {text!r}")
     return meaning[0]
+
+
+def _given(text: str) -> str:
+    """*text*, but for one without a character, such as of a variable that a script has not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a value, found an empty one")
+    return text
 
 
 def _positive(text: str) -> float:

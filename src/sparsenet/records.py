@@ -116,16 +116,17 @@ def read_run(path: Path) -> tuple[RunSummary, MeasuredRun]:
 
     The summary is without the run. Raises ``ValueError`` in one line for a damaged file.
     """
-    config, known = _read_config(path / "config.json")
-    environment = _read_if_there(path / "environment.json", Environment)
+    folder = Run(path)
+    config, known = _read_config(folder.file("config.json"))
+    environment = _read_if_there(folder.file("environment.json"), Environment)
     if not config.train.batch_size:
         came_to = (environment and environment.batch_size) or PAPER.train.batch_size
         train = dataclasses.replace(config.train, batch_size=came_to)
         config = dataclasses.replace(config, train=train)
-    costs = _read_if_there(path / "graph.json", Costs) or Costs()
-    result = _read_if_there(path / "result.json", Result)
+    costs = _read_if_there(folder.file("graph.json"), Costs) or Costs()
+    result = _read_if_there(folder.file("result.json"), Result)
     seed = config.train.seed if "train" in known else None
-    run = MeasuredRun(path, seed, None, tuple(Run(path).metrics()))
+    run = MeasuredRun(path, seed, None, tuple(folder.metrics()))
     tested = run.column("test_error") or run.column("val_error")
     if result or tested:
         run = dataclasses.replace(run, error=result.error if result else tested[-1])

@@ -16,6 +16,7 @@ from sparsenet.files import write_atomic
 from sparsenet.pictures.comparison import draw_comparison, draw_errors, error_points
 from sparsenet.pictures.figure import SERIES_COLOURS, render
 from sparsenet.records import read_summaries
+from sparsenet.run import Run
 from sparsenet.summary import HEADINGS, NO_VALUE, RunSummary, used_columns
 
 PICTURES = {
@@ -100,7 +101,7 @@ def is_page(path: Path) -> bool:
 
 
 def _read_section(run: Path, anchor: str) -> Section:
-    present = [name for name in EXPECTED if (run / name).is_file()]
+    present = [name for name in EXPECTED if Run(run).file(name).is_file()]
     texts = {TEXTS[name]: (run / name).read_text("utf-8") for name in TEXTS if name in present}
     if "config.json" in present:
         command = f"sparsenet train --config {quote(str(run / 'config.json'))}"

@@ -37,12 +37,24 @@ class Run:
     @property
     def is_described(self) -> bool:
         """Whether it says what run it holds, so that it can be resumed."""
-        return (self.path / "config.json").is_file()
+        return self.file("config.json").is_file()
 
     @property
     def checkpoints(self) -> Path:
         """The folder of ``sparsenet.checkpoints``."""
-        return self.path / "checkpoints"
+        return self.file("checkpoints")
+
+    def file(self, name: str) -> Path:
+        """The path of what has this name in the folder.
+
+        ``RunError`` for a link, which may lead to what is not to be shown or written, and for a
+        pipe or a device.
+        """
+        path = self.path / name
+        if path.is_symlink() or files.is_special(path):
+            found = "a link" if path.is_symlink() else "a pipe or device"
+            raise RunError(f"{path}: expected what the run wrote itself, found {found}; remove it")
+        return path
 
     @classmethod
     def create(cls, path: Path) -> Run:
@@ -56,7 +68,7 @@ class Run:
         run._refuse_content()
         try:
             run.checkpoints.mkdir(parents=True, exist_ok=True)
-            (path / "train.log").touch()
+            run.file("train.log").touch()
         except OSError as error:
             raise RunError(
                 f"--out: expected a folder that can be written, {path}: {error.strerror}"
@@ -67,6 +79,7 @@ class Run:
     def open(cls, path: Path) -> Run:
         """Opens an existing run folder."""
         run = cls(path)
+        run._refuse_links()
         if run.is_described:
             return run
         content = "nothing"
@@ -74,7 +87,12 @@ class Run:
             content = "a folder without one" if path.is_dir() else "a file"
         raise RunError(f"{path}: expected a run folder with config.json, found {content}")
 
+    def _refuse_links(self) -> None:
+        for name in sorted(STARTED):  # which are written into
+            self.file(name)
+
     def _refuse_content(self) -> None:
+        self._refuse_links()
         if self.is_described:
             raise RunError(
                 f"--out: {self.path} already holds a run; choose another folder or "
@@ -129,25 +147,25 @@ class Run:
             lock.release()
 
     def config(self) -> RunConfig:
-        return load(self.path / "config.json", RunConfig())
+        return load(self.file("config.json"), RunConfig())
 
     def arithmetic(self) -> Arithmetic:
         """The arithmetic of the run so far; ``auto`` where that was not recorded."""
+        file = self.file("environment.json")
         try:
-            return files.read_json(self.path / "environment.json", Arithmetic)
+            return files.read_json(file, Arithmetic)
         except ValueError:
             return Arithmetic()
 
     def images(self) -> dict[str, Tensor]:
         """What ``describe`` wrote of the images; empty where there is no such file."""
+        file = self.file("images.safetensors")
         try:
-            return parse_tensors((self.path / "images.safetensors").read_bytes())
+            return parse_tensors(file.read_bytes())
         except FileNotFoundError:
             return {}
         except (OSError, SafetensorError) as error:
-            raise RunError(
-                f"{self.path / 'images.safetensors'}: expected a readable file, found: {error}"
-            ) from None
+            raise RunError(f"{file}: expected a readable file, found: {error}") from None
 
     def describe(
         self,
@@ -177,13 +195,12 @@ class Run:
         files.write_atomic(self.path / "requirements.txt", "\n".join(installed()) + "\n")
 
     def log(self, line: str) -> None:
-        log = self.path / "train.log"
-        with log.open("a", encoding="utf-8", errors="backslashreplace") as file:
+        with self.file("train.log").open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(line + "\n")
 
     def metrics(self) -> list[EpochMetrics]:
         """The rows of metrics.csv, none where there is no such file."""
-        file = self.path / "metrics.csv"
+        file = self.file("metrics.csv")
         if not file.exists():
             return []
         try:

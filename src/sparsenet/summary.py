@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from statistics import fmean, median, stdev
 from sparsenet.architecture import Architecture
 from sparsenet.results import EpochMetrics
 from sparsenet.topology import family_name
+from sparsenet.validation import printable
 
 HEADINGS = {
     "platform": "platform",
@@ -176,12 +178,18 @@ def markdown_table(
     Where several rows all have the same data, recipe or seeds, a line below the table says so.
     """
     keys = used_columns(rows, headings)
-    texts = {key: [row.get(key) or NO_VALUE for row in rows] for key in keys}
+    texts = {key: [_as_markdown(row.get(key) or NO_VALUE) for row in rows] for key in keys}
     common = [key for key in ONCE if key in keys and len(rows) > 1 and len(set(texts[key])) == 1]
     notes = [f"{headings[key]}: {texts.pop(key)[0]}" for key in common]
     lines = [[headings[key] for key in texts], ["---"] * len(texts)]
     lines += [list(line) for line in zip(*texts.values(), strict=True)]
-    # In a cell of Markdown the character | must be escaped.
-    cells = [" | ".join(text.replace("|", r"\|") for text in line) for line in lines]
-    table = "".join(f"| {line} |\n" for line in cells)
+    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     return table + (f"\nAll rows: {'; '.join(notes)}.\n" if notes else "")
+
+
+def _as_markdown(text: str) -> str:
+    """*text* as Markdown that ends neither a cell, a line nor a comment, and loads nothing."""
+    text = html.escape(printable(text), quote=False)
+    for sign in r"\|[":
+        text = text.replace(sign, f"\\{sign}")
+    return text

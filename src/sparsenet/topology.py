@@ -17,6 +17,7 @@ import runpy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 from sparsenet.validation import nearest
 
@@ -95,6 +96,8 @@ def fetch_from_file(name: str) -> Fetch:
     Raises ``ValueError`` for whatever goes wrong in the file or, later, in the function.
     """
     path, _, function_name = name.rpartition(":")
+    if Path(path).exists() and not Path(path).is_file():  # a pipe may never end
+        raise ValueError(f"fetch: expected a Python file, found {path}, which is no file")
     try:
         function = runpy.run_path(path).get(function_name)
     except Exception as error:  # noqa: BLE001  somebody else's code can raise anything

@@ -40,6 +40,7 @@ from sparsenet.step import TrainingStep
 TIME_LIMIT = "the time limit"
 FEWEST_BATCHES = 8  # that statistics are computed from, where there are as many
 FEW_STEPS = 100  # after which running statistics and averages are those of the weights
+LEAST_SECONDS = 1e-9  # to divide by, where a clock stands still
 LOOK_EVERY = 1.0  # seconds between looks at the loss where a look makes the device wait
 
 StepFunction = Callable[..., tuple[Tensor, ...]]  # a TrainingStep, captured or not
@@ -168,7 +169,7 @@ def _make_epoch_steps(
         looked = time.perf_counter()
         state.seconds = seconds_before + looked - began
         seen = ends[index] - (ends[start - 1] if start else 0)
-        images_per_second = seen / (state.seconds - seconds_before)
+        images_per_second = seen / max(state.seconds - seconds_before, LEAST_SECONDS)
         yield Step(epoch + 1, done, steps, epochs, mean_loss, error, images_per_second)
 
 
@@ -229,7 +230,7 @@ def _finish_epoch(run: Run, setup: Setup, state: TrainingState, score: Scorer) -
         test_loss=test.loss,
         test_error=test.error,
         seconds=state.seconds,
-        images_per_second=len(data.train) / state.seconds,
+        images_per_second=len(data.train) / max(state.seconds, LEAST_SECONDS),
         eval_seconds=test.seconds,
         peak_memory_mb=peak_memory_mb(device),
     )

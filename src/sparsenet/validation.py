@@ -42,12 +42,17 @@ def check_settings(
         expect(holds, prefix + name, expected, getattr(owner, name), error)
 
 
-def printable(text: str) -> str:
-    """*text* with escapes for what cannot be printed, such as a line break in the name of a file.
+def printable(text: str, kept: str = "") -> str:
+    """*text* with escapes for what cannot be printed and is not *kept*.
 
-    Half a surrogate pair, which stands for a byte of a name that is not UTF-8, is such a thing.
+    That is a line break in the name of a file, what a terminal would obey, what turns the direction
+    of writing, and half a surrogate pair, which stands for a byte of a name that is not UTF-8.
     """
-    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+    if text.isprintable():
+        return text
+    return "".join(
+        each if each.isprintable() or each in kept else ascii(each)[1:-1] for each in text
+    )
 
 
 def nearest(name: str, known: Iterable[str], likeness: float = 0.5) -> str:

@@ -28,7 +28,7 @@ from torch import Tensor
 from sparsenet.data.identity import DataRecord
 from sparsenet.data.preprocessing import RULE, Preprocessing
 from sparsenet.downloads import ChecksumError, DownloadError, download
-from sparsenet.files import cache_folder, read_json
+from sparsenet.files import cache_folder, read_bytes, read_json
 from sparsenet.validation import nearest
 
 SHIPPED = Path(__file__).with_name("pretrained")  # NAME.safetensors; index.json: NAME to SHA-256
@@ -198,10 +198,12 @@ def _load_file(path: Path, source: str, sha256: str = "") -> Weights:
         if path.stat().st_size > LIMIT:
             expected = f"at most {LIMIT / 2**20:.0f} MiB of weights"
             raise ValueError(f"{source}: expected {expected}, found more")
-        data = path.read_bytes()
+        data = read_bytes(path)
     except OSError as error:
         expected = "a readable weights file"
-        raise ValueError(f"{source}: expected {expected}, found: {error.strerror}") from None
+        raise ValueError(
+            f"{source}: expected {expected}, found: {error.strerror or error}"
+        ) from None
     if sha256 and (actual := hashlib.sha256(data).hexdigest()) != sha256:
         raise ValueError(f"{source}: expected SHA-256 {sha256}, found {actual}: install it again")
     try:

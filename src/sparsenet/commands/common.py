@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from sparsenet.data.config import POINTERS, DataConfig
 from sparsenet.data.registry import lies_in_folder
 from sparsenet.data.selection import Known, Selection, select_images
+from sparsenet.display import say, warn
 from sparsenet.run import Run
 from sparsenet.trained import Trained, load_trained
 
@@ -23,7 +23,7 @@ def load_network(args: argparse.Namespace, device: torch.device) -> Trained:
     """Loads what RUN names, and warns of damaged checkpoints that were passed over."""
     trained = load_trained(args.run, args.checkpoint, device)
     for warning in trained.warnings:
-        print(f"sparsenet: warning: {warning}", file=sys.stderr)
+        warn(f"sparsenet: warning: {warning}")
     return trained
 
 
@@ -39,7 +39,7 @@ def load_images(args: argparse.Namespace, trained: Trained) -> Selection:
     known = Known(ids, trained.about.data, own, told)
     selection = select_images(config, args.split or "", trained.classes, known)
     for note in selection.notes:
-        print(f"sparsenet: {note}", file=sys.stderr)
+        warn(f"sparsenet: {note}")
     return selection
 
 
@@ -81,7 +81,10 @@ def _data_config(args: argparse.Namespace, trained: Trained) -> DataConfig:
 
 def print_result(value: Any, lines: Iterable[str], as_json: bool) -> int:
     """Prints *lines*, or *value* (dataclasses, containers, numbers, text) as one JSON value."""
-    print(json_text(value) if as_json else "\n".join(lines))
+    if as_json:
+        print(json_text(value))
+    else:
+        say(*lines)
     return 0
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from importlib import import_module
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from sparsenet.commands.common import load_images, load_network
 from sparsenet.device import choose_device
+from sparsenet.display import say, warn
 from sparsenet.export import FORMATS
+from sparsenet.files import failure
 from sparsenet.trained import Trained
 
 
@@ -28,10 +29,13 @@ def run(args: argparse.Namespace) -> int:
         if format.needs_data or args.dataset or args.dataset_dir:
             raise
         problem = f"compared on random inputs only, the data is not here ({error})"
-        print(f"sparsenet export: {problem}", file=sys.stderr)
+        warn(f"sparsenet export: {problem}")
         data = None
     target = Path(args.out) if args.out else _default_target(args, trained)
-    print(import_module(format.module).export(trained, target, data, args.opset))
+    try:
+        say(import_module(format.module).export(trained, target, data, args.opset))
+    except OSError as error:  # such as a full disk
+        raise OSError(f"--out: expected to write {target}, found: {failure(error)}") from error
     return 0
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from sparsenet.display import say, warn
 from sparsenet.pictures import draw_filters
 from sparsenet.records import read_summaries
 from sparsenet.report import is_page, write_report
@@ -24,12 +24,12 @@ def run(args: argparse.Namespace) -> int:
         expected = "--markdown, which prints the table, without --filters and --out"
         raise ValueError(f"report: expected {expected}")
     if args.markdown:
-        print(markdown_table([row.cells() for row in read_summaries(paths)]), end="")
+        say(*markdown_table([row.cells() for row in read_summaries(paths)]).splitlines())
         return 0
     if args.filters:
         _draw_filters(paths)
     folder = next((path for path in paths if path.is_dir()), Path())
-    print(write_report(paths, Path(args.out) if args.out else folder / "report.html"))
+    say(str(write_report(paths, Path(args.out) if args.out else folder / "report.html")))
     return 0
 
 
@@ -37,6 +37,7 @@ def _draw_filters(paths: Sequence[Path]) -> None:
     for run in [run.path for row in read_summaries(paths) for run in row.runs]:
         try:
             draw_filters(load_trained(run).model, run / "filters.png", run.name)
-        except ValueError as error:
-            # This run sums or has no weights; the page is about the others, too.
-            print(f"sparsenet report: {run}: no picture of filters: {error}", file=sys.stderr)
+        except (OSError, ValueError) as error:
+            # This run sums or has no weights, or its folder cannot be written; the page is about
+            # the others, too.
+            warn(f"sparsenet report: {run}: no picture of filters: {error}")

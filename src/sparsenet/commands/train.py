@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import signal
 from datetime import datetime
 from pathlib import Path
@@ -13,7 +14,8 @@ from sparsenet import config as settings
 from sparsenet import presets
 from sparsenet.config import RunConfig
 from sparsenet.data.config import POINTERS
-from sparsenet.display import display
+from sparsenet.display import display, say
+from sparsenet.files import failure
 from sparsenet.flags import from_flags
 from sparsenet.run import Run
 from sparsenet.train import train
@@ -30,14 +32,16 @@ def run(args: argparse.Namespace) -> int:
         raise
     except OSError as error:  # such as a full disk; those of the data are a ``DataError``
         advice = f"; {_go_on(run)}" if run.is_described else ""
-        reason = error.strerror or error
-        raise OSError(f"{run.path}: the run broke off: {reason}{advice}") from error
-    code = 0 if signals.number is None else 128 + signals.number
+        raise OSError(f"{run.path}: the run broke off: {failure(error)}{advice}") from error
+    code = 0
+    # A signal that came while the result was written has stopped nothing.
+    if stopped and stopped in signal.Signals.__members__:
+        code = 128 + signal.Signals[stopped]
     if stopped and not run.is_described:  # while it read the images
         return code
     if stopped:
-        print(_go_on(run))
-    print(run.path)
+        say(_go_on(run))
+    say(str(run.path))
     return code
 
 
@@ -45,14 +49,26 @@ def _go_on(run: Run) -> str:
     return f"go on with: sparsenet train --resume {run.path}"
 
 
+ASKING = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
+
+
 class _Signals:
-    """Ctrl-C and SIGTERM ask the run to save and end; a second one ends it at once."""
+    """Ctrl-C, SIGTERM and a terminal that goes ask the run to save and end.
+
+    A second one ends it at once, but for the terminal's, of which shells send another. One that
+    was ignored before, as by nohup, still is.
+    """
 
     def __init__(self) -> None:
         self.number: int | None = None
+        self.terminals = [number for number in (1, 2) if os.isatty(number)]
 
     def __enter__(self) -> _Signals:
-        self.before = {n: signal.signal(n, self._receive) for n in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {
+            number: signal.signal(number, self._receive)
+            for number in ASKING
+            if signal.getsignal(number) is not signal.SIG_IGN
+        }
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -61,7 +77,11 @@ class _Signals:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.number = number
-        signal.signal(number, signal.SIG_DFL)
+        last = number in (signal.SIGINT, signal.SIGTERM)
+        signal.signal(number, signal.SIG_DFL if last else signal.SIG_IGN)
+        for terminal in self.terminals:
+            if not os.isatty(terminal):  # it has gone, and what is printed would be an error
+                os.dup2(os.open(os.devnull, os.O_WRONLY), terminal)
 
     def received(self) -> str | None:
         """The name of the signal that was received, if one was."""

@@ -21,6 +21,7 @@ from sparsenet.data.dataset import Images, Source, check_labels
 from sparsenet.data.download import CIFAR_URL, download
 from sparsenet.data.errors import DataError, decoding
 from sparsenet.data.unpickle import load_pickle
+from sparsenet.files import is_special
 
 PIXELS = 3 * 32 * 32
 MEMBER_LIMIT = 1 << 28  # bytes; the largest real member, CIFAR-100's training pickle, has 155 MB
@@ -138,6 +139,8 @@ def _members(archive: Archive, path: Path) -> Iterator[tuple[str, bytes]]:
             if (path / name).is_file():
                 yield name, (path / name).read_bytes()
         return
+    if is_special(path):
+        raise DataError(f"{path}: expected an archive, found a pipe or device")
     names = {f"{archive.folder}/{name}": name for name in archive.members}
     expected = "a whole archive (delete a damaged one; --download gets it anew)"
     with (

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from sparsenet.data.errors import DataError
 from sparsenet.data.registry import DATASETS, KINDS, lies_in_folder
+from sparsenet.files import user_path
 from sparsenet.validation import check_settings, setting
 
 POINTERS = ("dataset", "dataset_dir", "labels", "image_column", "label_column")  # to the images
@@ -136,4 +136,4 @@ class DataConfig:
 
 
 def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().absolute()) if path else ""
+    return str(user_path(path).absolute()) if path else ""

@@ -16,6 +16,7 @@ from sparsenet.data.dataset import Example, Source
 from sparsenet.data.errors import DataError, decoding, shortened
 from sparsenet.data.splits import SPLIT_COLUMNS, SPLITS, split_of
 from sparsenet.data.tree import list_folder
+from sparsenet.files import user_path
 
 DELIMITERS = ",;\t"
 LABELS = ("label", "labels", "class", "category", "target", "breed", "species", "diagnosis", "dx")
@@ -35,7 +36,7 @@ def read_csv_labels(root: Path, config: DataConfig) -> Source | None:
         return None
     if not root.is_dir():
         raise DataError(f"--dataset_dir: expected the folder of the images, found the file {root}")
-    table = _read_table(Path(config.labels).expanduser(), root)
+    table = _read_table(user_path(config.labels), root)
     images = _Images(root)
     image, same = _image_column(table, images, config)
     split, splits = _split_column(table, {image, *same, config.label_column})

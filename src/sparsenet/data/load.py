@@ -21,6 +21,7 @@ from sparsenet.data.registry import KINDS, DatasetKind, resolve
 from sparsenet.data.sampling import hold_out
 from sparsenet.data.splits import IMAGES_OF
 from sparsenet.events import Reading
+from sparsenet.files import user_path
 from sparsenet.validation import printable
 
 T = TypeVar("T")
@@ -102,7 +103,7 @@ def find(config: DataConfig) -> Source:
     if kinds[0].in_folder and not config.dataset_dir:
         get = "; --dataset_dir DIR --download gets it" if kinds[0].downloader else ""
         raise DataError(f"--dataset_dir: expected a folder with data, found none given{get}")
-    root = Path(config.dataset_dir).expanduser()
+    root = user_path(config.dataset_dir)
     source = _read(kinds, root, config)
     if source is None and config.download:
         pkgutil.resolve_name(kinds[0].downloader)(root)

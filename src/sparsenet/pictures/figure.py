@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from sparsenet.extras import require
 from sparsenet.files import write_atomic
 from sparsenet.results import EpochMetrics
+from sparsenet.validation import printable
 
 INK, FAINT, GRID = "#22272e", "#8a929c", "#e3e6ea"
 # The colours of Okabe and Ito, which people of any colour vision can tell apart.
@@ -125,9 +126,17 @@ def measured_points(metrics: Sequence[EpochMetrics], column: str) -> list[tuple[
     return [(epoch, value) for epoch, value in pairs if value is not None]
 
 
+def _written(value: Any) -> Any:
+    """What becomes of a value in a template: a text, or a part of the page as it is."""
+    return value if hasattr(value, "__html__") else printable(str(value), "\n\t")
+
+
 def render(template: str, **values: Any) -> str:
     """Fills a template of the package; what *values* hold is escaped, and none may be missing."""
     environment = Environment(
-        loader=PackageLoader("sparsenet"), autoescape=True, undefined=StrictUndefined
+        loader=PackageLoader("sparsenet"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_written,
     )
     return environment.get_template(template).render(values)
