@@ -6,19 +6,22 @@ import os
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from sparsenet import display
 from sparsenet.checkpoints import Manifest, RunError, restore, save
-from sparsenet.config import RunConfig
+from sparsenet.config import RunConfig, replace
 from sparsenet.environment import environment, installed
 from sparsenet.events import Concluded
 from sparsenet.files import read_json, size_text, write_atomic, write_json
 from sparsenet.graph import graph
+from sparsenet.presets import preset
 from sparsenet.results import EpochMetrics, TrainingResult
 from sparsenet.run import Run
+from sparsenet.train import train
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
@@ -228,3 +231,36 @@ def test_without_a_home_there_is_a_cache_for_the_process(tmp_path):
     )
     assert done.stdout.startswith(f"{tmp_path}/sparsenet-")
     assert not any(tmp_path.iterdir())  # and goes with it
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_stays(tmp_path, monkeypatch):
+    """But one of a later step, which would be taken for the last, is an error."""
+    run = Run.create(tmp_path / "run")
+
+    def refuse(path, missing_ok=False):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    def save_step(step):
+        manifest = Manifest(kind="last", step=step, epoch=1, about={})
+        save(run.checkpoints, manifest, {"x": torch.full((3,), float(step))})
+
+    for step in (1, 2):
+        save_step(step)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    save_step(3)
+    save_step(4)
+    checkpoint, warnings = restore(run.checkpoints, "last")
+    assert checkpoint.manifest.step == 4 and not warnings
+    assert len(list(run.checkpoints.glob("last-*.json"))) == 4
+    with pytest.raises(PermissionError):
+        save_step(3)
+
+
+def test_a_clock_that_stands_still_ends_no_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("time.perf_counter", lambda: 1.0)
+    config = replace(preset("digits"), {"network": {"depth": 7, "growth_rate": 4}})
+    config = replace(config, {"train": {"max_epoch": 1, "batch_size": 512, "precision": "fp32"}})
+    run = Run.create(tmp_path / "run")
+    for _ in train(config, run):
+        pass
+    assert run.metrics()[0].seconds == 0

@@ -200,10 +200,8 @@ def _load_file(path: Path, source: str, sha256: str = "") -> Weights:
             raise ValueError(f"{source}: expected {expected}, found more")
         data = read_bytes(path)
     except OSError as error:
-        expected = "a readable weights file"
-        raise ValueError(
-            f"{source}: expected {expected}, found: {error.strerror or error}"
-        ) from None
+        found = error.strerror or error
+        raise ValueError(f"{source}: expected a readable weights file, found: {found}") from None
     if sha256 and (actual := hashlib.sha256(data).hexdigest()) != sha256:
         raise ValueError(f"{source}: expected SHA-256 {sha256}, found {actual}: install it again")
     try:
