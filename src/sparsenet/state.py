@@ -174,6 +174,7 @@ def _check_nothing_is_lost(run: Run) -> None:
 def _rows(checkpoint: Checkpoint, run: Run) -> tuple[list[EpochMetrics], list[str]]:
     """The rows of the epochs before *checkpoint*, and a warning where metrics.csv lacks some."""
     manifest = checkpoint.manifest
+    run.file("metrics.csv")  # a link or a pipe is refused, not replaced
     try:
         found, problem = run.metrics(), ""
     except RunError as error:
