@@ -105,7 +105,7 @@ def _keep(content: bytes, key: str) -> Path | None:
             return None
         path = folder / _name(key, content)
         write_atomic(path, content)
-        path.chmod(0o700)  # whatever the umask gives away
+        path.chmod(0o644)  # whatever the umask gives away
     except (OSError, RuntimeError):
         return None
     return path
