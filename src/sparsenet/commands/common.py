@@ -34,8 +34,9 @@ def load_images(args: argparse.Namespace, trained: Trained) -> Selection:
     """
     ids = Run.open(trained.path).images() if trained.path.is_dir() else {}
     told = any(getattr(args, name) for name in POINTERS)
-    config = _data_config(args, trained)
-    own = trained.path.is_dir() and _same_place(config, stored_data(trained))
+    stored = _stored_data(trained)
+    config = _data_config(args, trained, stored)
+    own = trained.path.is_dir() and _same_place(config, stored)
     known = Known(ids, trained.about.data, own, told)
     selection = select_images(config, args.split or "", trained.classes, known)
     for note in selection.notes:
@@ -48,7 +49,7 @@ def _same_place(config: DataConfig, other: DataConfig) -> bool:
     return (first.dataset_dir, first.labels) == (second.dataset_dir, second.labels)
 
 
-def stored_data(trained: Trained) -> DataConfig:
+def _stored_data(trained: Trained) -> DataConfig:
     """The settings of the data that a run, or as far as it knows them a weights file, was given."""
     if trained.path.is_dir():
         return Run.open(trained.path).config().data
@@ -57,7 +58,7 @@ def stored_data(trained: Trained) -> DataConfig:
     return DataConfig(**{name: recipe[name] for name in known if name in recipe})
 
 
-def _data_config(args: argparse.Namespace, trained: Trained) -> DataConfig:
+def _data_config(args: argparse.Namespace, trained: Trained, stored: DataConfig) -> DataConfig:
     if (
         not trained.path.is_dir()
         and not args.dataset_dir
@@ -67,7 +68,6 @@ def _data_config(args: argparse.Namespace, trained: Trained) -> DataConfig:
             "--dataset_dir: expected the folder of the test images, which a weights file does not "
             "know (or --dataset digits), found none"
         )
-    stored = stored_data(trained)
     given = {name: getattr(args, name) for name in POINTERS if getattr(args, name)}
     return dataclasses.replace(
         stored.pointed_at(given),

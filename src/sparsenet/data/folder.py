@@ -14,7 +14,7 @@ from sparsenet.data.config import DataConfig
 from sparsenet.data.dataset import Example, Source
 from sparsenet.data.errors import DataError, count_images, shortened
 from sparsenet.data.splits import find_splits, split_of
-from sparsenet.data.tree import Listing, describe_others, is_visible, list_folder
+from sparsenet.data.tree import Listing, describe_others, is_folder, is_visible, list_folder
 from sparsenet.data.unreadable import name_what_it_is
 
 
@@ -67,14 +67,8 @@ class Tree:
 def _folders(path: Path) -> list[str]:
     """The names of the visible folders in *path*, sorted; none where it may not be read."""
     with suppress(OSError), os.scandir(path) as entries:
-        return sorted(each.name for each in entries if is_visible(each.name) and _is_folder(each))
+        return sorted(each.name for each in entries if is_visible(each.name) and is_folder(each))
     return []
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    with suppress(OSError):  # of a link to itself
-        return entry.is_dir()
-    return False
 
 
 def read_folder(root: Path, config: DataConfig) -> Source:

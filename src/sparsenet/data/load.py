@@ -203,10 +203,10 @@ def _remarks(
     parts: Mapping[str, Labelled], classes: tuple[str, ...], tested_on: str
 ) -> Iterator[str]:
     """Lines about what is missing from the splits, and about images that are in two places."""
+    called = {**IMAGES_OF, "test": tested_on}
     for name, part in parts.items():
         if missing := part.missing(classes):
-            what = tested_on if name == "test" else IMAGES_OF[name]
-            yield f"warning: no {what} image of {missing}"
+            yield f"warning: no {called[name]} image of {missing}"
     folded = Counter(name.casefold() for name in classes)
     if alike := [name for name in classes if folded[name.casefold()] > 1]:
         yield f"warning: classes whose names differ in case only: {shortened(alike)}"
@@ -218,5 +218,4 @@ def _remarks(
     for name, part in parts.items():
         overlap = int(torch.isin(part.ids, train.ids).sum())
         if name != "train" and overlap:
-            what = tested_on if name == "test" else IMAGES_OF[name]
-            yield f"warning: {overlap} {what} images are also training images, to the byte"
+            yield f"warning: {overlap} {called[name]} images are also training images, to the byte"

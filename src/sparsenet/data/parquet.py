@@ -19,7 +19,7 @@ from sparsenet.data.config import DataConfig
 from sparsenet.data.dataset import Example, Source, check_labels
 from sparsenet.data.errors import DataError, decoding, shortened
 from sparsenet.data.splits import SPLIT_COLUMNS, SPLITS, find_splits, split_of
-from sparsenet.data.tree import SUFFIXES, is_visible, list_folder
+from sparsenet.data.tree import SUFFIXES, is_folder, is_visible, list_folder
 from sparsenet.extras import require
 
 IMAGES = ("image", "img")  # the column that is meant where several hold images
@@ -98,9 +98,8 @@ def _look_into(folder: Path) -> tuple[list[Path], list[Path]]:
         for entry in entries:
             if entry.name.lower().endswith(".parquet") and _is_parquet(folder / entry.name):
                 files.append(folder / entry.name)
-            elif is_visible(entry.name):
-                with suppress(OSError):  # of a link to itself
-                    folders += [folder / entry.name] if entry.is_dir() else []
+            elif is_visible(entry.name) and is_folder(entry):
+                folders.append(folder / entry.name)
     return sorted(files), sorted(folders)
 
 

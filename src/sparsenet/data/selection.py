@@ -116,7 +116,7 @@ def select_images(
         part, kind, more = _part_of_training(part, split, known, config)
     else:
         more = known.warning(part)
-        if split != "val" or name == "test":
+        if split != "val":
             more += known.changes(part)
     if missing := part.missing(classes):
         more = (*more, f"no image of {missing}")

@@ -69,13 +69,18 @@ def _walk(folder: str, outer: frozenset[tuple[int, int]]) -> Iterator[tuple[str,
     for entry in entries:
         if not is_visible(entry.name):
             continue
-        if _is(entry.is_dir):
+        if is_folder(entry):
             yield from _walk(entry.path, outer | {identity})
         else:
             yield entry.path, _is_image(entry)
 
 
-def _is(kind: Callable[[], bool]) -> bool:
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether *entry* is a folder or leads to one; a link to itself does not."""
+    return _holds(entry.is_dir)
+
+
+def _holds(kind: Callable[[], bool]) -> bool:
     """What *kind* says of an entry; no where it cannot be told, as of a link to itself."""
     try:
         return kind()
@@ -88,7 +93,7 @@ def _is_image(entry: os.DirEntry[str]) -> bool:
 
     A pipe or a device is none.
     """
-    if not _is(entry.is_file):
+    if not _holds(entry.is_file):
         return entry.is_symlink() and not os.path.exists(entry.path)  # noqa: PTH110
     suffix = os.path.splitext(entry.name)[1].lower()  # noqa: PTH122
     if suffix in SUFFIXES or suffix in UNREADABLE:  # raw photographs begin as a TIFF does
