@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparsenet import capture, device
+from sparsenet import capture, checkpoints, device
 from sparsenet.files import cache_folder
 from sparsenet.ops import dispatch, measured
 
@@ -244,6 +244,11 @@ def write_cifar10(root: Path) -> Path:
         (folder / f"{name}.bin").write_bytes(records.tobytes())
     (folder / "batches.meta.txt").write_text("\n".join(f"class {i}" for i in range(10)))
     return folder
+
+
+def newest(folder: Path, kind: str) -> tuple[checkpoints.Checkpoint, list[str]]:
+    """The newest intact checkpoint, and warnings of damaged ones."""
+    return checkpoints.restore(folder, kind, lambda checkpoint: checkpoint)
 
 
 def snapshot(folder: Path) -> dict[str, bytes | None]:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CLASSES, TINY, Call, snapshot, write_cifar10, write_classes
+from conftest import CLASSES, TINY, Call, newest, snapshot, write_cifar10, write_classes
 from safetensors.torch import load_file
 
 from sparsenet import checkpoints, files, optim
@@ -653,11 +653,11 @@ def test_tampered_weights_are_refused(
 
 def test_weights_of_another_network_are_refused(refused: Callable[..., str], copied: Path) -> None:
     run = Run(copied)
-    checkpoint, _ = checkpoints.restore(run.checkpoints, "best")
-    checkpoint.manifest.about["architecture"]["num_classes"] = 7
+    checkpoint, _ = newest(run.checkpoints, "best")
+    checkpoint.manifest.about.architecture["growth_rate"] = [7]
     checkpoints.save(run.checkpoints, checkpoint.manifest, checkpoint.tensors)
     line = refused("eval", copied)
-    assert str(copied) in line and "do not fit" in line
+    assert str(copied) in line and "expected the tensors of its network" in line
 
 
 def test_damaged_metrics_are_named(refused: Callable[..., str], copied: Path) -> None:

@@ -77,7 +77,7 @@ def test_the_preset_follows_the_data():
             "--growth_rate: expected whole numbers like 16,32,64, found '16;32'",
         ),
         ({"mirror": "maybe"}, "--mirror: expected true or false, found 'maybe'"),
-        ({"batch_size": "-1"}, "batch_size: expected at least 0, found -1"),
+        ({"batch_size": "-1"}, "batch_size: expected at least 0 and at most 1,000,000, found -1"),
         ({"lr": "nan"}, "--lr: expected a number, found 'nan'"),
         ({"lr": "inf"}, "--lr: expected a number, found 'inf'"),
         ({"lr": "-1"}, "lr: expected a positive number, found -1.0"),

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CLASSES, TINY, Call, write_classes, write_image
+from conftest import CLASSES, TINY, Call, newest, write_classes, write_image
 from PIL import Image
 
 from sparsenet import checkpoints
@@ -387,8 +387,7 @@ def test_a_renamed_image_resumes(call: Call, tmp_path: Path) -> None:
     assert call("train", *SHORT, *arguments).code == 0
     assert call("train", "--resume", "same-run", "--max_epoch", 2).code == 0
     renamed, unchanged = (
-        checkpoints.restore(Path(run, "checkpoints"), "last")[0].tensors
-        for run in ("run", "same-run")
+        newest(Path(run, "checkpoints"), "last")[0].tensors for run in ("run", "same-run")
     )
     for name, tensor in unchanged.items():
         assert torch.equal(tensor, renamed[name]), name
@@ -401,9 +400,9 @@ def test_a_run_of_an_older_version_is_tested_as_it_was(call: Call) -> None:
     run = Path("run")
     (run / "images.safetensors").unlink()
     for kind in ("best", "last"):
-        checkpoint, _ = checkpoints.restore(run / "checkpoints", kind)
+        checkpoint, _ = newest(run / "checkpoints", kind)
         manifest = checkpoint.manifest
-        about = {name: value for name, value in manifest.about.items() if name != "data"}
+        about = dataclasses.replace(manifest.about, data=None)
         checkpoints.save(
             run / "checkpoints", dataclasses.replace(manifest, about=about), checkpoint.tensors
         )

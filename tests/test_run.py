@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import newest
 
 from sparsenet import display
-from sparsenet.checkpoints import Manifest, RunError, restore, save
+from sparsenet.checkpoints import Manifest, RunError, save
 from sparsenet.config import RunConfig, replace
+from sparsenet.data.preprocessing import Preprocessing
 from sparsenet.environment import environment, installed
 from sparsenet.events import Concluded
 from sparsenet.files import read_json, size_text, write_atomic, write_json
@@ -22,6 +24,10 @@ from sparsenet.presets import preset
 from sparsenet.results import EpochMetrics, TrainingResult
 from sparsenet.run import Run
 from sparsenet.train import train
+from sparsenet.weights import Description
+
+STATISTICS = Preprocessing(size=8, channels=1, mean=(0.5,), std=(0.25,))
+ABOUT = Description("0.1", {"in_chans": 1, "num_classes": 1}, STATISTICS, ("a",), "made up", {})
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
@@ -38,14 +44,14 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
 def saved(tmp_path, steps=(1, 2, 3)):
     run = Run.create(tmp_path / "run")
     for step in steps:
-        manifest = Manifest(kind="last", step=step, epoch=step, about={"classes": ["a"]})
+        manifest = Manifest(kind="last", step=step, epoch=step, about=ABOUT)
         save(run.checkpoints, manifest, {"x": torch.full((3,), float(step))})
     return run
 
 
 def test_the_newest_checkpoint_comes_back_and_two_are_kept(tmp_path):
     run = saved(tmp_path)
-    checkpoint, warnings = restore(run.checkpoints, "last")
+    checkpoint, warnings = newest(run.checkpoints, "last")
     assert (checkpoint.manifest.step, warnings) == (3, [])
     assert torch.equal(checkpoint.tensors["x"], torch.full((3,), 3.0))
     assert {file.name for file in run.checkpoints.iterdir()} == checkpoint_files(2, 3)
@@ -64,9 +70,9 @@ def test_only_files_that_the_program_wrote_are_removed(tmp_path):
         (run.checkpoints / name).write_text("mine")
     half = run.checkpoints / ".last-00000001.safetensors.k3_x9abc"  # as a kill leaves it
     half.write_text("half")
-    later = Manifest(kind="last", step=3, epoch=3, about={})
+    later = Manifest(kind="last", step=3, epoch=3, about=ABOUT)
     save(run.checkpoints, later, {"x": torch.zeros(3)})
-    assert restore(run.checkpoints, "last")[1] == []
+    assert newest(run.checkpoints, "last")[1] == []
     names = {path.name for path in run.checkpoints.iterdir()}
     assert names == checkpoint_files(2, 3) | set(mine)
 
@@ -75,7 +81,11 @@ def test_a_manifest_has_the_keys_that_it_always_had(tmp_path):
     run = Run.create(tmp_path / "run")
     keys = {"epoch", "about", "kind", "step", "sha256"}
     for kind, more in (("best", set()), ("last", {"seconds", "best", "rows"})):
-        save(run.checkpoints, Manifest(kind=kind, step=3, epoch=1, about={}), {"x": torch.zeros(3)})
+        save(
+            run.checkpoints,
+            Manifest(kind=kind, step=3, epoch=1, about=ABOUT),
+            {"x": torch.zeros(3)},
+        )
         assert (
             json.loads((run.checkpoints / f"{kind}-00000003.json").read_text()).keys()
             == keys | more
@@ -101,7 +111,7 @@ def test_damage_falls_back_to_the_one_before_with_a_warning(tmp_path, damage):
         "manifest": lambda: manifest.write_text("{"),
         "empty manifest": lambda: manifest.write_text("{}"),
     }[damage]()
-    checkpoint, warnings = restore(run.checkpoints, "last")
+    checkpoint, warnings = newest(run.checkpoints, "last")
     assert checkpoint.manifest.step == 2
     assert len(warnings) == 1
     assert "last-00000003: damaged" in warnings[0]
@@ -110,10 +120,10 @@ def test_damage_falls_back_to_the_one_before_with_a_warning(tmp_path, damage):
 def test_nothing_intact_is_one_clear_line(tmp_path):
     run = saved(tmp_path, steps=(1,))
     with pytest.raises(RunError, match="expected an intact 'best' checkpoint, found none"):
-        restore(run.checkpoints, "best")
+        newest(run.checkpoints, "best")
     next(run.checkpoints.glob("*.safetensors")).write_bytes(b"")
     with pytest.raises(RunError, match="found 1 damaged"):
-        restore(run.checkpoints, "last")
+        newest(run.checkpoints, "last")
 
 
 def test_metrics_come_back_exactly(tmp_path):
@@ -241,7 +251,7 @@ def test_an_old_checkpoint_that_cannot_be_deleted_stays(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     def save_step(step):
-        manifest = Manifest(kind="last", step=step, epoch=1, about={})
+        manifest = Manifest(kind="last", step=step, epoch=1, about=ABOUT)
         save(run.checkpoints, manifest, {"x": torch.full((3,), float(step))})
 
     for step in (1, 2):
@@ -249,7 +259,7 @@ def test_an_old_checkpoint_that_cannot_be_deleted_stays(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "unlink", refuse)
     save_step(3)
     save_step(4)
-    checkpoint, warnings = restore(run.checkpoints, "last")
+    checkpoint, warnings = newest(run.checkpoints, "last")
     assert checkpoint.manifest.step == 4 and not warnings
     assert len(list(run.checkpoints.glob("last-*.json"))) == 4
     with pytest.raises(PermissionError):

@@ -15,11 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import newest
 from PIL import Image
 from safetensors.torch import load_file
 
 from sparsenet import Architecture, SparseNet, device
-from sparsenet.checkpoints import restore
 from sparsenet.config import replace
 from sparsenet.data.dataset import Images
 from sparsenet.data.preprocessing import Preprocessing
@@ -48,7 +48,7 @@ def tiny(**changes):
 
 def outcome(run):
     """All that a run leaves but times: tensors of the newest checkpoints by kind, and metrics."""
-    tensors = {kind: restore(run.checkpoints, kind)[0].tensors for kind in ("last", "best")}
+    tensors = {kind: newest(run.checkpoints, kind)[0].tensors for kind in ("last", "best")}
     rows = [dataclasses.replace(row, **dict.fromkeys(TIMES)) for row in run.metrics()]
     return tensors, rows
 
@@ -233,7 +233,7 @@ def test_the_time_limit_ends_a_run_with_everything_saved(tmp_path):
     stopped = [e for e in events if isinstance(e, Stopped)]
     assert [e.reason for e in stopped] == [TIME_LIMIT]
     assert isinstance(events[-1], Concluded)
-    assert restore(run.checkpoints, "last")[0].manifest.step == 1
+    assert newest(run.checkpoints, "last")[0].manifest.step == 1
     assert {"curves.png", "confusion.png", "samples.png", "graph.svg", "result.json"} <= {
         f.name for f in run.path.iterdir()
     }
@@ -406,7 +406,7 @@ def test_few_steps_are_tested_with_statistics_of_their_own(stripes, tmp_path, mo
     errors = [run.metrics()[0].test_error for run in (settled, running)]
     assert errors[0] < errors[1] / 2
     assert settled.metrics()[0].train_error == running.metrics()[0].train_error
-    (weights, _), (others, _) = (restore(run.checkpoints, "last") for run in (settled, running))
+    (weights, _), (others, _) = (newest(run.checkpoints, "last") for run in (settled, running))
     for name, tensor in weights.part("model.").items():  # the average's are what is evaluated
         assert torch.equal(tensor, others.part("model.")[name])
 

@@ -15,7 +15,7 @@ from urllib.request import Request
 
 import pytest
 import torch
-from conftest import TINY, Call, Outcome, write_classes, write_image
+from conftest import TINY, Call, Outcome, newest, write_classes, write_image
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 from test_data_archives import Server
@@ -106,9 +106,10 @@ def test_a_file_holds_the_runs_numbers_rounded(file: Path, trained: Path) -> Non
     for name, value in theirs.items():
         assert ours[name].dtype == (torch.float16 if value.ndim >= 2 else torch.float32)
         torch.testing.assert_close(ours[name].float(), value, rtol=2**-11, atol=2**-25)
-    checkpoint, _ = checkpoints.restore(Run.open(trained).checkpoints, "best")
+    checkpoint, _ = newest(Run.open(trained).checkpoints, "best")
     about, manifest = said(file), checkpoint.manifest
-    assert about | manifest.about == about and about["epoch"] == manifest.epoch == 2
+    of_run = json.loads(json.dumps(dataclasses.asdict(manifest.about)))
+    assert about | of_run == about and about["epoch"] == manifest.epoch == 2
     assert str(trained) not in file.read_bytes().decode("latin-1")
 
 
@@ -216,7 +217,7 @@ def test_predictions_are_those_of_the_rounded_weights(
 
 def test_numbers_that_fp16_has_not_are_refused(call: Call, copied: Path) -> None:
     run = Run.open(copied)
-    checkpoint, _ = checkpoints.restore(run.checkpoints, "best")
+    checkpoint, _ = newest(run.checkpoints, "best")
     tensors = {
         **checkpoint.tensors,
         "model.stem.0.weight": checkpoint.tensors["model.stem.0.weight"] + 1e5,
@@ -426,7 +427,7 @@ def test_a_foreign_file_is_one_line(file: Path, trained: Path) -> None:
         ({"classes": ["ant", "bee"]}, "2 names for 10 classes"),
         ({"measured": {"bf16": 3}}, r"Expected `object`, got `int` - at `\$\.measured"),
         ({"recipe": {"data": {}}}, "'recipe' that does not say which images"),
-        ({"preprocessing": {"mean": [0.1, 0.1, 0.1]}}, "'preprocessing' that does not fit"),
+        ({"preprocessing": {"mean": [0.1, 0.1, 0.1]}}, "'preprocessing' with 3 means and 1 stds"),
         ({"architecture": {"in_chans": [1]}}, "'preprocessing' that does not fit"),
         (
             {"preprocessing": {"std": [0.0]}},
@@ -440,8 +441,8 @@ def test_a_foreign_file_is_one_line(file: Path, trained: Path) -> None:
             r"'preprocessing' with a mean of 1e\+308, expected one within ±1000",
         ),
         ({"preprocessing": {"mean": [-1001.0]}}, "'preprocessing' with a mean of -1001"),
-        ({"preprocessing": {"grey_range": [9.0, 9.0]}}, "'preprocessing' that divides by nothing"),
-        ({"preprocessing": {"grey_range": [0.0]}}, "'preprocessing' that divides by nothing"),
+        ({"preprocessing": {"grey_range": [9.0, 9.0]}}, "expected two rising numbers"),
+        ({"preprocessing": {"grey_range": [0.0]}}, "expected two rising numbers"),
         (
             {"preprocessing": {"crop": 7}},
             "'preprocessing' with 'crop', which this version does not know",
@@ -455,8 +456,8 @@ def test_a_foreign_file_is_one_line(file: Path, trained: Path) -> None:
             "an architecture that this version knows, found: fetch",
         ),
         ({"classes": [*"abcdefghi", "\x1b[2J"]}, "names that cannot be printed"),
-        ({"preprocessing": {"size": 10**6}}, "'preprocessing' that does not fit"),
-        ({"architecture": {"depth": 30004}}, "found: 30000 layers for "),
+        ({"preprocessing": {"size": 10**6}}, "a size of 1000000, expected one from 1 to 4096"),
+        ({"architecture": {"depth": 3004}}, "found: 3000 layers for "),
         (
             {"architecture": {"growth_rate": [10**12]}},
             "the tensors of its network|architecture that this version",
@@ -518,7 +519,7 @@ def test_numbers_that_no_network_computes_with_are_refused(
 def test_a_checkpoint_with_such_numbers_is_refused(call: Call, copied: Path, number: float) -> None:
     folder = Run.open(copied).checkpoints
     for kind in ("best", "last"):
-        checkpoint, _ = checkpoints.restore(folder, kind)
+        checkpoint, _ = newest(folder, kind)
         name = next(name for name in checkpoint.tensors if name.endswith("running_var"))
         tensor = checkpoint.tensors[name].clone()
         tensor[0] = number
@@ -533,13 +534,14 @@ def test_a_checkpoint_with_such_numbers_is_refused(call: Call, copied: Path, num
 
 def test_a_checkpoint_with_statistics_of_no_images_is_refused(copied: Path) -> None:
     folder = Run.open(copied).checkpoints
-    checkpoint, _ = checkpoints.restore(folder, "best")
+    checkpoint, _ = newest(folder, "best")
     about = checkpoint.manifest.about
-    for wrong in ({"std": [1e-320]}, {"mean": [1e308]}):
-        changed = {**about, "preprocessing": {**about["preprocessing"], **wrong}}
+    for wrong in ({"std": (1e-320,)}, {"mean": (1e308,)}, {"size": 10**9}, {"channels": 3}):
+        statistics = dataclasses.replace(about.preprocessing, **wrong)
+        changed = dataclasses.replace(about, preprocessing=statistics)
         manifest = dataclasses.replace(checkpoint.manifest, about=changed)
         checkpoints.save(folder, manifest, checkpoint.tensors)
-        with pytest.raises(checkpoints.RunError, match=r"the statistics of images, found a \w+ of"):
+        with pytest.raises(checkpoints.RunError, match=r"damaged .*preprocessing"):
             load_trained(copied)
 
 
@@ -569,7 +571,7 @@ def test_finite_weights_with_logits_that_are_not_give_no_error_and_no_class(
 
 def test_a_file_too_large_is_not_read(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights, "LIMIT", file.stat().st_size - 1)
-    with pytest.raises(ValueError, match="expected at most 0 MiB of weights, found more"):
+    with pytest.raises(ValueError, match=r"found: more than the .* that are read"):
         weights.load(file)
 
 

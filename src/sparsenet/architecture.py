@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Iterable, Iterator
+import typing
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import floor
 from numbers import Real
 from typing import Any
 
-from sparsenet.topology import FETCH_SYNTAX, Fetch, Sources, Topology, named_fetch
-from sparsenet.validation import check_settings, expect, setting
+from sparsenet.topology import FETCH_SYNTAX, Fetch, Sources, Topology, check_reads, named_fetch
+from sparsenet.validation import check_settings, check_type, expect, setting
 
 Branch = tuple[tuple[int, int], ...]  # (kernel, output width) of each BN-ReLU-Conv unit
 
@@ -31,6 +32,10 @@ class Stem:
     kernel: int
     stride: int
 
+
+MAX_LAYERS = 10_000  # of a network, which has one module for each
+MAX_STAGES = 16  # each halves the images
+MAX_WIDTH = 2**24  # channels
 
 STEMS = {"cifar": Stem(kernel=3, stride=1), "imagenet": Stem(kernel=7, stride=2)}
 
@@ -153,6 +158,8 @@ class Architecture:
         self._check_kinds()
         self._check_ranges()
         self._set("depth", self._checked_depth())
+        layers = sum(self.stage_depths)
+        expect(layers <= MAX_LAYERS, "depth", f"at most {MAX_LAYERS:,} layers in all", layers)
         if callable(self.fetch):
             self._set("fetch", Topology.of(self.fetch, max(self.stage_depths)).sources)
         elif not isinstance(self.fetch, str):
@@ -180,13 +187,15 @@ class Architecture:
         rules = (
             ("growth_rate", len(rates) in (1, stages), f"1 or {stages} numbers"),
             ("growth_rate", min(rates, default=0) >= 1, "positive numbers"),
+            ("growth_rate", max(rates, default=1) <= MAX_WIDTH, f"at most {MAX_WIDTH:,}"),
             ("blocks", min(self.blocks, default=1) >= 1, "at least one layer a stage"),
-            ("bottleneck_factor", self.bottleneck_factor >= 1, "at least 1"),
+            ("blocks", stages <= MAX_STAGES, f"at most {MAX_STAGES} stages"),
+            ("bottleneck_factor", 1 <= self.bottleneck_factor <= 1024, "from 1 to 1,024"),
             ("reduction", 0 <= self.reduction <= 1, "a factor from 0 to 1"),
             ("dropout", 0 <= self.dropout < 1, "a probability below 1"),
-            ("stem_width", self.stem_width >= 0, "a number of channels"),
-            ("in_chans", self.in_chans >= 1, "at least 1 channel"),
-            ("num_classes", self.num_classes >= 0, "a number of classes"),
+            ("stem_width", 0 <= self.stem_width <= MAX_WIDTH, f"0 to {MAX_WIDTH:,} channels"),
+            ("in_chans", 1 <= self.in_chans <= MAX_WIDTH, f"1 to {MAX_WIDTH:,} channels"),
+            ("num_classes", 0 <= self.num_classes <= MAX_WIDTH, f"0 to {MAX_WIDTH:,} classes"),
         )
         check_settings(self, *rules)
         if self.aggregation == "sum" and self.stem_width not in (0, rates[0]):
@@ -264,6 +273,7 @@ class Architecture:
                 in_width = max(floor(stages[-1].out_width * reduction), 1)
             branch = self._branch(growth)
             stages.append(Stage(self.topology(depth), in_width, branch, self.aggregation))
+            check_reads(sum(stage.topology.edges for stage in stages))
         return tuple(stages)
 
     def sizes(self, image_size: int) -> tuple[int, ...]:
@@ -279,5 +289,21 @@ class Architecture:
         return tuple(size // 2**number for number in range(halved + 1))
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON value from which ``Architecture(**value)`` makes an equal architecture."""
+        """A JSON value from which ``from_dict`` makes an equal architecture."""
         return dataclasses.asdict(self)
+
+
+# The types of fields in a file: a function has become a table by the time that it is written.
+WRITTEN = {**typing.get_type_hints(Architecture), "fetch": str | Sources}
+
+
+def from_dict(value: Mapping[str, Any]) -> Architecture:
+    """The architecture that ``to_dict`` made *value* of, perhaps read from a file.
+
+    Raises ``ValueError`` naming a field that is unknown, of another type, or fits no network.
+    """
+    for name, each in value.items():
+        if name not in WRITTEN:
+            raise ValueError(f"{name}: expected a field that this version knows, found another")
+        check_type(name, each, WRITTEN[name])
+    return Architecture(**value)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from msgspec import Meta
 
 from sparsenet.config import TrainConfig
 from sparsenet.device import computes_in_bf16
@@ -16,7 +18,7 @@ from sparsenet.ops import dispatch, measured
 class Arithmetic:
     """A precision and an implementation; ``auto`` is one that is not known yet."""
 
-    precision: str = "auto"
+    precision: Annotated[str, Meta(pattern="^(auto|fp32|bf16)$")] = "auto"
     implementation: str = "auto"
 
     @property

@@ -6,20 +6,26 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal, TypeVar
 
-from safetensors import SafetensorError
-from safetensors.torch import load as parse_tensors
+import msgspec
 from safetensors.torch import save as serialise_tensors
 from torch import Tensor
 
 from sparsenet import files, weights
+from sparsenet.results import EpochMetrics
+from sparsenet.validation import Amount, Count, Percent
+from sparsenet.weights import Description
+
+T = TypeVar("T")
 
 KEPT = {"last": 2, "best": 1}  # checkpoints of each kind that stay on disk
+IDENTITY = ("kind", "step", "sha256")  # what a manifest has beside what the tensors' file says
+LIMIT = 6 * weights.LIMIT  # bytes: weights, momenta and averaged weights, each in twice the bits
 NUMBER = r"\d{8,}"  # a step in the name of a file
 
 
@@ -31,13 +37,13 @@ class RunError(ValueError):
 class Manifest:
     """What a checkpoint says of its tensors, in a JSON file beside them."""
 
-    kind: str  # "last" or "best"
-    step: int  # optimizer steps since the start of the run
-    epoch: int  # epochs that were finished
-    about: dict[str, Any]  # what is needed to use the weights
-    seconds: float = 0.0  # training time of the epoch that has begun; only in "last"
-    best: float | None = None  # lowest validation error so far, in percent; only in "last"
-    rows: list[dict[str, Any]] | None = None  # of metrics.csv; only in "last", not in older ones
+    kind: Literal["last", "best"]
+    step: Count  # optimizer steps since the start of the run
+    epoch: Count  # epochs that were finished
+    about: Description  # what is needed to use the weights
+    seconds: Amount = 0.0  # training time of the epoch that has begun; only in "last"
+    best: Percent | None = None  # lowest validation error so far; only in "last"
+    rows: list[EpochMetrics] | None = None  # of metrics.csv; only in "last", not in older ones
     sha256: str = ""  # of the tensors' file; ``save`` fills it in
 
 
@@ -66,7 +72,7 @@ def save(folder: Path, manifest: Manifest, tensors: Mapping[str, Tensor]) -> Non
     description = dataclasses.asdict(manifest)
     if manifest.kind == "best":  # weights alone, without the state of their training
         del description["seconds"], description["best"], description["rows"]
-    identity = {name: description.pop(name) for name in ("kind", "step", "sha256")}
+    identity = {name: description.pop(name) for name in IDENTITY}
     data = serialise_tensors(
         {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
         {"sparsenet": json.dumps(description)},
@@ -98,16 +104,19 @@ def saved(folder: Path, kind: str) -> list[Path]:
     return sorted(manifests, reverse=True)
 
 
-def restore(folder: Path, kind: str) -> tuple[Checkpoint, list[str]]:
-    """The newest intact checkpoint of *kind*, and a warning for each damaged one before it.
+def restore(folder: Path, kind: str, use: Callable[[Checkpoint], T]) -> tuple[T, list[str]]:
+    """What *use* makes of the newest intact checkpoint of *kind*, and a warning for each before it.
 
-    Raises ``RunError`` where there is none.
+    Where it raises ``ValueError`` that one is damaged, and the one before is taken; where
+    ``RunError``, it is intact and no other would do. Raises ``RunError`` where there is none.
     """
     warnings: list[str] = []
     for path in saved(folder, kind):
         try:
-            return _read(path), warnings
-        except (OSError, ValueError, SafetensorError) as error:
+            return use(_read(path)), warnings
+        except RunError:
+            raise
+        except (OSError, ValueError) as error:
             warnings.append(f"{path.stem}: damaged ({error}), passed over")
     state = f"{len(warnings)} damaged: {warnings[0]}" if warnings else "none"
     other = " (--checkpoint last may have one)" if kind == "best" else ""
@@ -116,15 +125,15 @@ def restore(folder: Path, kind: str) -> tuple[Checkpoint, list[str]]:
 
 def _read(path: Path) -> Checkpoint:
     manifest = files.read_json(path, Manifest)
-    data = files.read_bytes(path.with_suffix(".safetensors"))
+    if path.stem != f"{manifest.kind}-{manifest.step:08d}":
+        raise ValueError("its manifest is that of another")
+    data = files.read_bytes(path.with_suffix(".safetensors"), LIMIT)
     if hashlib.sha256(data).hexdigest() != manifest.sha256:
         raise ValueError("its hash is not the one in its manifest")
-    description = weights.description(data)
-    if not isinstance(description, dict) or any(
-        getattr(manifest, name, None) != value for name, value in description.items()
-    ):
+    tensors, description = weights.parse(data)
+    written = {name: getattr(manifest, name) for name in IDENTITY}
+    if msgspec.convert({**(description or {}), **written}, Manifest) != manifest:
         raise ValueError("its manifest is not the one it was written with")
-    tensors = parse_tensors(data)
-    if problem := weights.not_numbers(tensors):
+    if problem := manifest.about.problem() or weights.not_numbers(tensors):
         raise ValueError(problem)
     return Checkpoint(path, tensors, manifest)

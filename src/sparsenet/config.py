@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
-from sparsenet.architecture import Architecture
+from sparsenet.architecture import WRITTEN, Architecture
 from sparsenet.data.config import DataConfig
 from sparsenet.files import read_json
 from sparsenet.ops.implementations import IMPLEMENTATIONS, MEMORY
 from sparsenet.schedule import OptimConfig
-from sparsenet.topology import Sources
-from sparsenet.validation import check_settings, nearest, setting
+from sparsenet.validation import check_settings, check_type, nearest, setting
 
 
 @dataclass(frozen=True)
@@ -41,10 +37,16 @@ class TrainConfig:
     save_every: float = setting(120.0, "seconds between checkpoints within an epoch")
 
     def __post_init__(self) -> None:
-        least = {"seed": 0, "batch_size": 0, "max_epoch": 1, "time_limit": 0, "save_every": 0}
+        ranges = {
+            "seed": (0, 2**63 - 1),
+            "batch_size": (0, 10**6),
+            "max_epoch": (1, 10**6),
+            "time_limit": (0, 10**9),
+            "save_every": (0, 10**9),
+        }
         rules = [
-            (name, minimum <= getattr(self, name) < math.inf, f"at least {minimum}")
-            for name, minimum in least.items()
+            (name, least <= getattr(self, name) <= most, f"at least {least} and at most {most:,}")
+            for name, (least, most) in ranges.items()
         ]
         check_settings(self, *rules)
 
@@ -81,7 +83,6 @@ MAY_CHANGE = {  # settings that a resumed run may have other values of
     "labels",
     "download",
 }
-EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
 
 @dataclass(frozen=True)
@@ -97,14 +98,7 @@ class Setting:
 
     def check(self, value: Any, source: str) -> None:
         """Raises ``ValueError`` where *value*, from the JSON file *source*, has another type."""
-        try:
-            msgspec.convert(value, self.kind)
-        except msgspec.ValidationError:
-            expected = EXPECTED.get(self.kind, "whole numbers")
-            if self.name == "fetch":
-                expected = "a name or a list of lists of whole numbers"
-            message = f"{source}: {self.name}: expected {expected}, found {value!r}"
-            raise ValueError(message) from None
+        check_type(f"{source}: {self.name}", value, self.kind)
 
 
 def settings() -> Iterator[Setting]:
@@ -118,8 +112,7 @@ def _fields() -> Iterator[Setting]:
     for component, owner in COMPONENTS.items():
         kinds = typing.get_type_hints(owner)
         if component == "network":
-            # A function has become a table by the time that it is written.
-            kinds["fetch"] = str | Sources
+            kinds["fetch"] = WRITTEN["fetch"]
         for each in dataclasses.fields(owner):
             help_text, choices = each.metadata.get("help", ""), each.metadata.get("choices", ())
             yield Setting(component, each.name, kinds[each.name], each.default, help_text, choices)
@@ -162,7 +155,7 @@ def from_dict(value: Any, source: str, base: RunConfig) -> RunConfig:
 
 def load(path: Path, base: RunConfig) -> RunConfig:
     """Returns *base* with what a JSON file sets; ``ValueError`` in one line where it cannot."""
-    return from_dict(read_json(path, object), str(path), base)
+    return from_dict(read_json(path, dict[str, Any]), str(path), base)
 
 
 def differences(old: RunConfig, new: RunConfig) -> list[str]:

@@ -16,6 +16,8 @@ import msgspec
 
 T = TypeVar("T")
 
+MOST_BYTES = 64 * 2**20  # of a file that this library writes as text, or of a picture
+
 
 def cache_folder() -> Path:
     """Where this library keeps what it can make or fetch again; it need not exist yet.
@@ -47,11 +49,17 @@ def is_special(path: Path) -> bool:
     return path.exists() and not path.is_file() and not path.is_dir()
 
 
-def read_bytes(file: Path) -> bytes:
-    """The content of a file. Raises ``OSError``, also for a pipe or a device."""
+def read_bytes(file: Path, limit: int = MOST_BYTES) -> bytes:
+    """The content of a file of at most *limit* bytes.
+
+    Raises ``OSError``, also for more and for a pipe or a device.
+    """
     if is_special(file):
         raise OSError("a pipe or device, which is no file")
-    return file.read_bytes()
+    with file.open("rb") as stream:
+        if os.fstat(stream.fileno()).st_size > limit:
+            raise OSError(f"more than the {size_text(limit)} that are read of such a file")
+        return stream.read(limit)
 
 
 def failure(error: OSError) -> str:

@@ -7,7 +7,6 @@ from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +25,7 @@ from sparsenet.events import Reading
 from sparsenet.graph import Node, graph, totals
 from sparsenet.memory import free_memory
 from sparsenet.ops import dispatch
+from sparsenet.weights import Description
 
 BATCH_SIZE = 64  # the paper's
 
@@ -47,17 +47,17 @@ class Setup:
         return graph(self.config.network, self.preprocessing.size)
 
     @cached_property
-    def about(self) -> dict[str, Any]:
+    def about(self) -> Description:
         """What a checkpoint says of its weights."""
-        return {
-            "sparsenet": __version__,
-            "architecture": self.config.network.to_dict(),
-            "preprocessing": dataclasses.asdict(self.preprocessing),
-            "classes": list(self.data.classes),
-            "dataset": self.data.name,
-            "data": dataclasses.asdict(record(self.data)),
-            "recipe": recipe(self.config),
-        }
+        return Description(
+            sparsenet=__version__,
+            architecture=self.config.network.to_dict(),
+            preprocessing=self.preprocessing,
+            classes=tuple(self.data.classes),
+            dataset=self.data.name,
+            recipe=recipe(self.config),
+            data=record(self.data),
+        )
 
 
 def preparing(

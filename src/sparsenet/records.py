@@ -14,6 +14,7 @@ from sparsenet.files import read_json
 from sparsenet.presets import preset
 from sparsenet.run import Run
 from sparsenet.summary import MeasuredRun, RunSummary
+from sparsenet.validation import Count, Name, Percent
 
 T = TypeVar("T")
 
@@ -39,13 +40,13 @@ RECIPE = (  # the settings that a recipe names where they are not the paper's
 class Environment:
     """What environment.json says of a run's speed."""
 
-    device: str | None = None
-    device_name: str | None = None
-    threads: int | None = None
-    torch: str | None = None
-    batch_size: int | None = None
-    precision: str | None = None
-    implementation: str | None = None
+    device: Name | None = None
+    device_name: Name | None = None
+    threads: Count | None = None
+    torch: Name | None = None
+    batch_size: Count | None = None
+    precision: Name | None = None
+    implementation: Name | None = None
 
     def machine(self, precision: str | None) -> str:
         """Returns the device, its threads, the version of PyTorch and *precision* as a text."""
@@ -62,18 +63,18 @@ class Environment:
 class Result:
     """What result.json says as far as the table shows it."""
 
-    error: float
-    dataset: str | None = None
-    epochs: int | None = None
+    error: Percent
+    dataset: Name | None = None
+    epochs: Count | None = None
 
 
 @dataclass(frozen=True)
 class Costs:
     """What graph.json says of the whole network."""
 
-    image_size: int | None = None
-    parameters: int | None = None
-    macs: int | None = None
+    image_size: Count | None = None
+    parameters: Count | None = None
+    macs: Count | None = None
 
 
 def run_folders(path: Path) -> list[Path]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sparsenet.validation import Amount, Count, Percent
+
 
 @dataclass(frozen=True)
 class EpochMetrics:
@@ -12,19 +14,19 @@ class EpochMetrics:
     Losses are mean cross-entropies in nats, errors are percentages of wrong images.
     """
 
-    epoch: int  # from 1
-    step: int | None = None  # optimizer steps since the start of the run
-    lr: float | None = None  # of the epoch's last step
-    train_loss: float | None = None
-    train_error: float | None = None
-    val_loss: float | None = None
-    val_error: float | None = None
-    test_loss: float | None = None
-    test_error: float | None = None
-    seconds: float | None = None  # of training
-    images_per_second: float | None = None  # of training
-    eval_seconds: float | None = None  # of the pass over the test images
-    peak_memory_mb: float | None = None
+    epoch: Count  # from 1
+    step: Count | None = None  # optimizer steps since the start of the run
+    lr: Amount | None = None  # of the epoch's last step
+    train_loss: Amount | None = None
+    train_error: Percent | None = None
+    val_loss: Amount | None = None
+    val_error: Percent | None = None
+    test_loss: Amount | None = None
+    test_error: Percent | None = None
+    seconds: Amount | None = None  # of training
+    images_per_second: Amount | None = None  # of training
+    eval_seconds: Amount | None = None  # of the pass over the test images
+    peak_memory_mb: Amount | None = None
 
 
 @dataclass(frozen=True)

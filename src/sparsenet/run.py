@@ -152,10 +152,7 @@ class Run:
     def arithmetic(self) -> Arithmetic:
         """The arithmetic of the run so far; ``auto`` where that was not recorded."""
         file = self.file("environment.json")
-        try:
-            return files.read_json(file, Arithmetic)
-        except ValueError:
-            return Arithmetic()
+        return files.read_json(file, Arithmetic) if file.exists() else Arithmetic()
 
     def images(self) -> dict[str, Tensor]:
         """What ``describe`` wrote of the images; empty where there is no such file."""
@@ -204,13 +201,13 @@ class Run:
         if not file.exists():
             return []
         try:
-            with file.open(newline="") as lines:
-                rows = [
-                    {column: cell for column, cell in row.items() if cell}
-                    for row in csv.DictReader(lines)
-                ]
+            lines = files.read_bytes(file).decode().splitlines(keepends=True)
+            rows = [
+                {column: cell for column, cell in row.items() if cell}
+                for row in csv.DictReader(lines)
+            ]
             return msgspec.convert(rows, list[EpochMetrics], strict=False)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, csv.Error) as error:
             raise RunError(
                 f"{file}: expected numbers as a run writes them, found: {error}"
             ) from None

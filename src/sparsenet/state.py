@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import msgspec
 import torch
 from torch import Tensor, nn
 
-from sparsenet import checkpoints, optim
+from sparsenet import checkpoints, optim, weights
 from sparsenet.checkpoints import Checkpoint, Manifest, RunError
 from sparsenet.config import RunConfig, recipe
-from sparsenet.data.identity import DataRecord, differences, to_tensors
-from sparsenet.data.preprocessing import Preprocessing
+from sparsenet.data.identity import differences, to_tensors
 from sparsenet.data.sampling import batch_ends, stream
 from sparsenet.device import place
 from sparsenet.model import SparseNet
@@ -26,6 +25,8 @@ from sparsenet.preparation import Setup
 from sparsenet.results import EpochMetrics
 from sparsenet.run import Run
 from sparsenet.schedule import learning_rate
+from sparsenet.validation import shown
+from sparsenet.weights import Description
 
 
 class DivergedError(RuntimeError):
@@ -64,15 +65,14 @@ class TrainingState:
         """The weights that are evaluated and become the best: the average where there is one."""
         return self.model if self.average is None else self.average
 
-    def save(self, kind: str, folder: Path, about: dict[str, Any]) -> None:
+    def save(self, kind: Literal["last", "best"], folder: Path, about: Description) -> None:
         """Writes a checkpoint: all of the state as ``last``, the evaluated weights as ``best``.
 
         Raises ``DivergedError`` where they are not finite.
         """
         tensors = self._tensors() if kind == "last" else _named("model.", self.evaluated)
         check_finite(tensors, self.step)
-        rows = [dataclasses.asdict(row) for row in self.rows]
-        manifest = Manifest(kind, self.step, self.epoch, about, self.seconds, self.best, rows)
+        manifest = Manifest(kind, self.step, self.epoch, about, self.seconds, self.best, self.rows)
         checkpoints.save(folder, manifest, tensors)
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -82,6 +82,18 @@ class TrainingState:
         if self.average is not None:
             tensors |= _named("average.", self.average)
         return tensors | {"epoch.losses": self.losses, "epoch.wrongs": self.mistakes}
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Raises ``ValueError`` where a checkpoint of the kind ``last`` cannot be loaded."""
+        manifest, expected = checkpoint.manifest, self._tensors()
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        expected |= {f"optimizer.{index}": each for index, each in enumerate(parameters)}
+        if problem := weights.misfit(checkpoint.tensors, expected):
+            raise ValueError(problem)
+        epochs = [row.epoch for row in manifest.rows or []]
+        finished = list(range(1, 1 + manifest.epoch)) if manifest.rows is not None else []
+        if manifest.epoch != manifest.step // self.steps_per_epoch or epochs != finished:
+            raise ValueError("its numbers of steps, epochs and rows do not fit together")
 
     def load(self, checkpoint: Checkpoint, rows: list[EpochMetrics]) -> None:
         """Loads a checkpoint of the kind ``last``, and the *rows* of the epochs before it."""
@@ -139,10 +151,15 @@ def restore(state: TrainingState, setup: Setup, run: Run) -> list[str]:
     if not checkpoints.saved(run.checkpoints, "last"):
         _check_nothing_is_lost(run)
         return ["stopped before the first checkpoint: starting from the beginning"]
-    checkpoint, warnings = checkpoints.restore(run.checkpoints, "last")
-    changed = _check_data(checkpoint, setup, run)
-    _check_settings(checkpoint, setup.config)
-    _check_steps(checkpoint, state.steps_per_epoch)
+
+    def fitting(checkpoint: Checkpoint) -> tuple[Checkpoint, list[str]]:
+        changed = _check_data(checkpoint, setup, run)
+        _check_settings(checkpoint, setup.config)
+        _check_steps(checkpoint, state.steps_per_epoch)
+        state.check(checkpoint)
+        return checkpoint, changed
+
+    (checkpoint, changed), warnings = checkpoints.restore(run.checkpoints, "last", fitting)
     rows, said = _rows(checkpoint, run)
     state.load(checkpoint, rows)
     lines = [f"warning: {warning}" for warning in [*warnings, *said, *changed]]
@@ -161,9 +178,9 @@ def _check_nothing_is_lost(run: Run) -> None:
     if (rows := len(run.metrics())) > 1:
         found.append(f"{rows} epochs in metrics.csv")
     if checkpoints.saved(run.checkpoints, "best"):
-        checkpoint, _ = checkpoints.restore(run.checkpoints, "best")
-        if checkpoint.manifest.epoch > 1:
-            found.append(f"a 'best' checkpoint of epoch {checkpoint.manifest.epoch}")
+        best, _ = checkpoints.restore(run.checkpoints, "best", attrgetter("manifest"))
+        if best.epoch > 1:
+            found.append(f"a 'best' checkpoint of epoch {best.epoch}")
     if found:
         raise RunError(
             f"{run.path}: expected a 'last' checkpoint to go on from, found none, but "
@@ -185,7 +202,7 @@ def _rows(checkpoint: Checkpoint, run: Run) -> tuple[list[EpochMetrics], list[st
         if len(found) < manifest.epoch:
             problem = f"metrics.csv has {len(found)} of {manifest.epoch} epochs"
         return found[: manifest.epoch], [problem] if problem else []
-    rows = msgspec.convert(manifest.rows, list[EpochMetrics])
+    rows = manifest.rows
     if found[: len(rows)] == rows:
         return rows, []
     return rows, [f"{problem}metrics.csv is written anew from the checkpoint"]
@@ -197,7 +214,7 @@ def _check_settings(checkpoint: Checkpoint, config: RunConfig) -> None:
     ``Run`` compares what is asked for with config.json, which somebody may have changed.
     """
     about = checkpoint.manifest.about
-    before = {**about["recipe"], "network": about["architecture"]}
+    before = {**about.recipe, "network": about.architecture}
     asked = {**recipe(config), "network": config.network.to_dict()}
     now = msgspec.json.decode(msgspec.json.encode(asked))  # with lists, as in a file
     changed = []
@@ -206,7 +223,7 @@ def _check_settings(checkpoint: Checkpoint, config: RunConfig) -> None:
             found = now.get(component, {}).get(name, value)  # older versions had other settings
             was_auto = name == "implementation" and value == "auto"
             if found != value and name != "max_epoch" and not was_auto:
-                changed.append(f"{name} {value!r} -> {found!r}")
+                changed.append(f"{name} {shown(value)} -> {shown(found)}")
     if changed:
         raise RunError(
             f"{checkpoint.path}: expected the settings that it was trained with, found others: "
@@ -234,8 +251,8 @@ def _rate_jump(state: TrainingState, now: RunConfig, before: RunConfig) -> list[
 def _check_data(checkpoint: Checkpoint, setup: Setup, run: Run) -> list[str]:
     """Raises ``RunError`` for other training images; returns a warning of other test images."""
     data, about = setup.data, checkpoint.manifest.about
-    if about["classes"] != list(data.classes):
-        before, now = about["classes"], list(data.classes)
+    if about.classes != tuple(data.classes):
+        before, now = about.classes, data.classes
         lost, new = ([c for c in a if c not in b] for a, b in ((before, now), (now, before)))
         change = ", ".join([*(f"-{name}" for name in lost), *(f"+{name}" for name in new)][:6])
         raise RunError(
@@ -244,20 +261,21 @@ def _check_data(checkpoint: Checkpoint, setup: Setup, run: Run) -> list[str]:
         )
     expected = f"{checkpoint.path}: expected the images it was trained on"
     warnings: list[str] = []
-    if "data" in about and about["data"] != setup.about["data"]:
+    now_read = setup.about.data
+    if about.data and now_read and about.data != now_read:
         changes = differences(run.images(), to_tensors(data)) or "other copies of some"
-        then, today = (msgspec.convert(each["data"], DataRecord) for each in (about, setup.about))
-        if then.without_test() != today.without_test():
+        if about.data.without_test() != now_read.without_test():
             raise RunError(f"{expected}, found others ({changes}); a new run trains on them")
         warnings.append(f"the test images are others than before ({changes})")
-    if Preprocessing(**about["preprocessing"]) != setup.preprocessing:
+    if about.preprocessing != setup.preprocessing:
         raise RunError(f"{expected}, found others (mean or size differ)")
     return warnings
 
 
 def _check_steps(checkpoint: Checkpoint, steps: int) -> None:
     """Raises ``RunError`` where an epoch has another number of steps, as in older versions."""
-    before = len(checkpoint.tensors["epoch.losses"])
+    losses = checkpoint.tensors.get("epoch.losses")
+    before = steps if losses is None else losses.numel()
     if before != steps:
         raise RunError(
             f"{checkpoint.path}: expected the images and batches that it was trained on, "

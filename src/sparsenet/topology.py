@@ -17,12 +17,15 @@ import runpy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
-from sparsenet.validation import nearest
+from sparsenet.validation import nearest, shown
 
 Fetch = Callable[[int], Sequence[int]]
 Sources = tuple[tuple[int, ...], ...]
+
+MAX_READS = 2_000_000  # of a network: each is a number in memory and in graph.json
 
 
 def sparse(base: int = 2) -> Fetch:
@@ -118,10 +121,18 @@ def fetch_from_file(name: str) -> Fetch:
     return sources
 
 
+def check_reads(reads: int) -> None:
+    """Raises ``ValueError`` for more links between layers than a network may have."""
+    if reads > MAX_READS:
+        raise ValueError(
+            f"topology: expected layers that read at most {MAX_READS:,} features in all, found more"
+        )
+
+
 def _sources(fetch: Fetch, i: int) -> tuple[int, ...]:
     read = fetch(i)
     try:
-        return tuple(read)
+        return tuple(islice(read, i + 1))  # one more is one twice, which is refused
     except TypeError:
         expected = f"a sequence of the features that layer {i} reads"
         raise ValueError(f"topology: expected {expected}, found {read!r}") from None
@@ -158,12 +169,18 @@ class Topology:
                         f"topology: {reader} reads feature {feature!r}; expected {expected}"
                     )
             if len(set(read)) < len(read):
-                raise ValueError(f"topology: {reader} reads a feature twice: {list(read)}")
+                raise ValueError(f"topology: {reader} reads a feature twice: {shown(list(read))}")
 
     @classmethod
     def of(cls, fetch: Fetch, depth: int) -> Topology:
         """The topology of a stage of *depth* layers under *fetch*."""
-        return cls(tuple(_sources(fetch, i) for i in range(1, depth + 2)))
+        rows: list[tuple[int, ...]] = []
+        reads = 0
+        for i in range(1, depth + 2):
+            rows.append(_sources(fetch, i))
+            reads += len(rows[-1])
+            check_reads(reads)
+        return cls(tuple(rows))
 
     @property
     def depth(self) -> int:
@@ -178,7 +195,7 @@ class Topology:
     @property
     def is_dense(self) -> bool:
         """Whether every layer reads every earlier feature, oldest first, as in DenseNet."""
-        return self == Topology.of(dense(), self.depth)
+        return all(read == tuple(range(i)) for i, read in enumerate(self.sources, start=1))
 
     @cached_property
     def first_reader(self) -> tuple[int, ...]:

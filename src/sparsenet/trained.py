@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
-import msgspec
 import torch
 
 from sparsenet import checkpoints, weights, zoo
-from sparsenet.architecture import Architecture
-from sparsenet.checkpoints import RunError
+from sparsenet.checkpoints import Checkpoint, Manifest
 from sparsenet.data.preprocessing import Preprocessing
 from sparsenet.device import place
 from sparsenet.model import SparseNet
 from sparsenet.run import Run
-from sparsenet.weights import About
+from sparsenet.weights import About, Description
 
 
 @dataclass(frozen=True)
@@ -56,27 +54,23 @@ def load_trained(
     if kind != "best":
         expected = f"none for {source}, which is one set of weights"
         raise ValueError(f"--checkpoint: expected {expected}, found {kind!r}")
-    model = zoo.build(zoo.stored_architecture(file), file, implementation)
+    stored = zoo.stored_architecture(file.about, file.tensors, file.source)
+    model = zoo.build(stored, file.tensors, file.source, implementation)
     return Trained(file.path, place(model.eval(), device), file.about)
 
 
 def _load_run(path: Path, kind: str, device: torch.device | str, implementation: str) -> Trained:
-    checkpoint, warnings = checkpoints.restore(Run.open(path).checkpoints, kind)
-    manifest = checkpoint.manifest
-    try:
-        about = msgspec.convert({**manifest.about, "epoch": manifest.epoch}, About)
-        model = SparseNet(Architecture(**about.architecture), implementation)
-    except (LookupError, TypeError, ValueError) as error:
-        expected = "an architecture that this version knows"
-        raise RunError(f"{checkpoint.path}: expected {expected}, found: {error}") from None
-    if problem := about.preprocessing.problem():
-        raise RunError(f"{checkpoint.path}: expected the statistics of images, found {problem}")
-    averaged = any(name.startswith("average.") for name in checkpoint.tensors)
-    prefix = "average." if averaged else "model."  # the weights that are evaluated
-    try:
-        model.load_state_dict(checkpoint.part(prefix))
-    except RuntimeError as error:
-        problem = f"its weights do not fit its architecture ({error})"
-        raise RunError(f"{checkpoint.path}: {problem}") from None
+
+    def build(checkpoint: Checkpoint) -> tuple[SparseNet, Manifest]:
+        averaged = any(name.startswith("average.") for name in checkpoint.tensors)
+        # The weights that are evaluated.
+        tensors = checkpoint.part("average." if averaged else "model.")
+        manifest, source = checkpoint.manifest, str(checkpoint.path)
+        stored = zoo.stored_architecture(manifest.about, tensors, source)
+        return zoo.build(stored, tensors, source, implementation), manifest
+
+    (model, manifest), warnings = checkpoints.restore(Run.open(path).checkpoints, kind, build)
+    described = {each.name: getattr(manifest.about, each.name) for each in fields(Description)}
+    about = About(**described, epoch=manifest.epoch)
     model = place(model.eval(), device)
     return Trained(path, model, about, manifest.step, tuple(warnings))

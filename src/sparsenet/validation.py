@@ -5,7 +5,35 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Iterable
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+# What the fields of files hold. Numbers are bounded, so that none is too large to compute with.
+Count = Annotated[int, Meta(ge=0, le=2**53)]  # what a float holds exactly
+Amount = Annotated[float, Meta(ge=0, le=1e300)]
+Percent = Annotated[float, Meta(ge=0, le=100)]
+Name = Annotated[str, Meta(max_length=1000)]  # characters
+# What a setting is in a file: a fetch may be a table.
+Value = (
+    bool
+    | int
+    | float
+    | Annotated[str, Meta(max_length=10_000)]
+    | list[int | float | list[int]]
+    | None
+)
+
+WORDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    int | tuple[int, ...]: "whole numbers",
+    tuple[int, ...]: "whole numbers",
+    tuple[float, ...]: "numbers",
+}
 
 
 def setting(default: Any, help: str, choices: tuple[Any, ...] = ()) -> Any:
@@ -19,7 +47,7 @@ def expect(
 ) -> None:
     """Raises *error*, "name: expected ..., found ...", unless the condition *holds*."""
     if not holds:
-        raise error(f"{name}: expected {expected}, found {found!r}")
+        raise error(f"{name}: expected {expected}, found {shown(found)}")
 
 
 def check_settings(
@@ -40,6 +68,22 @@ def check_settings(
             expect(value in choices, prefix + field.name, expected, value, error)
     for name, holds, expected in rules:
         expect(holds, prefix + name, expected, getattr(owner, name), error)
+
+
+def check_type(name: str, value: Any, kind: Any) -> None:
+    """Raises ``ValueError`` where *value*, as a JSON file has it, is not of a *kind*."""
+    try:
+        msgspec.convert(value, kind)
+    except msgspec.ValidationError:
+        expected = WORDS.get(kind, "a name or a list of lists of whole numbers")
+        message = f"{name}: expected {expected}, found {shown(value)}"
+        raise ValueError(message) from None
+
+
+def shown(value: object) -> str:
+    """*value* as Python writes it, of a long text its beginning."""
+    text = repr(value)
+    return text if len(text) <= 400 else f"{text[:400]}…"
 
 
 def printable(text: str, kept: str = "") -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 import os
 import re
 import tempfile
@@ -28,40 +27,56 @@ from torch import Tensor
 from sparsenet.data.identity import DataRecord
 from sparsenet.data.preprocessing import RULE, Preprocessing
 from sparsenet.downloads import ChecksumError, DownloadError, download
-from sparsenet.files import cache_folder, read_bytes, read_json
-from sparsenet.validation import nearest
+from sparsenet.files import cache_folder, parse_json, read_bytes, read_json
+from sparsenet.validation import Count, Name, Percent, Value, nearest
 
 SHIPPED = Path(__file__).with_name("pretrained")  # NAME.safetensors; index.json: NAME to SHA-256
 SCHEME = "https://"
 LIMIT = 512 * 2**20  # bytes of a weights file
-MAX_IMAGE_SIZE = 4096  # pixels
 
 
 @dataclass(frozen=True)
 class Measured:
     """What a network measures on test images; errors are percentages."""
 
-    error: float
-    top5_error: float
-    images: int
-    dataset: str
-    split: str = "test"  # what these images are: also "validation", "held-out", "training" or ""
+    error: Percent
+    top5_error: Percent
+    images: Count
+    dataset: Name
+    split: Name = "test"  # what these images are: also "validation", "held-out", "training" or ""
 
 
 @dataclass(frozen=True)
-class About:
+class Description:
+    """What a checkpoint says of its network."""
+
+    sparsenet: Name  # the version that trained it
+    architecture: dict[Name, Value]  # the fields of Architecture
+    preprocessing: Preprocessing
+    classes: tuple[Name, ...]
+    dataset: Name
+    recipe: dict[Name, dict[Name, Value]]  # sparsenet.config.recipe
+    data: DataRecord | None = None  # of the images; older versions did not record them
+
+    def problem(self) -> str | None:
+        """What in it does not fit together, in one clause."""
+        images, classes = self.preprocessing, self.architecture.get("num_classes")
+        if images.channels != self.architecture.get("in_chans"):
+            return "'preprocessing' that does not fit the network"
+        if problem := images.problem():
+            return f"'preprocessing' with {problem}"
+        if len(self.classes) != classes:
+            return f"{len(self.classes)} names for {classes} classes"
+        return None
+
+
+@dataclass(frozen=True)
+class About(Description):
     """What a weights file says of its network."""
 
-    sparsenet: str  # the version that trained it
-    architecture: dict[str, Any]  # the fields of Architecture
-    preprocessing: Preprocessing
-    classes: tuple[str, ...]
-    dataset: str
-    recipe: dict[str, dict[str, Any]]  # sparsenet.config.recipe
-    epoch: int
-    data: DataRecord | None = None  # of the images; older versions did not record them
+    epoch: Count = field(kw_only=True)
     # By precision, the results of exactly the numbers in the file; a run has none.
-    measured: dict[str, Measured] = field(default_factory=dict)
+    measured: dict[Name, Measured] = field(default_factory=dict)
     rule: str = RULE  # for people: how an image becomes what the network takes
 
 
@@ -144,11 +159,33 @@ def pack(tensors: Mapping[str, Tensor], about: About) -> bytes:
     return serialise_tensors(contiguous, {"sparsenet": msgspec.json.encode(about).decode()})
 
 
-def description(data: bytes) -> Any:
-    """The JSON value under ``sparsenet`` in a safetensors file's metadata, ``None`` without one."""
+def parse(data: bytes) -> tuple[dict[str, Tensor], Any]:
+    """The tensors in a safetensors file, and the JSON value under ``sparsenet`` in its metadata.
+
+    That is ``None`` where there is none. Raises ``ValueError`` for a damaged file.
+    """
+    try:
+        # Copied because what safetensors gives does not begin where kernels expect a tensor to.
+        tensors = {name: tensor.clone() for name, tensor in parse_tensors(data).items()}
+    except (SafetensorError, ArithmeticError, LookupError, RuntimeError, TypeError) as error:
+        raise ValueError(str(error)) from None
     end = 8 + int.from_bytes(data[:8], "little")
-    header = msgspec.json.decode(data[8:end], type=dict[str, dict[str, Any]])
-    return msgspec.json.decode(header.get("__metadata__", {}).get("sparsenet", "null"))
+    header = parse_json(data[8:end], dict[str, dict[str, Any]], "its header")
+    text = header.get("__metadata__", {}).get("sparsenet", "null")
+    return tensors, parse_json(text, object, "its description")
+
+
+def misfit(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
+    """The first tensor of another shape or type than *expected*, missing or left over."""
+
+    def shape_and_type(tensors: Mapping[str, Tensor], name: str) -> tuple[Any, ...] | None:
+        return (*tensors[name].shape, tensors[name].dtype) if name in tensors else None
+
+    for name in sorted(expected.keys() | found.keys()):
+        have, want = shape_and_type(found, name), shape_and_type(expected, name)
+        if have != want:
+            return f"{name} of {have} instead of {want}"
+    return None
 
 
 def not_numbers(tensors: Mapping[str, Tensor]) -> str | None:
@@ -195,19 +232,15 @@ def _load_address(address: str) -> Weights:
 
 def _load_file(path: Path, source: str, sha256: str = "") -> Weights:
     try:
-        if path.stat().st_size > LIMIT:
-            expected = f"at most {LIMIT / 2**20:.0f} MiB of weights"
-            raise ValueError(f"{source}: expected {expected}, found more")
-        data = read_bytes(path)
+        data = read_bytes(path, LIMIT)
     except OSError as error:
         found = error.strerror or error
         raise ValueError(f"{source}: expected a readable weights file, found: {found}") from None
     if sha256 and (actual := hashlib.sha256(data).hexdigest()) != sha256:
         raise ValueError(f"{source}: expected SHA-256 {sha256}, found {actual}: install it again")
     try:
-        stored = parse_tensors(data)
-        value = description(data)
-    except (SafetensorError, LookupError, RecursionError, TypeError, ValueError) as error:
+        stored, value = parse(data)
+    except ValueError as error:
         problem = f"another kind or damage ({error})"
         raise ValueError(f"{source}: expected a safetensors file, found {problem}") from None
     try:
@@ -215,11 +248,10 @@ def _load_file(path: Path, source: str, sha256: str = "") -> Weights:
     except ValueError as error:
         expected = "a file from sparsenet export --format safetensors"
         raise ValueError(f"{source}: expected {expected}, found {error}") from None
-    tensors = {}
-    for name, tensor in stored.items():
-        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
-        # Copied because what safetensors gives does not begin where kernels expect a tensor to.
-        tensors[name] = tensor.to(dtype, copy=True)
+    tensors = {
+        name: tensor.float() if tensor.is_floating_point() else tensor
+        for name, tensor in stored.items()
+    }
     if wrong := not_numbers(tensors):
         raise ValueError(f"{source}: expected numbers to compute with, found {wrong}")
     return Weights(source, path, tensors, about)
@@ -240,21 +272,12 @@ def _parse_about(value: Any) -> About:
 
 def _problem(about: About) -> str | None:
     """What in a file's description does not fit together, in one clause."""
-    architecture, images = about.architecture, about.preprocessing
-    channels = [architecture.get("in_chans"), len(images.mean), len(images.std)]
+    if problem := about.problem():
+        return problem
     data = about.recipe.get("data", {})
     test_images = type(data.get("test_fraction")), type(data.get("skip_corrupt"))
     fraction = data.get("val_fraction", 0.0)
     datasets = [about.dataset, *(measured.dataset for measured in about.measured.values())]
-    classes = architecture.get("num_classes")
-    if channels != [images.channels] * 3 or not 1 <= images.size <= MAX_IMAGE_SIZE:
-        return "'preprocessing' that does not fit the network"
-    if not 0 < images.max_megapixels < math.inf or not _is_range(images.grey_range):
-        return "'preprocessing' that divides by nothing"
-    if problem := images.problem():
-        return f"'preprocessing' with {problem}"
-    if len(about.classes) != classes:
-        return f"{len(about.classes)} names for {classes} classes"
     if not all(name.isprintable() for name in (*about.classes, *datasets)):
         return "names that cannot be printed"
     if "fp32" not in about.measured:
@@ -262,9 +285,3 @@ def _problem(about: About) -> str | None:
     if test_images != (float, bool) or not isinstance(fraction, float) or not 0 <= fraction < 1:
         return "a 'recipe' that does not say which images are the test images"
     return None
-
-
-def _is_range(levels: tuple[float, ...]) -> bool:
-    """Whether *levels* are the low and the high end of a range of greys, or none."""
-    rising = len(levels) == 2 and levels[0] < levels[1]
-    return levels == () or (rising and all(map(math.isfinite, levels)))

@@ -6,16 +6,18 @@ import dataclasses
 import difflib
 import fnmatch
 import reprlib
+from collections.abc import Mapping
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sparsenet import weights
-from sparsenet.architecture import Architecture
+from sparsenet.architecture import Architecture, from_dict
 from sparsenet.model import SparseNet
-from sparsenet.weights import Weights
+from sparsenet.weights import Description
 
 # Published in arXiv:1801.05895 (sparse) and arXiv:1608.06993 (dense): depth, and the growth rate of
 # all stages or of each.
@@ -113,53 +115,55 @@ def create_model(
         return SparseNet(architecture(name, in_chans=in_chans, **changes), implementation, memory)
     wanted = architecture(name, in_chans=in_chans, **changes)
     file = weights.load_shipped(name) if pretrained is True else weights.load(pretrained)
-    stored = stored_architecture(file)
+    stored = stored_architecture(file.about, file.tensors, file.source)
     _check_same_network(wanted, stored, file.source)
     wanted = dataclasses.replace(wanted, num_classes=stored.num_classes)
-    model = build(wanted, file, implementation, memory)
+    model = build(wanted, file.tensors, file.source, implementation, memory)
     if num_classes is not None and num_classes != model.num_classes:
         model.reset_classifier(num_classes)
     return model
 
 
-def stored_architecture(file: Weights) -> Architecture:
-    """The architecture of a weights file; ``ValueError`` for one that this version has not."""
+def stored_architecture(
+    about: Description, tensors: Mapping[str, Tensor], source: str
+) -> Architecture:
+    """The architecture that *source* says its *tensors* are of.
+
+    Raises ``ValueError`` for one that this version has not.
+    """
     try:
-        stored = Architecture(**file.about.architecture)
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise _unknown_architecture(file, error) from None
-    layers, tensors = sum(stored.stage_depths), len(file.tensors)
-    if layers > tensors:  # no network is built for a file that cannot fill it
-        raise _unknown_architecture(file, f"{layers} layers for {tensors} tensors")
+        stored = from_dict(about.architecture)
+    except ValueError as error:
+        raise _unknown_architecture(source, error) from None
+    layers = sum(stored.stage_depths)
+    if layers > len(tensors):  # no network is built for a file that cannot fill it
+        raise _unknown_architecture(source, f"{layers} layers for {len(tensors)} tensors")
     return stored
 
 
 def build(
-    architecture: Architecture, file: Weights, implementation: str = "auto", memory: str = "normal"
+    architecture: Architecture,
+    tensors: Mapping[str, Tensor],
+    source: str,
+    implementation: str = "auto",
+    memory: str = "normal",
 ) -> SparseNet:
-    """A network with the tensors of a weights file; ``ValueError`` naming one that does not fit."""
+    """A network with the *tensors* of *source*; ``ValueError`` naming one that does not fit."""
     try:
         with torch.device("meta"):  # shapes alone: a file that does not fit takes no memory
             model = SparseNet(architecture, implementation, memory)
     except (RuntimeError, TypeError) as error:  # widths that no tensor has
-        raise _unknown_architecture(file, error) from None
-    expected, actual = _shapes_and_types(model.state_dict()), _shapes_and_types(file.tensors)
-    for name in sorted(expected.keys() | actual.keys()):
-        if expected.get(name) != actual.get(name):
-            problem = f"{name} of {actual.get(name)} instead of {expected.get(name)}"
-            raise ValueError(f"{file.source}: expected the tensors of its network, found {problem}")
-    model.load_state_dict(file.tensors, assign=True)
+        raise _unknown_architecture(source, error) from None
+    if problem := weights.misfit(tensors, model.state_dict()):
+        raise ValueError(f"{source}: expected the tensors of its network, found {problem}")
+    model.load_state_dict(tensors, assign=True)
     return model
 
 
-def _shapes_and_types(state: dict[str, torch.Tensor]) -> dict[str, tuple[Any, ...]]:
-    return {name: (*tensor.shape, tensor.dtype) for name, tensor in state.items()}
-
-
-def _unknown_architecture(file: Weights, problem: object) -> ValueError:
+def _unknown_architecture(source: str, problem: object) -> ValueError:
     first_line = str(problem).partition("\n")[0]
     expected = "an architecture that this version knows"
-    return ValueError(f"{file.source}: expected {expected}, found: {first_line}")
+    return ValueError(f"{source}: expected {expected}, found: {first_line}")
 
 
 def _check_same_network(wanted: Architecture, stored: Architecture, source: str) -> None:

@@ -53,7 +53,7 @@ def _stored_data(trained: Trained) -> DataConfig:
     """The settings of the data that a run, or as far as it knows them a weights file, was given."""
     if trained.path.is_dir():
         return Run.open(trained.path).config().data
-    recipe = trained.about.recipe["data"]  # knows only how its test images were found
+    recipe: dict[str, Any] = trained.about.recipe["data"]  # only how its test images were found
     known = ("test_fraction", "val_fraction", "skip_corrupt")
     return DataConfig(**{name: recipe[name] for name in known if name in recipe})
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsenet.data.dataset import Dataset, Labelled
+from sparsenet.validation import Count, Name
 
 
 def copies(part: Labelled) -> int:
@@ -33,9 +34,9 @@ def _distinct(part: Labelled) -> Tensor:
 class DataRecord:
     """What weights say of the images they were made with, by the splits train, val and test."""
 
-    tested_on: str = "test"  # what the test images were: "test", "validation" or "held-out"
-    images: dict[str, int] = field(default_factory=dict)
-    digests: dict[str, str] = field(default_factory=dict)  # the same for the same images
+    tested_on: Name = "test"  # what the test images were: "test", "validation" or "held-out"
+    images: dict[Name, Count] = field(default_factory=dict)
+    digests: dict[Name, Name] = field(default_factory=dict)  # the same for the same images
 
     def without_test(self) -> tuple[str, dict[str, str]]:
         """What training depends on: all but which the test images are."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 
@@ -14,6 +15,7 @@ from sparsenet.data.dataset import Images
 # ends: means of pixels / 255 are from 0 to 1, and deviations at most 0.5.
 MAX_MEAN = 1000.0  # fp32 has 64 numbers between two grey levels that are so far off
 STD_RANGE = (1e-6, 1e6)
+MAX_IMAGE_SIZE = 4096  # pixels
 FULL_RANGE = (0.0, 65535.0)  # levels of 16 bits
 # From a file to what a network takes, for whoever does it without this package.
 RULE = (
@@ -52,10 +54,18 @@ class Preprocessing:
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
     def problem(self) -> str | None:
-        """Why *mean* and *std* are those of no images, in one clause; ``None`` where they may be.
+        """Why these are the statistics of no images, in one clause; ``None`` where they may be.
 
         Further off than ``MAX_MEAN`` and ``STD_RANGE``, what they make of pixels is no image.
         """
+        if not len(self.mean) == len(self.std) == self.channels:
+            return f"{len(self.mean)} means and {len(self.std)} stds for {self.channels} channels"
+        if not 1 <= self.size <= MAX_IMAGE_SIZE:
+            return f"a size of {self.size}, expected one from 1 to {MAX_IMAGE_SIZE}"
+        if not 0 < self.max_megapixels < math.inf:
+            return f"{self.max_megapixels:g} max_megapixels, expected a positive number"
+        if self.grey_range and not _is_range(self.grey_range):
+            return f"a grey_range of {self.grey_range}, expected two rising numbers"
         low, high = STD_RANGE
         for each in self.std:
             if not low <= each <= high:
@@ -70,6 +80,11 @@ class Preprocessing:
         exact = torch.promote_types(dtype, torch.float32)
         scale, offset = _scale_and_offset(self.mean, self.std, exact, batch.device)
         return torch.addcmul(offset, batch.to(exact), scale).to(dtype)
+
+
+def _is_range(levels: tuple[float, ...]) -> bool:
+    """Whether *levels* are the low and the high end of a range of greys."""
+    return len(levels) == 2 and -math.inf < levels[0] < levels[1] < math.inf
 
 
 # Cached, as a copy to an accelerator makes the step wait, and captured steps keep its address.
