@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from sparsenet.validation import printable
+from sparsenet.validation import one_line
 
 FAILED, BAD_CALL = 1, 2
 
@@ -46,7 +46,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _complain(message: str) -> None:
-    print(f"sparsenet: {printable(' '.join(message.split()))}", file=sys.stderr)
+    print(f"sparsenet: {one_line(' '.join(message.split()))}", file=sys.stderr)
 
 
 def _ends_a_run(error: RuntimeError) -> bool:

@@ -150,7 +150,10 @@ def from_dict(value: Any, source: str, base: RunConfig) -> RunConfig:
     for each in _fields():
         if each.name in value.get(each.component, {}):
             each.check(value[each.component][each.name], source)
-    return replace(base, value)
+    try:
+        return replace(base, value)
+    except ValueError as error:  # what no run can have, such as a negative rate
+        raise ValueError(f"{source}: {error}") from None
 
 
 def load(path: Path, base: RunConfig) -> RunConfig:

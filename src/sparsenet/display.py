@@ -13,7 +13,7 @@ from typing import Any
 from sparsenet.events import Concluded, EpochDone, Event, Message, Reading, Step, Stopped
 from sparsenet.extras import require
 from sparsenet.run import Run
-from sparsenet.validation import printable
+from sparsenet.validation import one_line
 
 # Columns of a terminal that have room beside the bar for loss and error; and for images/s.
 NARROW, WIDE = 60, 84
@@ -21,12 +21,12 @@ NARROW, WIDE = 60, 84
 
 def say(*lines: str) -> None:
     """Prints lines, with escapes for what a terminal would obey."""
-    print("\n".join(map(printable, lines)))
+    print("\n".join(map(one_line, lines)))
 
 
 def warn(line: str) -> None:
     """Prints a line on stderr, escaped in the same way."""
-    print(printable(line), file=sys.stderr)
+    print(one_line(line), file=sys.stderr)
 
 
 def display(events: Iterable[Event], run: Run) -> str | None:
@@ -44,7 +44,7 @@ def display(events: Iterable[Event], run: Run) -> str | None:
                 if bar:
                     bar.show(event)
                 continue
-            line = printable(_line(event))
+            line = one_line(_line(event))
             if bar:
                 bar.print(line)
             else:

@@ -33,6 +33,7 @@ TEXTS = {
     "environment.json": "Environment",
     "result.json": "Result",
 }
+MOST_TEXT = 2**20  # bytes of a file that is shown as text
 COMPARISON = "-comparison.png"  # beside a page: the end of its picture's name
 EXPECTED = (*TEXTS, "graph.json", "metrics.csv", *PICTURES)
 
@@ -101,15 +102,20 @@ def is_page(path: Path) -> bool:
 
 
 def _read_section(run: Path, anchor: str) -> Section:
-    present = [name for name in EXPECTED if Run(run).file(name).is_file()]
-    texts = {TEXTS[name]: (run / name).read_text("utf-8") for name in TEXTS if name in present}
+    folder = Run(run)
+    present = [name for name in EXPECTED if folder.file(name).is_file()]
+    texts = {
+        TEXTS[name]: folder.read(name, MOST_TEXT).decode(errors="replace")
+        for name in TEXTS
+        if name in present
+    }
     if "config.json" in present:
         command = f"sparsenet train --config {quote(str(run / 'config.json'))}"
         texts[TEXTS["config.json"]] = f"{command}\n\n{texts[TEXTS['config.json']]}"
     figures = []
     for name, title in PICTURES.items():
         if name in present:
-            source = _data_address((run / name).read_bytes(), name)
+            source = _data_address(folder.read(name), name)
             figures.append(Figure(title, source, name in WIDE))
     missing = [name for name in EXPECTED if name not in (*present, *ON_DEMAND)]
     return Section(run, run.name or str(run), anchor, missing, figures, texts)

@@ -56,6 +56,15 @@ class Run:
             raise RunError(f"{path}: expected what the run wrote itself, found {found}; remove it")
         return path
 
+    def read(self, name: str, limit: int = files.MOST_BYTES) -> bytes:
+        """The content of what has this name; ``RunError`` where it is none of at most *limit*."""
+        file = self.file(name)
+        try:
+            return files.read_bytes(file, limit)
+        except OSError as error:
+            found = error.strerror or error
+            raise RunError(f"{file}: expected a readable file, found: {found}") from None
+
     @classmethod
     def create(cls, path: Path) -> Run:
         """Makes a new, empty run folder; a folder that holds anything is left as it is.
@@ -201,13 +210,15 @@ class Run:
         if not file.exists():
             return []
         try:
-            lines = files.read_bytes(file).decode().splitlines(keepends=True)
+            lines = self.read(file.name).decode().splitlines(keepends=True)
             rows = [
                 {column: cell for column, cell in row.items() if cell}
                 for row in csv.DictReader(lines)
             ]
             return msgspec.convert(rows, list[EpochMetrics], strict=False)
-        except (OSError, ValueError, csv.Error) as error:
+        except RunError:
+            raise
+        except (ValueError, csv.Error) as error:
             raise RunError(
                 f"{file}: expected numbers as a run writes them, found: {error}"
             ) from None

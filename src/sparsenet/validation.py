@@ -25,6 +25,7 @@ Value = (
     | None
 )
 
+LONGEST = 2500  # characters of a line
 WORDS = {
     bool: "true or false",
     int: "a whole number",
@@ -97,6 +98,11 @@ def printable(text: str, kept: str = "") -> str:
     return "".join(
         each if each.isprintable() or each in kept else ascii(each)[1:-1] for each in text
     )
+
+
+def one_line(text: str) -> str:
+    """What is printed of a message: ``printable``, and of a very long one the beginning."""
+    return printable(text if len(text) <= LONGEST else f"{text[:LONGEST]}…")
 
 
 def nearest(name: str, known: Iterable[str], likeness: float = 0.5) -> str:

@@ -32,6 +32,10 @@ from sparsenet.validation import Count, Name, Percent, Value, nearest
 
 SHIPPED = Path(__file__).with_name("pretrained")  # NAME.safetensors; index.json: NAME to SHA-256
 SCHEME = "https://"
+DTYPES = {  # of tensors that can be compared and computed with
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+}
 LIMIT = 512 * 2**20  # bytes of a weights file
 
 
@@ -169,6 +173,9 @@ def parse(data: bytes) -> tuple[dict[str, Tensor], Any]:
         tensors = {name: tensor.clone() for name, tensor in parse_tensors(data).items()}
     except (SafetensorError, ArithmeticError, LookupError, RuntimeError, TypeError) as error:
         raise ValueError(str(error)) from None
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"{name} is of {tensor.dtype}, which no network here has")
     end = 8 + int.from_bytes(data[:8], "little")
     header = parse_json(data[8:end], dict[str, dict[str, Any]], "its header")
     text = header.get("__metadata__", {}).get("sparsenet", "null")
