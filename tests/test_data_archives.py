@@ -9,6 +9,7 @@ import io
 import os
 import pickle
 import random
+import socket
 import tarfile
 import tracemalloc
 from collections.abc import Iterator
@@ -16,13 +17,14 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from sparsenet import downloads
 from sparsenet.data import cifar as cifar_module
 from sparsenet.data import unpickle
 from sparsenet.data.config import DataConfig
@@ -534,6 +536,60 @@ def test_nothing_is_downloaded_into_a_pipe(served: Server, tmp_path: Path) -> No
     with served.url() as url, pytest.raises(DataError, match=r"a pipe or device at .*file.part"):
         download(url, tmp_path / "file", md5(served.content))
     assert served.asked == []
+
+
+@contextmanager
+def dripping(start: bytes, drop: bytes) -> Iterator[str]:
+    """The address of a server that sends *start* and then *drop* again and again."""
+    ended = Event()
+
+    def drip() -> None:
+        with server.accept()[0] as connection, suppress(OSError):
+            connection.sendall(start)
+            while not ended.wait(0.01):
+                connection.sendall(drop)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = Thread(target=drip)
+        thread.start()
+        yield f"127.0.0.1:{server.getsockname()[1]}/"
+        ended.set()
+        thread.join()
+
+
+ANSWER = b"HTTP/1.1 200 OK\r\n"
+
+
+@pytest.mark.parametrize(
+    ("scheme", "start", "drop"),
+    [
+        ("http", b"", b"H"),
+        ("http", ANSWER + b"X-", b"y"),
+        ("http", ANSWER, b"X-Y: z\r\n"),
+        ("http", ANSWER + b"Content-Length: 100000\r\n\r\n", b"z"),
+        ("http", ANSWER + b"Content-Length: 100000\r\n\r\n" + bytes(50_000), b"z"),
+        ("http", ANSWER + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\nz\r\n"),
+        ("http", ANSWER + b"Transfer-Encoding: chunked\r\n\r\n", b"0"),
+        ("https", b"\x16\x03\x03\x40\0", b"\x02"),
+    ],
+)
+def test_a_server_that_sends_next_to_nothing_is_left(
+    scheme: str, start: bytes, drop: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(downloads, "PATIENCE", 0.15)
+    monkeypatch.setattr(downloads, "LEAST_RATE", 10_240)
+    with dripping(start, drop) as address, pytest.raises(DataError) as caught:
+        download(f"{scheme}://{address}", tmp_path / "file", "0")
+    assert "found less than 10 KiB a second in 0.15 seconds: run again" in str(caught.value)
+
+
+def test_a_slow_server_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(downloads, "PATIENCE", 1.0)
+    monkeypatch.setattr(downloads, "LEAST_RATE", 1)
+    start = ANSWER + b"Content-Length: 120\r\n\r\n"
+    with dripping(start, b"z") as address:
+        target = download(f"http://{address}", tmp_path / "file", md5(b"z" * 120))
+    assert target.read_bytes() == b"z" * 120
 
 
 def test_wrong_checksum_deletes_the_part(served: Server, tmp_path: Path) -> None:
