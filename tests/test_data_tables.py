@@ -458,6 +458,18 @@ def test_a_number_too_large_for_a_class_is_refused(number: int, tmp_path: Path) 
         parquet(tmp_path)
 
 
+def test_a_stray_number_is_no_reason_for_thousands_of_classes(tmp_path: Path) -> None:
+    write(tmp_path / "train.parquet", [0, 701] * 2)
+    assert len(parquet(tmp_path).classes) == 702
+    write(tmp_path / "train.parquet", range(0, 22_000, 10), images=pa.array([b""] * 2200))
+    assert len(parquet(tmp_path).classes) == 21_991
+    write(tmp_path / "train.parquet", [0, 1, 65_535])
+    with pytest.raises(DataError, match=r"row 2: expected a label of at most 1030, as there are 3"):
+        parquet(tmp_path)
+    write(tmp_path / "train.parquet", [0, 1, 65_535], [str(number) for number in range(65_536)])
+    assert len(parquet(tmp_path).classes) == 65_536
+
+
 def test_booleans_and_strings(tmp_path: Path) -> None:
     write(tmp_path / "a" / "train.parquet", [True, False])
     assert labels_of(parquet(tmp_path / "a")) == {"train": ["True", "False"]}

@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import product
@@ -27,6 +27,9 @@ IMAGES = ("image", "img")  # the column that is meant where several hold images
 LABELS = ("label", "labels", "fine_label", "class", "category", "target")
 HOLD_LABELS = ("integers", "bool", "string", "null")  # what cells of a label column may hold
 MAX_CLASSES = 1 << 16  # of texts and of names; ImageNet-21k has 21,841
+# Of labels without names, all numbers up to the largest are classes: so many, or so many for each
+# that there is, as of 10 classes of ImageNet's 1,000 or of a tenth of its 21,841.
+ALWAYS_CLASSES, MAX_SPARE = 1000, 10
 # A file of 2 KB can claim to hold any number of any cells, as what repeats takes no place.
 MAX_ROWS = 1 << 24  # in all files; ImageNet-21k has 14 million, and each image is held in memory
 MAX_METADATA = 1 << 24  # bytes; the names of ImageNet-21k's classes have 1 MB
@@ -442,7 +445,7 @@ def _classes(columns: Mapping[str, list[Labels]]) -> tuple[tuple[str, ...], tupl
         return ("False", "True"), ()
     named = [part for _, part in parts if part.names]
     if not named:
-        largest = max(int(part.labels.max(initial=0)) for _, part in parts)
+        largest = _largest(part for _, part in parts)
         return tuple(str(label) for label in range(largest + 1)), ()
     model = named[0]
     notes = []
@@ -460,6 +463,24 @@ def _classes(columns: Mapping[str, list[Labels]]) -> tuple[tuple[str, ...], tupl
         elif part.names != model.names[: len(part.names)]:
             notes.append(f"{part.path.name} numbers the classes otherwise: taken by their names")
     return model.names, tuple(notes)
+
+
+def _largest(parts: Iterable[Labels]) -> int:
+    """The largest of labels without names, all below which are classes.
+
+    Raises ``DataError`` where next to none of these classes has an image.
+    """
+    known = list(parts)
+    different = len(np.unique(np.concatenate([part.labels for part in known])))
+    most = ALWAYS_CLASSES + different * MAX_SPARE
+    for part in known:
+        row = int(part.labels.argmax()) if len(part.labels) else 0
+        if (largest := part.labels.max(initial=0)) > most:
+            raise DataError(
+                f"{part.path} row {row}: expected a label of at most {most}, as there are "
+                f"{different} different ones without names, found {largest}"
+            )
+    return max(int(part.labels.max(initial=0)) for part in known)
 
 
 def _numbers(part: Labels, classes: tuple[str, ...]) -> np.ndarray:
