@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import tracemalloc
 from collections.abc import Callable, Sequence
@@ -751,6 +752,35 @@ def test_a_wrong_table_is_one_line(table: str | bytes, message: str, pets: Path)
     with pytest.raises(DataError, match=rf"labels\.csv.*{message}") as caught:
         labelled(pets, table)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (b"id" + b",x" * 10_000 + b"\n", "at most 10,000 columns in a table, found 10,001$"),
+        (b"id;label\n" + b";" * (1 << 25), "at most 33,554,432 cells in a table, found 33,554,43"),
+        (b"id,label\n0a," + b"x" * (1 << 20), "field larger than field limit"),
+    ],
+)
+def test_a_table_of_too_much_is_refused(table: bytes, message: str, pets: Path) -> None:
+    with pytest.raises(DataError, match=message):
+        labelled(pets, table)
+
+
+def test_a_table_that_is_too_large_is_not_read(pets: Path) -> None:
+    path = pets / "labels.csv"
+    path.touch()
+    os.truncate(path, 1 << 40)
+    with pytest.raises(DataError, match=r"at most 268,435,456 bytes in a table, found 1,099"):
+        load_dataset(DataConfig(dataset_dir=str(pets), labels=str(path)))
+
+
+def test_columns_that_all_name_the_images_are_read_in_time(pets: Path) -> None:
+    columns = 9000
+    header = ",".join(map(str, range(columns)))
+    rows = "".join(f"{','.join([name] * columns)},cat\n" for name in ("0a", "0b"))
+    source = labelled(pets, f"{header},label\n{rows}")
+    assert len(source.splits["train"]) == 2 and len(source.notes[0]) < 1000
 
 
 def test_a_table_that_is_missing(pets: Path) -> None:

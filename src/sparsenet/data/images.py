@@ -205,14 +205,14 @@ def common_size(split: Split) -> Generator[int, None, int]:
 
     It yields how many images it has looked at so far.
     """
-    sizes: set[tuple[int, int]] = set()
+    common = 0
     with limits_of_our_own():
         for number, example in enumerate(split, 1):
             yield number
             # A corrupt image is reported when it is decoded.
             with suppress(BadImage), opened(example) as image:
-                sizes.add(image.size)
-            if len(sizes) > 1:
-                return 64
-    width, height = sizes.pop() if sizes else (64, 64)
-    return width if width == height <= 224 else 64
+                width, height = image.size
+                if width != height or width > 224 or common not in (0, width):
+                    return 64
+                common = width
+    return common or 64
