@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CLASSES, TINY, Call, newest, snapshot, write_cifar10, write_classes
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from sparsenet import checkpoints, files, optim
 from sparsenet.checkpoints import RunError
@@ -856,6 +856,35 @@ def test_a_run_that_ends_before_an_epoch_is_evaluated_loses_no_epoch(
         for run in (Path("run"), trained)
     )
     assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    ("wrong", "found"),
+    [
+        ({"train.ids": torch.zeros(3)}, "instead of int64 (3,)"),
+        ({"train.ids": torch.tensor(3)}, "instead of int64 (1,)"),
+        ({"train.labels": torch.tensor(3)}, "train.labels of int64 () instead of"),
+        ({"train.labels": torch.zeros(3, 1).long()}, "train.labels of int64 (3, 1) instead of"),
+        ({"test.ids": torch.zeros(2).long()}, "instead of int64 (2,)"),
+        ({"train.ids": None}, "instead of ids and labels of train, val and test"),
+        ({"other.ids": torch.zeros(2).long(), "other.labels": torch.zeros(2).long()}, "other.ids"),
+        ({"train.ids": None, "train.labels": None}, "test.ids, test.labels instead of"),
+    ],
+)
+@pytest.mark.parametrize("verb", [("train", "--resume"), ("eval",)])
+def test_a_record_of_other_images_than_a_run_keeps_is_one_line(
+    refused: Callable[..., str],
+    copied: Path,
+    verb: tuple[str, ...],
+    wrong: dict[str, torch.Tensor | None],
+    found: str,
+) -> None:
+    file = copied / "images.safetensors"
+    tensors = {**load_file(file), **wrong}
+    save_file({name: each for name, each in tensors.items() if each is not None}, file)
+    flags = ("--max_epoch", 3) if "--resume" in verb else ()
+    line = refused(*verb, copied, *flags)
+    assert f"{file}: expected a readable file, found: " in line and found in line
 
 
 # --- links and pipes ------------------------------------------------------------------------------

@@ -9,20 +9,24 @@ import io
 import os
 import pickle
 import random
+import socket
 import tarfile
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from sparsenet import downloads
 from sparsenet.data import cifar as cifar_module
+from sparsenet.data import unpickle
 from sparsenet.data.config import DataConfig
 from sparsenet.data.dataset import Dataset
 from sparsenet.data.download import CIFAR_URL, download
@@ -198,16 +202,40 @@ HOSTILE = {
 }
 
 
+PAIR = b"K\x01" + b"q\x00h\x00\x86" * 60  # pairs of pairs of pairs
+ARRAY = b"cnumpy.core.multiarray\n_reconstruct\nq\x00"
+LONG_TEXT = b"X" + (10**5).to_bytes(4, "little") + b"a" * 10**5 + b"X\x06\0\0\0latin1\x86"
+HOSTILE |= {
+    "endless marks": b"\x80\x02" + b"(" * 500_000,
+    "endless dictionaries": b"\x80\x02(" + b"}" * 500_000,
+    "a text encoded again and again": b"\x80\x02c_codecs\nencode\nq\x00"
+    + LONG_TEXT
+    + b"q\x01"
+    + b"h\x00h\x01R" * 100_000
+    + b"}.",
+    "a call of many arguments": ARRAY + b"(" + b"N" * 60_000 + b"tq\x01h\x00h\x01R}.",
+    "a key that takes for ever to hash": b"\x80\x02}" + PAIR + b"Ns.",
+    "a key that is too deep to hash": b"\x80\x02}N" + b"\x85" * 60_000 + b"Ns.",
+    "an integer of many digits": b"\x80\x02}I0x" + b"f" * 10**6 + b"\nNs.",
+    "an integer of many bytes": b"\x80\x02}\x8a\xff" + b"\x7f" * 255 + b"Ns.",
+    "a large integer of many bytes": b"\x80\x02}\x8b\0\0\1\0" + b"\x7f" * (1 << 16) + b"Ns.",
+    "a byte array to be cleared": b"\x80\x05\x96" + (1 << 33).to_bytes(8, "little") + b".",
+    "a set": b"\x80\x04\x8f(K\x01\x90.",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("name", HOSTILE)
-def test_other_hostile_pickles_are_one_line(name: str) -> None:
+def test_other_hostile_pickles_are_one_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unpickle, "MAX_STEPS", 100_000)
+    tracemalloc.start()
     with pytest.raises(DataError, match=r"^file: expected ") as caught:
         load_pickle(HOSTILE[name], "file")
     assert "\n" not in str(caught.value)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 26
+    tracemalloc.stop()
 
 
 def test_memo_index_asks_for_no_memory() -> None:
-    import tracemalloc
-
     tracemalloc.start()
     assert load_pickle(b"\x80\x02}r\xff\xff\xff\x7f.", "x") == {}
     assert tracemalloc.get_traced_memory()[1] < 1 << 20
@@ -217,7 +245,7 @@ def test_memo_index_asks_for_no_memory() -> None:
 def test_damaged_pickles_are_read_or_refused_but_nothing_else() -> None:
     chance = random.Random(0)
     whole = pickle.dumps(
-        {b"data": np.zeros((2, 3), np.uint8), b"labels": [1, 2], "n": (1.5, {3}, "s")}, 4
+        {b"data": np.zeros((2, 3), np.uint8), b"labels": [1, 2], "n": ((7,), None, "s")}, 4
     )
     for start in (whole, pickle.dumps({b"data": np.zeros((2, 3), np.uint8), b"labels": [1, 2]}, 0)):
         for _ in range(2000):
@@ -329,6 +357,84 @@ def test_a_member_that_is_no_file_or_too_large_is_not_read(tmp_path: Path) -> No
             load(tmp_path)
 
 
+def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
+    member = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+    member.size, member.type = size, kind
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
+def extended_sparse() -> bytes:
+    first = bytearray(header("data_batch_1", 512, tarfile.GNUTYPE_SPARSE))
+    first[482:495] = b"\x0100000000100\0"
+    first[148:156] = b"%06o\0 " % (256 + sum(first[:148]) + sum(first[156:]))
+    return bytes(first) + (b"%011o\0%011o\0" % (0, 1) * 21 + bytes([1] + [0] * 7)) * 2000
+
+
+BACK = bytearray(header("x", 0))
+BACK[124:136] = b"\xff" * 10 + b"\xf8\0"  # a size of -2048
+BACK[148:156] = b"%06o\0 " % (256 + sum(BACK[:148]) + sum(BACK[156:]))
+TOO_MUCH = {
+    "a long header": header("x", 1 << 30, tarfile.XHDTYPE) + bytes(1 << 22),
+    "a long name": header("x", 1 << 30, tarfile.GNUTYPE_LONGNAME) + bytes(1 << 22),
+    "many members": b"".join(header(f"{i}", 0) for i in range(2000)),
+    "a sparse member": extended_sparse(),
+    "members before others": bytes(BACK) * 3,
+    "a member that ends far off": header("x", 1 << 40),
+    "a large member": header("data_batch_1", 1 << 29),
+    "much after the members": bytes(1 << 24),
+}
+
+
+@pytest.mark.parametrize("name", TOO_MUCH)
+def test_an_archive_of_too_much_is_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cifar_module, "LIMIT", 1 << 23)
+    monkeypatch.setattr(cifar_module, "HEADER_LIMIT", 1 << 19)
+    path = tmp_path / "cifar-10-python.tar.gz"
+    path.write_bytes(gzip.compress(TOO_MUCH[name], 1))
+    tracemalloc.start()
+    with pytest.raises(DataError, match=r"\.tar\.gz: .*expected .* found") as caught:
+        load(tmp_path)
+    assert "\n" not in str(caught.value) and "found no" not in str(caught.value)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 23
+    tracemalloc.stop()
+
+
+def test_what_follows_an_archive_is_not_gone_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cifar_module, "READ_LIMIT", 1000)
+    cifar = Cifar("c10-python")
+    path = cifar.pack(tmp_path)
+    whole = path.read_bytes()
+    path.write_bytes(whole + bytes(500))  # as a tape has them
+    cifar.check(load(tmp_path))
+    for more in (bytes(20_000), gzip.compress(b"") * 2000):
+        path.write_bytes(whole + more)
+        with pytest.raises(DataError, match="too many streams or zeros after them"):
+            load(tmp_path)
+
+
+def test_an_unpacked_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
+    folder = Cifar("c10-python").unpack(tmp_path)
+    os.truncate(folder / "data_batch_2", 1 << 40)
+    with pytest.raises(DataError, match=r"data_batch_2: expected at most 268,435,456 bytes, found"):
+        load(tmp_path)
+
+
+def test_labels_of_too_many_are_no_list(tmp_path: Path) -> None:
+    cifar = Cifar("c10-python")
+    labels = np.zeros(10**7, np.uint8)
+    cifar.files["data_batch_1"] = pickle.dumps({b"data": cifar.pixels[0], b"labels": labels}, 2)
+    cifar.unpack(tmp_path)
+    tracemalloc.start()
+    with pytest.raises(DataError, match="data_batch_1: expected 4 integers as labels"):
+        load(tmp_path)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 26
+    tracemalloc.stop()
+
+
 def test_other_size_and_channels_go_through_the_image_path(tmp_path: Path) -> None:
     cifar = Cifar("c10-binary")
     loaded = load(cifar.pack(tmp_path), image_size=16, in_chans=1)
@@ -430,6 +536,60 @@ def test_nothing_is_downloaded_into_a_pipe(served: Server, tmp_path: Path) -> No
     with served.url() as url, pytest.raises(DataError, match=r"a pipe or device at .*file.part"):
         download(url, tmp_path / "file", md5(served.content))
     assert served.asked == []
+
+
+@contextmanager
+def dripping(start: bytes, drop: bytes) -> Iterator[str]:
+    """The address of a server that sends *start* and then *drop* again and again."""
+    ended = Event()
+
+    def drip() -> None:
+        with server.accept()[0] as connection, suppress(OSError):
+            connection.sendall(start)
+            while not ended.wait(0.01):
+                connection.sendall(drop)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = Thread(target=drip)
+        thread.start()
+        yield f"127.0.0.1:{server.getsockname()[1]}/"
+        ended.set()
+        thread.join()
+
+
+ANSWER = b"HTTP/1.1 200 OK\r\n"
+
+
+@pytest.mark.parametrize(
+    ("scheme", "start", "drop"),
+    [
+        ("http", b"", b"H"),
+        ("http", ANSWER + b"X-", b"y"),
+        ("http", ANSWER, b"X-Y: z\r\n"),
+        ("http", ANSWER + b"Content-Length: 100000\r\n\r\n", b"z"),
+        ("http", ANSWER + b"Content-Length: 100000\r\n\r\n" + bytes(50_000), b"z"),
+        ("http", ANSWER + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\nz\r\n"),
+        ("http", ANSWER + b"Transfer-Encoding: chunked\r\n\r\n", b"0"),
+        ("https", b"\x16\x03\x03\x40\0", b"\x02"),
+    ],
+)
+def test_a_server_that_sends_next_to_nothing_is_left(
+    scheme: str, start: bytes, drop: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(downloads, "PATIENCE", 0.15)
+    monkeypatch.setattr(downloads, "LEAST_RATE", 10_240)
+    with dripping(start, drop) as address, pytest.raises(DataError) as caught:
+        download(f"{scheme}://{address}", tmp_path / "file", "0")
+    assert "found less than 10 KiB a second in 0.15 seconds: run again" in str(caught.value)
+
+
+def test_a_slow_server_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(downloads, "PATIENCE", 1.0)
+    monkeypatch.setattr(downloads, "LEAST_RATE", 1)
+    start = ANSWER + b"Content-Length: 120\r\n\r\n"
+    with dripping(start, b"z") as address:
+        target = download(f"http://{address}", tmp_path / "file", md5(b"z" * 120))
+    assert target.read_bytes() == b"z" * 120
 
 
 def test_wrong_checksum_deletes_the_part(served: Server, tmp_path: Path) -> None:

@@ -271,6 +271,46 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
     assert len(data.skipped) == 2 and len(data.train) + len(data.test) == 13
 
 
+def test_folders_may_lie_in_each_other_very_deeply(tmp_path: Path) -> None:
+    root = inner = tmp_path / "data"
+    root.mkdir()
+    for _ in range(1200):
+        inner /= "d"
+        inner.mkdir()
+    plant(inner, "a", "b")
+    (inner / "a" / "up").symlink_to(root)
+    (inner / "a" / "loop").symlink_to(".")
+    try:
+        data = load(root)
+        assert len(list_folder(tmp_path).images) == 10
+    finally:  # Python's own removal goes as deep as functions may call each other
+        for name in ("a", "b"):
+            shutil.rmtree(inner / name)
+        while inner != root:
+            inner.rmdir()
+            inner = inner.parent
+    assert data.classes == ("a", "b") and len(data.train) + len(data.test) == 10
+    assert len(data.notes) == 1
+    assert data.notes[0].startswith(f"taken: {root}/d/d/") and data.notes[0].endswith(
+        f"the only folder in {root}"
+    )
+
+
+def test_a_folder_whose_path_is_too_long_is_reported(tmp_path: Path) -> None:
+    plant(tmp_path, "a", "b")
+    here = os.open(tmp_path / "a", os.O_RDONLY)
+    for _ in range(20):
+        os.mkdir("d" * 250, dir_fd=here)
+        inner = os.open("d" * 250, os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = inner
+    os.close(here)
+    line = refusal(tmp_path)
+    assert "File name too long" in line or "expected an image, found" in line
+    assert len(load(tmp_path, skip_corrupt=True).skipped) == 1
+    shutil.rmtree(tmp_path / "a")
+
+
 def test_a_pipe_is_no_image_and_nobody_waits_for_it(tmp_path: Path) -> None:
     plant(tmp_path, "a", "b")
     os.mkfifo(tmp_path / "a" / "pipe.png")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import struct
+import tracemalloc
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from sparsenet.data import images
 from sparsenet.data.dataset import Example, Images
 from sparsenet.data.errors import BadImage, DataError
 from sparsenet.data.images import common_size, drained, read_image, read_images
@@ -477,6 +479,98 @@ def test_damaged_files_are_read_or_refused_but_nothing_else() -> None:
                 damaged[chance.randrange(min(len(damaged), 400))] = chance.randrange(256)
             with suppress(BadImage):
                 assert read_image(bytes(damaged), 16, 3).shape == (3, 16, 16)
+
+
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    checksum = struct.pack(">I", zlib.crc32(kind + data))
+    return struct.pack(">I", len(data)) + kind + data + checksum
+
+
+def png_with(kind: bytes, data: bytes) -> bytes:
+    whole = encoded(Image.fromarray(GREY), "PNG")
+    return whole[:33] + png_chunk(kind, data) + whole[33:]
+
+
+def png_of(side: int) -> bytes:
+    header = struct.pack(">II5B", side, side, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", b"")
+
+
+def tiff_of(*entries: tuple[int, int, int, int]) -> bytes:
+    tags = {256: (4, 1, 8), 257: (4, 1, 8), 258: (3, 1, 8), 262: (3, 1, 1), 273: (4, 1, 300),
+            279: (4, 1, 64)}  # fmt: skip
+    tags |= {tag: rest for tag, *rest in entries}  # type: ignore[misc]
+    table = b"".join(struct.pack("<HHII", tag, *rest) for tag, rest in sorted(tags.items()))
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + table + bytes(400)
+
+
+PACKED = zlib.compress(bytes(1 << 27))
+CLAIMS = {
+    "PNG": png_of(2**31 - 1),
+    "PNG's colours": png_with(b"iCCP", b"k\0\0" + PACKED),
+    "PNG's text": png_with(b"zTXt", b"k\0\0" + PACKED),
+    "PNG's other text": png_with(b"iTXt", b"k\0\1\0\0\0" + PACKED),
+    "GIF": b"GIF89a\xff\xff\xff\xff\0\0\0,\0\0\0\0\xff\xff\xff\xff\0\2\2D\1\0;",
+    "BMP": b"BM"
+    + struct.pack("<IIIIiiHHIIiiII", 99, 0, 54, 40, 2**31 - 1, 2**31 - 1, 1, 24, *[0] * 6),
+    "PGM": b"P5 2000000000 2000000000 255\n",
+    "TIFF": tiff_of((256, 4, 1, 2**32 - 1), (257, 4, 1, 2**32 - 1)),
+    "TIFF's strips": tiff_of((273, 4, 2**30, 8)),
+    "WebP": b"RIFF\x1e\0\0\0WEBPVP8X\n\0\0\0\0\0\0\0" + b"\xff" * 6,
+    "JPEG": encoded(Image.fromarray(GREY), "JPEG").replace(b"\0\x08\0\x08", b"\xff" * 4),
+}
+
+
+@pytest.mark.parametrize("kind", CLAIMS)
+def test_claims_of_a_header_take_no_memory(kind: str) -> None:
+    tracemalloc.start()
+    with pytest.raises(BadImage, match=r"^x: ") as caught:
+        read_image(CLAIMS[kind], 8, 3, "x")
+    assert "\n" not in str(caught.value)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 24
+    tracemalloc.stop()
+
+
+def test_pictures_and_tags_beside_the_first_take_no_memory() -> None:
+    tracemalloc.start()
+    contents = [
+        tiff_of((700, 1, 2**32 - 1, 8)),
+        tiff_of(*[(40000 + i, 7, 300, 8) for i in range(999)]),
+    ]
+    for content in contents:
+        assert read_image(content, 0, 1).shape == (1, 8, 8)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 22
+    tracemalloc.stop()
+
+
+def test_a_file_of_nothing_but_metadata_is_not_joined_part_by_part(tmp_path: Path) -> None:
+    whole = encoded(Image.fromarray(GREY), "JPEG")
+    part = b"\xff\xe1\xff\xffExif\0\0" + bytes(65527)
+    path = tmp_path / "x.jpg"
+    path.write_bytes(whole[:2] + part * 300 + whole[2:])
+    for source in (path, path.read_bytes()):
+        with pytest.raises(BadImage, match="at most 100 parts of EXIF data, found 300"):
+            read_image(source, 8, 1)
+    assert drained(common_size([Example("x", path, 0)])) == 64
+    large = whole[:2] + b"\xff\xfe\xff\xff" + bytes(65533) + whole[2:] + bytes(1 << 24)
+    assert np.array_equal(read_image(large, 8, 1), read_image(whole, 8, 1))
+
+
+def test_what_is_read_ahead_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "READ_AHEAD", 5000)
+    taken = 0
+
+    class Split(list[Example]):
+        def __iter__(self) -> Iterator[Example]:
+            nonlocal taken
+            for example in super().__iter__():
+                taken += 1
+                yield example
+
+    content = encoded(Image.fromarray(GREY), "BMP")  # 1,142 bytes
+    work = images.reading_images(Split([Example("x", content, 0)] * 100), 8, 1)
+    assert next(work) == 1 and taken == 5
+    assert len(drained(work).images) == 100
 
 
 def corrupt_at(*places: int, count: int = 70) -> list[Example]:

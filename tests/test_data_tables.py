@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import tracemalloc
 from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from sparsenet.data import parquet as parquet_module
 from sparsenet.data.config import DataConfig
 from sparsenet.data.csv_labels import read_csv_labels
 from sparsenet.data.dataset import Dataset, Source
@@ -194,7 +198,6 @@ def test_paths_lead_from_the_folder_of_the_file_then_from_the_root(tmp_path: Pat
         {"bytes": None, "path": "x\0.png"},
         {"bytes": None, "path": "x" * 5000},
         {"bytes": None, "path": "."},
-        {"bytes": None, "path": "/dev/zero"},
     ],
 )
 def test_a_cell_without_an_image_is_an_unreadable_image(cell: Any, tmp_path: Path) -> None:
@@ -204,6 +207,150 @@ def test_a_cell_without_an_image_is_an_unreadable_image(cell: Any, tmp_path: Pat
         load_dataset(DataConfig(dataset_dir=str(tmp_path)))
     data = load_dataset(DataConfig(dataset_dir=str(tmp_path), skip_corrupt=True))
     assert len(data.skipped) == 1 and data.skipped[0].startswith(f"{path} row 7: expected an image")
+
+
+ROOT_OF_EVERYTHING = "../" * 30
+
+
+@pytest.mark.parametrize("flat", [True, False])
+@pytest.mark.parametrize(
+    "name",
+    ["/dev/zero", "/etc/hostname", "../secret.png", "in/../../secret.png", "{}/../secret.png",
+     f"{ROOT_OF_EVERYTHING}etc/hostname", "../data2/x.png", ".."],
+)  # fmt: skip
+def test_a_path_leads_out_of_the_folder_of_no_data_set(
+    name: str, flat: bool, tmp_path: Path
+) -> None:
+    root = tmp_path / "data"
+    plant(tmp_path / "secret.png", tmp_path / "data2" / "x.png", root / "in" / "x.png")
+    cells = ["in/x.png", name.format(root)]
+    images = pa.array(cells if flat else [{"bytes": None, "path": cell} for cell in cells])
+    path = write(root / "train.parquet", images=images)
+    for place in (root, path):
+        for skip in (True, False):
+            with pytest.raises(DataError) as caught:
+                load_dataset(
+                    DataConfig(dataset_dir=str(place), image_column="image", skip_corrupt=skip)
+                )
+            assert str(caught.value) == (
+                f"{path} row 1: expected the path of an image in {root}, found {cells[1]!r}; "
+                "--dataset_dir names the folder that holds the table and its images"
+            )
+
+
+def test_paths_lead_to_the_whole_folder_whatever_it_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "real" / "data"
+    plant(root / "pics" / "0.png", tmp_path / "elsewhere" / "1.png")
+    (root / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    linked = tmp_path / "link" / "data"
+    names = ["../pics/0.png", "../linked/1.png", f"{root}/pics/0.png", f"{linked}/linked/1.png",
+             "pics/../linked/1.png", "../../data/pics/0.png"]  # fmt: skip
+    write(root / "data" / "train.parquet", [0, 1] * 3, images=pa.array(names))
+    monkeypatch.chdir(linked / "pics")
+    assert greys(parquet(linked)) == [0, 1, 0, 1, 1, 0]
+    names = [name for name in names if str(linked) not in name]
+    write(root / "data" / "train.parquet", [0] * 5, images=pa.array(names))
+    for place in (root, linked, Path(".."), Path("../../data"), linked / "pics" / ".."):
+        assert greys(parquet(place)) == [0, 1, 0, 1, 0]
+
+
+def test_texts_in_a_field_of_bytes_are_no_paths(tmp_path: Path) -> None:
+    plant(tmp_path / "0.png", tmp_path / "1.png")
+    cells = [{"bytes": "0.png", "path": "1.png"}] * 2
+    write(tmp_path / "train.parquet", images=pa.array(cells))
+    assert greys(parquet(tmp_path)) == [1, 1]
+    write(tmp_path / "train.parquet", images=pa.array([{"bytes": "0.png"}] * 2))
+    with pytest.raises(DataError, match="expected one image column"):
+        parquet(tmp_path)
+    with pytest.raises(DataError, match=r"expected images \(bytes, paths, or a struct of them\)"):
+        parquet(tmp_path, image_column="image")
+
+
+# --- bounds ---------------------------------------------------------------------------------------
+
+
+def stretched(path: Path, groups: int, cells: dict[str, Any], rows: int = 1 << 16) -> Path:
+    """A parquet file of *rows* times *groups* rows that repeat *cells*."""
+    table = pa.table({
+        name: pa.DictionaryArray.from_arrays(np.zeros(rows, np.int32), pa.array([cell]))
+        for name, cell in cells.items()
+    })  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with pq.ParquetWriter(path, table.schema, compression="zstd") as writer:
+        for _ in range(groups):
+            writer.write_table(table)
+    return path
+
+
+def test_more_rows_than_memory_holds_are_refused_before_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parquet_module, "MAX_ROWS", 1 << 17)
+    for name in ("train", "test"):
+        stretched(tmp_path / f"{name}.parquet", 1, {"image": png(0), "label": "x"})
+    assert len(parquet(tmp_path).splits["train"]) == 1 << 16
+    path = stretched(tmp_path / "val.parquet", 1, {"image": png(0), "label": "x"}, rows=1)
+    monkeypatch.setattr(parquet_module, "_read_labels", None)
+    message = rf"{tmp_path}/.*\.parquet: expected at most 131,072 images in all, found 131,073$"
+    with pytest.raises(DataError, match=message):
+        parquet(tmp_path)
+    assert path.stat().st_size < 2000
+
+
+def test_a_label_that_is_repeated_is_kept_once(tmp_path: Path) -> None:
+    path = stretched(tmp_path / "train.parquet", 4, {"image": png(0), "label": "x" * 100_000})
+    tracemalloc.start()
+    before = pa.total_allocated_bytes()
+    assert len(parquet(path).splits["train"]) == 1 << 18
+    assert tracemalloc.get_traced_memory()[1] < 1 << 25
+    assert pa.default_memory_pool().max_memory() - before < 1 << 28
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("column", ["image", "label", "split"])
+def test_a_column_that_unpacks_to_much_more_is_refused(column: str, tmp_path: Path) -> None:
+    cells: dict[str, Any] = {"image": b"", "label": "x", column: "0" * (1 << 25)}
+    path = stretched(tmp_path / "all.parquet", 1, cells, 1)
+    assert path.stat().st_size < 20_000
+    expected = rf"{column} to unpack to at most 16,777,216, found that they are 33,5"
+    with pytest.raises(DataError, match=rf"all\.parquet: expected .* of column {expected}"):
+        list(parquet(path, image_column="image").splits["train"])
+
+
+def test_images_that_are_repeated_are_read_a_few_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = 1 << 22
+    path = stretched(tmp_path / "train.parquet", 1, {"image": bytes(size), "label": 0}, 1000)
+    monkeypatch.setattr(parquet_module, "AT_ONCE", 4 * size)
+    examples = iter(parquet(path).splits["train"])
+    before = pa.total_allocated_bytes()
+    assert next(examples).source == bytes(size)
+    assert pa.total_allocated_bytes() - before < 16 * size
+
+
+def test_metadata_and_names_are_bounded(tmp_path: Path) -> None:
+    path = tmp_path / "train.parquet"
+    write(path, [0, 1], metadata=b" " * (1 << 24) + b"{}")
+    with pytest.raises(DataError, match=r"at most 16,777,216 bytes of huggingface metadata"):
+        parquet(path)
+    write(path, [0, 1], [str(number) for number in range((1 << 16) + 1)])
+    with pytest.raises(DataError, match=r"at most 65,536 classes, found 65,537$"):
+        parquet(path)
+    write(path, map(str, range((1 << 16) + 1)), images=pa.array([b""] * ((1 << 16) + 1)))
+    with pytest.raises(DataError, match=r"at most 65,536 classes, found more in column label$"):
+        parquet(path)
+
+
+def test_as_many_images_as_labels(tmp_path: Path) -> None:
+    path = write(tmp_path / "train.parquet", [0, 1])
+    source = parquet(path)
+    write(path, [0, 1, 1])
+    with pytest.raises(DataError, match=r"train\.parquet: expected an image and a label in each"):
+        list(source.splits["train"])
 
 
 def test_a_column_of_splits_is_not_passed_over(tmp_path: Path) -> None:
@@ -312,6 +459,18 @@ def test_a_number_too_large_for_a_class_is_refused(number: int, tmp_path: Path) 
         parquet(tmp_path)
 
 
+def test_a_stray_number_is_no_reason_for_thousands_of_classes(tmp_path: Path) -> None:
+    write(tmp_path / "train.parquet", [0, 701] * 2)
+    assert len(parquet(tmp_path).classes) == 702
+    write(tmp_path / "train.parquet", range(0, 22_000, 10), images=pa.array([b""] * 2200))
+    assert len(parquet(tmp_path).classes) == 21_991
+    write(tmp_path / "train.parquet", [0, 1, 65_535])
+    with pytest.raises(DataError, match=r"row 2: expected a label of at most 1030, as there are 3"):
+        parquet(tmp_path)
+    write(tmp_path / "train.parquet", [0, 1, 65_535], [str(number) for number in range(65_536)])
+    assert len(parquet(tmp_path).classes) == 65_536
+
+
 def test_booleans_and_strings(tmp_path: Path) -> None:
     write(tmp_path / "a" / "train.parquet", [True, False])
     assert labels_of(parquet(tmp_path / "a")) == {"train": ["True", "False"]}
@@ -410,6 +569,7 @@ def test_numbers_without_names_are_taken_as_those_with_names(tmp_path: Path) -> 
         b'{"info": null}',
         b'{"info": {"features": 3}}',
         b'{"info": {"features": {"label": {"names": 3}}}}',
+        b'{"info": {"features": {"label": {"names": "ab"}}}}',
         b'{"info": {"features": {"label": {"names": [3, 4]}}}}',
         b'{"info": {"features": {"label": {"names": {"0": "a", "2": "b"}}}}}',
         b'{"info": {"features": {"label": {"names": ["a", "a"]}}}}',
@@ -592,6 +752,35 @@ def test_a_wrong_table_is_one_line(table: str | bytes, message: str, pets: Path)
     with pytest.raises(DataError, match=rf"labels\.csv.*{message}") as caught:
         labelled(pets, table)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (b"id" + b",x" * 10_000 + b"\n", "at most 10,000 columns in a table, found 10,001$"),
+        (b"id;label\n" + b";" * (1 << 25), "at most 33,554,432 cells in a table, found 33,554,43"),
+        (b"id,label\n0a," + b"x" * (1 << 20), "field larger than field limit"),
+    ],
+)
+def test_a_table_of_too_much_is_refused(table: bytes, message: str, pets: Path) -> None:
+    with pytest.raises(DataError, match=message):
+        labelled(pets, table)
+
+
+def test_a_table_that_is_too_large_is_not_read(pets: Path) -> None:
+    path = pets / "labels.csv"
+    path.touch()
+    os.truncate(path, 1 << 40)
+    with pytest.raises(DataError, match=r"at most 268,435,456 bytes in a table, found 1,099"):
+        load_dataset(DataConfig(dataset_dir=str(pets), labels=str(path)))
+
+
+def test_columns_that_all_name_the_images_are_read_in_time(pets: Path) -> None:
+    columns = 9000
+    header = ",".join(map(str, range(columns)))
+    rows = "".join(f"{','.join([name] * columns)},cat\n" for name in ("0a", "0b"))
+    source = labelled(pets, f"{header},label\n{rows}")
+    assert len(source.splits["train"]) == 2 and len(source.notes[0]) < 1000
 
 
 def test_a_table_that_is_missing(pets: Path) -> None:

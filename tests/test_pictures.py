@@ -22,6 +22,7 @@ from sparsenet.pictures import (
     draw_graph,
     draw_samples,
     figure,
+    training,
 )
 from sparsenet.pictures.figure import drawable, escaped, shorten
 from sparsenet.results import EpochMetrics
@@ -83,14 +84,26 @@ def test_errors_of_any_runs(tmp_path: Path) -> None:
     assert is_picture(tmp_path / "one.png")
 
 
-@pytest.mark.parametrize("classes", [1, 2, 10, 21, 100, 150])
+@pytest.mark.parametrize("classes", [1, 2, 10, 21, 100, 150, 20_000])
 def test_confusion_of_any_number_of_classes(tmp_path: Path, classes: int) -> None:
-    counts = torch.eye(classes, dtype=torch.int64) * 9
-    counts[-1] = 0  # no image of the last class
-    counts[0, -1] += 1
+    labels = torch.arange(classes - 1).repeat(2)  # no image of the last class
+    predicted = labels.clone()
+    predicted[:1] = classes - 1
     names = ["$x^2$ and a very long name", "犬", *map(str, range(classes))][:classes]
-    draw_confusion(counts, names, tmp_path / "confusion.png")
+    draw_confusion(labels, predicted, names, tmp_path / "confusion.png")
     assert is_picture(tmp_path / "confusion.png")
+
+
+def test_many_classes_share_the_rows_of_a_confusion_matrix(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(training, "SQUARES", 10)
+    labels, diagonal = torch.arange(95), 100 * torch.eye(10).double()
+    for shift, expected in ((0, diagonal), (50, diagonal.roll(5, 1))):
+        percent, shared = training._percent(labels, (labels + shift) % 100, 100)
+        assert shared == 10 and torch.equal(percent, expected)
+    percent, shared = training._percent(labels[:10], labels[:10], 10)
+    assert shared == 1 and torch.equal(percent, diagonal)
 
 
 @pytest.mark.parametrize(("channels", "wrong"), [(1, 3), (3, 40), (3, 0)])
@@ -112,9 +125,9 @@ def test_a_name_without_a_font_is_a_number_and_nothing_warns(
     names = ["cat", "猫", "é", "고양이", "two\nlines", "half \udce9"]
     assert drawable(names) == ["cat", "#1", "é", "#3", "#4", "#5"]
     assert escaped("r\udce9 of 猫") == r"r\udce9 of \u732b"
-    draw_confusion(torch.ones(6, 6, dtype=torch.int64), names, tmp_path / "numbered.png")
-    draw_confusion(torch.ones(6, 6, dtype=torch.int64), list("abcdef"), tmp_path / "plain.png")
     labels = torch.arange(6)
+    draw_confusion(labels, labels, names, tmp_path / "numbered.png")
+    draw_confusion(labels, labels, list("abcdef"), tmp_path / "plain.png")
     pixels = torch.zeros(6, 3, 8, 8, dtype=torch.uint8)
     images = pixels, labels, labels.flip(0), torch.rand(6), names
     draw_samples(*images, tmp_path / "samples.png")

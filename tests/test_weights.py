@@ -749,13 +749,14 @@ def test_a_server_that_does_not_say_how_much_comes_is_stopped_at_the_limit(tmp_p
     class Endless:
         status, headers, given = 200, dict[str, str](), 0
 
-        def read(self, size: int) -> bytes:
+        def read1(self, size: int) -> bytes:
             self.given += size
             assert self.given <= 5 * 2**20
             return bytes(size)
 
+    watch = downloads._Watch()
     with pytest.raises(OSError, match="more than 3 MiB"):
-        downloads._append(Endless(), tmp_path / "file", 0, 3 * 2**20)  # type: ignore[arg-type]
+        downloads._append(Endless(), tmp_path / "file", 0, 3 * 2**20, watch)  # type: ignore[arg-type]
 
 
 def test_a_redirection_stays_with_https() -> None:

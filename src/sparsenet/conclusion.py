@@ -48,12 +48,11 @@ def conclude(
     title = f"{run.path.name} on {data.name}"
     names = {"train": "train", "val": data.chosen_on, "test": data.tested_on}
     pictures.draw_curves(rows, run.path / "curves.png", title, names)
-    confusion = evaluation.confusion(len(data.classes))
-    pictures.draw_confusion(confusion, data.classes, run.path / "confusion.png")
+    answers = evaluation.labels, evaluation.predicted
+    pictures.draw_confusion(*answers, data.classes, run.path / "confusion.png")
     pictures.draw_samples(
         data.test.pixels.cpu(),
-        evaluation.labels,
-        evaluation.predicted,
+        *answers,
         evaluation.confidence,
         data.classes,
         run.path / "samples.png",

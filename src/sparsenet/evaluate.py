@@ -1,4 +1,4 @@
-"""One pass over labelled images: error, top-5 error, loss, the confusion matrix."""
+"""One pass over labelled images: error, top-5 error, loss, the error of each class."""
 
 from __future__ import annotations
 
@@ -48,16 +48,13 @@ class Evaluation:
         """Images whose class is not among the five most probable, in percent."""
         return 100 * (~self.in_top5).double().mean().item()
 
-    def confusion(self, classes: int) -> Tensor:
-        """Counts ``(classes, classes)``: row the true class, column the predicted one."""
-        pairs = self.labels * classes + self.predicted
-        return torch.bincount(pairs, minlength=classes * classes).view(classes, classes)
-
     def class_errors(self, names: Sequence[str]) -> dict[str, float | None]:
         """Error of each class in percent; ``None`` where the data has no image of it."""
-        counts = self.confusion(len(names)).double()
-        totals = counts.sum(1)
-        errors = (100 * (totals - counts.diagonal()) / totals).tolist()
+        totals, wrong = (
+            torch.bincount(labels, minlength=len(names)).double()
+            for labels in (self.labels, self.labels[self.predicted != self.labels])
+        )
+        errors = (100 * wrong / totals).tolist()
         return {
             name: round(error, 4) if total else None
             for name, error, total in zip(names, errors, totals.tolist(), strict=True)

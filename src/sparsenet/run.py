@@ -19,6 +19,7 @@ from sparsenet import files
 from sparsenet.arithmetic import Arithmetic
 from sparsenet.checkpoints import RunError
 from sparsenet.config import RunConfig, load
+from sparsenet.data.identity import checked
 from sparsenet.environment import Environment, installed
 from sparsenet.extras import require
 from sparsenet.graph import Node, totals
@@ -167,10 +168,10 @@ class Run:
         """What ``describe`` wrote of the images; empty where there is no such file."""
         file = self.file("images.safetensors")
         try:
-            return parse_tensors(file.read_bytes())
+            return checked(parse_tensors(file.read_bytes()))
         except FileNotFoundError:
             return {}
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, ValueError) as error:
             raise RunError(f"{file}: expected a readable file, found: {error}") from None
 
     def describe(

@@ -18,6 +18,8 @@ from sparsenet.data.splits import SPLIT_COLUMNS, SPLITS, split_of
 from sparsenet.data.tree import list_folder
 from sparsenet.files import user_path
 
+# Of a table. The 1.3 million lines of ImageNet have 50 MB, and a cell takes a hundred bytes.
+MAX_BYTES, MAX_CELLS, MAX_COLUMNS = 1 << 28, 1 << 25, 10_000
 DELIMITERS = ",;\t"
 LABELS = ("label", "labels", "class", "category", "target", "breed", "species", "diagnosis", "dx")
 
@@ -40,7 +42,8 @@ def read_csv_labels(root: Path, config: DataConfig) -> Source | None:
     images = _Images(root)
     image, same = _image_column(table, images, config)
     split, splits = _split_column(table, {image, *same, config.label_column})
-    others = [name for name in table.columns if name and name not in {image, split, *same}]
+    taken = {"", image, split, *same}
+    others = [name for name in table.columns if name not in taken]
     label, labels = _labels(table, others, config.label_column)
     notes = [_used_columns(table, image, label, split)]
     paths = images.find_all(table, image)
@@ -90,6 +93,7 @@ def _read_table(path: Path, root: Path) -> _Table:
     if not path.is_file():
         hint = f"; --labels {root / path.name}?" if (root / path.name).is_file() else ""
         raise DataError(f"--labels: expected a CSV file, found none at {path.absolute()}{hint}")
+    _check_count(path, path.stat().st_size, MAX_BYTES, "bytes")
     content = path.read_bytes()
     try:
         text = normalize("NFC", content.decode("utf-8-sig"))
@@ -101,12 +105,22 @@ def _read_table(path: Path, root: Path) -> _Table:
         ) from None
     with decoding(str(path), "a CSV file", csv.Error):
         first = text.lstrip().partition("\n")[0]
+        for sign in DELIMITERS:
+            _check_count(path, first.count(sign) + 1, MAX_COLUMNS, "columns")
         widths = {sign: len(next(csv.reader([first], delimiter=sign))) for sign in DELIMITERS}
-        rows = list(_cells(text, max(widths, key=lambda sign: widths[sign])))
+        delimiter = max(widths, key=lambda sign: widths[sign])
+        cells = text.count(delimiter) + text.count("\n") + 1  # and those in quotes
+        _check_count(path, cells, MAX_CELLS, "cells")
+        rows = list(_cells(text, delimiter))
     header = rows.pop(0)[1] if rows else []
     _check_table(path, header, rows)
     columns = {name: [row[i] for _, row in rows] for i, name in enumerate(header)}
     return _Table(path, columns, [line for line, _ in rows])
+
+
+def _check_count(path: Path, count: int, most: int, kind: str) -> None:
+    if count > most:
+        raise DataError(f"{path}: expected at most {most:,} {kind} in a table, found {count:,}")
 
 
 def _cells(text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:

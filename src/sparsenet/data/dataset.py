@@ -131,13 +131,16 @@ class Dataset:
         return replace(self, train=self.train.to(device), val=val, test=self.test.to(device))
 
 
-def check_labels(labels: np.ndarray, classes: int, where: str) -> np.ndarray:
+def check_labels(labels: np.ndarray, classes: int, where: str, first: int = 0) -> np.ndarray:
     """*labels* as int64 ``(N,)``; ``DataError`` where one is not from 0 to ``classes - 1``.
 
-    *where* is what the message says before the number of the image, such as ``FILE row``.
+    *where* is what the message says before the number of the image, such as ``FILE row``, which
+    is *first* for the first one.
     """
     wrong = np.flatnonzero((labels < 0) | (labels >= classes))
     if len(wrong):
         expected = f"a label from 0 to {classes - 1}"
-        raise DataError(f"{where} {wrong[0]}: expected {expected}, found {labels[wrong[0]]}")
+        raise DataError(
+            f"{where} {first + wrong[0]}: expected {expected}, found {labels[wrong[0]]}"
+        )
     return labels.astype(np.int64)

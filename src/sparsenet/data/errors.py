@@ -24,12 +24,17 @@ DAMAGE: tuple[type[Exception], ...] = (
     zlib.error,
 )
 
+LONGEST = 10_000  # characters of a line; paths may have 4,096
+
 
 class DataError(ValueError):
     """Data that cannot be used: one line with what was expected, what was found, what to do."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.splitlines()))  # names in the data may have line breaks
+        # Names in the data may have line breaks, and any length.
+        line = " ".join(message.splitlines())
+        half = LONGEST // 2
+        super().__init__(line if len(line) <= LONGEST else f"{line[:half]} … {line[-half:]}")
 
 
 class BadImage(DataError):

@@ -114,6 +114,7 @@ def read_folder(root: Path, config: DataConfig) -> Source:
 
 def _entered(tree: Tree, notes: list[str]) -> Tree:
     """*tree*, or that of the folder which is all that it and the like hold."""
+    outermost = tree
     while len(tree.below) == 1 and not tree.straight.images:
         (name,) = tree.below
         inner = tree.inner(name)
@@ -121,8 +122,9 @@ def _entered(tree: Tree, notes: list[str]) -> Tree:
         is_split = split_of(name) and not any(map(split_of, inner.below))
         if not inner.below or inner.straight.images or (is_split and name != tree.path.name):
             break
-        notes.append(f"taken: {inner.path}, the only folder in {tree.path}")
         tree = inner
+    if tree is not outermost:
+        notes.append(f"taken: {tree.path}, the only folder in {outermost.path}")
     return tree
 
 

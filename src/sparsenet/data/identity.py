@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from sparsenet.data.dataset import Dataset, Labelled
+from sparsenet.data.errors import shortened
+from sparsenet.data.splits import SPLITS
 from sparsenet.validation import Count, Name
 
 
@@ -65,6 +67,24 @@ def to_tensors(data: Dataset) -> dict[str, Tensor]:
         for name, ids in data.ids.items()
         for part, tensor in (("ids", ids), ("labels", data.labels(name)))
     }
+
+
+def checked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """*tensors*, if they are ids and labels as ``to_tensors`` gives them, or nothing at all.
+
+    Raises ``ValueError`` in one line that says what else they are.
+    """
+    splits = {name.partition(".")[0] for name in tensors}
+    names = {f"{split}.{part}" for split in splits for part in ("ids", "labels")}
+    if names != tensors.keys() or (splits and not {"train"} <= splits <= set(SPLITS)):
+        found = shortened(sorted(tensors))
+        raise ValueError(f"{found} instead of ids and labels of train, val and test")
+    for name, tensor in tensors.items():
+        count = tensors[f"{name.partition('.')[0]}.ids"].numel()
+        if tensor.dtype != torch.int64 or tensor.shape != (count,):
+            found = f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+            raise ValueError(f"{name} of {found} instead of int64 ({count},)")
+    return tensors
 
 
 def in_order(data: Dataset, before: Mapping[str, Tensor]) -> Dataset:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -29,6 +29,7 @@ from sparsenet.data.pixels import (
 from sparsenet.data.preprocessing import FULL_RANGE
 
 T = TypeVar("T")
+READ_AHEAD = 1 << 26  # bytes of files that a table holds
 TASK = 8  # images that a thread reads at a time, and that are waited for when reading is stopped
 
 
@@ -179,11 +180,24 @@ def _read_all(
     def read_part(part: list[Example]) -> list[tuple[np.ndarray | Greys, int] | BadImage]:
         return [read(example) for example in part]
 
-    rest = iter(split)
-    while wave := list(islice(rest, 1024)):  # bounds what is read ahead
+    for wave in _waves(split):
         # A task costs more than a small image, so that each has several of them.
         parts = [wave[first : first + TASK] for first in range(0, len(wave), TASK)]
         yield from zip(wave, chain.from_iterable(pool.map(read_part, parts)), strict=True)
+
+
+def _waves(split: Split) -> Iterator[list[Example]]:
+    """Examples in lists of what is read ahead: of 1024, or of fewer that hold much themselves."""
+    wave: list[Example] = []
+    held = 0
+    for example in split:
+        wave.append(example)
+        held += len(example.source) if isinstance(example.source, bytes) else 0
+        if len(wave) == 1024 or held > READ_AHEAD:
+            yield wave
+            wave, held = [], 0
+    if wave:
+        yield wave
 
 
 def common_size(split: Split) -> Generator[int, None, int]:
@@ -191,14 +205,14 @@ def common_size(split: Split) -> Generator[int, None, int]:
 
     It yields how many images it has looked at so far.
     """
-    sizes: set[tuple[int, int]] = set()
+    common = 0
     with limits_of_our_own():
         for number, example in enumerate(split, 1):
             yield number
             # A corrupt image is reported when it is decoded.
             with suppress(BadImage), opened(example) as image:
-                sizes.add(image.size)
-            if len(sizes) > 1:
-                return 64
-    width, height = sizes.pop() if sizes else (64, 64)
-    return width if width == height <= 224 else 64
+                width, height = image.size
+                if width != height or width > 224 or common not in (0, width):
+                    return 64
+                common = width
+    return common or 64

@@ -6,9 +6,10 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, NoReturn
 from unicodedata import normalize
@@ -25,7 +26,18 @@ from sparsenet.extras import require
 IMAGES = ("image", "img")  # the column that is meant where several hold images
 LABELS = ("label", "labels", "fine_label", "class", "category", "target")
 HOLD_LABELS = ("integers", "bool", "string", "null")  # what cells of a label column may hold
-MAX_CLASSES = 1 << 16  # where the classes have no names
+MAX_CLASSES = 1 << 16  # of texts and of names; ImageNet-21k has 21,841
+# Of labels without names, all numbers up to the largest are classes: so many, or so many for each
+# that there is, as of 10 classes of ImageNet's 1,000 or of a tenth of its 21,841.
+ALWAYS_CLASSES, MAX_SPARE = 1000, 10
+# A file of 2 KB can claim to hold any number of any cells, as what repeats takes no place.
+MAX_ROWS = 1 << 24  # in all files; ImageNet-21k has 14 million, and each image is held in memory
+MAX_METADATA = 1 << 24  # bytes; the names of ImageNet-21k's classes have 1 MB
+# What a column may unpack to: so many bytes, or so many times what it takes in the file. Images are
+# packed already, and of pictures that are not, few are nothing but one colour.
+ALWAYS_UNPACKED, MAX_RATIO = 1 << 24, 100
+AT_ONCE = 1 << 30  # bytes of images read at once, where each may be as large as its column
+IMAGE_ROWS, LABEL_ROWS = 64, 1 << 16  # read at once; more are not faster
 # What ends the name of one of several files: train-00000-of-00002-a09b74b3ef9c3b56, train_1.
 PART = re.compile(r"[-_. ]?\d+(-of-\d+)?(-[0-9a-f]{8,})?$")
 
@@ -34,7 +46,8 @@ def read_parquet(root: Path, config: DataConfig) -> Source | None:
     """The splits in *root*: a file, or a folder as the hub has them.
 
     A file is that file alone, as ``train``, and so are files whose names say no split. Images are
-    bytes, or paths from the folder of their file or from *root*. Labels are integers, of which the
+    bytes, or paths that lead, from the folder of their file or from *root*, to files in *root* or
+    in the folder of that one file. Labels are integers, of which the
     ``huggingface`` metadata may have the names, booleans or strings. Files that number the same
     names otherwise are brought to one order. Raises ``DataError`` naming file, column or row.
     """
@@ -43,6 +56,7 @@ def read_parquet(root: Path, config: DataConfig) -> Source | None:
         return None
     image, label, notes = _columns(next(iter(files.values()))[0], config)
     notes += (*_left_out(root, files), *_missing_parts(files))
+    _check_rows(files)
     columns: dict[str, list[Labels]] = {}
     for split, paths in files.items():
         columns[split] = [_read_labels(path, image, label, split) for path in paths]
@@ -52,8 +66,11 @@ def read_parquet(root: Path, config: DataConfig) -> Source | None:
     if not columns:
         raise DataError(f"--dataset_dir: expected images with labels in {root}, found none")
     classes, more = _classes(columns)
+    folder = root if root.is_dir() else root.parent
     splits = {
-        split: ParquetSplit(tuple(files[split]), root, image, _numbers(parts, classes))
+        split: ParquetSplit(
+            tuple((part.path, _numbers(part, classes)) for part in parts), folder, image
+        )
         for split, parts in columns.items()
     }
     name = root.resolve()
@@ -150,10 +167,28 @@ def _missing_parts(files: Mapping[str, list[Path]]) -> Iterator[str]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _opened(path: Path, dictionaries: Collection[str] = ()) -> Iterator[Any]:
+    """The file, read piece by piece; texts at *dictionaries* are not repeated in memory."""
     parquet = require("pyarrow.parquet", "train")
-    with decoding(str(path), "a parquet file"), parquet.ParquetFile(path) as file:
+    options = {"read_dictionary": list(dictionaries), "buffer_size": 1 << 20, "pre_buffer": False}
+    with decoding(str(path), "a parquet file"), parquet.ParquetFile(path, **options) as file:
         yield file
+
+
+def _check_rows(files: Mapping[str, list[Path]]) -> None:
+    """Raises ``DataError`` naming the file whose rows are the first that are too many."""
+    total = 0
+    for path in (path for paths in files.values() for path in paths):
+        with _opened(path) as file:
+            total += file.metadata.num_rows
+        if total > MAX_ROWS:
+            raise DataError(f"{path}: expected at most {MAX_ROWS:,} images in all, found {total:,}")
+
+
+def _contents(file: Any) -> dict[str, str]:
+    """What the cells of each column hold."""
+    schema = file.schema_arrow
+    return dict(zip(schema.names, map(_content, schema.types), strict=True))
 
 
 def _content(kind: Any) -> str:
@@ -161,18 +196,57 @@ def _content(kind: Any) -> str:
     types = require("pyarrow.types", "train")
     if types.is_dictionary(kind):
         kind = kind.value_type
-    if types.is_struct(kind) and {"bytes", "path"} & {kind.field(i).name for i in range(len(kind))}:
+    if types.is_struct(kind) and _fields(kind):
         return "images"
     if types.is_integer(kind):
         return "integers"
     return str(kind).removeprefix("large_").removesuffix("_view")
 
 
+def _fields(struct: Any) -> list[str]:
+    """The fields of a struct that can hold an image."""
+    fields = {field.name: _content(field.type) for field in struct}
+    return [
+        name for name, each in (("bytes", "binary"), ("path", "string")) if fields.get(name) == each
+    ]
+
+
+def _leaves(file: Any, column: str) -> list[str]:
+    """What is read of *column*: all of it, or the fields of a struct that can hold an image."""
+    kind = file.schema_arrow.field(column).type
+    if _content(kind) != "images":
+        return [column]
+    return [f"{column}.{name}" for name in _fields(kind)]
+
+
+def _batches(path: Path, column: str, rows: int, dictionary: bool = False) -> Iterator[Any]:
+    """The cells of *column*, as pyarrow arrays of *rows* or fewer.
+
+    Raises ``DataError`` where the file says that they unpack to much more than it has.
+    """
+    with _opened(path, [column] * dictionary) as file:
+        leaves = _leaves(file, column)
+        schema, groups = file.metadata.schema, range(file.metadata.num_row_groups)
+        numbers = [i for i in range(len(schema)) if schema.column(i).path in leaves]
+        for group, number in product(map(file.metadata.row_group, groups), numbers):
+            chunk = group.column(number)
+            packed, unpacked = chunk.total_compressed_size, chunk.total_uncompressed_size
+            most = max(ALWAYS_UNPACKED, MAX_RATIO * packed)
+            if unpacked > most:
+                raise DataError(
+                    f"{path}: expected {packed:,} bytes of column {column} to unpack to at most "
+                    f"{most:,}, found that they are {unpacked:,}; write it without compression"
+                )
+            if chunk.has_dictionary_page and not dictionary:
+                rows = min(rows, max(1, AT_ONCE // max(1, unpacked)))
+        for batch in file.iter_batches(batch_size=rows, columns=leaves):
+            yield batch.column(0)
+
+
 def _columns(path: Path, config: DataConfig) -> tuple[str, str, tuple[str, ...]]:
     """Names of the image column and of the label column, and a note where there are others."""
     with _opened(path) as file:
-        schema = file.schema_arrow
-        contents = dict(zip(schema.names, map(_content, schema.types), strict=True))
+        contents = _contents(file)
         for flag in ("image_column", "label_column"):
             name = getattr(config, flag)
             if name and name not in contents:
@@ -180,10 +254,10 @@ def _columns(path: Path, config: DataConfig) -> tuple[str, str, tuple[str, ...]]
                     f"--{flag}: expected a column of {path}, found {name!r}; "
                     f"the columns are {shortened(contents, 40)}"
                 )
-        image = config.image_column or _image_column(file, contents)
         features = _features(path, file)
-        label = config.label_column or _label_column(features, contents, image)
-        _refuse_split_column(path, file, contents)
+    image = config.image_column or _image_column(path, contents)
+    label = config.label_column or _label_column(features, contents, image)
+    _refuse_split_column(path, contents)
     if image == label:
         raise DataError(f"--label_column: expected another than the image column, found {label!r}")
     note = f"images: column {image} of {path.name}; classes: column {label}"
@@ -191,30 +265,30 @@ def _columns(path: Path, config: DataConfig) -> tuple[str, str, tuple[str, ...]]
     return image, label, (f"{note}; not used: {shortened(others)}",) if others else ()
 
 
-def _refuse_split_column(path: Path, file: Any, contents: Mapping[str, str]) -> None:
+def _refuse_split_column(path: Path, contents: Mapping[str, str]) -> None:
     for name, content in contents.items():
         if name.lower() in SPLIT_COLUMNS and content == "string" and not split_of(path.stem):
-            cells = set(file.read(columns=[name]).column(name).to_pylist())
-            if all(cell and split_of(cell) for cell in cells):
+            batches = _batches(path, name, LABEL_ROWS, dictionary=True)
+            if all(text and split_of(text) for cells in batches for text in _texts(cells)[0]):
                 raise DataError(
                     f"{path}: expected a file for each split, found a column {name} that says "
                     "which; write train.parquet, test.parquet"
                 )
 
 
-def _image_column(file: Any, contents: Mapping[str, str]) -> str:
+def _image_column(path: Path, contents: Mapping[str, str]) -> str:
     def holds(content: str) -> list[str]:
         return [name for name, found in contents.items() if found == content]
 
-    paths = (name for name in holds("string") if _has_image_paths(file, name))
+    paths = (name for name in holds("string") if _has_image_paths(path, name))
     candidates = holds("images") or holds("binary") or list(paths)
     best = [name for name in candidates if name in IMAGES] or candidates
     return _only(best, contents, "image", "bytes, paths, or a struct of them")
 
 
-def _has_image_paths(file: Any, column: str) -> bool:
-    batch = next(file.iter_batches(batch_size=64, columns=[column]), None)
-    values = [value for value in batch.column(0).to_pylist() if value] if batch else []
+def _has_image_paths(path: Path, column: str) -> bool:
+    batch = next(_batches(path, column, IMAGE_ROWS), ())
+    values = [value for cell in batch if (value := cell.as_py())]
     return bool(values) and all(Path(value).suffix.lower() in SUFFIXES for value in values)
 
 
@@ -240,9 +314,12 @@ def _only(found: list[str], contents: Mapping[str, str], kind: str, meaning: str
 
 def _features(path: Path, file: Any) -> dict[str, dict[str, Any]]:
     """What the ``huggingface`` metadata says of each column."""
+    text = (file.schema_arrow.metadata or {}).get(b"huggingface", b"{}")
+    if len(text) > MAX_METADATA:
+        expected = f"at most {MAX_METADATA:,} bytes of huggingface metadata"
+        raise DataError(f"{path}: expected {expected}, found {len(text):,}")
     with decoding(str(path), "huggingface metadata in JSON"):
-        metadata = json.loads((file.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
-        features = metadata.get("info", {}).get("features", {})
+        features = json.loads(text).get("info", {}).get("features", {})
         return {name: value for name, value in features.items() if isinstance(value, dict)}
 
 
@@ -261,25 +338,63 @@ class Labels:
 
 def _read_labels(path: Path, image: str, label: str, split: str) -> Labels:
     with _opened(path) as file:
-        schema = file.schema_arrow
-        contents = dict(zip(schema.names, map(_content, schema.types), strict=True))
+        contents = _contents(file)
         if contents.get(image) not in ("images", "binary", "string"):
             _refuse_column(path, image, "images (bytes, paths, or a struct of them)", contents)
         if label not in contents and split != "train":  # as where labels are kept secret
-            return Labels(path, "null", (), np.full(file.metadata.num_rows, -1))
+            contents[label] = "null"
         if contents.get(label) not in HOLD_LABELS:
             _refuse_column(path, label, "integers, booleans or strings", contents)
-        cells = file.read(columns=[label]).column(label).to_pylist()
-        if contents[label] == "integers":
-            names = _class_names(path, _features(path, file).get(label, {}).get("names") or [])
-            known = np.array([0 if cell in (None, -1) else cell for cell in cells], object)
-            labels = check_labels(known, len(names) or MAX_CLASSES, f"{path} row")
-            labels[[cell in (None, -1) for cell in cells]] = -1
-            return Labels(path, contents[label], names, labels)
-    texts = ["" if cell is None else normalize("NFC", str(cell)) for cell in cells]
-    names = tuple(sorted(set(texts) - {""}))
+        if contents[label] == "null":
+            return Labels(path, "null", (), np.full(file.metadata.num_rows, -1))
+        names = _features(path, file).get(label, {}).get("names") or []
+    if contents[label] == "integers":
+        names = _class_names(path, names)
+        labels = _read_integers(path, label, len(names) or MAX_CLASSES)
+        return Labels(path, "integers", names, labels)
+    return Labels(path, contents[label], *_read_texts(path, label))
+
+
+def _read_integers(path: Path, column: str, classes: int) -> np.ndarray:
+    labels = [np.empty(0, np.int64)]
+    row = 0
+    for cells in _batches(path, column, LABEL_ROWS):
+        absent = cells.is_null().to_numpy(zero_copy_only=False)
+        values = np.array(cells.fill_null(0))
+        if values.dtype.kind == "i":
+            absent = absent | (values == -1)
+        values[absent] = 0
+        values = check_labels(values, classes, f"{path} row", row)
+        values[absent] = -1
+        labels.append(values)
+        row += len(values)
+    return np.concatenate(labels)
+
+
+def _read_texts(path: Path, column: str) -> tuple[tuple[str, ...], np.ndarray]:
+    """The different texts of a column, sorted, and for each row the number of its own."""
+    known = {"": 0}
+    labels = [np.empty(0, np.int64)]
+    for cells in _batches(path, column, LABEL_ROWS, dictionary=True):
+        texts, places = _texts(cells)
+        numbers = np.array([known.setdefault(text, len(known)) for text in texts])
+        if len(known) > MAX_CLASSES + 1:
+            found = f"more in column {column}"
+            raise DataError(f"{path}: expected at most {MAX_CLASSES:,} classes, found {found}")
+        labels.append(numbers[places])
+    names = tuple(sorted(known.keys() - {""}))
     number = {name: number for number, name in enumerate(names)} | {"": -1}
-    return Labels(path, contents[label], names, np.array([number[t] for t in texts], np.int64))
+    numbers = np.array([number[name] for name in known], np.int64)
+    return names, numbers[np.concatenate(labels)]
+
+
+def _texts(cells: Any) -> tuple[list[str], np.ndarray]:
+    """The different texts or booleans in an array, empty for none, and the place of each row's."""
+    if not hasattr(cells, "dictionary"):
+        cells = cells.dictionary_encode()
+    used, places = np.unique(np.array(cells.indices.fill_null(-1)), return_inverse=True)
+    values = [None if place < 0 else cells.dictionary[place].as_py() for place in used.tolist()]
+    return ["" if value is None else normalize("NFC", str(value)) for value in values], places
 
 
 def _refuse_column(path: Path, column: str, expected: str, contents: Mapping[str, str]) -> NoReturn:
@@ -292,7 +407,11 @@ def _class_names(path: Path, names: Any) -> tuple[str, ...]:
     with decoding(str(path), "names of classes in its metadata"):
         if isinstance(names, dict):
             names = [names[str(number)] for number in range(len(names))]
+        if not isinstance(names, list):
+            raise TypeError(f"{type(names).__name__} instead of a list")
         names = [normalize("NFC", name) for name in names]
+    if len(names) > MAX_CLASSES:
+        raise DataError(f"{path}: expected at most {MAX_CLASSES:,} classes, found {len(names):,}")
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise DataError(f"{path}: expected other names for other classes, found {twice[0]!r} twice")
     return tuple(names)
@@ -326,7 +445,7 @@ def _classes(columns: Mapping[str, list[Labels]]) -> tuple[tuple[str, ...], tupl
         return ("False", "True"), ()
     named = [part for _, part in parts if part.names]
     if not named:
-        largest = max(int(part.labels.max(initial=0)) for _, part in parts)
+        largest = _largest(part for _, part in parts)
         return tuple(str(label) for label in range(largest + 1)), ()
     model = named[0]
     notes = []
@@ -346,16 +465,31 @@ def _classes(columns: Mapping[str, list[Labels]]) -> tuple[tuple[str, ...], tupl
     return model.names, tuple(notes)
 
 
-def _numbers(parts: list[Labels], classes: tuple[str, ...]) -> np.ndarray:
-    """The labels of a split as numbers in *classes*, int64 ``(N,)``."""
+def _largest(parts: Iterable[Labels]) -> int:
+    """The largest of labels without names, all below which are classes.
+
+    Raises ``DataError`` where next to none of these classes has an image.
+    """
+    known = list(parts)
+    different = len(np.unique(np.concatenate([part.labels for part in known])))
+    most = ALWAYS_CLASSES + different * MAX_SPARE
+    for part in known:
+        row = int(part.labels.argmax()) if len(part.labels) else 0
+        if (largest := part.labels.max(initial=0)) > most:
+            raise DataError(
+                f"{part.path} row {row}: expected a label of at most {most}, as there are "
+                f"{different} different ones without names, found {largest}"
+            )
+    return max(int(part.labels.max(initial=0)) for part in known)
+
+
+def _numbers(part: Labels, classes: tuple[str, ...]) -> np.ndarray:
+    """The labels of a file as numbers in *classes*, int64 ``(N,)``."""
+    if not part.names:
+        return check_labels(part.labels, len(classes), f"{part.path} row")
     number = {name: number for number, name in enumerate(classes)}
-    labels = []
-    for part in parts:
-        if part.names:
-            labels.append(np.array([number[name] for name in part.names], np.int64)[part.labels])
-        else:
-            labels.append(check_labels(part.labels, len(classes), f"{part.path} row"))
-    return np.concatenate(labels)
+    numbers: np.ndarray = np.array([number[name] for name in part.names], np.int64)[part.labels]
+    return numbers
 
 
 # --- images ---------------------------------------------------------------------------------------
@@ -363,38 +497,60 @@ def _numbers(parts: list[Labels], classes: tuple[str, ...]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class ParquetSplit:
-    """The files of one split; images are read record batch by record batch."""
+    """The files of one split with their labels; images are read a few rows at a time.
 
-    paths: tuple[Path, ...]
-    root: Path  # of paths in cells that do not lead from the folder of their file
+    A path in a cell leads to a file in *root*, through whatever links lie there, and nowhere else.
+    """
+
+    files: tuple[tuple[Path, np.ndarray], ...]
+    root: Path
     column: str
-    labels: np.ndarray
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return sum(len(labels) for _, labels in self.files)
 
     def __iter__(self) -> Iterator[Example]:
-        labels = iter(self.labels.tolist())
-        for path in self.paths:
-            row = 0
-            with _opened(path) as file:
-                for batch in file.iter_batches(batch_size=1024, columns=[self.column]):
-                    for cell in batch.column(self.column).to_pylist():
-                        source = _source(cell, (path.parent, self.root))
-                        yield Example(f"{path} row {row}", source, next(labels))
-                        row += 1
+        roots = tuple(dict.fromkeys((self.root.absolute(), self.root.resolve())))
+        for path, labels in self.files:
+            starts = tuple(dict.fromkeys((path.parent.absolute(), *roots)))
+            with decoding(str(path), "an image and a label in each row"):
+                pairs = zip(_images(path, self.column), labels.tolist(), strict=True)
+                for row, (cell, label) in enumerate(pairs):
+                    name = f"{path} row {row}"
+                    image = _file(name, cell, starts, roots) if isinstance(cell, str) else cell
+                    yield Example(name, image or b"", label)
 
 
-def _source(cell: Any, folders: tuple[Path, ...]) -> Path | bytes:
-    """The bytes in a cell, else the file that its path leads to; no bytes where it has neither."""
-    fields = cell if isinstance(cell, dict) else {"bytes": cell}
-    content = fields.get("bytes") or fields.get("path")
-    if not isinstance(content, str):
-        return content if isinstance(content, bytes) else b""
-    for path in (folder / content for folder in folders):
+def _images(path: Path, column: str) -> Iterator[bytes | str | None]:
+    """What each row has: the bytes of an image, else a path."""
+    for cells in _batches(path, column, IMAGE_ROWS):
+        parts = cells.flatten() if hasattr(cells, "flatten") else [cells]
+        for row in zip(*(part.to_pylist() for part in parts), strict=True):
+            yield next(filter(None, row), None)
+
+
+def _file(
+    name: str, content: str, starts: tuple[Path, ...], roots: tuple[Path, ...]
+) -> Path | bytes:
+    """The file in *roots*, names of one folder, that a path leads to; no bytes for what is none.
+
+    Raises ``DataError`` where it leads out of them, whatever is there.
+    """
+    inside = []
+    for start, root in product(starts, roots):
+        with suppress(ValueError):  # another drive
+            inner = Path(os.path.relpath(start / content, root))
+            if inner.parts[:1] != (os.pardir,):
+                inside.append(root / inner)
+    if not inside:
+        raise DataError(
+            f"{name}: expected the path of an image in {roots[0]}, found {content!r}; "
+            "--dataset_dir names the folder that holds the table and its images"
+        )
+    for path in inside:
         with suppress(OSError, ValueError):  # no name that a file can have
             if path.is_file():
                 return path
             if path.exists():  # a folder, or a device that never ends
                 return b""
-    return folders[0] / content
+    return inside[0]

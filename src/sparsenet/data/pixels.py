@@ -22,6 +22,9 @@ from sparsenet.extras import require
 # two pictures (MPO) is among them.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MAX_BYTES = 2**30  # of a file
+# Pillow joins the parts of EXIF data one by one, which takes minutes for a large file of nothing
+# else. Files have one part, or one for each picture in them.
+LARGE, EXIF_PART, MAX_EXIF_PARTS = 1 << 24, b"Exif\0\0", 100
 JPEG_FACTOR = 8  # how many times as many pixels a JPEG may have, which can be decoded smaller
 # What Pillow calls colours of 16 bits, of which it keeps the upper 8; the last is a PPM's.
 # "BGR;16" is not one of them: it has 16 bits for all three.
@@ -88,7 +91,8 @@ def file_content(example: Example) -> bytes | np.ndarray:
         return example.source.read_bytes()
 
 
-def _check_file(name: str, path: Path) -> None:
+def _check_file(name: str, path: Path) -> int:
+    """The size of a file that may be read."""
     try:
         status = path.stat()
     except FileNotFoundError:
@@ -100,6 +104,7 @@ def _check_file(name: str, path: Path) -> None:
     if status.st_size > MAX_BYTES:
         expected = f"a file of at most {MAX_BYTES / 2**30:.0f} GiB"
         raise BadImage(f"{name}: too large: expected {expected}, found {status.st_size:,} bytes")
+    return status.st_size
 
 
 @contextmanager
@@ -128,8 +133,13 @@ def opened(example: Example) -> Iterator[Any]:
         if isinstance(source, np.ndarray):
             yield pillow.fromarray(source[0] if len(source) == 1 else source.transpose(1, 2, 0))
             return
-        if isinstance(source, Path):
-            _check_file(name, source)
+        if isinstance(source, Path) and _check_file(name, source) > LARGE:
+            source = source.read_bytes()
+        if isinstance(source, bytes) and len(source) > LARGE:
+            parts = source.count(EXIF_PART)
+            if parts > MAX_EXIF_PARTS:
+                expected = f"at most {MAX_EXIF_PARTS} parts of EXIF data"
+                raise BadImage(f"{name}: expected {expected}, found {parts:,}")
         file = BytesIO(source) if isinstance(source, bytes) else source
         try:
             image = pillow.open(file, formats=FORMATS)

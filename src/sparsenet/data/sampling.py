@@ -113,13 +113,21 @@ def hold_out(ids: Tensor, labels: Tensor, fraction: float, purpose: str) -> Tens
     """
     draws = torch.tensor([_draw(purpose, each) for each in ids.tolist()], dtype=torch.float64)
     held = draws < fraction
-    for label in labels.unique().tolist():
-        members = labels == label
+    ordered, places = draws.sort()
+
+    def copies(draw: Tensor) -> Tensor:
+        first, end = (
+            torch.searchsorted(ordered, draw),
+            torch.searchsorted(ordered, draw, right=True),
+        )
+        return places[first:end]
+
+    for members in labels.argsort().split(labels.unique(return_counts=True)[1].tolist()):
         own = draws[members]
         if own.min() == own.max() or held[members].all():
-            held &= draws != own.max()  # a class of one image and its copies has none to spare
+            held[copies(own.max())] = False  # a class of one image and its copies has none to spare
         elif not held[members].any():
-            held |= draws == own.min()
+            held[copies(own.min())] = True
     return held
 
 

@@ -49,30 +49,43 @@ def list_folder(folder: Path) -> Listing:
     """
     images: list[Path] = []
     others: list[Path] = []
-    for path, found in _walk(str(folder), frozenset()):
+    for path, found in _walk(str(folder)):
         (images if found else others).append(Path(path))
     return Listing(tuple(images), tuple(others))
 
 
-def _walk(folder: str, outer: frozenset[tuple[int, int]]) -> Iterator[tuple[str, bool]]:
-    """Each visible file, in the order of paths, and whether it is an image."""
-    try:
-        status = os.stat(folder)  # noqa: PTH116 - names as text are much faster
-        with os.scandir(folder) as found:
-            entries = sorted(found, key=lambda entry: entry.name)
-    except OSError:
-        yield folder, True
-        return
-    identity = status.st_dev, status.st_ino
-    if identity in outer:
-        return
-    for entry in entries:
-        if not is_visible(entry.name):
-            continue
-        if is_folder(entry):
-            yield from _walk(entry.path, outer | {identity})
+def _walk(root: str) -> Iterator[tuple[str, bool]]:
+    """Each visible file, in the order of paths, and whether it is an image.
+
+    Folders may lie in each other more deeply than functions may call each other.
+    """
+    outer: list[tuple[int, int]] = []  # the folders that are being gone through
+    rest: list[Iterator[os.DirEntry[str]]] = []
+    folder = root
+    while True:
+        try:
+            status = os.stat(folder)  # noqa: PTH116 - names as text are much faster
+            with os.scandir(folder) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
+        except OSError:
+            yield folder, True
         else:
-            yield entry.path, _is_image(entry)
+            identity = status.st_dev, status.st_ino
+            if identity not in outer:
+                outer.append(identity)
+                rest.append(entry for entry in entries if is_visible(entry.name))
+        while rest:
+            entry = next(rest[-1], None)
+            if entry is None:
+                rest.pop()
+                outer.pop()
+            elif is_folder(entry):
+                folder = entry.path
+                break
+            else:
+                yield entry.path, _is_image(entry)
+        else:
+            return
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:

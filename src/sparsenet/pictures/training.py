@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sparsenet.extras import require
@@ -15,6 +16,7 @@ from sparsenet.results import EpochMetrics
 
 SPLITS = {"train": "train", "val": "val", "test": "test"}  # and what pictures call them
 SPLIT_COLOURS = {"train": "#0072b2", "val": "#e69f00", "test": "#d55e00"}
+SQUARES = 1000  # of a side of the confusion matrix; the picture has 1,800 points
 MISTAKES_ROWS, MISTAKES_COLUMNS = 4, 8
 NUMBERED = "#: number in result.json's list of classes, from 0; no font here has this script"
 
@@ -105,34 +107,48 @@ def _mark_drops(axis: Any, drops: Sequence[tuple[int, float]]) -> None:
         axis.annotate(f"lr {rate:.3g} ", place, xycoords=("data", "axes fraction"), **style)
 
 
-def draw_confusion(counts: Tensor, classes: Sequence[str], target: Path) -> None:
-    """Draws a PNG of the confusion matrix *counts* ``(C, C)``, whose rows are the true classes.
+def draw_confusion(labels: Tensor, predicted: Tensor, classes: Sequence[str], target: Path) -> None:
+    """Draws a PNG of the confusion matrix, whose rows are the true classes.
 
-    Each row is drawn in percent of its own images. A class whose name no installed font can write
-    is a number, from 0.
+    *labels* and *predicted* are int64 ``(N,)``, on the CPU. Each row is drawn in percent of its own
+    images. Of more than ``SQUARES`` classes, as many neighbouring ones share a row as it takes. A
+    class whose name no installed font can write is a number, from 0.
     """
-    images = int(counts.sum())
-    error = 100 * (images - int(counts.diagonal().sum())) / max(images, 1)
-    # The row of a class without images is NaN, which is drawn blank.
-    percent = 100 * counts.double() / counts.sum(1, keepdim=True)
+    images, wrong = len(labels), int((labels != predicted).sum())
+    percent, shared = _percent(labels, predicted, len(classes))
     side = min(max(6.0, 1.5 + 0.62 * len(classes)), 14.0)
-    title = f"Confusion: {error:.2f} % of {images:,} images wrong"
+    title = f"Confusion: {100 * wrong / max(images, 1):.2f} % of {images:,} images wrong"
     names = drawable(classes)
     with picture(target, side + 1, side, title, names) as figure:
         axis = figure.subplots()
         # Over the square root of the share a confusion of 1 % can be told from none.
         norm = require("matplotlib.colors", "train").PowerNorm(0.5, 0, 100)
-        image = axis.imshow(percent.numpy(), cmap="Blues", norm=norm)
+        end = len(percent) * shared - 0.5
+        extent = (-0.5, end, end, -0.5)
+        image = axis.imshow(percent.numpy(), cmap="Blues", norm=norm, extent=extent)
         ticks = [0, 1, 5, 10, 25, 50, 100]
         bar = figure.colorbar(image, ax=axis, ticks=ticks, shrink=0.8, pad=0.02, aspect=36)
         bar.set_label("% of the true class")
         bar.outline.set_visible(False)
         axis.spines[:].set_visible(False)
-        axis.set(xlabel="predicted", ylabel="true")
+        together = f", {shared} classes in a row" * (shared > 1)
+        axis.set(xlabel="predicted", ylabel=f"true{together}")
         _name_classes(axis, names)
         _explain_numbers(figure, names, classes)
         if len(classes) <= 20:
             _write_percent(axis, percent)
+
+
+def _percent(labels: Tensor, predicted: Tensor, classes: int) -> tuple[Tensor, int]:
+    """The rows of a confusion matrix, and how many classes share each.
+
+    The row of classes without images is NaN, which is drawn blank.
+    """
+    shared = -(-classes // SQUARES)
+    rows = -(-classes // shared)
+    pairs = labels // shared * rows + predicted // shared
+    counts = torch.bincount(pairs, minlength=rows * rows).view(rows, rows)
+    return 100 * counts.double() / counts.sum(1, keepdim=True), shared
 
 
 def _explain_numbers(figure: Any, names: Sequence[str], classes: Sequence[str]) -> None:
