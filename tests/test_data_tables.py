@@ -23,7 +23,7 @@ from sparsenet.data.csv_labels import read_csv_labels
 from sparsenet.data.dataset import Dataset, Source
 from sparsenet.data.errors import BadImage, DataError
 from sparsenet.data.images import read_image
-from sparsenet.data.load import load_dataset
+from sparsenet.data.load import find, load_dataset
 from sparsenet.data.parquet import read_parquet
 from sparsenet.data.unreadable import name_what_it_is
 
@@ -850,3 +850,11 @@ def test_what_no_reader_takes_is_named(
     make: Callable[[Path], Path], what: str, tmp_path: Path
 ) -> None:
     assert re.search(what, name_what_it_is(make(tmp_path)))
+
+
+def test_names_that_no_file_of_a_run_may_hold_are_refused(tmp_path: Path) -> None:
+    plant(tmp_path / "a.png", tmp_path / "b.png")
+    long = "x" * 1001
+    (tmp_path / "labels.csv").write_text(f"image,label\na.png,{long}\nb.png,y\n")
+    with pytest.raises(DataError, match=r"names of at most 1,000 characters, found 'x+'… of 1,001"):
+        find(DataConfig(dataset_dir=str(tmp_path), labels=str(tmp_path / "labels.csv")))

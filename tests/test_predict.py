@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, Call
+from conftest import TINY, Call, write_image
 from PIL import Image
 
 from sparsenet.architecture import Architecture
+from sparsenet.data import tree
 from sparsenet.data.images import read_image
 from sparsenet.data.preprocessing import Preprocessing
 from sparsenet.model import SparseNet
 from sparsenet.predict import find_images, predict
+from sparsenet.records import run_folders
 from sparsenet.trained import Trained, load_trained
 from sparsenet.weights import About
 
@@ -53,6 +57,38 @@ def names(paths: list[Path], folder: Path) -> list[str]:
 def test_a_folder_gives_its_images_sorted_without_hidden_ones(folder: Path) -> None:
     expected = ["a.webp", "b.png", "broken.png", "deep/c.jpg", "deep/er/d.BMP"]
     assert names(find_images([str(folder)]).images, folder) == expected
+
+
+@pytest.mark.parametrize("pattern", ["loop", "loop/**", "loop/**/*.png", "loop/**/a/**/x.*"])
+def test_links_back_and_deep_folders_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_image(Path("loop/a/b/x.png"))
+    Path("loop/notes.txt").write_text("")
+    for name in ("again", "a/again"):
+        Path("loop", name).symlink_to(tmp_path / "loop")
+    with contextlib.chdir("loop/a/b"):
+        for _ in range(1200):
+            Path("deep").mkdir()
+            os.chdir("deep")
+    found = find_images([pattern])
+    assert Path("loop/a/b/x.png") in found.images
+    assert (Path("loop/notes.txt") in found.others) == (pattern in ("loop", "loop/**"))
+    assert run_folders(Path("loop")) == []
+
+
+def test_folders_with_more_ways_through_them_than_can_be_gone_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tree, "MAX_FOLDERS", 2000)
+    for name in "abcdefg":
+        (tmp_path / name).mkdir()
+        for other in "abcdefg":
+            (tmp_path / name / f"to {other}").symlink_to(tmp_path / other)
+    for find in (lambda: find_images([str(tmp_path)]), lambda: run_folders(tmp_path)):
+        with pytest.raises(ValueError, match="expected at most 2,000 folders"):
+            find()
 
 
 def test_globs_and_names_keep_the_order_given(folder: Path) -> None:

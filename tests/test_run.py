@@ -159,7 +159,10 @@ def test_a_folder_is_held_by_one_process_and_freed_by_a_kill(tmp_path):
 
 def test_what_a_run_says_of_itself(tmp_path):
     run = Run.create(tmp_path / "run")
-    used, images = environment(torch.device("cpu")), {"train.ids": torch.arange(3)}
+    used, images = (
+        environment(torch.device("cpu")),
+        {f"train.{each}": torch.arange(3) for each in ("ids", "labels")},
+    )
     run.describe(RunConfig(), 32, graph(RunConfig().network), used, images)
     assert torch.equal(run.images()["train.ids"], torch.arange(3))
     recorded = json.loads((run.path / "environment.json").read_text())

@@ -7,6 +7,7 @@ found); 130, 143 or 129 stopped by Ctrl-C, SIGTERM or a terminal that goes, afte
 from __future__ import annotations
 
 import io
+import logging
 import os
 import signal
 import sys
@@ -28,6 +29,7 @@ def run(arguments: Sequence[str]) -> int:
     try:
         args = flags.parser().parse(arguments)
         import_module("sparsenet.device").tune_process()
+        logging.getLogger("PIL").addHandler(logging.NullHandler())  # it says it again by an error
         command = import_module(commands.MODULES[args.command])
         if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
             signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -52,6 +52,7 @@ INSTEAD = {
     "wd": "--weight_decay",
     "workers": "no flag, images are decoded once, before training",
 }
+MOST = 10**6  # images at a time, classes to show
 TRUTH = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
 
@@ -212,9 +213,9 @@ def _value_of(setting: Setting, text: str) -> Any:
 def _number(kind: type[int] | type[float], text: str) -> int | float | None:
     try:
         number = kind(text)
-    except ValueError:
+        return number if math.isfinite(number) else None
+    except (ValueError, OverflowError):  # such as a whole number that no float can be
         return None
-    return number if math.isfinite(number) else None
 
 
 def _add_eval(commands: Any) -> None:
@@ -336,6 +337,8 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def _at_least_1(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text!r}")
-    return int(text)
+    number = _number(int, text)
+    if number is None or not 1 <= number <= MOST:
+        expected = f"expected a whole number of at least 1 and at most {MOST:,}"
+        raise argparse.ArgumentTypeError(f"{expected}, found {text!r}")
+    return int(number)

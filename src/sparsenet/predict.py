@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,8 @@ class Prediction:
 def find_images(patterns: Sequence[str]) -> Listing:
     """The images that files, folders and globs (``**`` goes deep) name, in the order given.
 
-    A folder gives every image in it and below (``sparsenet.data.tree``), sorted. An image that is
+    A folder gives every image in it and below (``sparsenet.data.tree``), sorted, and ``**`` those
+    of them that fit. An image that is
     named several times comes once. A pattern that names nothing stays in the list as it is, so that
     ``predict`` reports it in its place. What folders hold besides are the listing's *others*.
     """
@@ -57,14 +59,51 @@ def find_images(patterns: Sequence[str]) -> Listing:
     others: list[Path] = []
     for pattern in patterns:
         path = os.path.expanduser(pattern)
-        matches = [path] if os.path.lexists(path) else sorted(glob.glob(path, recursive=True))
-        named: list[Path] = []
-        for match in map(Path, matches):
-            listing = list_folder(match) if os.path.isdir(match) else Listing((match,))
-            named += listing.images
-            others += listing.others
-        images += named or [Path(path)]
+        found = [_list(path)] if os.path.lexists(path) else _matches(path)
+        images += [image for each in found for image in each.images] or [Path(path)]
+        others += [other for each in found for other in each.others]
     return Listing(tuple(dict.fromkeys(images)), tuple(dict.fromkeys(others)))
+
+
+def _list(path: str) -> Listing:
+    return list_folder(Path(path)) if os.path.isdir(path) else Listing((Path(path),))
+
+
+def _matches(pattern: str) -> list[Listing]:
+    """What a pattern names; ``**`` stands for folders in each other, as ``list_folder`` finds them.
+
+    Python's own follows links from a folder to itself until it has gone through 2**40 of them.
+    """
+    parts = Path(pattern).parts
+    if "**" not in parts:
+        return [_list(match) for match in sorted(glob.glob(pattern))]
+    deep = parts.index("**")
+    listings = []
+    for folder in sorted(glob.glob(str(Path(*parts[:deep])))) if deep else [""]:
+        listing = list_folder(Path(folder))
+        kept = (
+            tuple(path for path in paths if _fits(path.relative_to(folder).parts, parts[deep:]))
+            for paths in (listing.images, listing.others)
+        )
+        listings.append(Listing(*kept))
+    return listings
+
+
+def _fits(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether the parts of a *pattern* name a path of these *parts* or a folder that holds it."""
+    behind = {0}  # how many parts of the pattern may be fitted already
+    for part in (*parts, ""):
+        for at, each in enumerate(pattern):
+            if at in behind and each == "**":
+                behind.add(at + 1)
+        if len(pattern) in behind:
+            return True
+        behind = {
+            at + (pattern[at] != "**")
+            for at in behind
+            if pattern[at] == "**" or fnmatchcase(part, pattern[at])
+        }
+    return False
 
 
 def predict(

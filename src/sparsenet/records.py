@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sparsenet.config import COMPONENTS, RunConfig, from_dict
+from sparsenet.data.tree import list_folder
 from sparsenet.files import read_json
 from sparsenet.presets import preset
 from sparsenet.run import Run
@@ -81,7 +82,8 @@ def run_folders(path: Path) -> list[Path]:
     """Returns *path* where it is a run folder, else the run folders below it."""
     if any((path / name).is_file() for name in RUN_FILES):
         return [path]
-    return sorted({file.parent for name in RUN_FILES for file in path.rglob(name)})
+    listing = list_folder(path)
+    return sorted({file.parent for file in listing.others if file.name in RUN_FILES})
 
 
 def read_summaries(paths: Iterable[Path]) -> list[RunSummary]:

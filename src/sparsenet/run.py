@@ -10,12 +10,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import msgspec
-from safetensors import SafetensorError
-from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as serialise_tensors
 from torch import Tensor
 
-from sparsenet import files
+from sparsenet import files, weights
 from sparsenet.arithmetic import Arithmetic
 from sparsenet.checkpoints import RunError
 from sparsenet.config import RunConfig, load
@@ -25,6 +23,7 @@ from sparsenet.extras import require
 from sparsenet.graph import Node, totals
 from sparsenet.results import EpochMetrics
 
+MOST_IMAGES = 2**30  # bytes of images.safetensors, 16 for each image
 STARTED = {"checkpoints", "train.log", ".lock"}  # what a folder holds before it is described
 
 
@@ -167,11 +166,12 @@ class Run:
     def images(self) -> dict[str, Tensor]:
         """What ``describe`` wrote of the images; empty where there is no such file."""
         file = self.file("images.safetensors")
-        try:
-            return checked(parse_tensors(file.read_bytes()))
-        except FileNotFoundError:
+        if not file.exists():
             return {}
-        except (OSError, SafetensorError, ValueError) as error:
+        data = self.read(file.name, MOST_IMAGES)
+        try:
+            return checked(weights.parse(data)[0])
+        except ValueError as error:
             raise RunError(f"{file}: expected a readable file, found: {error}") from None
 
     def describe(

@@ -87,9 +87,10 @@ def named_fetch(name: str) -> Fetch:
     """
     kind, _, argument = name.partition(":")
     entry = FETCHES.get(kind)
-    if entry is None or (argument and not (entry.argument and argument.isdecimal())):
+    fits = not argument or (argument.isdecimal() and len(argument) < 10)
+    if entry is None or not fits or (argument and not entry.argument):
         hint = "" if entry else nearest(kind, FETCHES)
-        raise ValueError(f"fetch: expected {FETCH_SYNTAX}, found {name!r}{hint}")
+        raise ValueError(f"fetch: expected {FETCH_SYNTAX}, found {shown(name)}{hint}")
     return entry.make(int(argument)) if argument else entry.make()
 
 

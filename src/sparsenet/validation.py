@@ -14,7 +14,8 @@ from msgspec import Meta
 Count = Annotated[int, Meta(ge=0, le=2**53)]  # what a float holds exactly
 Amount = Annotated[float, Meta(ge=0, le=1e300)]
 Percent = Annotated[float, Meta(ge=0, le=100)]
-Name = Annotated[str, Meta(max_length=1000)]  # characters
+LONGEST_NAME = 1000  # characters
+Name = Annotated[str, Meta(max_length=LONGEST_NAME)]
 # What a setting is in a file: a fetch may be a table.
 Value = (
     bool

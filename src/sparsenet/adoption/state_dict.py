@@ -74,6 +74,9 @@ def load_renamed(
         if source not in tensors:
             raise ValueError(f"{prefix}: expected {source!r}, found no such tensor")
         tensor = tensors[source]
+        if not isinstance(tensor, Tensor):
+            found = type(tensor).__name__
+            raise ValueError(f"{prefix}: expected {source!r} to be a tensor, found {found}")
         if tensor.shape != shape:
             expected = f"{source!r} of shape {list(shape)}{hint}"
             raise ValueError(f"{prefix}: expected {expected}, found {list(tensor.shape)}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -225,6 +226,10 @@ def _class_names(archive: Archive, data: bytes, where: str) -> tuple[str, ...]:
     names = [name for name in names if name]
     if len(names) != archive.classes:
         raise DataError(f"{where}: expected {archive.classes} class names, found {len(names)}")
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise DataError(
+            f"{where}: expected other names for other classes, found {twice[0]!r} twice"
+        )
     return tuple(names)
 
 

@@ -22,7 +22,7 @@ from sparsenet.data.sampling import hold_out
 from sparsenet.data.splits import IMAGES_OF
 from sparsenet.events import Reading
 from sparsenet.files import user_path
-from sparsenet.validation import printable
+from sparsenet.validation import LONGEST_NAME, printable
 
 T = TypeVar("T")
 TELL_EVERY = 0.1  # seconds between two words on how far the reading has come
@@ -114,6 +114,12 @@ def find(config: DataConfig) -> Source:
             if column and not source.is_table:
                 expected = "a CSV file (--labels) or parquet files, which have columns"
                 raise DataError(f"--{flag}: expected {expected}, found {root} without")
+        for each in (printable(config.dataset_name or source.name), *source.classes):
+            if len(each) > LONGEST_NAME:
+                expected = f"names of at most {LONGEST_NAME:,} characters"
+                raise DataError(
+                    f"{root}: expected {expected}, found {each[:40]!r}… of {len(each):,}"
+                )
         return source
     if not root.exists():
         path = root.absolute()

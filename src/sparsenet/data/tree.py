@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sparsenet.data.errors import DataError
+
 SUFFIXES = frozenset(
     f".{suffix}"
     for suffix in (
@@ -25,6 +27,7 @@ UNREADABLE = frozenset(
 # How files of these formats begin; a file with another suffix, or with none, is known by this.
 BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*")
 # Folders that storage systems and archivers put beside those of people.
+MAX_FOLDERS = 200_000  # a few that are linked to each other make more ways than can be gone
 CLUTTER = frozenset(["__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found"])
 
 
@@ -61,7 +64,7 @@ def _walk(root: str) -> Iterator[tuple[str, bool]]:
     """
     outer: list[tuple[int, int]] = []  # the folders that are being gone through
     rest: list[Iterator[os.DirEntry[str]]] = []
-    folder = root
+    folder, gone_through = root, 0
     while True:
         try:
             status = os.stat(folder)  # noqa: PTH116 - names as text are much faster
@@ -70,6 +73,12 @@ def _walk(root: str) -> Iterator[tuple[str, bool]]:
         except OSError:
             yield folder, True
         else:
+            gone_through += 1
+            if gone_through > MAX_FOLDERS:
+                raise DataError(
+                    f"{root}: expected at most {MAX_FOLDERS:,} folders in it, found more; links "
+                    "between folders are followed"
+                )
             identity = status.st_dev, status.st_ino
             if identity not in outer:
                 outer.append(identity)
