@@ -57,9 +57,10 @@ def read_bytes(file: Path, limit: int = MOST_BYTES) -> bytes:
     if is_special(file):
         raise OSError("a pipe or device, which is no file")
     with file.open("rb") as stream:
-        if os.fstat(stream.fileno()).st_size > limit:
+        size = os.fstat(stream.fileno()).st_size
+        if size > limit:
             raise OSError(f"more than the {size_text(limit)} that are read of such a file")
-        return stream.read(limit)
+        return stream.read(size)  # so many bytes are set aside at once
 
 
 def failure(error: OSError) -> str:
