@@ -26,10 +26,11 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import IO, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from readers import LONGEST, READERS, Base, Case, Wrong, make_case
+from readers import LONGEST, READERS, Base, Case, Refused, Wrong, make_case
 
 import sparsenet
 
@@ -47,27 +48,37 @@ def _hang(number: int, frame: FrameType | None) -> None:
     raise Hang
 
 
-def judge(case: Case) -> str | None:
-    """Reads a case; what was wrong in a few words, ``None`` where nothing was."""
+class Verdict(NamedTuple):
+    """What became of a case: what was wrong in a few words, and whether a value was returned."""
+
+    problem: str | None
+    accepted: bool
+
+
+def judge(case: Case) -> Verdict:
+    """Reads a case."""
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        problem = _judge(case)
-    if problem is None and warned:
-        return f"warning: {warned[0].category.__name__}: {str(warned[0].message)[:80]}"
-    return problem
+        verdict = _judge(case)
+    if verdict.problem is None and warned:
+        problem = f"warning: {warned[0].category.__name__}: {str(warned[0].message)[:80]}"
+        return verdict._replace(problem=problem)
+    return verdict
 
 
-def _judge(case: Case) -> str | None:
+def _judge(case: Case) -> Verdict:
     try:
         case.read()
+    except Refused:
+        return Verdict(None, False)
     except Wrong as wrong:
-        return f"wrong value: {wrong}"
+        return Verdict(f"wrong value: {wrong}", True)
     except ValueError as error:
-        return _problem_of_message(error, case.names)
+        return Verdict(_problem_of_message(error, case.names), False)
     except (Hang, Exception) as error:  # noqa: BLE001 - all of them are findings
         kind = "hang" if isinstance(error, Hang) else f"{type(error).__name__}"
-        return f"{kind} at {_own_line(error)}: {_short(error)}"
-    return None
+        return Verdict(f"{kind} at {_own_line(error)}: {_short(error)}", False)
+    return Verdict(None, True)
 
 
 def _problem_of_message(error: ValueError, names: Sequence[object]) -> str | None:
@@ -105,7 +116,7 @@ def _own_line(error: BaseException) -> str:
 def distinct(problem: str) -> str:
     """What two problems of one cause have in common."""
     if problem.startswith(("wrong", "warning")):
-        return re.sub(r"\d+", "N", problem[:90])
+        return ": ".join(re.sub(r"\d+", "N", problem).split(": ")[:2])
     return re.sub(r"^[\d,]+ ", "", problem.partition(": ")[0])
 
 
@@ -113,8 +124,8 @@ def _address_space() -> int:
     return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
-def _work(name: str, seeds: Sequence[int], base: Base, folder: Path, pipe: int) -> None:
-    """Runs cases in this process, which ends with them, and tells each of its pipe."""
+def _work(name: str, seeds: Sequence[int], base: Base, folder: Path, tell: IO[str]) -> None:
+    """Runs cases in this process, which ends with them, and tells of each."""
     limit = _address_space() + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -123,80 +134,71 @@ def _work(name: str, seeds: Sequence[int], base: Base, folder: Path, pipe: int) 
     os.dup2(null, 1)
     os.dup2(null, 2)
     for seed in seeds:
-        os.write(pipe, f"begin {seed}\n".encode())
+        print(json.dumps([seed]), file=tell, flush=True)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         os.chdir(folder)
-        problem: str | None
         try:
             case = make_case(name, seed, base, folder)
-            signal.setitimer(signal.ITIMER_PROF, SECONDS)
-            problem = judge(case)
+        except Exception:  # noqa: BLE001 - told by the parent
+            fault = f"fault of the fuzzer: {traceback.format_exc()[-2000:]}"
+            print(json.dumps([seed, fault, False]), file=tell, flush=True)
+            continue
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+        try:
+            verdict = judge(case)
         except Hang:
-            problem = "hang at an end"
+            verdict = Verdict("hang at an end", False)
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
-        line = json.dumps([seed, problem]).encode()
-        os.write(pipe, b"end " + line[:3500] + b"\n")
+        print(json.dumps([seed, *verdict]), file=tell, flush=True)
 
 
 def run_cases(
     name: str, seeds: Sequence[int], base: Base, folder: Path
-) -> Iterator[tuple[int, str | None]]:
-    """Each seed with the problem of its case, or ``None``, from child processes."""
+) -> Iterator[tuple[int, Verdict]]:
+    """Each seed with the verdict on its case, from child processes."""
     rest = list(seeds)
     while rest:
         read_end, write_end = os.pipe()
         child = os.fork()
         if not child:
             os.close(read_end)
-            try:
-                _work(name, rest[:100], base, folder, write_end)
-                os._exit(0)
-            except BaseException:
-                os.write(
-                    write_end,
-                    b"fault "
-                    + traceback.format_exc().encode()[-3000:].replace(b"\n", b"\\n")
-                    + b"\n",
-                )
-                os._exit(70)
+            with os.fdopen(write_end, "w") as tell:
+                _work(name, rest[:100], base, folder, tell)
+            os._exit(0)
         os.close(write_end)
-        current, buffer = rest[0], b""
-        killed = False
-        while True:
-            ready, _, _ = select.select([read_end], [], [], WAIT)
-            if not ready:
-                os.kill(child, signal.SIGKILL)
-                killed = True
-                break
-            data = os.read(read_end, 1 << 16)
-            if not data:
-                break
-            *lines, buffer = (buffer + data).split(b"\n")
-            for line in lines:
-                word, _, text = line.decode().partition(" ")
-                if word == "begin":
-                    current = int(text)
-                elif word == "fault":
-                    print(
-                        "fault of the fuzzer:",
-                        name,
-                        current,
-                        text.replace("\\n", "\n"),
-                        file=sys.stderr,
-                    )
-                else:
-                    seed, problem = json.loads(text)
-                    rest.remove(seed)
-                    current = -1
-                    yield seed, problem
-        os.close(read_end)
+        with os.fdopen(read_end, "rb", buffering=0) as told:
+            current, is_late = None, False
+            for line in _lines(told):
+                if line is None:
+                    os.kill(child, signal.SIGKILL)
+                    is_late = True
+                    break
+                current, *verdict = json.loads(line)
+                if verdict:
+                    rest.remove(current)
+                    yield current, Verdict(*verdict)
+                    current = None
         _, status = os.waitpid(child, 0)
-        if status and current in rest:
+        if current is not None:
             rest.remove(current)
-            death = "hang" if killed else f"process ended by {status & 127 or status >> 8}"
-            yield current, f"{death} at an unknown line"
+            code = os.waitstatus_to_exitcode(status)
+            death = f"hang of {WAIT} s" if is_late else f"end of the process ({code})"
+            yield current, Verdict(f"{death} at an unknown line: ", False)
+
+
+def _lines(told: IO[bytes]) -> Iterator[bytes | None]:
+    """The lines of a pipe, and ``None`` where there is nothing for too long."""
+    buffer = b""
+    while True:
+        if not select.select([told], [], [], WAIT)[0]:
+            yield None
+        data = told.read(1 << 16)
+        if not data:
+            return
+        *lines, buffer = (buffer + data).split(b"\n")
+        yield from lines
 
 
 def main() -> None:
@@ -239,22 +241,22 @@ def _fuzz(name: str, args: argparse.Namespace, base: Base, folder: Path) -> int:
     shutil.rmtree(trial)
     found: Counter[str] = Counter()
     place = folder / "case"
-    for seed, problem in run_cases(name, range(args.seed, args.seed + args.count), base, place):
-        if problem is None:
+    accepted = 0
+    for seed, verdict in run_cases(name, range(args.seed, args.seed + args.count), base, place):
+        accepted += verdict.accepted
+        if verdict.problem is None:
             continue
-        key = distinct(problem)
+        key = distinct(verdict.problem)
         found[key] += 1
         if found[key] == 1:
-            print(f"{name}:{seed}: {problem}", flush=True)
-            if args.keep:
+            print(f"{name}:{seed}: {verdict.problem}", flush=True)
+            if args.keep and not key.startswith("fault"):
                 kept = args.keep / f"{name}-{seed}"
                 shutil.rmtree(kept, ignore_errors=True)
                 kept.mkdir(parents=True)
                 make_case(name, seed, base, kept)
-    seconds = time.monotonic() - began
-    print(
-        f"{name}: {args.count} cases, {len(found)} distinct failures, {seconds:.0f} s", flush=True
-    )
+    share = f"{args.count} cases, {accepted} accepted, {len(found)} distinct failures"
+    print(f"{name}: {share}, {time.monotonic() - began:.0f} s", flush=True)
     for key, count in found.most_common():
         print(f"    {count:5d} {key}")
     return len(found)

@@ -46,46 +46,22 @@ class Pairs(NamedTuple):
 
 DEEP = 100_000
 NUMBERS: tuple[Any, ...] = (
-    *(0, -1, 1, 2, 7, 3.0, 0.5, -0.5, 1e308, -1e308, 5e-324, 1e-30, 10**9, 2**31, 2**32, 2**53 + 1),
-    *(2**63 - 1, 2**63, 2**64, -(2**63), 10**19, 10**30, 10**400),
+    0, -1, 1, 2, 7, 3.0, 0.5, -0.5, 1e308, -1e308, 5e-324, 1e-30, 10**9, 2**31, 2**32, 2**53 + 1,
+    2**63 - 1, 2**63, 2**64, -(2**63), 10**19, 10**30, 10**400,
     *map(Raw, ("NaN", "Infinity", "-Infinity", "1e400", "-0", "-0.0", "1" * 5000, "0x10", "1e9")),
-)
+)  # fmt: skip
 TEXTS: tuple[Any, ...] = (
-    *(
-        "",
-        "x",
-        " ",
-        "0",
-        "1",
-        "nan",
-        "None",
-        "auto",
-        "../../x",
-        "/",
-        "\0",
-        "a\0b",
-        "\ud800",
-        "é",
-        "e\u0301",
-    ),
-    *(
-        "a\nb\r\u2028\x85c",
-        "\x1b[2J\x1b]0;x\x07",
-        "\u202eabc",
-        "{}",
-        "%s{0}",
-        "<b>|`$(x)`",
-        "٣",
-        "²",
-    ),
-    *("x" * 300, "x" * DEEP, "\n" * 5000, "😀" * 3000, Raw("'x'"), Raw('"\\ud83d"'), Raw('"\\x"')),
-)
+    "", "x", " ", "0", "1", "nan", "None", "auto", "../../x", "/", "\0", "a\0b", "\ud800", "é",
+    "e\u0301", "a\nb\r\u2028\x85c", "\x1b[2J\x1b]0;x\x07", "\u202eabc", "{}", "%s{0}", "<b>|`$(x)`",
+    "٣", "²", "x" * 300, "x" * DEEP, "\n" * 5000, "😀" * 3000, Raw("'x'"), Raw('"\\ud83d"'),
+    Raw('"\\x"'),
+)  # fmt: skip
 OTHERS: tuple[Any, ...] = (
-    *(None, True, False, [], {}, [[]], [None], {"": 0}, [0] * 300, list(range(DEEP)), ["x"] * 5000),
-    *({f"k{i}": i for i in range(5000)}, [[0]] * 5000, [1, "a", None, {}], Raw(""), Raw("[")),
-    *(Raw("[" * DEEP), Raw("[" * DEEP + "]" * DEEP), Raw('{"a":' * DEEP + "1" + "}" * DEEP)),
-    *(Raw("[" * 900 + "]" * 900), Raw('{"a":' * 200 + "1" + "}" * 200)),
-)
+    None, True, False, [], {}, [[]], [None], {"": 0}, [0] * 300, list(range(DEEP)), ["x"] * 5000,
+    {f"k{i}": i for i in range(5000)}, [[0]] * 5000, [1, "a", None, {}], Raw(""), Raw("["),
+    Raw("[" * DEEP), Raw("[" * DEEP + "]" * DEEP), Raw('{"a":' * DEEP + "1" + "}" * DEEP),
+    Raw("[" * 900 + "]" * 900), Raw('{"a":' * 200 + "1" + "}" * 200),
+)  # fmt: skip
 
 
 def encode(value: Any) -> str:
@@ -263,9 +239,9 @@ def join_tensors(header: Any, body: bytes) -> bytes:
 
 
 DTYPES = (
-    *("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL", "U64", "U32", "U16"),
-    *("F8_E4M3", "F8_E5M2", "C64", "F4", "F6_E2M3", "F8_E8M0", "X"),
-)
+    "F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL", "U64", "U32", "U16",
+    "F8_E4M3", "F8_E5M2", "C64", "F4", "F6_E2M3", "F8_E8M0", "X",
+)  # fmt: skip
 
 
 def mutated_header(header: dict[str, Any], rng: random.Random) -> dict[str, Any]:
@@ -642,19 +618,28 @@ def mutated_tar(files: Mapping[str, bytes], folder: str, rng: random.Random) -> 
 
 
 def _numbered(count: int) -> bytes:
-    """The opcodes of a tuple in a tuple ... of *count* levels, each of which holds the next twice."""
+    """The opcodes of a tuple of *count* levels, each of which holds the next twice."""
     return b")" + b"".join(b"q%c0h%ch%c\x86" % (n, n, n) for n in range(count))
 
 
 PIECES = (
-    *(b"N", b"0", b"1", b"2", b"(", b"t", b"l", b"d", b"}", b"]", b")", b"a", b"e", b"s", b"u", b"b", b"R", b".", b"\x81", b"\x85", b"\x86", b"\x87", b"\x88", b"\x89", b"\x90", b"\x91", b"\x92", b"\x93", b"\x94", b"\x8f"),
-    *(b"K\x01", b"J\xff\xff\xff\xff", b"h\x00", b"h\x01", b"j\xff\xff\xff\x7f", b"q\x00", b"r\xff\xff\xff\xff", b"p99999999999\n", b"g0\n"),
-    *(b"I" + b"1" * 5000 + b"\n", b"I01\n", b"Inan\n", b"L" + b"9" * 5000 + b"L\n", b"Fnan\n", b"Finf\n", b"F1e400\n", b"G\x7f\xf8\0\0\0\0\0\0"),
-    *(b"\x8a\x02\xff\xff", b"\x8b\xff\xff\xff\x7f", b"\x8b\xff\xff\xff\xff", b"\x8a\x00", b"T\xff\xff\xff\x7f", b"T\xff\xff\xff\xff", b"X\xff\xff\xff\xff", b"B\xff\xff\xff\xff", b"U\xffx", b"C\xff"),
-    *(b"\x8d" + b"\xff" * 7 + b"\x7f", b"\x8e" + b"\xff" * 8, b"\x96" + struct.pack("<Q", 1 << 40), b"\x96" + struct.pack("<Q", 2 << 30), b"\x96" + b"\xff" * 8, b"\x95" + b"\xff" * 8, b"\x95" + b"\0" * 8, b"\x95\x03" + b"\0" * 7),
-    *(b"cnumpy\nndarray\n", b"cnumpy\ndtype\n", b"c_codecs\nencode\n", b"cos\nsystem\n", b"cnumpy.core.multiarray\n_reconstruct\n", b"cbuiltins\neval\n", b"c\n\n", b"c" + b"x" * 5000 + b"\ny\n", b"c\xff\n\xfe\n", b"i os\nsystem\n"),
-    *(b"\x82\x01", b"\x83\xff\xff", b"\x84\xff\xff\xff\x7f", b"P1\n", b"Q", b"\x97", b"\x98", b"\x80\x05", b"\x80\xff", b"S'x'\n", b"S'\\'\n", b"V\\ud800\n", b"V" + b"x" * 300 + b"\n"),
-    *(b"(" * 3000, b"]" * 3000, b"(" * 20_000 + b"t" * 20_000, b"]2" * 200 + b"a" * 199),
+    b"N", b"0", b"1", b"2", b"(", b"t", b"l", b"d", b"}", b"]", b")", b"a", b"e", b"s", b"u", b"b",
+    b"R", b".", b"\x81", b"\x85", b"\x86", b"\x87", b"\x88", b"\x89", b"\x90", b"\x91", b"\x92",
+    b"\x93", b"\x94", b"\x8f", b"K\x01", b"J\xff\xff\xff\xff", b"h\x00", b"h\x01",
+    b"j\xff\xff\xff\x7f", b"q\x00", b"r\xff\xff\xff\xff", b"p99999999999\n", b"g0\n",
+    b"I" + b"1" * 5000 + b"\n", b"I01\n", b"Inan\n", b"L" + b"9" * 5000 + b"L\n", b"Fnan\n",
+    b"Finf\n", b"F1e400\n", b"G\x7f\xf8\0\0\0\0\0\0", b"\x8a\x02\xff\xff", b"\x8b\xff\xff\xff\x7f",
+    b"\x8b\xff\xff\xff\xff", b"\x8a\x00", b"T\xff\xff\xff\x7f", b"T\xff\xff\xff\xff",
+    b"X\xff\xff\xff\xff", b"B\xff\xff\xff\xff", b"U\xffx", b"C\xff",
+    b"\x8d" + b"\xff" * 7 + b"\x7f", b"\x8e" + b"\xff" * 8, b"\x96" + struct.pack("<Q", 1 << 40),
+    b"\x96" + struct.pack("<Q", 2 << 30), b"\x96" + b"\xff" * 8, b"\x95" + b"\xff" * 8,
+    b"\x95" + b"\0" * 8, b"\x95\x03" + b"\0" * 7, b"cnumpy\nndarray\n", b"cnumpy\ndtype\n",
+    b"c_codecs\nencode\n", b"cos\nsystem\n", b"cnumpy.core.multiarray\n_reconstruct\n",
+    b"cbuiltins\neval\n", b"c\n\n", b"c" + b"x" * 5000 + b"\ny\n", b"c\xff\n\xfe\n",
+    b"i os\nsystem\n", b"\x82\x01", b"\x83\xff\xff", b"\x84\xff\xff\xff\x7f", b"P1\n", b"Q",
+    b"\x97", b"\x98", b"\x80\x05", b"\x80\xff", b"S'x'\n", b"S'\\'\n", b"V\\ud800\n",
+    b"V" + b"x" * 300 + b"\n", b"(" * 3000, b"]" * 3000, b"(" * 20_000 + b"t" * 20_000,
+    b"]2" * 200 + b"a" * 199,
 )  # fmt: skip
 # Dictionaries with a key whose hash takes 2^40 steps.
 BOMBS = b"}" + _numbered(40) + b"Ns.", b"\x80\x02}U\x01x" + _numbered(40) + b"s."
