@@ -74,7 +74,7 @@ def encode(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(encode, value)) + "]"
     if isinstance(value, int) and not isinstance(value, bool):
-        return str(value) if abs(value) < 10**4000 else "1" + "0" * 4000
+        return str(value) if value.bit_length() < 10_000 else "1" + "0" * 4000
     return json.dumps(value)
 
 
@@ -135,7 +135,8 @@ def _change(owner: Any, key: Any, places: list[tuple[Any, Any]], rng: random.Ran
         factor = rng.choice((-1, 2, 0.5, 10, 1e6, 1e-6, 1e300, 3))
         owner[key] = type(value)(value * factor) if value and abs(value) < 1e6 else value + 1
     elif kind == 11 and isinstance(value, list):
-        owner[key] = rng.choice((value[:-1], value[:1], value * 2, value * 500, value[::-1]))
+        many = value * (500 if len(encode(value)) < 500 else 2)
+        owner[key] = rng.choice((value[:-1], value[:1], value * 2, many, value[::-1]))
     elif kind == 12 and isinstance(owner, list):
         owner.insert(key, copy.deepcopy(value))
     else:

@@ -358,6 +358,8 @@ def last_checkpoint(rng: random.Random, base: Base, folder: Path) -> Case:
         expect(len(state.rows) == state.epoch, "another number of rows than of epochs")
         expect(state.best is None or math.isfinite(state.best), "a best that is not finite")
         expect(bool(state.losses.isfinite().all()), "losses that are not finite")
+        momenta, parameters = state.optimizer.state, list(state.model.parameters())
+        expect(len(momenta) in (0, len(parameters)), "momenta of some parameters only")
         run.write_metrics(state.rows)
         expect(run.metrics() == state.rows, "rows that metrics.csv does not give back")
 
