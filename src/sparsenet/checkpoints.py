@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sparsenet import files, weights
 from sparsenet.results import EpochMetrics
-from sparsenet.validation import Amount, Count, Percent
+from sparsenet.validation import Amount, Count, Percent, one_line
 from sparsenet.weights import Description
 
 T = TypeVar("T")
@@ -30,7 +30,10 @@ NUMBER = r"\d{8,}"  # a step in the name of a file
 
 
 class RunError(ValueError):
-    """A run folder that cannot be used; the message says what was expected, found, and to do."""
+    """A run folder that cannot be used: one line with what was expected, found, and to do."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))  # names in damaged files may have line breaks
 
 
 @dataclass(frozen=True)
@@ -131,8 +134,10 @@ def _read(path: Path) -> Checkpoint:
     if hashlib.sha256(data).hexdigest() != manifest.sha256:
         raise ValueError("its hash is not the one in its manifest")
     tensors, description = weights.parse(data)
+    if not isinstance(description, dict):
+        raise ValueError("its tensors come without a description")
     written = {name: getattr(manifest, name) for name in IDENTITY}
-    if msgspec.convert({**(description or {}), **written}, Manifest) != manifest:
+    if msgspec.convert({**description, **written}, Manifest) != manifest:
         raise ValueError("its manifest is not the one it was written with")
     if problem := manifest.about.problem() or weights.not_numbers(tensors):
         raise ValueError(problem)

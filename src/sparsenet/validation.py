@@ -26,7 +26,7 @@ Value = (
     | None
 )
 
-LONGEST = 2500  # characters of a line
+LONGEST = 1900  # characters of a line
 WORDS = {
     bool: "true or false",
     int: "a whole number",

@@ -28,7 +28,7 @@ from sparsenet.data.identity import DataRecord
 from sparsenet.data.preprocessing import RULE, Preprocessing
 from sparsenet.downloads import ChecksumError, DownloadError, download
 from sparsenet.files import cache_folder, parse_json, read_bytes, read_json
-from sparsenet.validation import Count, Name, Percent, Value, nearest
+from sparsenet.validation import LONGEST_NAME, Count, Name, Percent, Value, nearest, shown
 
 SHIPPED = Path(__file__).with_name("pretrained")  # NAME.safetensors; index.json: NAME to SHA-256
 SCHEME = "https://"
@@ -174,6 +174,8 @@ def parse(data: bytes) -> tuple[dict[str, Tensor], Any]:
     except (SafetensorError, ArithmeticError, LookupError, RuntimeError, TypeError) as error:
         raise ValueError(str(error)) from None
     for name, tensor in tensors.items():
+        if len(name) > LONGEST_NAME or not name.isprintable():
+            raise ValueError(f"a tensor with a name that none here has, {shown(name)}")
         if tensor.dtype not in DTYPES:
             raise ValueError(f"{name} is of {tensor.dtype}, which no network here has")
     end = 8 + int.from_bytes(data[:8], "little")
