@@ -6,6 +6,7 @@ import os
 import stat
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -172,6 +173,21 @@ def test_an_existing_run_is_not_overwritten_and_no_run_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="expected a folder that can be written"):
         Run.create(tmp_path / "file" / "run")
+
+
+def test_each_of_many_gets_a_folder_of_its_own(tmp_path):
+    runs = tmp_path / "runs"
+    with ThreadPoolExecutor(8) as executor:
+        made = list(executor.map(Run.create_one_of_its_own, [runs / "name"] * 8))
+    names = ["name", *(f"name-{number}" for number in range(1, 8))]
+    assert sorted(run.path.name for run in made) == names
+    for run in made:
+        with run.locked():  # ends before it is described
+            pass
+    assert not any(runs.iterdir())
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(RunError, match=r"--out: expected a folder that can be written, .*gone"):
+        Run.create_one_of_its_own(tmp_path / "gone" / "name")
 
 
 def test_names_that_are_not_utf_8_are_written_and_come_back(tmp_path):

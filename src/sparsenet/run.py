@@ -7,6 +7,7 @@ import dataclasses
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 
 import msgspec
@@ -66,13 +67,26 @@ class Run:
         run = cls(path)
         run.is_new, run.was_there = True, path.is_dir()
         run._refuse_content()
-        try:
+        with _writing(path):
             run.checkpoints.mkdir(parents=True, exist_ok=True)
             run.file("train.log").touch()
-        except OSError as error:
-            raise RunError(
-                f"--out: expected a folder that can be written, {path}: {error.strerror}"
-            ) from None
+        return run
+
+    @classmethod
+    def create_one_of_its_own(cls, path: Path) -> Run:
+        """As ``create``, but with a number after the name of *path* where somebody has that name.
+
+        Of several processes each gets another folder.
+        """
+        with _writing(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        for number in count():
+            own = path.with_name(f"{path.name}-{number}") if number else path
+            with _writing(own), suppress(FileExistsError):
+                own.mkdir()
+                break
+        run = cls.create(own)
+        run.was_there = False
         return run
 
     @classmethod
@@ -221,3 +235,13 @@ class Run:
         writer.writerow(field.name for field in dataclasses.fields(EpochMetrics))
         writer.writerows(map(dataclasses.astuple, rows))
         files.write_atomic(self.path / "metrics.csv", table.getvalue())
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"--out: expected a folder that can be written, {path}: {error.strerror}"
+        ) from None

@@ -97,7 +97,9 @@ def _new_run(args: argparse.Namespace) -> tuple[Run, RunConfig]:
         labelled = getattr(args, "labels", "")
         base = presets.preset("short" if labelled else presets.preset_for(*data))
     config = _with_settings(args, base)
-    return Run.create(Path(args.out) if args.out else _default_folder(config)), config
+    if args.out:
+        return Run.create(Path(args.out)), config
+    return Run.create_one_of_its_own(Path("runs") / _name(config)), config
 
 
 def _resumed_run(args: argparse.Namespace) -> tuple[Run, RunConfig]:
@@ -125,13 +127,11 @@ def _with_settings(args: argparse.Namespace, base: RunConfig) -> RunConfig:
     return from_flags(vars(args), base)
 
 
-def _default_folder(config: RunConfig) -> Path:
-    """A new folder in runs/ with a name that says what is trained."""
+def _name(config: RunConfig) -> str:
+    """What is trained and when."""
     net, data = config.network, config.data
     name = data.dataset if data.dataset != "auto" else Path(data.dataset_dir).name or "digits"
     fetch = net.fetch.replace(":", "") if isinstance(net.fetch, str) else "custom"
     growth = "_".join(map(str, dict.fromkeys(net.growth_rates)))
     bottleneck = "bc-" if net.bottleneck else ""
-    stem = f"{name}-{fetch}-{bottleneck}{net.depth}-{growth}-{datetime.now():%Y%m%d-%H%M%S}"
-    taken = len(list(Path("runs").glob(f"{stem}*")))
-    return Path("runs") / (f"{stem}-{taken}" if taken else stem)
+    return f"{name}-{fetch}-{bottleneck}{net.depth}-{growth}-{datetime.now():%Y%m%d-%H%M%S}"
