@@ -1,6 +1,7 @@
 """The run folder: written whole or not at all, refused when damaged."""
 
 import dataclasses
+import itertools
 import json
 import os
 import stat
@@ -272,11 +273,15 @@ def test_an_old_checkpoint_that_cannot_be_deleted_stays(tmp_path, monkeypatch):
         save_step(3)
 
 
-def test_a_clock_that_stands_still_ends_no_run(tmp_path, monkeypatch):
-    monkeypatch.setattr("time.perf_counter", lambda: 1.0)
+@pytest.mark.parametrize("steps", [0.0, -1.0], ids=["stands still", "goes back"])
+def test_a_wrong_clock_ends_no_run(steps, tmp_path, monkeypatch):
+    ticks = itertools.count(1.0, steps)
+    for clock in ("perf_counter", "monotonic", "time"):
+        monkeypatch.setattr(f"time.{clock}", lambda: next(ticks))
     config = replace(preset("digits"), {"network": {"depth": 7, "growth_rate": 4}})
-    config = replace(config, {"train": {"max_epoch": 1, "batch_size": 512, "precision": "fp32"}})
+    config = replace(config, {"train": {"max_epoch": 1, "batch_size": 512, "time_limit": 60.0}})
     run = Run.create(tmp_path / "run")
-    for _ in train(config, run):
-        pass
-    assert run.metrics()[0].seconds == 0
+    *_, last = train(config, run)
+    assert isinstance(last, Concluded)
+    assert run.metrics()[0].seconds <= 0 < run.metrics()[0].images_per_second
+    assert restore(run.checkpoints, "last")[0].manifest.epoch == 1
