@@ -115,8 +115,11 @@ def restore(folder: Path, kind: str) -> tuple[Checkpoint, list[str]]:
 
 
 def _read(path: Path) -> Checkpoint:
+    tensors_file = path.with_suffix(".safetensors")
+    if path.is_symlink() or tensors_file.is_symlink():
+        raise ValueError("expected files that the run wrote itself, found a link")
     manifest = files.read_json(path, Manifest)
-    data = files.read_bytes(path.with_suffix(".safetensors"))
+    data = files.read_bytes(tensors_file)
     if hashlib.sha256(data).hexdigest() != manifest.sha256:
         raise ValueError("its hash is not the one in its manifest")
     description = weights.description(data)
