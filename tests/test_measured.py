@@ -83,7 +83,16 @@ def test_a_wrong_clock_ends_a_measurement_and_prefers_nothing(quick, steps, monk
         assert measured.describe_speedup("shared", seconds) == "1.0 times reference"
 
 
-@pytest.mark.parametrize("error", [ValueError, RuntimeError, MemoryError])
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory")])
+def test_a_measurement_without_memory_is_none(quick, error):
+    def starved(*_):
+        raise error
+
+    with pytest.raises(type(error)):
+        MEASURE(CPU, torch.float32, {"other": starved, "reference": reference.aggregate})
+
+
+@pytest.mark.parametrize("error", [ValueError, RuntimeError, TypeError])
 def test_what_cannot_be_measured_is_left_out(quick, error):
     def refuses(*_):
         raise error("not in this precision")

@@ -17,6 +17,7 @@ from sparsenet.data.config import POINTERS
 from sparsenet.display import display, say
 from sparsenet.files import failure
 from sparsenet.flags import from_flags
+from sparsenet.memory import shortage
 from sparsenet.run import Run
 from sparsenet.train import train
 
@@ -33,6 +34,12 @@ def run(args: argparse.Namespace) -> int:
     except OSError as error:  # such as a full disk; those of the data are a ``DataError``
         advice = f"; {_go_on(run)}" if run.is_described else ""
         raise OSError(f"{run.path}: the run broke off: {failure(error)}{advice}") from error
+    except (MemoryError, RuntimeError, ImportError) as error:
+        if not (said := shortage(error)):
+            raise
+        less = "a new run with a smaller --batch_size needs less"
+        advice = f"; {_go_on(run)} --memory lean; or {less}" if run.is_described else f"; {less}"
+        raise MemoryError(f"{run.path}: the run broke off: {said}{advice}") from error
     code = 0
     # A signal that came while the result was written has stopped nothing.
     if stopped and stopped in signal.Signals.__members__:

@@ -28,6 +28,7 @@ from torch import Tensor
 from sparsenet.architecture import Architecture, Stage
 from sparsenet.device import LEAST_SECONDS, device_name
 from sparsenet.files import cache_folder, read_json, write_json
+from sparsenet.memory import shortage
 from sparsenet.ops.plan import Plan, Reader, Readers, Statistics
 
 Clock = Callable[[], float]
@@ -190,8 +191,11 @@ def _time_rounds(
     start = time.perf_counter()
     warm_up: dict[str, dict[str, list[float]]] = {}  # implementation -> mode -> seconds
     for name, aggregate in implementations.items():
-        with contextlib.suppress(RuntimeError, ValueError, TypeError, MemoryError):
+        try:
             warm_up[name] = {mode: time_all(mode, aggregate) for mode in MODES}
+        except (RuntimeError, ValueError, TypeError) as error:
+            if shortage(error):  # which passes, while timings are kept
+                raise
     rounds = []
     for number in range(ROUNDS[1]):
         limit = LIMIT if number < ROUNDS[0] else SECONDS
