@@ -123,7 +123,8 @@ def _read(path: Path) -> Checkpoint:
     if hashlib.sha256(data).hexdigest() != manifest.sha256:
         raise ValueError("its hash is not the one in its manifest")
     description = weights.description(data)
-    if not isinstance(description, dict) or any(
+    named = f"{manifest.kind}-{manifest.step:08d}" == path.stem
+    if not (named and isinstance(description, dict)) or any(
         getattr(manifest, name, None) != value for name, value in description.items()
     ):
         raise ValueError("its manifest is not the one it was written with")
