@@ -480,6 +480,7 @@ def test_an_empty_folder_of_the_user_stays_and_stays_empty(refused: Callable[...
 def test_what_a_killed_start_leaves_is_taken(call: Call) -> None:
     Run.create(Path("mine"))
     (Path("mine") / ".lock").touch()
+    (Path("mine") / ".config.json.0123abcd").write_text("{")
     assert call("train", *SHORT[:-2], "--out", "mine").code == 0
 
 

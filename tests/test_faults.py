@@ -2,19 +2,106 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import faults
 import pytest
 import torch
 from conftest import TINY, Call
 from safetensors.torch import load_file
 
+from sparsenet import checkpoints, weights
+from sparsenet.checkpoints import Manifest
 from sparsenet.data.errors import BadImage, DataError, decoding
 from sparsenet.extras import MissingExtra
 from sparsenet.memory import shortage, total_memory
 from sparsenet.step import TrainingStep
 
 LAST = "last-00000046"  # of the ``trained`` run
+
+
+# A stride of 1 goes through all of them, which takes minutes.
+STRIDE = int(os.environ.get("FAULT_STRIDE", "0"))
+
+
+# --- system calls ---------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux") or not shutil.which("cc"),
+    reason="system calls are made to fail on Linux, by a library that a C compiler makes",
+)
+def test_no_fault_at_a_system_call_loses_or_changes_anything(tmp_path: Path) -> None:
+    """Killed or failed, a folder is taken or resumed, and comes to the same end."""
+    found = faults.search(tmp_path, STRIDE or 25, shift=7 if not STRIDE else 0)
+    assert found["problems"] == []
+    assert min(found["kills"], found["errors"]) >= sum(found["calls"].values()) // (STRIDE or 25)
+
+
+# --- bytes ----------------------------------------------------------------------------------------
+
+
+def damages(content: bytes) -> Iterator[bytes]:
+    """*content* cut at every place, and with a bit of every byte the other way round."""
+    for place in range(len(content)):
+        yield content[:place]
+        bit = 1 << place % 8
+        yield content[:place] + bytes([content[place] ^ bit]) + content[place + 1 :]
+
+
+def test_of_a_checkpoint_with_any_damage_the_one_before_is_taken(tmp_path: Path) -> None:
+    saved = {}
+    for step in (2, 3):
+        tensors = {"model.x": torch.full((2, 3), float(step)), "epoch.wrongs": torch.arange(step)}
+        about = {"classes": ["a", "b"], "recipe": {"train": {"seed": 0}}}
+        manifest = Manifest("last", step, 1, about, 0.5 * step, 25.0, [{"epoch": 1}])
+        checkpoints.save(tmp_path, manifest, tensors)
+        saved[step], warnings = checkpoints.restore(tmp_path, "last")
+        assert not warnings
+    for kind in ("json", "safetensors"):
+        file = tmp_path / f"last-00000003.{kind}"
+        content = file.read_bytes()
+        for damaged in damages(content):
+            file.write_bytes(damaged)
+            found, warnings = checkpoints.restore(tmp_path, "last")
+            # White space at the end of a manifest may be cut off or another one.
+            step = found.manifest.step if kind == "json" else 2
+            assert found.manifest == saved[step].manifest and len(warnings) == (step == 2), damaged
+            assert found.tensors.keys() == saved[step].tensors.keys()
+            assert all(
+                found.tensors[name].equal(saved[step].tensors[name]) for name in found.tensors
+            )
+        file.write_bytes(content)
+
+
+def test_weights_with_any_damage_are_refused_or_differ_in_one_tensor(
+    call: Call, trained: Path
+) -> None:
+    assert call("export", trained, "--format", "safetensors", "--out", "whole").code == 0
+    about = weights.load("whole").about
+    tensors = {"x": torch.rand(2, 3).half(), "y.running_var": torch.rand(3)}
+    content, file, loaded = weights.pack(tensors, about), Path("damaged"), 0
+    header = 8 + int.from_bytes(content[:8], "little")
+    for place, damaged in enumerate(damages(content)):
+        file.write_bytes(damaged)
+        try:
+            found = weights.load(file)
+        except ValueError as error:
+            assert "\n" not in str(error) and str(error).startswith("damaged: ")
+            continue
+        loaded += 1
+        same = [
+            name
+            for name in tensors
+            if found.tensors.get(name, torch.empty(0)).equal(tensors[name].float())
+        ]
+        assert place % 2 == 1, "cut"
+        assert place // 2 < header or (len(same) == 1 and found.about == about)
+    assert loaded
 
 
 # --- memory ---------------------------------------------------------------------------------------
@@ -33,6 +120,7 @@ def test_a_shortage_of_memory_is_known_whoever_says_it() -> None:
     assert shortage(torch.OutOfMemoryError("full")) == "full"
     for message in (
         "could not create a memory object",
+        "could not create a primitive",  # but "a primitive descriptor" is one that there is not
         "can't start new thread",
         "std::bad_alloc",
         "unable to mmap 80 bytes from file <x>: Cannot allocate memory (12)",

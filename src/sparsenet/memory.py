@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 # Libraries have no exception of their own for it, and often only a message.
 SHORTAGE = re.compile(
-    r"(out of|allocate) memory|memory object|start new thread|bad_alloc|failed to map segment"
+    r"(out of|allocate) memory|a memory object|a primitive$|start new thread|bad_alloc"
+    r"|failed to map segment"
 )
 
 

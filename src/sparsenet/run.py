@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -26,6 +27,7 @@ from sparsenet.graph import Node, totals
 from sparsenet.results import EpochMetrics
 
 STARTED = {"checkpoints", "train.log", ".lock"}  # what a folder holds before it is described
+HALF = re.compile(r"\.config\.json\.[0-9a-f]{8}")  # what a kill leaves of files.write_atomic
 
 
 class Run:
@@ -118,7 +120,7 @@ class Run:
     def _is_unused(self) -> bool:
         """Whether there is nothing in the folder but what ``create`` and ``locked`` make."""
         log = self.path / "train.log"
-        if {path.name for path in self.path.iterdir()} - STARTED:
+        if {path.name for path in self.path.iterdir() if not HALF.fullmatch(path.name)} - STARTED:
             return False
         if self.checkpoints.exists() and any(self.checkpoints.iterdir()):
             return False
@@ -129,8 +131,9 @@ class Run:
             if not self._is_unused():
                 return
             self.checkpoints.rmdir()
-            for name in STARTED - {self.checkpoints.name}:
-                (self.path / name).unlink()
+            for path in list(self.path.iterdir()):
+                if path.name in STARTED or HALF.fullmatch(path.name):
+                    path.unlink()
             if not self.was_there:
                 self.path.rmdir()
 
