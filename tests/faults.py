@@ -13,14 +13,18 @@ import errno
 import io
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+Fault = Callable[[], object]  # called in the process that is to have it
+Job = tuple[str, str, Callable[[Path], Fault], bool]  # name, kind of run, fault, whether it kills
 
 SOURCE = Path(__file__).with_suffix(".c")
 KILL = 0
@@ -39,14 +43,17 @@ def compile_faults(folder: Path) -> Path:
     return library
 
 
-def search(folder: Path, stride: int, shift: int = 0) -> dict[str, Any]:
-    """Makes faults in a process of its own; returns what it prints."""
+def search(folder: Path, what: str, stride: int, shift: int = 0) -> dict[str, Any]:
+    """Makes faults at system *calls* or by *limits* in a process of its own.
+
+    Returns their numbers and what was wrong after which.
+    """
     environment = os.environ | {
         "LD_PRELOAD": str(compile_faults(folder)),
         "OMP_NUM_THREADS": "1",
         "TMPDIR": str(folder),
     }
-    command = [sys.executable, __file__, str(stride), str(shift)]
+    command = [sys.executable, __file__, what, str(stride), str(shift)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
@@ -77,17 +84,21 @@ class Laboratory:
         self.whole, self.half = folder / "whole", folder / "half"
         with contextlib.redirect_stdout(io.StringIO()):
             cli.run(["train", *RUN, "--out", str(self.whole)])  # loads what a run loads
-        self.calls = {"new": self.attempt("new", folder / "new", 0, KILL, False)[2]}
-        self.attempt("new", self.half, self.calls["new"] * 2 // 3, KILL, False)
+        self.calls = {"new": self.attempt("new", folder / "new", self.armed(folder / "new"))[2]}
+        self.attempt("new", self.half, self.armed(self.half, self.calls["new"] * 2 // 3))
         assert list((self.half / "checkpoints").glob("last-*.json"))  # which are there to lose
-        self.calls["resume"] = self.attempt("resume", self.copy("count"), 0, KILL, False)[2]
+        count = self.copy("count")
+        self.calls["resume"] = self.attempt("resume", count, self.armed(count))[2]
 
     def copy(self, name: str) -> Path:
         return Path(shutil.copytree(self.half, self.folder / name))
 
-    def attempt(
-        self, kind: str, run: Path, place: int, error: int, lasting: bool
-    ) -> tuple[int, str, int]:
+    def armed(self, run: Path, place: int = 0, error: int = KILL, lasting: bool = False) -> Fault:
+        """A fault at call number *place*; without one, calls are counted."""
+        arguments = os.fsencode(run), ctypes.c_long(place), error, lasting
+        return lambda: self.faults.arm(*arguments)
+
+    def attempt(self, kind: str, run: Path, fault: Fault) -> tuple[int, str, int]:
         """Exit code (negative: a signal), stderr, and the number of calls that concern *run*."""
         said, counted = self.folder / "said", self.folder / "calls"
         counted.unlink(missing_ok=True)
@@ -95,41 +106,39 @@ class Laboratory:
             code = 70
             try:
                 output = os.open(said, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+                count = os.open(counted, os.O_RDWR | os.O_CREAT)
                 os.dup2(output, 2)
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
                 flag = ("--resume",) if kind == "resume" else (*RUN, "--out")
-                self.faults.arm(os.fsencode(run), ctypes.c_long(place), error, lasting)
+                fault()
                 try:
                     code = self.cli.run(["train", *flag, str(run)])
                 finally:
                     calls = self.faults.disarm()
-                counted.write_text(str(calls))
+                os.write(count, str(calls).encode())
             except BaseException:  # noqa: BLE001 - as at the end of a process
                 traceback.print_exc()
             finally:
                 os._exit(code)
         _, status = os.waitpid(child, 0)
-        return (
-            os.waitstatus_to_exitcode(status),
-            said.read_text(),
-            int(counted.read_text()) if counted.exists() else 0,
-        )
+        calls = int(counted.read_text() or 0) if counted.exists() else 0
+        return os.waitstatus_to_exitcode(status), said.read_text(), calls
 
-    def problem(self, kind: str, place: int, error: int, lasting: bool) -> str | None:
+    def problem(self, kind: str, fault: Callable[[Path], Fault], killed: bool) -> str | None:
         """What is wrong after this fault, or ``None``."""
         run = self.folder / "faulty"
         shutil.rmtree(run, ignore_errors=True)
         if kind == "resume":
             self.copy("faulty")
-        code, said, _ = self.attempt(kind, run, place, error, lasting)
-        if error != KILL and code not in (0, 1, 2):
+        code, said, _ = self.attempt(kind, run, fault(run))
+        if not killed and code not in (0, 1, 2):
             return f"exit code {code}: {said}"
-        if error != KILL and len(said.splitlines()) != (code > 0):
+        if not killed and len(said.splitlines()) != (code > 0):
             return f"exit code {code}, but said {said}"
         if kind == "resume" and (lost := self._lost(run)):
             return lost
         again = "resume" if (run / "config.json").exists() else "new"
-        code, said, _ = self.attempt(again, run, 0, KILL, False)
+        code, said, _ = self.attempt(again, run, self.armed(run))
         if code:
             return f"stuck: {again} gives {code}: {said}"
         return self._difference(run)
@@ -162,26 +171,57 @@ class Laboratory:
         return None
 
 
-def jobs(calls: dict[str, int], stride: int, shift: int) -> Iterator[tuple[str, int, int, bool]]:
+def limited(kind: int, limit: int) -> Fault:
+    """A limit of the process; one of its address space is beyond what it has already."""
+
+    def limit_process() -> None:
+        status = Path("/proc/self/statm").read_text()
+        used = int(status.split()[0]) * resource.getpagesize() if kind == resource.RLIMIT_AS else 0
+        resource.setrlimit(kind, (used + limit,) * 2)
+
+    return limit_process
+
+
+def system_calls(laboratory: Laboratory, stride: int, shift: int) -> Iterator[Job]:
     """A kill, and an error that lasts or not, at every *stride*-th call of both kinds of run."""
-    for kind, count in calls.items():
+
+    def job(kind: str, place: int, error: int, lasting: bool) -> Job:
+        name = f"{kind}, call {place}, {errno.errorcode.get(error, 'kill')}, lasting {lasting}"
+        return name, kind, lambda run: laboratory.armed(run, place, error, lasting), error == KILL
+
+    for kind, count in laboratory.calls.items():
         for number, place in enumerate(range(1 + shift % stride, count + 1, stride), shift):
-            yield kind, place, KILL, False
-            yield kind, place, ERRORS[number % len(ERRORS)], number % 2 == 0
+            yield job(kind, place, KILL, False)
+            yield job(kind, place, ERRORS[number % len(ERRORS)], number % 2 == 0)
 
 
-def main(stride: int = 1, shift: int = 0) -> None:
+def limits(stride: int) -> Iterator[Job]:
+    """Files that may not grow, and memory that is not there."""
+    sizes = [500, 3000, 10_000, 20_000, 40_000]  # the line that it says has to be written, too
+    megabytes = [0, 1, 4, 8, 16, 32, 64, 256]
+
+    def job(kind: str, fault: Fault, name: str) -> Job:
+        return f"{kind}, {name}", kind, lambda run: fault, False
+
+    for kind in ("new", "resume"):
+        for size in sizes[::stride]:
+            yield job(kind, limited(resource.RLIMIT_FSIZE, size), f"files of {size} bytes")
+        for size in megabytes[::stride]:
+            yield job(kind, limited(resource.RLIMIT_AS, size << 20), f"{size} MiB more memory")
+
+
+def main(what: str, stride: int = 1, shift: int = 0) -> None:
     with tempfile.TemporaryDirectory() as folder:
         laboratory = Laboratory(Path(folder))
         counts, problems = {"kills": 0, "errors": 0}, []
-        for kind, place, error, lasting in jobs(laboratory.calls, stride, shift):
-            counts["errors" if error else "kills"] += 1
-            if found := laboratory.problem(kind, place, error, lasting):
-                name = errno.errorcode.get(error, "kill")
-                problems.append(f"{kind}, call {place}, {name}, lasting {lasting}: {found}")
+        calls = system_calls(laboratory, stride, shift)
+        for name, kind, fault, killed in calls if what == "calls" else limits(stride):
+            counts["kills" if killed else "errors"] += 1
+            if found := laboratory.problem(kind, fault, killed):
+                problems.append(f"{name}: {found}")
                 print(problems[-1], file=sys.stderr)
         print(json.dumps({"calls": laboratory.calls, **counts, "problems": problems}))
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main(sys.argv[1], *map(int, sys.argv[2:]))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
+import pickle
+import re
 import shutil
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import faults
@@ -31,15 +35,58 @@ STRIDE = int(os.environ.get("FAULT_STRIDE", "0"))
 # --- system calls ---------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(
+needs_a_laboratory = pytest.mark.skipif(
     not sys.platform.startswith("linux") or not shutil.which("cc"),
     reason="system calls are made to fail on Linux, by a library that a C compiler makes",
 )
+
+
+@needs_a_laboratory
 def test_no_fault_at_a_system_call_loses_or_changes_anything(tmp_path: Path) -> None:
     """Killed or failed, a folder is taken or resumed, and comes to the same end."""
-    found = faults.search(tmp_path, STRIDE or 25, shift=7 if not STRIDE else 0)
+    found = faults.search(tmp_path, "calls", STRIDE or 25, shift=7 if not STRIDE else 0)
     assert found["problems"] == []
     assert min(found["kills"], found["errors"]) >= sum(found["calls"].values()) // (STRIDE or 25)
+
+
+@needs_a_laboratory
+def test_no_limit_of_files_or_memory_loses_or_changes_anything(tmp_path: Path) -> None:
+    found = faults.search(tmp_path, "limits", STRIDE or 3)
+    assert found["problems"] == [] and found["errors"] >= 8
+
+
+def test_a_disk_that_becomes_full_loses_nothing(call: Call, trained: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def mount(*options: str) -> bool:
+        command = ["mount", "-t", "tmpfs", "-o", ",".join(options), "none", str(disk)]
+        try:
+            return subprocess.run(command, capture_output=True).returncode == 0
+        except OSError:
+            return False
+
+    if not mount("size=200k"):
+        pytest.skip("a small disk is mounted where this user may mount one")
+    try:
+        # Room for what a run says of itself, and not for all of its checkpoints.
+        outcome = call("train", *TINY, "--max_epoch", 2, "--save_every", 0, "--out", disk / "run")
+        assert outcome.code == 1 and "No space left on device" in outcome.error
+        checkpoints.restore(disk / "run" / "checkpoints", "last")
+        assert mount("remount", "size=10m")
+        assert call("train", "--resume", disk / "run").code == 0
+        name = f"checkpoints/{LAST}.safetensors"
+        ours, theirs = load_file(disk / "run" / name), load_file(trained / name)
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)  # what was read is mapped
+
+
+def zipped(value: object) -> bytes:
+    """As ``torch.save`` writes it."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
 
 
 # --- bytes ----------------------------------------------------------------------------------------
@@ -102,6 +149,38 @@ def test_weights_with_any_damage_are_refused_or_differ_in_one_tensor(
         assert place % 2 == 1, "cut"
         assert place // 2 < header or (len(same) == 1 and found.about == about)
     assert loaded
+
+
+class Hostile:
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (Path("called"),)
+
+
+def test_no_pickle_is_read_but_by_the_reader_that_calls_nothing() -> None:
+    """As checkpoints, weights and settings are read: ``test_a_malicious_pickle_...`` has data."""
+    unsafe = re.compile(
+        r"\b(import|from) (pickle|marshal|shelve|dill|joblib)|torch\.load|allow_pickle"
+    )
+    package = Path(faults.__file__).parents[1] / "src" / "sparsenet"
+    found = [path.name for path in package.rglob("*.py") if unsafe.search(path.read_text())]
+    assert found == ["unpickle.py"]
+
+
+@pytest.mark.parametrize("write", [pickle.dumps, zipped])
+def test_a_hostile_pickle_is_refused_and_not_called(
+    call: Call, copied: Path, write: Callable[[object], bytes]
+) -> None:
+    hostile = write(Hostile())
+    Path("weights.pt").write_bytes(hostile)
+    assert "expected a safetensors file" in call("eval", "weights.pt").error
+    for name in (f"checkpoints/{LAST}.safetensors", f"checkpoints/{LAST}.json"):
+        (copied / name).write_bytes(hostile)
+    assert "resumed at step 23" in call("train", "--resume", copied).out
+    (copied / "images.safetensors").write_bytes(hostile)
+    assert call("train", "--resume", copied).code == 2
+    (copied / "config.json").write_bytes(hostile)
+    assert "expected JSON" in call("train", "--resume", copied).error
+    assert not Path("called").exists()
 
 
 # --- memory ---------------------------------------------------------------------------------------
