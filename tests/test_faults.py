@@ -206,6 +206,9 @@ def test_a_shortage_of_memory_is_known_whoever_says_it() -> None:
     ):
         assert shortage(RuntimeError(message)) == message
     assert shortage(ImportError("x.so: failed to map segment from shared object"))
+    with pytest.raises(RuntimeError) as wrapped:
+        raise RuntimeError("failed to export") from MemoryError()
+    assert shortage(wrapped.value) == "out of memory"
     for error in (RuntimeError("shapes differ"), MissingExtra("no x"), ValueError("out of memory")):
         assert shortage(error) is None
 

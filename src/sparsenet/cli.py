@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from sparsenet.memory import shortage
 from sparsenet.validation import printable
 
 FAILED, BAD_CALL = 1, 2
@@ -53,10 +54,11 @@ def _complain(message: str) -> None:
 
 def _end_of_a_run(error: Exception) -> str | None:
     """What *error* says, if it is a known end of a run and not a fault of the program."""
-    from sparsenet.memory import shortage
+    if said := shortage(error):  # before anything that takes memory
+        return said
     from sparsenet.train import DivergedError
 
-    return str(error) if isinstance(error, DivergedError) else shortage(error)
+    return str(error) if isinstance(error, DivergedError) else None
 
 
 def main() -> NoReturn:

@@ -21,11 +21,11 @@ SHORTAGE = re.compile(
 
 
 def shortage(error: BaseException) -> str | None:
-    """What *error* says, where it says that there is no memory left; else ``None``."""
+    """What *error* or its cause says, if that is that there is no memory left; else ``None``."""
     known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     may_be = isinstance(error, RuntimeError | ImportError)
     if not known and not (may_be and SHORTAGE.search(str(error))):
-        return None
+        return shortage(error.__cause__) if error.__cause__ else None
     said = str(error).rpartition("DefaultCPUAllocator: ")[2]
     return said or "out of memory"
 
