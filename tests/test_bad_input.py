@@ -480,6 +480,7 @@ def test_an_empty_folder_of_the_user_stays_and_stays_empty(refused: Callable[...
 def test_what_a_killed_start_leaves_is_taken(call: Call) -> None:
     Run.create(Path("mine"))
     (Path("mine") / ".lock").touch()
+    (Path("mine") / ".config.json.0123abcd").write_text("{")
     assert call("train", *SHORT[:-2], "--out", "mine").code == 0
 
 
@@ -950,6 +951,22 @@ def test_the_run_folder_may_be_a_link_and_hold_links_of_the_user(
     assert call("report", "run").code == 0
 
 
+@pytest.mark.parametrize("kind", ["json", "safetensors"])
+def test_a_checkpoint_that_is_a_link_is_damaged_and_stays_what_it_leads_to(
+    call: Call, copied: Path, tmp_path: Path, kind: str
+) -> None:
+    name, elsewhere = f"checkpoints/{LAST}.{kind}", tmp_path / "elsewhere"
+    content = (copied / name).read_bytes()
+    elsewhere.write_bytes(content)
+    linked(copied, name, elsewhere)
+    outcome = call("eval", copied, "--checkpoint", "last")
+    assert outcome.code == 0 and f"{LAST}: damaged" in outcome.error
+    assert "found a link" in outcome.error
+    outcome = call("train", "--resume", copied)
+    assert outcome.code == 0 and "resumed at step 23" in outcome.out
+    assert elsewhere.read_bytes() == content and not (copied / name).is_symlink()
+
+
 def piped(*parts: object) -> Path:
     path = Path(*map(str, parts))
     path.unlink(missing_ok=True)
@@ -982,6 +999,15 @@ def test_resuming_waits_for_no_pipe(refused: Callable[..., str], copied: Path, n
     piped(copied, name)
     line = refused("train", "--resume", copied, "--max_epoch", 3)
     assert f"{copied / name}: " in line and "found a pipe" in line
+
+
+@pytest.mark.usefixtures("in_time")
+@pytest.mark.parametrize("kind", ["json", "safetensors"])
+def test_a_checkpoint_that_is_a_pipe_is_damaged(call: Call, copied: Path, kind: str) -> None:
+    piped(copied, "checkpoints", f"{LAST}.{kind}")
+    outcome = call("train", "--resume", copied)
+    assert outcome.code == 0 and "resumed at step 23" in outcome.out
+    assert f"warning: {LAST}: damaged" in outcome.out
 
 
 @pytest.mark.usefixtures("in_time")

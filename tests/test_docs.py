@@ -88,6 +88,16 @@ def test_files_that_pages_name_are_there(page):
         assert (page.parent / target).exists(), f"{page.name} names {target}"
 
 
+def test_every_promise_has_tests_that_are_there():
+    promises = (ROOT / "docs" / "reliability.md").read_text().split("\n## ")[1:]
+    sources = "\n".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    for promise in promises:
+        names = re.findall(r"^- `(test_\w+)`$", promise, re.M)
+        assert len(names) >= 3, promise
+        for name in names:
+            assert f"def {name}(" in sources, name
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_lines_fit_a_page(page):
     """Prose wraps, but a table's row or a command that is too wide cannot."""

@@ -1,5 +1,6 @@
 """``auto`` chooses by timings, which are measured once, kept, and never in anybody's way."""
 
+import itertools
 import json
 import math
 import os
@@ -68,7 +69,30 @@ def test_measuring_gives_seconds_and_disturbs_nothing(quick, around, dtype, busy
         assert all(0 < each < math.inf for each in seconds.values())
 
 
-@pytest.mark.parametrize("error", [ValueError, RuntimeError, MemoryError])
+@pytest.mark.parametrize("steps", [0.0, -1.0], ids=["stands still", "goes back"])
+def test_a_wrong_clock_ends_a_measurement_and_prefers_nothing(quick, steps, monkeypatch):
+    ticks = itertools.count(1.0, steps)
+    for clock in ("perf_counter", "thread_time"):
+        monkeypatch.setattr(f"time.{clock}", lambda: next(ticks))
+    slow_first = {"shared": dispatch._load("shared").aggregate, "reference": reference.aggregate}
+    torch.set_num_threads(2)  # so that it looks for busy cores
+    found = MEASURE(CPU, torch.float32, slow_first)
+    torch.set_num_threads(1)
+    for seconds in (found.training, found.inference):
+        assert measured.fastest(seconds) == "shared"
+        assert measured.describe_speedup("shared", seconds) == "1.0 times reference"
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory")])
+def test_a_measurement_without_memory_is_none(quick, error):
+    def starved(*_):
+        raise error
+
+    with pytest.raises(type(error)):
+        MEASURE(CPU, torch.float32, {"other": starved, "reference": reference.aggregate})
+
+
+@pytest.mark.parametrize("error", [ValueError, RuntimeError, TypeError])
 def test_what_cannot_be_measured_is_left_out(quick, error):
     def refuses(*_):
         raise error("not in this precision")

@@ -1,11 +1,13 @@
 """The run folder: written whole or not at all, refused when damaged."""
 
 import dataclasses
+import itertools
 import json
 import os
 import stat
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -187,6 +189,21 @@ def test_an_existing_run_is_not_overwritten_and_no_run_is_refused(tmp_path):
         Run.create(tmp_path / "file" / "run")
 
 
+def test_each_of_many_gets_a_folder_of_its_own(tmp_path):
+    runs = tmp_path / "runs"
+    with ThreadPoolExecutor(8) as executor:
+        made = list(executor.map(Run.create_one_of_its_own, [runs / "name"] * 8))
+    names = ["name", *(f"name-{number}" for number in range(1, 8))]
+    assert sorted(run.path.name for run in made) == names
+    for run in made:
+        with run.locked():  # ends before it is described
+            pass
+    assert not any(runs.iterdir())
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(RunError, match=r"--out: expected a folder that can be written, .*gone"):
+        Run.create_one_of_its_own(tmp_path / "gone" / "name")
+
+
 def test_names_that_are_not_utf_8_are_written_and_come_back(tmp_path):
     name = "caf\udce9"
     write_atomic(tmp_path / "text", f"{name}\n")
@@ -269,11 +286,15 @@ def test_an_old_checkpoint_that_cannot_be_deleted_stays(tmp_path, monkeypatch):
         save_step(3)
 
 
-def test_a_clock_that_stands_still_ends_no_run(tmp_path, monkeypatch):
-    monkeypatch.setattr("time.perf_counter", lambda: 1.0)
+@pytest.mark.parametrize("steps", [0.0, -1.0], ids=["stands still", "goes back"])
+def test_a_wrong_clock_ends_no_run(steps, tmp_path, monkeypatch):
+    ticks = itertools.count(1.0, steps)
+    for clock in ("perf_counter", "monotonic", "time"):
+        monkeypatch.setattr(f"time.{clock}", lambda: next(ticks))
     config = replace(preset("digits"), {"network": {"depth": 7, "growth_rate": 4}})
-    config = replace(config, {"train": {"max_epoch": 1, "batch_size": 512, "precision": "fp32"}})
+    config = replace(config, {"train": {"max_epoch": 1, "batch_size": 512, "time_limit": 60.0}})
     run = Run.create(tmp_path / "run")
-    for _ in train(config, run):
-        pass
-    assert run.metrics()[0].seconds == 0
+    *_, last = train(config, run)
+    assert isinstance(last, Concluded)
+    assert run.metrics()[0].seconds <= 0 < run.metrics()[0].images_per_second
+    assert newest(run.checkpoints, "last")[0].manifest.epoch == 1

@@ -127,10 +127,13 @@ def restore(folder: Path, kind: str, use: Callable[[Checkpoint], T]) -> tuple[T,
 
 
 def _read(path: Path) -> Checkpoint:
+    tensors_file = path.with_suffix(".safetensors")
+    if path.is_symlink() or tensors_file.is_symlink():
+        raise ValueError("expected files that the run wrote itself, found a link")
     manifest = files.read_json(path, Manifest)
     if path.stem != f"{manifest.kind}-{manifest.step:08d}":
         raise ValueError("its manifest is that of another")
-    data = files.read_bytes(path.with_suffix(".safetensors"), LIMIT)
+    data = files.read_bytes(tensors_file, LIMIT)
     if hashlib.sha256(data).hexdigest() != manifest.sha256:
         raise ValueError("its hash is not the one in its manifest")
     tensors, description = weights.parse(data)

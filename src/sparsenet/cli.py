@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from sparsenet.memory import shortage
 from sparsenet.validation import one_line
 
 FAILED, BAD_CALL = 1, 2
@@ -39,11 +40,13 @@ def run(arguments: Sequence[str]) -> int:
         raise
     except (ValueError, MissingExtra) as error:
         code, message = BAD_CALL, str(error)
-    except (OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not _ends_a_run(error):
+    except OSError as error:
+        code, message = FAILED, files.failure(error)
+    except (MemoryError, RuntimeError, ImportError) as error:
+        if not (known := _end_of_a_run(error)):
             raise
-        code, message = FAILED, files.failure(error) if isinstance(error, OSError) else str(error)
-    _complain(message or "out of memory")  # only a MemoryError has no message
+        code, message = FAILED, known
+    _complain(message)
     return code
 
 
@@ -51,13 +54,13 @@ def _complain(message: str) -> None:
     print(f"sparsenet: {one_line(' '.join(message.split()))}", file=sys.stderr)
 
 
-def _ends_a_run(error: RuntimeError) -> bool:
-    """Returns whether *error* is a known end of a run, and not a fault of the program."""
-    import torch
-
+def _end_of_a_run(error: Exception) -> str | None:
+    """What *error* says, if it is a known end of a run and not a fault of the program."""
+    if said := shortage(error):  # before anything that takes memory
+        return said
     from sparsenet.train import DivergedError
 
-    return isinstance(error, DivergedError | torch.OutOfMemoryError)
+    return str(error) if isinstance(error, DivergedError) else None
 
 
 def main() -> NoReturn:

@@ -14,6 +14,8 @@ from torch import nn
 
 Model = TypeVar("Model", bound=nn.Module)
 
+LEAST_SECONDS = 1e-9  # to divide by and compare with, where a clock stands still
+
 
 @dataclass(frozen=True)
 class DeviceTraits:

@@ -1,17 +1,51 @@
-"""How much memory this process and a device use."""
+"""How much memory this process and a device use. PyTorch is loaded when a device is asked."""
 
 from __future__ import annotations
 
+import os
+import re
 import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
+
+# Libraries have no exception of their own for it, and often only a message.
+SHORTAGE = re.compile(
+    r"(out of|allocate) memory|a memory object|a primitive$|start new thread|bad_alloc"
+    r"|failed to map segment"
+)
+
+
+def shortage(error: BaseException) -> str | None:
+    """What *error* or its cause says, if that is that there is no memory left; else ``None``."""
+    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    may_be = isinstance(error, RuntimeError | ImportError)
+    if not known and not (may_be and SHORTAGE.search(str(error))):
+        return shortage(error.__cause__) if error.__cause__ else None
+    said = str(error).rpartition("DefaultCPUAllocator: ")[2]
+    return said or "out of memory"
+
+
+def total_memory() -> int:
+    """Bytes that this process can have at most: the machine's, or those that it was limited to."""
+    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    if (limit := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:
+        found.append(limit)
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # ValueError: "max", which is no limit
+            found.append(int(Path(file).read_text()))
+    return min(found)
 
 
 def free_memory(device: torch.device) -> int | None:
     """Free bytes on an accelerator, ``None`` where it cannot say."""
-    module = torch.get_device_module(device)
+    from torch import get_device_module
+
+    module = get_device_module(device)
     return int(module.mem_get_info(device)[0]) if hasattr(module, "mem_get_info") else None
 
 
@@ -31,7 +65,9 @@ def memory_mb(device: torch.device) -> float | None:
 def _memory_mb(device: torch.device, process_field: str, device_function: str) -> float | None:
     if device.type == "cpu":
         return round(_resident_bytes(process_field) / 1e6, 1)
-    allocated = getattr(torch.get_device_module(device), device_function, None)
+    from torch import get_device_module
+
+    allocated = getattr(get_device_module(device), device_function, None)
     return round(allocated(device) / 1e6, 1) if allocated else None
 
 

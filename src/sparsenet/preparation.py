@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +24,7 @@ from sparsenet.data.sampling import batch_ends
 from sparsenet.device import choose_device
 from sparsenet.events import Reading
 from sparsenet.graph import Node, graph, totals
-from sparsenet.memory import free_memory
+from sparsenet.memory import free_memory, total_memory
 from sparsenet.ops import dispatch
 from sparsenet.weights import Description
 
@@ -86,7 +87,10 @@ def preparing(
     arithmetic = choose_arithmetic(config.train, device, previous)
     data = _on_device(data, device)
     asked = dataclasses.replace(asked, network=config.network)
-    return Setup(asked, config, data, preprocessing, device, arithmetic)
+    setup = Setup(asked, config, data, preprocessing, device, arithmetic)
+    if device.type == "cpu":  # others say themselves what they cannot
+        _check_memory(setup)
+    return setup
 
 
 def _with_batch_size(settings: TrainConfig, images: int) -> TrainConfig:
@@ -120,6 +124,24 @@ def _check_sizes(config: RunConfig, size: int, images: int) -> None:
         raise ValueError(
             "--batch_size: expected at least 2 images a step, since the last stage of this network "
             "reduces an image to 1x1 pixels, which have no variance of their own, found 1"
+        )
+
+
+def _check_memory(setup: Setup) -> None:
+    """Raises ``ValueError`` where not even what every implementation keeps fits into memory.
+
+    A system that gives memory before it has it ends a process that uses it without a word.
+    """
+    parameters, _ = totals(setup.nodes)
+    network = 3 * 4 * parameters  # weights, gradients and momenta
+    features = sum(math.prod(node.shape) for node in setup.nodes)
+    batch_size, bf16 = setup.config.train.batch_size, setup.arithmetic.precision == "bf16"
+    least, most = network + batch_size * features * (2 if bf16 else 4), total_memory()
+    if least > most:
+        raise ValueError(
+            f"--batch_size: expected a step within the {most / 1e9:.1f} GB of memory, found one of "
+            f"{least / 1e9:.1f} GB at least: {network / 1e9:.1f} GB for {parameters:,} parameters, "
+            f"the rest for the features of {batch_size} images"
         )
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 
 import msgspec
@@ -25,6 +27,7 @@ from sparsenet.results import EpochMetrics
 
 MOST_IMAGES = 2**30  # bytes of images.safetensors, 16 for each image
 STARTED = {"checkpoints", "train.log", ".lock"}  # what a folder holds before it is described
+HALF = re.compile(r"\.config\.json\.[0-9a-f]{8}")  # what a kill leaves of files.write_atomic
 
 
 class Run:
@@ -75,13 +78,26 @@ class Run:
         run = cls(path)
         run.is_new, run.was_there = True, path.is_dir()
         run._refuse_content()
-        try:
+        with _writing(path):
             run.checkpoints.mkdir(parents=True, exist_ok=True)
             run.file("train.log").touch()
-        except OSError as error:
-            raise RunError(
-                f"--out: expected a folder that can be written, {path}: {error.strerror}"
-            ) from None
+        return run
+
+    @classmethod
+    def create_one_of_its_own(cls, path: Path) -> Run:
+        """As ``create``, but with a number after the name of *path* where somebody has that name.
+
+        Of several processes each gets another folder.
+        """
+        with _writing(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        for number in count():
+            own = path.with_name(f"{path.name}-{number}") if number else path
+            with _writing(own), suppress(FileExistsError):
+                own.mkdir()
+                break
+        run = cls.create(own)
+        run.was_there = False
         return run
 
     @classmethod
@@ -113,7 +129,7 @@ class Run:
     def _is_unused(self) -> bool:
         """Whether there is nothing in the folder but what ``create`` and ``locked`` make."""
         log = self.path / "train.log"
-        if {path.name for path in self.path.iterdir()} - STARTED:
+        if {path.name for path in self.path.iterdir() if not HALF.fullmatch(path.name)} - STARTED:
             return False
         if self.checkpoints.exists() and any(self.checkpoints.iterdir()):
             return False
@@ -124,8 +140,9 @@ class Run:
             if not self._is_unused():
                 return
             self.checkpoints.rmdir()
-            for name in STARTED - {self.checkpoints.name}:
-                (self.path / name).unlink()
+            for path in list(self.path.iterdir()):
+                if path.name in STARTED or HALF.fullmatch(path.name):
+                    path.unlink()
             if not self.was_there:
                 self.path.rmdir()
 
@@ -230,3 +247,13 @@ class Run:
         writer.writerow(field.name for field in dataclasses.fields(EpochMetrics))
         writer.writerows(map(dataclasses.astuple, rows))
         files.write_atomic(self.path / "metrics.csv", table.getvalue())
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"--out: expected a folder that can be written, {path}: {error.strerror}"
+        ) from None

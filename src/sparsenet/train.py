@@ -17,7 +17,7 @@ from sparsenet.config import RunConfig
 from sparsenet.data.dataset import Images
 from sparsenet.data.identity import to_tensors
 from sparsenet.data.sampling import Batches, batch_ends, plan_epoch, resized, stream, training_size
-from sparsenet.device import traits
+from sparsenet.device import LEAST_SECONDS, traits
 from sparsenet.environment import environment
 from sparsenet.evaluate import (
     Evaluation,
@@ -40,7 +40,6 @@ from sparsenet.step import TrainingStep
 TIME_LIMIT = "the time limit"
 FEWEST_BATCHES = 8  # that statistics are computed from, where there are as many
 FEW_STEPS = 100  # after which running statistics and averages are those of the weights
-LEAST_SECONDS = 1e-9  # to divide by, where a clock stands still
 LOOK_EVERY = 1.0  # seconds between looks at the loss where a look makes the device wait
 
 StepFunction = Callable[..., tuple[Tensor, ...]]  # a TrainingStep, captured or not

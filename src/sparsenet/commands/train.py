@@ -17,6 +17,7 @@ from sparsenet.data.config import POINTERS
 from sparsenet.display import display, say
 from sparsenet.files import failure
 from sparsenet.flags import from_flags
+from sparsenet.memory import shortage
 from sparsenet.run import Run
 from sparsenet.train import train
 
@@ -33,6 +34,12 @@ def run(args: argparse.Namespace) -> int:
     except OSError as error:  # such as a full disk; those of the data are a ``DataError``
         advice = f"; {_go_on(run)}" if run.is_described else ""
         raise OSError(f"{run.path}: the run broke off: {failure(error)}{advice}") from error
+    except (MemoryError, RuntimeError, ImportError) as error:
+        if not (said := shortage(error)):
+            raise
+        less = "a new run with a smaller --batch_size needs less"
+        advice = f"; {_go_on(run)} --memory lean; or {less}" if run.is_described else f"; {less}"
+        raise MemoryError(f"{run.path}: the run broke off: {said}{advice}") from error
     code = 0
     # A signal that came while the result was written has stopped nothing.
     if stopped and stopped in signal.Signals.__members__:
@@ -97,7 +104,9 @@ def _new_run(args: argparse.Namespace) -> tuple[Run, RunConfig]:
         labelled = getattr(args, "labels", "")
         base = presets.preset("short" if labelled else presets.preset_for(*data))
     config = _with_settings(args, base)
-    return Run.create(Path(args.out) if args.out else _default_folder(config)), config
+    if args.out:
+        return Run.create(Path(args.out)), config
+    return Run.create_one_of_its_own(Path("runs") / _name(config)), config
 
 
 def _resumed_run(args: argparse.Namespace) -> tuple[Run, RunConfig]:
@@ -125,13 +134,11 @@ def _with_settings(args: argparse.Namespace, base: RunConfig) -> RunConfig:
     return from_flags(vars(args), base)
 
 
-def _default_folder(config: RunConfig) -> Path:
-    """A new folder in runs/ with a name that says what is trained."""
+def _name(config: RunConfig) -> str:
+    """What is trained and when."""
     net, data = config.network, config.data
     name = data.dataset if data.dataset != "auto" else Path(data.dataset_dir).name or "digits"
     fetch = net.fetch.replace(":", "") if isinstance(net.fetch, str) else "custom"
     growth = "_".join(map(str, dict.fromkeys(net.growth_rates)))
     bottleneck = "bc-" if net.bottleneck else ""
-    stem = f"{name}-{fetch}-{bottleneck}{net.depth}-{growth}-{datetime.now():%Y%m%d-%H%M%S}"
-    taken = len(list(Path("runs").glob(f"{stem}*")))
-    return Path("runs") / (f"{stem}-{taken}" if taken else stem)
+    return f"{name}-{fetch}-{bottleneck}{net.depth}-{growth}-{datetime.now():%Y%m%d-%H%M%S}"

@@ -7,6 +7,8 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
+from sparsenet.memory import shortage
+
 # What decoders of images, pickles, archives and tables raise on damaged bytes, seen while fuzzing.
 DAMAGE: tuple[type[Exception], ...] = (
     ArithmeticError,
@@ -68,10 +70,16 @@ def reason(error: BaseException) -> str:
 def decoding(
     where: str, expected: str, *damage: type[Exception], error: type[DataError] = DataError
 ) -> Iterator[None]:
-    """Turns what a decoder raises, ``DAMAGE`` and *damage*, into an *error* naming *where*."""
+    """Turns what a decoder raises, ``DAMAGE`` and *damage*, into an *error* naming *where*.
+
+    Where there was too little memory, it is a plain ``DataError``.
+    """
     try:
         yield
     except DataError:
         raise
     except (*DAMAGE, *damage) as cause:
+        if shortage(cause):  # not for those who leave out what is damaged
+            found = f"it damaged, or there is too little memory: {reason(cause)}"
+            raise DataError(f"{where}: expected {expected}, found {found}") from cause
         raise error(f"{where}: expected {expected}, found it damaged: {reason(cause)}") from cause

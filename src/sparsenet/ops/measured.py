@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 
 from sparsenet.architecture import Architecture, Stage
-from sparsenet.device import device_name
+from sparsenet.device import LEAST_SECONDS, device_name
 from sparsenet.files import cache_folder, read_json, write_json
+from sparsenet.memory import shortage
 from sparsenet.ops.plan import Plan, Reader, Readers, Statistics
 
 Clock = Callable[[], float]
@@ -169,8 +170,10 @@ def _cores_are_busy() -> bool:
     numbers = torch.ones(1 << 18, dtype=torch.float32, device="cpu")
     numbers.mul_(1.0)
     start, thread_start = time.perf_counter(), time.thread_time()
-    while time.perf_counter() - start < 0.05:
+    for _ in range(5000):  # not without end where the clock stands still
         numbers.mul_(1.0)
+        if time.perf_counter() - start >= 0.05:
+            break
     return time.thread_time() - thread_start < BUSY * (time.perf_counter() - start)
 
 
@@ -188,8 +191,11 @@ def _time_rounds(
     start = time.perf_counter()
     warm_up: dict[str, dict[str, list[float]]] = {}  # implementation -> mode -> seconds
     for name, aggregate in implementations.items():
-        with contextlib.suppress(RuntimeError, ValueError, TypeError, MemoryError):
+        try:
             warm_up[name] = {mode: time_all(mode, aggregate) for mode in MODES}
+        except (RuntimeError, ValueError, TypeError) as error:
+            if shortage(error):  # which passes, while timings are kept
+                raise
     rounds = []
     for number in range(ROUNDS[1]):
         limit = LIMIT if number < ROUNDS[0] else SECONDS
@@ -251,7 +257,7 @@ class _Workload:
             if training:
                 result, *_ = torch.autograd.grad(result, self.inputs, result.detach().clone())
         result.flatten()[0].item()  # there is a value only when the device is done
-        return self.clock() - start
+        return max(self.clock() - start, LEAST_SECONDS)
 
 
 def _write(conditions: dict[str, Any], timings: Timings) -> None:
