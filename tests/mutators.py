@@ -117,7 +117,7 @@ def _change(owner: Any, key: Any, places: list[tuple[Any, Any]], rng: random.Ran
     elif kind == 3:
         owner[key] = rng.choice(TEXTS)
     elif kind == 4:
-        owner[key] = rng.choice(OTHERS)
+        owner[key] = copy.deepcopy(rng.choice(OTHERS))
     elif kind == 5:
         del owner[key]
     elif kind == 6 and isinstance(owner, dict):

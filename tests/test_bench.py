@@ -1,5 +1,6 @@
 """The benchmark can be believed: what is wrong is not timed, figures are what they say."""
 
+import dataclasses
 import json
 import math
 import multiprocessing
@@ -30,6 +31,7 @@ from sparsenet import zoo
 from sparsenet.architecture import Architecture
 from sparsenet.data.config import DataConfig
 from sparsenet.data.load import load_dataset
+from sparsenet.environment import environment
 from sparsenet.ops import dispatch
 from sparsenet.ops.implementations import IMPLEMENTATIONS
 from sparsenet.ops.plan import EPS, Plan
@@ -468,7 +470,9 @@ def record():
         image_size=0,
         precision=("fp32", "bf16"),
         steps=5,
-        environment={"device_name": "a machine", "threads": 2, "torch": "2", "commit": None},
+        environment=dataclasses.replace(
+            environment(torch.device("cpu")), device_name="a machine", threads=2, torch="2"
+        ),
         absent={},
         rows=[
             _row("reference-fp32", 8.0, 3000.0),

@@ -27,29 +27,6 @@ from mutators import (
 from readers import READERS, Base, Case, Wrong, make_case
 from safetensors.torch import save
 
-# Readers with failures that are known and not yet mended.
-OPEN = {
-    "used_run": "as the checkpoints and images",
-    "configuration": "messages without the file or with all of a long value; astronomic numbers",
-    "records": "messages without the file; numbers that are not finite in metrics.csv",
-    "images": "tensors of other names, shapes and types",
-    "best_checkpoint": "torch's messages; a description that does not fit together",
-    "last_checkpoint": "tensors and a description of other names, shapes and types",
-    "resumed_run": "as the checkpoints",
-    "configured_run": "as the configuration; widths that no tensor has",
-    "arguments": "widths that no tensor has",
-    "weights_file": "variances of a type without an order",
-    "cached_weights": "as weights files",
-    "shipped_weights": "a long text instead of a hash",
-    "labels_csv": "long cells in messages",
-    "parquet": "long names of classes in messages",
-    "cifar": "memory and time for a few bytes; long messages",
-    "pickles": "memory and time for a few bytes; long messages",
-    "timing_cache": "times of other implementations",
-    "downloads": "a redirection with an astronomic length",
-    "predicted_files": "Pillow's log on stderr",
-    "state_dict": "values that are no tensors",
-}
 SLOW = {"resumed_run": 4, "configured_run": 6, "used_run": 6, "arguments": 8, "predicted_files": 10}
 CASES = 40  # of each other reader
 FOUND = {  # seeds of other cases, each of which failed once in a way of its own
@@ -122,10 +99,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
 
 @pytest.mark.parametrize("name", READERS)
 def test_any_input_is_read_right_or_refused_in_one_line(
-    name: str, base: Base, tmp_path: Path, request: pytest.FixtureRequest
+    name: str, base: Base, tmp_path: Path
 ) -> None:
-    if name in OPEN:
-        request.applymarker(pytest.mark.xfail(reason=OPEN[name], strict=False))
     (tmp_path / "trial").mkdir()
     make_case(name, 0, base, tmp_path / "trial")  # the base is made here, once
     seeds = sorted({*range(SLOW.get(name, CASES)), *FOUND.get(name, ())})

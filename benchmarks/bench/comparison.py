@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -21,6 +19,7 @@ from sparsenet.architecture import Architecture
 from sparsenet.device import choose_device
 from sparsenet.environment import environment
 from sparsenet.files import read_json
+from sparsenet.records import Costs
 from sparsenet.run import Run
 
 MEASURES = ("step", "infer", "memory", "parts", "first", "epoch")
@@ -45,7 +44,7 @@ class BenchConfig:
         """Returns the network of a name or of a run folder, and the pixels of its images."""
         if Path(model).is_dir():
             network = Run.open(Path(model)).config().network
-            size = read_json(Path(model) / "graph.json", dict[str, Any]).get("image_size") or 32
+            size = read_json(Path(model) / "graph.json", Costs).image_size or 32
         else:
             network, size = zoo.architecture(model), zoo.image_size(model)
         network.sizes(self.image_size or size)  # an error where it is too small
@@ -73,7 +72,7 @@ def bench(config: BenchConfig) -> Record:
         image_size=config.image_size,
         precision=tuple(dict.fromkeys(variant.precision for variant in variants)),
         steps=config.steps,
-        environment=dataclasses.asdict(environment(device)),
+        environment=environment(device),
         absent=absent,
         rows=rows,
         depth=_sweep(config, variants, device) if config.depths else None,

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from typing import Any
 
 import msgspec
+
+from sparsenet.environment import Environment
 
 
 class Spread(msgspec.Struct, frozen=True):
@@ -97,7 +98,7 @@ class Record(msgspec.Struct, omit_defaults=True):
     image_size: int  # 0: what each network is made for
     precision: tuple[str, ...]
     steps: int
-    environment: dict[str, Any]
+    environment: Environment
     absent: dict[str, str]  # variants that could not run, and why
     rows: list[Row]
     depth: Sweep | None = None

@@ -39,9 +39,9 @@ def _figures(row: Row) -> tuple[Figure, ...]:
 def report(record: Record) -> list[str]:
     """Returns all that was measured as lines of Markdown."""
     env = record.environment
-    commit = f", commit {env['commit'][:10]}" if env["commit"] else ""
+    commit = f", commit {env.commit[:10]}" if env.commit else ""
     lines = [
-        f"{env['device_name']}, {env['threads']} threads, torch {env['torch']}{commit}; "
+        f"{env.device_name}, {env.threads} threads, torch {env.torch}{commit}; "
         f"medians of {record.steps} (min–max); "
         "ratios to the first row and to the reference in the same precision."
     ]
@@ -132,8 +132,11 @@ def _memory_parts(rows: Sequence[Row]) -> Iterator[str]:
         "What the peak of memory consists of, MB (what comes before the gradients is in the base):"
     )
     yield ""
-    parts = next(iter(columns.values()))
-    cells = [[part, *(f"{each[part]:,.1f}" for each in columns.values())] for part in parts]
+    parts = dict.fromkeys(part for each in columns.values() for part in each)
+    cells = [
+        [part, *(f"{each[part]:,.1f}" if part in each else "" for each in columns.values())]
+        for part in parts
+    ]
     yield from table(["", *columns], cells)
 
 

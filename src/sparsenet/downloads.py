@@ -52,7 +52,7 @@ def download(
     part = target.with_name(f"{target.name}.part")
     try:
         _fetch(url, part, limit, timeout)
-    except (OSError, HTTPException, ValueError) as error:  # ValueError: no address
+    except (OSError, HTTPException, ValueError, OverflowError) as error:  # no address, or length
         raise DownloadError(str(error) or type(error).__name__) from error
     if checksum:
         algorithm, _, expected = checksum.partition("=")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import resource
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -32,6 +31,8 @@ def shortage(error: BaseException) -> str | None:
 
 def total_memory() -> int:
     """Bytes that this process can have at most: the machine's, or those that it was limited to."""
+    import resource  # which Windows does not have
+
     found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     if (limit := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:
         found.append(limit)
@@ -77,5 +78,7 @@ def _resident_bytes(field: str) -> int:
     if status.exists():
         lines = status.read_text().splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024)

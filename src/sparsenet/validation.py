@@ -101,9 +101,15 @@ def printable(text: str, kept: str = "") -> str:
     )
 
 
+def cut(text: str) -> str:
+    """*text*, but of one of more than ``LONGEST`` characters the beginning and the end."""
+    half = LONGEST // 2
+    return text if len(text) <= LONGEST else f"{text[:half]} … {text[-half:]}"
+
+
 def one_line(text: str) -> str:
-    """What is printed of a message: ``printable``, and of a very long one the beginning."""
-    return printable(text if len(text) <= LONGEST else f"{text[:LONGEST]}…")
+    """What is printed of a message: ``printable``, and what ``cut`` leaves of a long one."""
+    return printable(cut(text))
 
 
 def nearest(name: str, known: Iterable[str], likeness: float = 0.5) -> str:

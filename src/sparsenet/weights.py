@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import torch
@@ -32,6 +32,7 @@ from sparsenet.validation import LONGEST_NAME, Count, Name, Percent, Value, near
 
 SHIPPED = Path(__file__).with_name("pretrained")  # NAME.safetensors; index.json: NAME to SHA-256
 SCHEME = "https://"
+Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]  # SHA-256
 DTYPES = {  # of tensors that can be compared and computed with
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
     *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
@@ -133,7 +134,7 @@ def load_shipped(name: str) -> Weights:
 
 def shipped() -> dict[str, str]:
     """Names of the weights that come with the package, each with the SHA-256 of its file."""
-    return read_json(SHIPPED / "index.json", dict[str, str])
+    return read_json(SHIPPED / "index.json", dict[Name, Digest])
 
 
 def rounded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

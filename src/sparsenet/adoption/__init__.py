@@ -119,7 +119,7 @@ def _response(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     try:
         outputs = model(images)
         (gradients,) = torch.autograd.grad(outputs.square().sum(), images)
-    except (RuntimeError, AttributeError) as error:
+    except (RuntimeError, AttributeError, TypeError) as error:
         shape, reason = list(images.shape), " ".join(str(error).split())
         raise refusal(
             f"{type(model).__name__} to take images of {shape} to one differentiable tensor",

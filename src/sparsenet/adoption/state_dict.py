@@ -17,6 +17,7 @@ from torch import Tensor
 from sparsenet.architecture import Architecture
 from sparsenet.model import SparseNet
 from sparsenet.ops.plan import EPS
+from sparsenet.validation import shown
 
 BATCHES = "num_batches_tracked"  # of a batch norm; its momentum does not depend on it
 
@@ -74,9 +75,10 @@ def load_renamed(
         if source not in tensors:
             raise ValueError(f"{prefix}: expected {source!r}, found no such tensor")
         tensor = tensors[source]
-        if not isinstance(tensor, Tensor):
-            found = type(tensor).__name__
-            raise ValueError(f"{prefix}: expected {source!r} to be a tensor, found {found}")
+        if not _has_numbers(tensor):
+            found = getattr(tensor, "dtype", type(tensor).__name__)
+            expected = f"{source!r} to be an ordinary tensor of floats"
+            raise ValueError(f"{prefix}: expected {expected}, found another, of {found}")
         if tensor.shape != shape:
             expected = f"{source!r} of shape {list(shape)}{hint}"
             raise ValueError(f"{prefix}: expected {expected}, found {list(tensor.shape)}")
@@ -94,6 +96,11 @@ def load_renamed(
             _share_statistics(state, next(units).norm, features, widths)
     model.load_state_dict(state)
     return names
+
+
+def _has_numbers(value: object) -> bool:
+    is_plain = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+    return isinstance(value, Tensor) and is_plain and value.is_floating_point()
 
 
 def _renamed(
@@ -141,6 +148,9 @@ def load_torchvision(model: SparseNet, state_dict: Mapping[str, Tensor]) -> None
             f"found fetch {network.fetch!r}, aggregation {network.aggregation!r}, "
             f"stem {network.stem!r}"
         )
+    if others := [name for name in state_dict if not isinstance(name, str)]:
+        expected = "the names of tensors"
+        raise ValueError(f"torchvision weights: expected {expected}, found {shown(others[0])}")
     # Old files say norm.1 and conv.2 where newer ones say norm1 and conv2.
     tensors = {
         re.sub(r"(norm|conv)\.(\d)\.", r"\1\2.", name): tensor

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from sparsenet.memory import shortage
+from sparsenet.validation import cut
 
 # What decoders of images, pickles, archives and tables raise on damaged bytes, seen while fuzzing.
 DAMAGE: tuple[type[Exception], ...] = (
@@ -26,17 +27,13 @@ DAMAGE: tuple[type[Exception], ...] = (
     zlib.error,
 )
 
-LONGEST = 10_000  # characters of a line; paths may have 4,096
-
 
 class DataError(ValueError):
     """Data that cannot be used: one line with what was expected, what was found, what to do."""
 
     def __init__(self, message: str) -> None:
         # Names in the data may have line breaks, and any length.
-        line = " ".join(message.splitlines())
-        half = LONGEST // 2
-        super().__init__(line if len(line) <= LONGEST else f"{line[:half]} … {line[-half:]}")
+        super().__init__(cut(" ".join(message.splitlines())))
 
 
 class BadImage(DataError):
@@ -62,8 +59,8 @@ def unreadable(skipped: Sequence[str]) -> tuple[str, ...]:
 
 
 def reason(error: BaseException) -> str:
-    """The message of *error*, or its type where it has none."""
-    return str(error) or type(error).__name__
+    """The message of *error*, of one of the system without the path; or its type without any."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 @contextmanager

@@ -109,7 +109,7 @@ class _Reader(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> type:
         if stand_in := _STAND_INS.get(f"{module}.{name}"):
             return stand_in
-        call = f"a call of {module}.{name}"
+        call = f"a call of {module[:100]}.{name[:100]}"
         raise DataError(f"{self.name}: expected arrays and numbers only, found {call}: refused")
 
     def load_call(self) -> None:

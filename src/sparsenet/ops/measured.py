@@ -275,7 +275,13 @@ def _read(conditions: dict[str, Any]) -> Timings | None:
         return None
     timings = cached.timings
     seconds = (*timings.training.values(), *timings.inference.values())
-    usable = cached.conditions == conditions and all(each > 0 for each in seconds)
+    named = set(timings.training)
+    usable = (
+        cached.conditions == conditions
+        and named == set(timings.inference)
+        and set() < named <= set(conditions["implementations"])
+        and all(0 < each < math.inf for each in seconds)
+    )
     return timings if usable else None
 
 
