@@ -21,12 +21,17 @@ import pytest
 import torch
 
 from sparsenet import capture, checkpoints, device
+from sparsenet.data.preprocessing import Preprocessing
 from sparsenet.files import cache_folder
 from sparsenet.ops import dispatch, measured
+from sparsenet.weights import Description
 
 TINY = ("--depth", "7", "--growth-rate", "4")  # the smallest network: one layer a stage
 CLASSES = ("ant", "bee")
 IMAGES = 20  # of each CIFAR batch file
+STATISTICS = Preprocessing(size=8, channels=1, mean=(0.5,), std=(0.25,))
+# What a checkpoint says of a network that there is none of.
+ABOUT = Description("0.1", {"in_chans": 1, "num_classes": 1}, STATISTICS, ("a",), "made up", {})
 
 hypothesis.settings.register_profile(
     "plain", deadline=None

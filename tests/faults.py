@@ -147,7 +147,7 @@ class Laboratory:
         from sparsenet.checkpoints import RunError, restore
 
         try:
-            restore(run / "checkpoints", "last")
+            restore(run / "checkpoints", "last", lambda checkpoint: checkpoint)
         except RunError as error:
             return f"lost: {error}"
         return None
@@ -158,7 +158,10 @@ class Laboratory:
         from sparsenet.checkpoints import restore
 
         for kind in ("last", "best"):
-            first, second = (restore(each / "checkpoints", kind)[0] for each in (run, self.whole))
+            first, second = (
+                restore(each / "checkpoints", kind, lambda checkpoint: checkpoint)[0]
+                for each in (run, self.whole)
+            )
             files = [each.path.with_suffix(".safetensors") for each in (first, second)]
             ours, theirs = map(load_file, files)
             if first.manifest.step != second.manifest.step or ours.keys() != theirs.keys():

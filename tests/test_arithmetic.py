@@ -9,6 +9,7 @@ from test_train import assert_same, finished, outcome, tiny
 
 from sparsenet import arithmetic
 from sparsenet.arithmetic import Arithmetic, choose_arithmetic, explain
+from sparsenet.checkpoints import RunError
 from sparsenet.config import TrainConfig
 from sparsenet.events import Message
 from sparsenet.ops import dispatch
@@ -56,11 +57,18 @@ def test_a_resumed_run_computes_as_it_began(found, tmp_path):
         assert_same(outcome(run), outcome(other))
 
 
-@pytest.mark.parametrize("lost", ["names", "file", "damaged"])
+def test_a_run_with_a_damaged_record_is_refused(tmp_path):
+    run = stopped(tmp_path / "run", tiny())
+    (run.path / "environment.json").write_text("[")
+    with pytest.raises(RunError, match=r"environment\.json: .* found.*without that file"):
+        lines(train(tiny(), run, resume=True))
+
+
+@pytest.mark.parametrize("lost", ["names", "file"])
 def test_a_run_without_the_record_goes_on_with_what_is_best(lost, found, tmp_path):
     run = stopped(tmp_path / "run", tiny())
     file = run.path / "environment.json"
-    file.write_text("{}" if lost == "names" else "[")
+    file.write_text("{}")
     if lost == "file":
         file.unlink()
     found(FAST, bf16=SLOW)

@@ -15,7 +15,7 @@ from pathlib import Path
 import faults
 import pytest
 import torch
-from conftest import TINY, Call
+from conftest import ABOUT, TINY, Call, newest
 from safetensors.torch import load_file
 
 from sparsenet import checkpoints, weights
@@ -23,6 +23,8 @@ from sparsenet.checkpoints import Manifest
 from sparsenet.data.errors import BadImage, DataError, decoding
 from sparsenet.extras import MissingExtra
 from sparsenet.memory import shortage, total_memory
+from sparsenet.results import EpochMetrics
+from sparsenet.run import Run
 from sparsenet.step import TrainingStep
 
 LAST = "last-00000046"  # of the ``trained`` run
@@ -49,6 +51,42 @@ def test_no_fault_at_a_system_call_loses_or_changes_anything(tmp_path: Path) -> 
     assert min(found["kills"], found["errors"]) >= sum(found["calls"].values()) // (STRIDE or 25)
 
 
+@pytest.mark.skipif(not shutil.which("strace"), reason="strace makes the kernel's calls fail")
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "fsync:error=EIO:when=4",  # while the run is described
+        "rename,renameat,renameat2:signal=KILL:when=9",  # while its first epoch is saved
+        "fsync:error=ENOSPC:when=26+",  # from the second epoch on
+    ],
+)
+def test_what_the_kernel_refuses_or_ends_loses_nothing(
+    call: Call, trained: Path, tmp_path: Path, fault: str
+) -> None:
+    """The same as above from outside, for a few calls of a process as users start it."""
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "sparsenet.cli", "train", *TINY, "--max_epoch", "2"]
+    tracing = ["strace", "--seccomp-bpf", "-f", "-qq", "-o", os.devnull]
+    name = fault.partition(":")[0]
+    done = subprocess.run(
+        [*tracing, "-e", f"trace={name}", "-e", f"inject={fault}", *command, "--out", folder],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode, done.stdout
+    assert "Traceback" not in done.stderr and done.stderr.count("\n") <= 1
+    if Run(folder).is_described:
+        assert call("train", "--resume", folder).code == 0
+    else:
+        assert call("train", *TINY, "--max_epoch", 2, "--out", folder).code == 0
+    ours, theirs = (
+        load_file(path / "checkpoints" / f"{LAST}.safetensors") for path in (folder, trained)
+    )
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 @needs_a_laboratory
 def test_no_limit_of_files_or_memory_loses_or_changes_anything(tmp_path: Path) -> None:
     found = faults.search(tmp_path, "limits", STRIDE or 3)
@@ -72,7 +110,7 @@ def test_a_disk_that_becomes_full_loses_nothing(call: Call, trained: Path, tmp_p
         # Room for what a run says of itself, and not for all of its checkpoints.
         outcome = call("train", *TINY, "--max_epoch", 2, "--save_every", 0, "--out", disk / "run")
         assert outcome.code == 1 and "No space left on device" in outcome.error
-        checkpoints.restore(disk / "run" / "checkpoints", "last")
+        newest(disk / "run" / "checkpoints", "last")
         assert mount("remount", "size=10m")
         assert call("train", "--resume", disk / "run").code == 0
         name = f"checkpoints/{LAST}.safetensors"
@@ -104,17 +142,16 @@ def test_of_a_checkpoint_with_any_damage_the_one_before_is_taken(tmp_path: Path)
     saved = {}
     for step in (2, 3):
         tensors = {"model.x": torch.full((2, 3), float(step)), "epoch.wrongs": torch.arange(step)}
-        about = {"classes": ["a", "b"], "recipe": {"train": {"seed": 0}}}
-        manifest = Manifest("last", step, 1, about, 0.5 * step, 25.0, [{"epoch": 1}])
+        manifest = Manifest("last", step, 1, ABOUT, 0.5 * step, 25.0, [EpochMetrics(1)])
         checkpoints.save(tmp_path, manifest, tensors)
-        saved[step], warnings = checkpoints.restore(tmp_path, "last")
+        saved[step], warnings = newest(tmp_path, "last")
         assert not warnings
     for kind in ("json", "safetensors"):
         file = tmp_path / f"last-00000003.{kind}"
         content = file.read_bytes()
         for damaged in damages(content):
             file.write_bytes(damaged)
-            found, warnings = checkpoints.restore(tmp_path, "last")
+            found, warnings = newest(tmp_path, "last")
             # White space at the end of a manifest may be cut off or another one.
             step = found.manifest.step if kind == "json" else 2
             assert found.manifest == saved[step].manifest and len(warnings) == (step == 2), damaged
@@ -237,7 +274,7 @@ def test_a_run_without_memory_ends_in_one_line_and_goes_on(
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-@pytest.mark.parametrize("flags", [("--growth_rate", 100_000), ("--stem_width", 10**9)])
+@pytest.mark.parametrize("flags", [("--growth_rate", 100_000), ("--stem_width", 10**7)])
 def test_a_network_that_no_memory_holds_is_refused(call: Call, flags: tuple[object, ...]) -> None:
     outcome = call("train", "--depth", 7, *flags, "--out", "run")
     assert outcome.code == 2 and not Path("run").exists()

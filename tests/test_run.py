@@ -12,12 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import newest
+from conftest import ABOUT, newest
 
 from sparsenet import display
 from sparsenet.checkpoints import Manifest, RunError, save
 from sparsenet.config import RunConfig, replace
-from sparsenet.data.preprocessing import Preprocessing
 from sparsenet.environment import environment, installed
 from sparsenet.events import Concluded
 from sparsenet.files import read_json, size_text, write_atomic, write_json
@@ -26,10 +25,6 @@ from sparsenet.presets import preset
 from sparsenet.results import EpochMetrics, TrainingResult
 from sparsenet.run import Run
 from sparsenet.train import train
-from sparsenet.weights import Description
-
-STATISTICS = Preprocessing(size=8, channels=1, mean=(0.5,), std=(0.25,))
-ABOUT = Description("0.1", {"in_chans": 1, "num_classes": 1}, STATISTICS, ("a",), "made up", {})
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):

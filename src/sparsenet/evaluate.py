@@ -153,4 +153,5 @@ def evaluate(
     if wrong:
         found = f"NaN or infinity (as for {len(wrong)} of {len(labels)} images)"
         raise NotFiniteError(f"image {wrong[0]}: expected finite logits and loss, found {found}")
-    return Evaluation(losses.double().mean().item(), time.perf_counter() - start, labels, *others)
+    seconds = max(time.perf_counter() - start, 0.0)  # a clock may go back
+    return Evaluation(losses.double().mean().item(), seconds, labels, *others)

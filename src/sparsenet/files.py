@@ -120,7 +120,7 @@ def parse_json(data: bytes | str, kind: type[T], where: str) -> T:
         return _decode(data, kind)
     except msgspec.ValidationError as error:
         raise ValueError(f"{where}: {error}") from None
-    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # no text, no JSON, or a number of 5,000 digits
         raise ValueError(f"{where}: expected JSON, found: {_place(data) or error}") from None
 
 
@@ -140,7 +140,7 @@ def _place(data: bytes | str) -> str:
         json.loads(data)
     except json.JSONDecodeError as error:
         return f"{error.msg} in line {error.lineno}"
-    except (UnicodeDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         pass
     return ""
 

@@ -178,7 +178,11 @@ class Run:
     def arithmetic(self) -> Arithmetic:
         """The arithmetic of the run so far; ``auto`` where that was not recorded."""
         file = self.file("environment.json")
-        return files.read_json(file, Arithmetic) if file.exists() else Arithmetic()
+        try:
+            return files.read_json(file, Arithmetic) if file.exists() else Arithmetic()
+        except ValueError as error:
+            advice = "without that file the run goes on with what is fastest here"
+            raise RunError(f"{error}; {advice}") from None
 
     def images(self) -> dict[str, Tensor]:
         """What ``describe`` wrote of the images; empty where there is no such file."""

@@ -166,7 +166,7 @@ def _make_epoch_steps(
             continue
         mean_loss, error = _progress(state, done, ends[index])
         looked = time.perf_counter()
-        state.seconds = seconds_before + looked - began
+        state.seconds = seconds_before + max(looked - began, 0.0)  # a clock may go back
         seen = ends[index] - (ends[start - 1] if start else 0)
         images_per_second = seen / max(state.seconds - seconds_before, LEAST_SECONDS)
         yield Step(epoch + 1, done, steps, epochs, mean_loss, error, images_per_second)

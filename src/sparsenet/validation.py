@@ -109,7 +109,7 @@ def cut(text: str) -> str:
 
 def one_line(text: str) -> str:
     """What is printed of a message: ``printable``, and what ``cut`` leaves of a long one."""
-    return printable(cut(text))
+    return cut(printable(cut(text)))  # escapes take more room
 
 
 def nearest(name: str, known: Iterable[str], likeness: float = 0.5) -> str:
