@@ -263,3 +263,15 @@ def test_other_tensors(
             with pytest.raises(RunError) as error:
                 load_trained(copied)
             check_line(error.value, copied)
+
+
+@pytest.mark.parametrize("epoch", [3, 10**15])
+def test_a_checkpoint_of_other_epochs_than_its_steps_is_damaged(
+    copied: Path, restored: Callable[[Path], Any], epoch: int
+) -> None:
+    """Also where they are so many that a list of them would fill the memory."""
+    manifest = checkpoints.saved(copied / "checkpoints", "last")[0]
+    told = json.loads(manifest.read_text())
+    rewritten(copied, "last", json.dumps({**told, "epoch": epoch}))
+    state, lines = restored(copied)
+    assert state.step == 23 and "do not fit together" in lines[0]

@@ -90,9 +90,12 @@ class TrainingState:
         expected |= {f"optimizer.{index}": each for index, each in enumerate(parameters)}
         if problem := weights.misfit(checkpoint.tensors, expected):
             raise ValueError(problem)
-        epochs = [row.epoch for row in manifest.rows or []]
-        finished = list(range(1, 1 + manifest.epoch)) if manifest.rows is not None else []
-        if manifest.epoch != manifest.step // self.steps_per_epoch or epochs != finished:
+        finished = manifest.step // self.steps_per_epoch
+        complete = True  # where an older version wrote no rows
+        if manifest.rows is not None:
+            numbers = [row.epoch for row in manifest.rows]
+            complete = len(numbers) == finished and numbers == list(range(1, 1 + finished))
+        if manifest.epoch != finished or not complete:
             raise ValueError("its numbers of steps, epochs and rows do not fit together")
 
     def load(self, checkpoint: Checkpoint, rows: list[EpochMetrics]) -> None:

@@ -30,9 +30,7 @@ PIXELS = 3 * 32 * 32
 # What is unpacked of an archive, and how large an unpacked file may be, in bytes. A real archive
 # has 186 MB, of which the largest file, CIFAR-100's training pickle, has 155 MB.
 LIMIT = 1 << 28
-HEADER_LIMIT = (
-    1 << 21
-)  # bytes of the headers of its members, 512 and one each, and their long names
+HEADER_LIMIT = 1 << 21  # bytes of headers: 512 for a member and one, and its long name
 READ_LIMIT = 1 << 20  # times that a packed file is read; 8 KB at a time, real ones take 21,000
 
 
