@@ -32,6 +32,7 @@ from sparsenet.validation import LONGEST_NAME, Count, Name, Percent, Value, cut,
 
 SHIPPED = Path(__file__).with_name("pretrained")  # NAME.safetensors; index.json: NAME to SHA-256
 SCHEME = "https://"
+Key = Annotated[str, msgspec.Meta(pattern=r"^\w+$", max_length=100)]
 Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]  # SHA-256
 DTYPES = {  # of tensors that can be compared and computed with
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
@@ -134,7 +135,7 @@ def load_shipped(name: str) -> Weights:
 
 def shipped() -> dict[str, str]:
     """Names of the weights that come with the package, each with the SHA-256 of its file."""
-    return read_json(SHIPPED / "index.json", dict[Name, Digest])
+    return read_json(SHIPPED / "index.json", dict[Key, Digest])
 
 
 def rounded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

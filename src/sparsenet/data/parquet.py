@@ -33,7 +33,7 @@ ALWAYS_CLASSES, MAX_SPARE = 1000, 10
 # A file of 2 KB can claim to hold any number of any cells, as what repeats takes no place.
 MAX_ROWS = 1 << 24  # in all files; ImageNet-21k has 14 million, and each image is held in memory
 MAX_METADATA = 1 << 24  # bytes; the names of ImageNet-21k's classes have 1 MB
-# What a column may unpack to: so many bytes, or so many times what it takes in the file. Images are
+# What a group of rows may unpack to: so many bytes, or so many times what the file has. Images are
 # packed already, and of pictures that are not, few are nothing but one colour.
 ALWAYS_UNPACKED, MAX_RATIO = 1 << 24, 100
 AT_ONCE = 1 << 30  # bytes of images read at once, where each may be as large as its column
@@ -226,18 +226,17 @@ def _batches(path: Path, column: str, rows: int, dictionary: bool = False) -> It
     """
     with _opened(path, [column] * dictionary) as file:
         leaves = _leaves(file, column)
-        schema, groups = file.metadata.schema, range(file.metadata.num_row_groups)
-        numbers = [i for i in range(len(schema)) if schema.column(i).path in leaves]
-        for group, number in product(map(file.metadata.row_group, groups), numbers):
-            chunk = group.column(number)
-            packed, unpacked = chunk.total_compressed_size, chunk.total_uncompressed_size
-            most = max(ALWAYS_UNPACKED, MAX_RATIO * packed)
-            if unpacked > most:
+        packed = path.stat().st_size
+        most = max(ALWAYS_UNPACKED, MAX_RATIO * packed)
+        for group in range(file.metadata.num_row_groups):
+            # Of a whole group: where it is damaged, asking for a column's ends the process.
+            unpacked = file.metadata.row_group(group).total_byte_size
+            if not 0 <= unpacked <= most:
                 raise DataError(
-                    f"{path}: expected {packed:,} bytes of column {column} to unpack to at most "
+                    f"{path}: expected rows that unpack from its {packed:,} bytes to at most "
                     f"{most:,}, found that they are {unpacked:,}; write it without compression"
                 )
-            if chunk.has_dictionary_page and not dictionary:
+            if rows <= IMAGE_ROWS:  # each cell may repeat one that is as large as all
                 rows = min(rows, max(1, AT_ONCE // max(1, unpacked)))
         for batch in file.iter_batches(batch_size=rows, columns=leaves):
             yield batch.column(0)
