@@ -80,6 +80,9 @@ def save(folder: Path, manifest: Manifest, tensors: Mapping[str, Tensor]) -> Non
         {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
         {"sparsenet": json.dumps(description)},
     )
+    if len(data) > LIMIT:
+        expected = f"a checkpoint of at most {files.size_text(LIMIT)}, which is what is read"
+        raise RunError(f"{folder.parent}: expected {expected}, found {files.size_text(len(data))}")
     identity["sha256"] = hashlib.sha256(data).hexdigest()
     stem = folder / f"{manifest.kind}-{manifest.step:08d}"
     files.write_atomic(stem.with_suffix(".safetensors"), data)

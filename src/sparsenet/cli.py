@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NoReturn
 
 from sparsenet.memory import shortage
@@ -51,7 +52,8 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _complain(message: str) -> None:
-    print(f"sparsenet: {one_line(' '.join(message.split()))}", file=sys.stderr)
+    with suppress(OSError):  # the exit code says it where stderr cannot be written
+        print(f"sparsenet: {one_line(' '.join(message.split()))}", file=sys.stderr, flush=True)
 
 
 def _end_of_a_run(error: Exception) -> str | None:

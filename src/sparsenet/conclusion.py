@@ -44,7 +44,7 @@ def conclude(
         class_errors=evaluation.class_errors(data.classes),
         tested_on=data.tested_on,
     )
-    write_json(run.path / "result.json", result)
+    write_json(run.file("result.json"), result)
     title = f"{run.path.name} on {data.name}"
     names = {"train": "train", "val": data.chosen_on, "test": data.tested_on}
     pictures.draw_curves(rows, run.path / "curves.png", title, names)

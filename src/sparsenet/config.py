@@ -16,6 +16,9 @@ from sparsenet.ops.implementations import IMPLEMENTATIONS, MEMORY
 from sparsenet.schedule import OptimConfig
 from sparsenet.validation import check_settings, check_type, nearest, setting
 
+MOST_BYTES = 2**24  # of a JSON file of settings, of which a topology may be a table
+MOST_EPOCHS = 100_000
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -40,7 +43,7 @@ class TrainConfig:
         ranges = {
             "seed": (0, 2**63 - 1),
             "batch_size": (0, 10**6),
-            "max_epoch": (1, 10**6),
+            "max_epoch": (1, MOST_EPOCHS),
             "time_limit": (0, 10**9),
             "save_every": (0, 10**9),
         }
@@ -158,7 +161,7 @@ def from_dict(value: Any, source: str, base: RunConfig) -> RunConfig:
 
 def load(path: Path, base: RunConfig) -> RunConfig:
     """Returns *base* with what a JSON file sets; ``ValueError`` in one line where it cannot."""
-    return from_dict(read_json(path, dict[str, Any]), str(path), base)
+    return from_dict(read_json(path, dict[str, Any], MOST_BYTES), str(path), base)
 
 
 def differences(old: RunConfig, new: RunConfig) -> list[str]:

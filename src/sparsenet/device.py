@@ -54,7 +54,7 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device).add_(1).item()  # a value: the meta device has none
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError):
         available = f"cpu and {accelerator}" if accelerator else "only cpu"
         raise ValueError(
             f"--device: expected a device of this machine ({available}), found {name!r}"

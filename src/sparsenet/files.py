@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import json
 import os
 import secrets
@@ -77,6 +78,8 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     A text is written as UTF-8, and what UTF-8 does not have, such as half a surrogate pair in the
     name of a file, as an escape. Who may read it is what the process says of new files.
     """
+    if is_special(path):  # which a file would replace
+        raise OSError(errno.EINVAL, "a pipe or device", str(path))
     data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
@@ -145,10 +148,10 @@ def _place(data: bytes | str) -> str:
     return ""
 
 
-def read_json(file: Path, kind: type[T]) -> T:
+def read_json(file: Path, kind: type[T], limit: int = MOST_BYTES) -> T:
     """Reads a file with ``parse_json``; also ``ValueError`` where it cannot be read."""
     try:
-        data = read_bytes(file)
+        data = read_bytes(file, limit)
     except OSError as error:
         found = error.strerror or error
         raise ValueError(f"{file}: expected a readable file, found: {found}") from None

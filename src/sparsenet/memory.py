@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
@@ -15,14 +16,15 @@ if TYPE_CHECKING:
 # Libraries have no exception of their own for it, and often only a message.
 SHORTAGE = re.compile(
     r"(out of|allocate) memory|a memory object|a primitive$|start new thread|bad_alloc"
-    r"|failed to map segment"
+    r"|failed to map segment.*Cannot allocate memory"
 )
 
 
 def shortage(error: BaseException) -> str | None:
     """What *error* or its cause says, if that is that there is no memory left; else ``None``."""
     known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    may_be = isinstance(error, RuntimeError | ImportError)
+    known |= getattr(error, "errno", None) == errno.ENOMEM
+    may_be = isinstance(error, RuntimeError | ImportError | OSError)
     if not known and not (may_be and SHORTAGE.search(str(error))):
         return shortage(error.__cause__) if error.__cause__ else None
     said = str(error).rpartition("DefaultCPUAllocator: ")[2]
@@ -33,13 +35,20 @@ def total_memory() -> int:
     """Bytes that this process can have at most: the machine's, or those that it was limited to."""
     import resource  # which Windows does not have
 
-    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") + _swap()]
     if (limit := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:
         found.append(limit)
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         with suppress(OSError, ValueError):  # ValueError: "max", which is no limit
             found.append(int(Path(file).read_text()))
     return min(found)
+
+
+def _swap() -> int:
+    with suppress(OSError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("SwapTotal:"))
+    return 0
 
 
 def free_memory(device: torch.device) -> int | None:

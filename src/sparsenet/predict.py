@@ -20,6 +20,7 @@ import torch
 from sparsenet.data.dataset import Example
 from sparsenet.data.errors import BadImage
 from sparsenet.data.images import read_image, read_images
+from sparsenet.data.pixels import MAX_BYTES
 from sparsenet.data.tree import Listing, list_folder
 from sparsenet.trained import Trained
 from sparsenet.validation import printable
@@ -80,7 +81,7 @@ def _matches(pattern: str) -> list[Listing]:
     deep = parts.index("**")
     listings = []
     for folder in sorted(glob.glob(str(Path(*parts[:deep])))) if deep else [""]:
-        listing = list_folder(Path(folder))
+        listing = list_folder(Path(folder)) if os.path.isdir(folder or ".") else Listing()
         kept = (
             tuple(path for path in paths if _fits(path.relative_to(folder).parts, parts[deep:]))
             for paths in (listing.images, listing.others)
@@ -167,7 +168,8 @@ def _source(path: Path) -> Path | bytes:
     """What an image is read from: of a pipe that was named, such as <(curl …), its bytes, once."""
     with suppress(OSError):
         if path.is_fifo():
-            return path.read_bytes()
+            with path.open("rb") as pipe:
+                return pipe.read(MAX_BYTES)
     return path
 
 

@@ -82,8 +82,11 @@ def run_folders(path: Path) -> list[Path]:
     """Returns *path* where it is a run folder, else the run folders below it."""
     if any((path / name).is_file() for name in RUN_FILES):
         return [path]
-    listing = list_folder(path)
-    return sorted({file.parent for file in listing.others if file.name in RUN_FILES})
+    found = {file.parent for file in list_folder(path).others if file.name in RUN_FILES}
+    folders: dict[Path, Path] = {}
+    for folder in sorted(found, key=lambda each: (each.resolve() != each.absolute(), each)):
+        folders.setdefault(folder.resolve(), folder)  # a link to one comes after it
+    return sorted(folders.values())
 
 
 def read_summaries(paths: Iterable[Path]) -> list[RunSummary]:

@@ -33,7 +33,8 @@ TEXTS = {
     "environment.json": "Environment",
     "result.json": "Result",
 }
-MOST_TEXT = 2**20  # bytes of a file that is shown as text
+TITLE = b"<title>SparseNet runs</title>"  # of the page
+MOST_TEXT = 2**20  # characters that are shown of a file
 COMPARISON = "-comparison.png"  # beside a page: the end of its picture's name
 EXPECTED = (*TEXTS, "graph.json", "metrics.csv", *PICTURES)
 
@@ -96,6 +97,12 @@ def write_report(paths: Sequence[Path], target: Path) -> Path:
     return target
 
 
+def wrote(path: Path) -> bool:
+    """Whether what is at *path* begins as a page that ``write_report`` wrote."""
+    with path.open("rb") as page:
+        return TITLE in page.read(1000)
+
+
 def is_page(path: Path) -> bool:
     """Whether *path* is a page that ``write_report`` wrote, or the picture beside one."""
     return path.is_file() and path.name.endswith((".html", COMPARISON))
@@ -105,7 +112,7 @@ def _read_section(run: Path, anchor: str) -> Section:
     folder = Run(run)
     present = [name for name in EXPECTED if folder.file(name).is_file()]
     texts = {
-        TEXTS[name]: folder.read(name, MOST_TEXT).decode(errors="replace")
+        TEXTS[name]: _beginning(folder.read(name).decode(errors="replace"))
         for name in TEXTS
         if name in present
     }
@@ -119,6 +126,10 @@ def _read_section(run: Path, anchor: str) -> Section:
             figures.append(Figure(title, source, name in WIDE))
     missing = [name for name in EXPECTED if name not in (*present, *ON_DEMAND)]
     return Section(run, run.name or str(run), anchor, missing, figures, texts)
+
+
+def _beginning(text: str) -> str:
+    return text if len(text) <= MOST_TEXT else f"{text[:MOST_TEXT]}…"
 
 
 def _data_address(data: bytes, name: str) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 from sparsenet import files, weights
 from sparsenet.arithmetic import Arithmetic
 from sparsenet.checkpoints import RunError
-from sparsenet.config import RunConfig, load
+from sparsenet.config import MOST_EPOCHS, RunConfig, load
 from sparsenet.data.identity import checked
 from sparsenet.environment import Environment, installed
 from sparsenet.extras import require
@@ -27,7 +27,13 @@ from sparsenet.results import EpochMetrics
 
 MOST_IMAGES = 2**30  # bytes of images.safetensors, 16 for each image
 STARTED = {"checkpoints", "train.log", ".lock"}  # what a folder holds before it is described
-HALF = re.compile(r"\.config\.json\.[0-9a-f]{8}")  # what a kill leaves of files.write_atomic
+WRITTEN = (
+    *("config.json", "graph.json", "environment.json", "result.json", "metrics.csv"),
+    *("images.safetensors", "requirements.txt", "graph.svg"),
+    *("curves.png", "confusion.png", "samples.png", "filters.png"),
+)
+# What a kill leaves of files.write_atomic.
+HALF = re.compile(rf"\.({'|'.join(map(re.escape, WRITTEN))})\.[0-9a-f]{{8}}")
 
 
 class Run:
@@ -36,6 +42,7 @@ class Run:
     def __init__(self, path: Path):
         self.path = path
         self.is_new, self.was_there = False, True  # as ``create`` finds it
+        self.lock: tuple[int, int] | None = None  # which file holds it, while it is held
 
     @property
     def is_described(self) -> bool:
@@ -54,6 +61,11 @@ class Run:
         pipe or a device.
         """
         path = self.path / name
+        if self.lock and not self._is_held():
+            raise RunError(
+                f"{self.path}: expected the folder in which the run began, found another in its "
+                "place; nothing more is written into it"
+            )
         if path.is_symlink() or files.is_special(path):
             found = "a link" if path.is_symlink() else "a pipe or device"
             raise RunError(f"{path}: expected what the run wrote itself, found {found}; remove it")
@@ -133,6 +145,9 @@ class Run:
             return False
         if self.checkpoints.exists() and any(self.checkpoints.iterdir()):
             return False
+        lock = self.path / ".lock"
+        if lock.exists() and lock.stat().st_size:  # somebody else's, as the program's is empty
+            return False
         return not log.exists() or not log.stat().st_size
 
     def _discard_if_unused(self) -> None:
@@ -166,11 +181,21 @@ class Run:
         try:
             if self.is_new:  # another process may have begun, and even ended, before it was held
                 self._refuse_content()
+            self.lock = _identity(self.path / ".lock")
+            for path in self.path.iterdir():
+                if HALF.fullmatch(path.name) and path.is_file():
+                    path.unlink()
             yield
         finally:
-            if self.is_new:
+            moved = self.lock is not None and not self._is_held()
+            self.lock = None
+            if self.is_new and not moved:
                 self._discard_if_unused()
             lock.release()
+
+    def _is_held(self) -> bool:
+        """Whether the folder is the one that ``locked`` holds: it may have been moved away."""
+        return _identity(self.path / ".lock") == self.lock
 
     def config(self) -> RunConfig:
         return load(self.file("config.json"), RunConfig())
@@ -233,6 +258,8 @@ class Run:
             return []
         try:
             lines = self.read(file.name).decode().splitlines(keepends=True)
+            if len(lines) > 2 * MOST_EPOCHS:
+                raise ValueError(f"{len(lines):,} lines")
             rows = [
                 {column: cell for column, cell in row.items() if cell}
                 for row in csv.DictReader(lines)
@@ -250,7 +277,15 @@ class Run:
         writer = csv.writer(table, lineterminator="\n")
         writer.writerow(field.name for field in dataclasses.fields(EpochMetrics))
         writer.writerows(map(dataclasses.astuple, rows))
-        files.write_atomic(self.path / "metrics.csv", table.getvalue())
+        files.write_atomic(self.file("metrics.csv"), table.getvalue())
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from operator import attrgetter
 from pathlib import Path
 from typing import Literal
@@ -87,14 +88,18 @@ class TrainingState:
         """Raises ``ValueError`` where a checkpoint of the kind ``last`` cannot be loaded."""
         manifest, expected = checkpoint.manifest, self._tensors()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        expected |= {f"optimizer.{index}": each for index, each in enumerate(parameters)}
+        for index, parameter in enumerate(parameters):
+            if (name := f"optimizer.{index}") in checkpoint.tensors:  # not of what nobody reads
+                expected[name] = parameter
         if problem := weights.misfit(checkpoint.tensors, expected):
             raise ValueError(problem)
         finished = manifest.step // self.steps_per_epoch
         complete = True  # where an older version wrote no rows
         if manifest.rows is not None:
             numbers = [row.epoch for row in manifest.rows]
-            complete = len(numbers) == finished and numbers == list(range(1, 1 + finished))
+            # Some may be missing, where they were when a run of an older version was resumed.
+            rising = all(before < after for before, after in pairwise([0, *numbers]))
+            complete = rising and numbers[-1:] in ([], [finished])
         if manifest.epoch != finished or not complete:
             raise ValueError("its numbers of steps, epochs and rows do not fit together")
 
@@ -173,6 +178,25 @@ def restore(state: TrainingState, setup: Setup, run: Run) -> list[str]:
     return lines + _rate_jump(state, setup.config, run.config())
 
 
+def has_own_best(state: TrainingState, setup: Setup, run: Run) -> bool:
+    """Whether the ``best`` checkpoint is one of this run up to the step of *state*.
+
+    It is of a later step where an older ``last`` was taken, and of another run where somebody put
+    it there.
+    """
+
+    def check(checkpoint: Checkpoint) -> None:
+        _check_settings(checkpoint, setup.config)
+        if checkpoint.manifest.step > state.step:
+            raise RunError("of a later step")
+
+    try:
+        checkpoints.restore(run.checkpoints, "best", check)
+    except RunError:
+        return False
+    return True
+
+
 def _check_nothing_is_lost(run: Run) -> None:
     """Raises ``RunError`` where there is more than a kill before the first ``last`` can leave."""
     found = []
@@ -206,9 +230,11 @@ def _rows(checkpoint: Checkpoint, run: Run) -> tuple[list[EpochMetrics], list[st
             problem = f"metrics.csv has {len(found)} of {manifest.epoch} epochs"
         return found[: manifest.epoch], [problem] if problem else []
     rows = manifest.rows
+    lacking = manifest.epoch - len(rows)
+    missing = [f"the rows of {lacking} epochs are lost"] if lacking else []
     if found[: len(rows)] == rows:
-        return rows, []
-    return rows, [f"{problem}metrics.csv is written anew from the checkpoint"]
+        return rows, missing
+    return rows, [*missing, f"{problem}metrics.csv is written anew from the checkpoint"]
 
 
 def _check_settings(checkpoint: Checkpoint, config: RunConfig) -> None:

@@ -34,7 +34,7 @@ from sparsenet.results import EpochMetrics
 from sparsenet.run import Run
 from sparsenet.schedule import learning_rate
 from sparsenet.state import DivergedError as DivergedError
-from sparsenet.state import TrainingState, new_state, restore
+from sparsenet.state import TrainingState, has_own_best, new_state, restore
 from sparsenet.step import TrainingStep
 
 TIME_LIMIT = "the time limit"
@@ -69,6 +69,10 @@ def train(
     _describe(run, setup)
     yield from map(Message, introduce(setup, previous))
     yield from map(Message, restored)
+    if state.rows and not has_own_best(state, setup, run):
+        state.best = None  # of what was, nothing is left
+        state.save("best", run.checkpoints, setup.about)
+        yield Message(f"the best weights are those of step {state.step}: no earlier ones are left")
     run.write_metrics(state.rows)
     (run.path / "result.json").unlink(missing_ok=True)  # of fewer epochs
     captures = Captures(setup.device, config.train.capture)

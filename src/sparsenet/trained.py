@@ -13,7 +13,9 @@ from sparsenet.checkpoints import Checkpoint, Manifest
 from sparsenet.data.preprocessing import Preprocessing
 from sparsenet.device import place
 from sparsenet.model import SparseNet
+from sparsenet.ops.implementations import IMPLEMENTATIONS
 from sparsenet.run import Run
+from sparsenet.validation import shown
 from sparsenet.weights import About, Description
 
 
@@ -60,6 +62,10 @@ def load_trained(
 
 
 def _load_run(path: Path, kind: str, device: torch.device | str, implementation: str) -> Trained:
+
+    if implementation not in ("auto", *IMPLEMENTATIONS):
+        expected = f"auto or one of {', '.join(IMPLEMENTATIONS)}"
+        raise ValueError(f"implementation: expected {expected}, found {shown(implementation)}")
 
     def build(checkpoint: Checkpoint) -> tuple[SparseNet, Manifest]:
         averaged = any(name.startswith("average.") for name in checkpoint.tensors)

@@ -38,6 +38,7 @@ DTYPES = {  # of tensors that can be compared and computed with
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
     *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
 }
+MOST_HEADER = 2**24  # bytes; a topology may be a table
 LIMIT = 512 * 2**20  # bytes of a weights file
 
 
@@ -170,6 +171,9 @@ def parse(data: bytes) -> tuple[dict[str, Tensor], Any]:
 
     That is ``None`` where there is none. Raises ``ValueError`` for a damaged file.
     """
+    end = 8 + int.from_bytes(data[:8], "little")
+    if end > MOST_HEADER:
+        raise ValueError(f"a header of {end:,} bytes, more than {MOST_HEADER:,}")
     try:
         # Copied because what safetensors gives does not begin where kernels expect a tensor to.
         tensors = {name: tensor.clone() for name, tensor in parse_tensors(data).items()}
@@ -180,7 +184,6 @@ def parse(data: bytes) -> tuple[dict[str, Tensor], Any]:
             raise ValueError(f"a tensor with a name that none here has, {shown(name)}")
         if tensor.dtype not in DTYPES:
             raise ValueError(f"{name} is of {tensor.dtype}, which no network here has")
-    end = 8 + int.from_bytes(data[:8], "little")
     header = parse_json(data[8:end], dict[str, dict[str, Any]], "its header")
     text = header.get("__metadata__", {}).get("sparsenet", "null")
     return tensors, parse_json(text, object, "its description")

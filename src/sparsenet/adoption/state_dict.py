@@ -99,8 +99,12 @@ def load_renamed(
 
 
 def _has_numbers(value: object) -> bool:
-    is_plain = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
-    return isinstance(value, Tensor) and is_plain and value.is_floating_point()
+    return (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and not value.is_meta
+        and value.is_floating_point()
+    )
 
 
 def _renamed(

@@ -33,6 +33,11 @@ def load_images(args: argparse.Namespace, trained: Trained) -> Selection:
     Raises ``ValueError`` where there are none, or some of a class that the network does not know.
     """
     ids = Run.open(trained.path).images() if trained.path.is_dir() else {}
+    if ids and trained.about.data and not trained.about.data.are_trained_on(ids):
+        raise ValueError(
+            f"{trained.path}/images.safetensors: expected the images that the weights were trained "
+            "on, found others; without that file the images are told by the settings"
+        )
     told = any(getattr(args, name) for name in POINTERS)
     stored = _stored_data(trained)
     config = _data_config(args, trained, stored)

@@ -9,7 +9,7 @@ from pathlib import Path
 from sparsenet.display import say, warn
 from sparsenet.pictures import draw_filters
 from sparsenet.records import read_summaries
-from sparsenet.report import is_page, write_report
+from sparsenet.report import is_page, write_report, wrote
 from sparsenet.summary import markdown_table
 from sparsenet.trained import load_trained
 
@@ -29,7 +29,13 @@ def run(args: argparse.Namespace) -> int:
     if args.filters:
         _draw_filters(paths)
     folder = next((path for path in paths if path.is_dir()), Path())
-    say(str(write_report(paths, Path(args.out) if args.out else folder / "report.html")))
+    target = Path(args.out) if args.out else folder / "report.html"
+    if not args.out and target.exists() and not wrote(target):
+        raise ValueError(
+            f"report: expected no other page at {target}, found one that is no report; --out names "
+            "another, or it again to replace it"
+        )
+    say(str(write_report(paths, target)))
     return 0
 
 

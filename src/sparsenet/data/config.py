@@ -11,6 +11,7 @@ from sparsenet.data.registry import DATASETS, KINDS, lies_in_folder
 from sparsenet.files import user_path
 from sparsenet.validation import check_settings, setting
 
+MAX_IMAGE_SIZE = 4096  # pixels
 POINTERS = ("dataset", "dataset_dir", "labels", "image_column", "label_column")  # to the images
 
 
@@ -73,7 +74,7 @@ class DataConfig:
         object.__setattr__(self, "grey_range", tuple(self.grey_range))  # a JSON file has a list
         check_settings(
             self,
-            ("image_size", self.image_size >= 0, "a size in pixels, or 0"),
+            ("image_size", 0 <= self.image_size <= MAX_IMAGE_SIZE, f"0 to {MAX_IMAGE_SIZE} pixels"),
             ("test_fraction", 0 < self.test_fraction < 1, "a fraction between 0 and 1"),
             ("val_fraction", 0 <= self.val_fraction < 1, "a fraction from 0 to below 1"),
             ("max_megapixels", 0 < self.max_megapixels < math.inf, "a positive number"),

@@ -19,7 +19,7 @@ from sparsenet.data.tree import list_folder
 from sparsenet.files import user_path
 
 # Of a table. The 1.3 million lines of ImageNet have 50 MB, and a cell takes a hundred bytes.
-MAX_BYTES, MAX_CELLS, MAX_COLUMNS = 1 << 28, 1 << 25, 10_000
+MAX_BYTES, MAX_CELLS, MAX_COLUMNS = 1 << 28, 1 << 24, 10_000
 DELIMITERS = ",;\t"
 LABELS = ("label", "labels", "class", "category", "target", "breed", "species", "diagnosis", "dx")
 

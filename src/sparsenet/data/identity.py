@@ -44,6 +44,11 @@ class DataRecord:
         """What training depends on: all but which the test images are."""
         return self.tested_on, {name: each for name, each in self.digests.items() if name != "test"}
 
+    def are_trained_on(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether *tensors* (``to_tensors``) are of the same training images."""
+        found = digest(tensors["train.ids"], tensors["train.labels"])
+        return self.digests.get("train", found) == found
+
 
 def record(data: Dataset) -> DataRecord:
     """The record of a data set."""

@@ -523,7 +523,11 @@ class ParquetSplit:
 def _images(path: Path, column: str) -> Iterator[bytes | str | None]:
     """What each row has: the bytes of an image, else a path."""
     for cells in _batches(path, column, IMAGE_ROWS):
-        parts = cells.flatten() if hasattr(cells, "flatten") else [cells]
+        parts = [cells]
+        if hasattr(cells, "flatten"):  # a struct, whose fields come in the order of the file
+            names = [field.name for field in cells.type]
+            fields = dict(zip(names, cells.flatten(), strict=True))
+            parts = [fields[name] for name in ("bytes", "path") if name in fields]
         for row in zip(*(part.to_pylist() for part in parts), strict=True):
             yield next(filter(None, row), None)
 

@@ -9,13 +9,13 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from sparsenet.data.config import MAX_IMAGE_SIZE
 from sparsenet.data.dataset import Images
 
 # A pixel of one grey level more must stay another number in fp32, and no number may come near its
 # ends: means of pixels / 255 are from 0 to 1, and deviations at most 0.5.
 MAX_MEAN = 1000.0  # fp32 has 64 numbers between two grey levels that are so far off
 STD_RANGE = (1e-6, 1e6)
-MAX_IMAGE_SIZE = 4096  # pixels
 FULL_RANGE = (0.0, 65535.0)  # levels of 16 bits
 # From a file to what a network takes, for whoever does it without this package.
 RULE = (

@@ -26,8 +26,8 @@ UNREADABLE = frozenset(
 )
 # How files of these formats begin; a file with another suffix, or with none, is known by this.
 BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*")
+MAX_FOLDERS = 200_000  # a few that are linked to each other give more paths than can be walked
 # Folders that storage systems and archivers put beside those of people.
-MAX_FOLDERS = 200_000  # a few that are linked to each other make more ways than can be gone
 CLUTTER = frozenset(["__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found"])
 
 

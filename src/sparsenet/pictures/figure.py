@@ -58,7 +58,9 @@ def picture(
     families, missing = _fonts(frozenset().union(title, *names))
     matplotlib = require("matplotlib", "train")
     fonts = {"font.family": [*matplotlib.rcParams["font.family"], *families]}
-    with matplotlib.rc_context(STYLE | fonts):
+    # A file in the current folder may ask for TeX, which runs programs.
+    plain = {"text.usetex": False}
+    with matplotlib.rc_context(STYLE | plain | fonts):
         figure = figures.Figure((width, height), layout="constrained", facecolor="white")
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
         if title:
