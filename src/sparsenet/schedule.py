@@ -33,8 +33,8 @@ class OptimConfig:
         check_settings(
             self,
             ("lr", 0 < self.lr < math.inf, "a positive number"),
-            ("drop_1", self.drop_1 >= 0, "a number of epochs"),
-            ("drop_2", self.drop_2 >= self.drop_1, f"at least drop_1 ({self.drop_1})"),
+            ("drop_1", 0 <= self.drop_1 <= 10**6, "a number of epochs"),
+            ("drop_2", self.drop_1 <= self.drop_2 <= 10**6, f"at least drop_1 ({self.drop_1})"),
             ("warmup", 0 <= self.warmup < math.inf, "a number of epochs"),
             ("momentum", 0 < self.momentum < 1, "a number between 0 and 1"),
             ("weight_decay", 0 <= self.weight_decay < math.inf, "a number of at least 0"),
