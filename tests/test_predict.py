@@ -68,13 +68,13 @@ def test_links_back_and_deep_folders_end(
         Path("loop", name).symlink_to(tmp_path / "loop")
     inner = Path("loop/a/b")
     for _ in range(1200):
-        inner /= "deep"
+        inner /= "d"
         inner.mkdir()
     try:
         found = find_images([pattern])
         assert run_folders(Path("loop")) == []
     finally:  # Python's own removal goes as deep as functions may call each other
-        while inner.name == "deep":
+        while inner.name == "d":
             inner.rmdir()
             inner = inner.parent
     assert Path("loop/a/b/x.png") in found.images
