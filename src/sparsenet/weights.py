@@ -28,7 +28,7 @@ from sparsenet.data.identity import DataRecord
 from sparsenet.data.preprocessing import RULE, Preprocessing
 from sparsenet.downloads import ChecksumError, DownloadError, download
 from sparsenet.files import cache_folder, parse_json, read_bytes, read_json
-from sparsenet.validation import LONGEST_NAME, Count, Name, Percent, Value, cut, nearest, shown
+from sparsenet.validation import LONGEST_NAME, Count, Name, Percent, Value, nearest, shown
 
 SHIPPED = Path(__file__).with_name("pretrained")  # NAME.safetensors; index.json: NAME to SHA-256
 SCHEME = "https://"
@@ -178,7 +178,7 @@ def parse(data: bytes) -> tuple[dict[str, Tensor], Any]:
         # Copied because what safetensors gives does not begin where kernels expect a tensor to.
         tensors = {name: tensor.clone() for name, tensor in parse_tensors(data).items()}
     except (SafetensorError, ArithmeticError, LookupError, RuntimeError, TypeError) as error:
-        raise ValueError(cut(str(error))) from None  # it may quote all that it has read
+        raise ValueError(str(error)[:400]) from None  # it may quote all that it has read
     for name, tensor in tensors.items():
         if len(name) > LONGEST_NAME or not name.isprintable():
             raise ValueError(f"a tensor with a name that none here has, {shown(name)}")
