@@ -355,7 +355,7 @@ def last_checkpoint(rng: random.Random, base: Base, folder: Path) -> Case:
         restore(state, setup, run)
         expect(isinstance(state.step, int) and state.step >= 0, "a negative step")
         expect(math.isfinite(state.seconds) and state.seconds >= 0, "no seconds")
-        expect(len(state.rows) == state.epoch, "another number of rows than of epochs")
+        expect(len(state.rows) <= state.epoch, "another number of rows than of epochs")
         expect(state.best is None or math.isfinite(state.best), "a best that is not finite")
         expect(bool(state.losses.isfinite().all()), "losses that are not finite")
         momenta, parameters = state.optimizer.state, list(state.model.parameters())

@@ -78,8 +78,8 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     A text is written as UTF-8, and what UTF-8 does not have, such as half a surrogate pair in the
     name of a file, as an escape. Who may read it is what the process says of new files.
     """
-    if is_special(path):  # which a file would replace
-        raise OSError(errno.EINVAL, "a pipe or device", str(path))
+    if path.is_char_device() or path.is_block_device():  # which a file would replace
+        raise OSError(errno.EINVAL, "a device", str(path))
     data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:

@@ -84,12 +84,24 @@ class TrainingState:
             tensors |= _named("average.", self.average)
         return tensors | {"epoch.losses": self.losses, "epoch.wrongs": self.mistakes}
 
+    def _unread(self) -> list[nn.Parameter]:
+        """Parameters of layers that nobody reads, which have no gradient and so no momentum."""
+        found: list[nn.Parameter] = []
+        for number, stage in enumerate(self.model.architecture.stages):
+            for layer, last in enumerate(stage.topology.last_reader[1:]):
+                if not last:
+                    module = self.model.get_submodule(f"stages.{number}.layers.{layer}")
+                    found += module.parameters()
+        return found
+
     def check(self, checkpoint: Checkpoint) -> None:
         """Raises ``ValueError`` where a checkpoint of the kind ``last`` cannot be loaded."""
         manifest, expected = checkpoint.manifest, self._tensors()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        unread = self._unread()
         for index, parameter in enumerate(parameters):
-            if (name := f"optimizer.{index}") in checkpoint.tensors:  # not of what nobody reads
+            name = f"optimizer.{index}"
+            if name in checkpoint.tensors or not any(parameter is each for each in unread):
                 expected[name] = parameter
         if problem := weights.misfit(checkpoint.tensors, expected):
             raise ValueError(problem)
