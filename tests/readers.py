@@ -366,15 +366,22 @@ def last_checkpoint(rng: random.Random, base: Base, folder: Path) -> Case:
     return Case(read, [run.path])
 
 
+def _mutated_run(
+    rng: random.Random, base: Base, folder: Path, kind: str, names: Sequence[str]
+) -> Path:
+    """A run folder with another checkpoint of *kind*, or with another of the files *names*."""
+    if rng.random() < 0.5:
+        return _mutated_checkpoint(rng, base, folder, kind).parent.parent
+    run = base.copy_run(folder)
+    _mutate_file(run / rng.choice(names), rng)
+    return run
+
+
 @reader
 def resumed_run(rng: random.Random, base: Base, folder: Path) -> Case:
     """The program's ``--resume`` of a run folder in which one file is another."""
-    if rng.random() < 0.5:
-        run = _mutated_checkpoint(rng, base, folder, "last").parent.parent
-    else:
-        run = base.copy_run(folder)
-        names = ("config.json", "environment.json", "metrics.csv", "images.safetensors")
-        _mutate_file(run / rng.choice(names), rng)
+    names = ("config.json", "environment.json", "metrics.csv", "images.safetensors")
+    run = _mutated_run(rng, base, folder, "last", names)
     return Case(lambda: check_call(["train", "--resume", str(run), "--max_epoch", "3"]), [])
 
 
@@ -394,11 +401,7 @@ def configured_run(rng: random.Random, base: Base, folder: Path) -> Case:
 @reader
 def used_run(rng: random.Random, base: Base, folder: Path) -> Case:
     """The other commands on a run folder in which one file is another."""
-    if rng.random() < 0.5:
-        run = _mutated_checkpoint(rng, base, folder, "best").parent.parent
-    else:
-        run = base.copy_run(folder)
-        _mutate_file(run / rng.choice(("config.json", "images.safetensors")), rng)
+    run = _mutated_run(rng, base, folder, "best", ("config.json", "images.safetensors"))
     place = str(run)
     data = rng.choice(([], ["--dataset_dir", str(base.data)]))
     call = rng.choice(
