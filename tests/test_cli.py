@@ -504,7 +504,8 @@ def test_a_terminal_that_goes_saves_and_exits_129(
     run = tmp_path / "run"
     command = [*PROGRAM, "train", *TINY, "--max_epoch", "100000", "--out", str(run)]
     shown, terminal = pty.openpty()
-    owned = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
+    owned = "import fcntl, os, signal, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
+    owned += "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # also where the tests ignore it
     owned += "os.execv(sys.argv[1], sys.argv[1:])"
     process = subprocess.Popen(
         [sys.executable, "-c", owned, *command],
