@@ -592,6 +592,18 @@ def test_a_slow_server_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert target.read_bytes() == b"z" * 120
 
 
+@pytest.mark.parametrize("length", ["Content-Length: 1000000000000000\r\n", ""])
+def test_the_page_of_a_redirection_is_not_read(length: str, tmp_path: Path) -> None:
+    with Server(b"file").url() as end:
+        start = f"HTTP/1.1 302 Found\r\nLocation: {end}\r\n{length}\r\n".encode()
+        tracemalloc.start()
+        with dripping(start, bytes(1 << 20)) as address:
+            target = download(f"http://{address}", tmp_path / "file", md5(b"file"))
+        assert tracemalloc.get_traced_memory()[1] < 1 << 23
+        tracemalloc.stop()
+    assert target.read_bytes() == b"file"
+
+
 def test_wrong_checksum_deletes_the_part(served: Server, tmp_path: Path) -> None:
     (tmp_path / "file.part").write_bytes(b"something else")
     with served.url() as url:

@@ -9,6 +9,7 @@ import re
 import shutil
 import tomllib
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 from urllib.request import Request
@@ -760,12 +761,12 @@ def test_a_server_that_does_not_say_how_much_comes_is_stopped_at_the_limit(tmp_p
 
 
 def test_a_redirection_stays_with_https() -> None:
-    handler = downloads._StayWithHttps()
+    handler = downloads._Redirections()
     for start, end in (("https://a/x", "http://b/y"), ("https://a/x", "ftp://b/y")):
         with pytest.raises(OSError, match="not https"):
             handler.redirect_request(Request(start), None, 302, "", {}, end)  # type: ignore[arg-type]
     for start, end in (("https://a/x", "https://b/y"), ("http://a/x", "http://b/y")):
-        followed = handler.redirect_request(Request(start), None, 302, "", {}, end)  # type: ignore[arg-type]
+        followed = handler.redirect_request(Request(start), BytesIO(), 302, "", {}, end)  # type: ignore[arg-type]
         assert followed is not None and followed.full_url == end
 
 

@@ -74,7 +74,7 @@ def _fetch(url: str, part: Path, limit: float, timeout: float) -> None:
     try:
         with _Watch() as watch:
             opener = build_opener(
-                _StayWithHttps, watch.handler(HTTPHandler), watch.handler(HTTPSHandler)
+                _Redirections, watch.handler(HTTPHandler), watch.handler(HTTPSHandler)
             )
             with opener.open(request, timeout=timeout) as response:
                 _append(response, part, start, limit, watch)
@@ -142,12 +142,15 @@ class _Watch:
         return handler
 
 
-class _StayWithHttps(HTTPRedirectHandler):
+class _Redirections(HTTPRedirectHandler):
+    """Follows redirections, but not from https to another kind, and reads no page of theirs."""
+
     def redirect_request(
         self, req: Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
     ) -> Request | None:
         if req.type == "https" and not newurl.startswith("https:"):
             raise OSError(f"a redirection to {newurl}, which is not https")
+        fp.close()  # urllib reads all that comes otherwise, at once
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
