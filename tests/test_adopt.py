@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -414,6 +415,40 @@ def test_wrong_torchvision_weights_are_refused(changes, edit, expected):
     with pytest.raises(ValueError, match=f"^torchvision weights: .*{expected}"):
         load_torchvision(ours, state)
     assert all(torch.equal(tensor, before[name]) for name, tensor in ours.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda tensor: tensor.to(torch.float8_e4m3fn),
+        lambda tensor: tensor.to(torch.float8_e5m2),
+        lambda tensor: tensor.long(),
+        lambda tensor: tensor.to_sparse(),
+        lambda tensor: tensor.to("meta"),
+        lambda tensor: tensor.tolist(),
+    ],
+)
+@pytest.mark.parametrize("place", ["features.norm0.running_var", "features.conv0.weight"])
+def test_tensors_that_are_not_computed_with_are_refused(place, made):
+    state = torchvision_state(peer(blocks=(2, 2), stem=8), (2, 2))
+    state[place] = made(state[place])
+    expected = f"expected {place!r} to be an ordinary tensor of floats"
+    with pytest.raises(ValueError, match=re.escape(f"torchvision weights: {expected}, found")):
+        load_torchvision(SparseNet(TWO_STAGES), state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_narrow_tensors_are_combined_in_a_wider_type(dtype):
+    theirs = disagree(peer(blocks=(2, 2), stem=8).eval())
+    state = {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in torchvision_state(theirs, (2, 2)).items()
+    }
+    ours, same = SparseNet(TWO_STAGES).eval(), SparseNet(TWO_STAGES).double().eval()
+    load_torchvision(ours, state)
+    load_torchvision(same, {name: tensor.double() for name, tensor in state.items()})
+    batch = images(theirs)
+    torch.testing.assert_close(ours(batch.float()).double(), same(batch), rtol=1e-4, atol=1e-4)
 
 
 def same_as_the_peer(theirs, chans):

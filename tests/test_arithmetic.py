@@ -65,15 +65,33 @@ def test_a_run_with_a_damaged_record_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("lost", ["names", "file"])
-def test_a_run_without_the_record_goes_on_with_what_is_best(lost, found, tmp_path):
+def test_a_run_without_the_record_goes_on_in_its_precision(lost, found, tmp_path):
+    found(SLOW, bf16=FAST)
     run = stopped(tmp_path / "run", tiny())
     file = run.path / "environment.json"
     file.write_text("{}")
     if lost == "file":
         file.unlink()
-    found(FAST, bf16=SLOW)
+    found(FAST, bf16=FAST)
     assert "1.1 times" not in "".join(lines(train(tiny(), run, resume=True)))
-    assert recorded(run) == ("fp32", "shared")
+    assert recorded(run) == ("bf16", "shared")
+
+
+@pytest.mark.parametrize("changed", ["file", "record"])
+def test_a_run_goes_on_in_no_other_precision(changed, found, call: Call, tmp_path):
+    found(SLOW, bf16=FAST)
+    run = stopped(tmp_path / "run", tiny())
+    file = run.path / "environment.json"
+    if changed == "file":
+        file.unlink()
+    else:
+        file.write_text(file.read_text().replace('"bf16"', '"fp32"'))
+    found(FAST, bf16=SLOW)
+    outcome = call("train", "--resume", "run")
+    assert outcome.code == 2
+    assert "precision 'bf16' -> 'fp32'; go on with --precision bf16" in outcome.error
+    assert call("train", "--resume", "run", "--precision", "bf16").code == 0
+    assert recorded(run)[0] == "bf16"
 
 
 def test_a_recorded_implementation_that_cannot_run_here(found, monkeypatch, call: Call, tmp_path):
@@ -144,3 +162,13 @@ def test_the_log_says_which_and_by_how_much(found: Found, monkeypatch):
     assert told(precision="bf16") == [
         f"cpu, bf16, implementation native, 1.2 times shared, 2.5 times reference here, in {steps}"
     ]
+
+
+def test_no_fewer_epochs_than_have_begun(call: Call, tmp_path):
+    small = ("--depth", 7, "--growth_rate", 4, "--max_epoch", 2)
+    assert call("train", "--out", "run", *small).code == 0
+    result = (tmp_path / "run" / "result.json").read_text()
+    outcome = call("train", "--resume", "run", "--max_epoch", 1)
+    assert outcome.code == 2
+    assert "expected --max_epoch of at least 2, as many as have begun, found 1" in outcome.error
+    assert (tmp_path / "run" / "result.json").read_text() == result

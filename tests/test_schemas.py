@@ -14,7 +14,6 @@ from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as serialise_tensors
 
 from sparsenet import checkpoints, weights
-from sparsenet.arithmetic import Arithmetic
 from sparsenet.checkpoints import RunError
 from sparsenet.config import RunConfig, load
 from sparsenet.preparation import preparing
@@ -160,7 +159,7 @@ def rewritten(run: Path, kind: str, text: str) -> None:
 def restored(copied: Path) -> Callable[[Path], Any]:
     """Loads the last checkpoint of a run, as ``--resume`` does."""
     config = Run(copied).config()
-    work = preparing(config, Arithmetic("fp32", "reference"), Run(copied).images())
+    work = preparing(config, Run(copied).arithmetic(), Run(copied).images())
     try:
         while True:
             next(work)

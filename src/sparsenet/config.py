@@ -86,6 +86,9 @@ MAY_CHANGE = {  # settings that a resumed run may have other values of
     "labels",
     "download",
 }
+# Settings that a resumed run may give a value where it began with ``auto``: that implementation may
+# not run on another machine, and a checkpoint says itself in which precision it was trained.
+WERE_AUTO = {"precision", "implementation"}
 
 
 @dataclass(frozen=True)
@@ -170,8 +173,7 @@ def differences(old: RunConfig, new: RunConfig) -> list[str]:
     for each in settings():
         before = getattr(getattr(old, each.component), each.name)
         after = getattr(getattr(new, each.component), each.name)
-        # What ``auto`` came to when the run began may not run on the machine of the resume.
-        was_auto = each.name == "implementation" and before == "auto"
+        was_auto = each.name in WERE_AUTO and before == "auto"
         if before != after and each.name not in MAY_CHANGE and not was_auto:
             changes.append(f"{each.name} {before!r} -> {after!r}")
     return changes

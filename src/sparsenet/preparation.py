@@ -51,13 +51,15 @@ class Setup:
     @cached_property
     def about(self) -> Description:
         """What a checkpoint says of its weights."""
+        precision = self.arithmetic.precision  # and not ``auto``, which is another elsewhere
+        train = dataclasses.replace(self.config.train, precision=precision)
         return Description(
             sparsenet=__version__,
             architecture=self.config.network.to_dict(),
             preprocessing=self.preprocessing,
             classes=tuple(self.data.classes),
             dataset=self.data.name,
-            recipe=recipe(self.config),
+            recipe=recipe(dataclasses.replace(self.config, train=train)),
             data=record(self.data),
         )
 

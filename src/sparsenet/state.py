@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sparsenet import checkpoints, optim, weights
 from sparsenet.checkpoints import Checkpoint, Manifest, RunError
-from sparsenet.config import RunConfig, recipe
+from sparsenet.config import WERE_AUTO, RunConfig
 from sparsenet.data.identity import differences, to_tensors
 from sparsenet.data.sampling import batch_ends, stream
 from sparsenet.device import place
@@ -174,7 +174,7 @@ def restore(state: TrainingState, setup: Setup, run: Run) -> list[str]:
 
     def fitting(checkpoint: Checkpoint) -> tuple[Checkpoint, list[str]]:
         changed = _check_data(checkpoint, setup, run)
-        _check_settings(checkpoint, setup.config)
+        _check_settings(checkpoint, setup.about)
         _check_steps(checkpoint, state.steps_per_epoch)
         state.check(checkpoint)
         return checkpoint, changed
@@ -184,6 +184,12 @@ def restore(state: TrainingState, setup: Setup, run: Run) -> list[str]:
     state.load(checkpoint, rows)
     lines = [f"warning: {warning}" for warning in [*warnings, *said, *changed]]
     epochs = setup.config.train.max_epoch
+    trained = math.ceil(state.step / state.steps_per_epoch)
+    if trained > epochs:
+        raise RunError(
+            f"{run.path}: expected --max_epoch of at least {trained}, as many as have begun, "
+            f"found {epochs}"
+        )
     if state.epoch >= epochs:
         return [*lines, f"finished: all {epochs} epochs are trained; --max_epoch N adds to them"]
     lines.append(f"resumed at step {state.step} (epoch {1 + state.epoch})")
@@ -198,7 +204,7 @@ def has_own_best(state: TrainingState, setup: Setup, run: Run) -> bool:
     """
 
     def check(checkpoint: Checkpoint) -> None:
-        _check_settings(checkpoint, setup.config)
+        _check_settings(checkpoint, setup.about)
         if checkpoint.manifest.step > state.step:
             raise RunError("of a later step")
 
@@ -249,27 +255,31 @@ def _rows(checkpoint: Checkpoint, run: Run) -> tuple[list[EpochMetrics], list[st
     return rows, [*missing, f"{problem}metrics.csv is written anew from the checkpoint"]
 
 
-def _check_settings(checkpoint: Checkpoint, config: RunConfig) -> None:
+def _check_settings(checkpoint: Checkpoint, asked: Description) -> None:
     """Raises ``RunError`` where settings are not those that the checkpoint was trained with.
 
     ``Run`` compares what is asked for with config.json, which somebody may have changed.
     """
     about = checkpoint.manifest.about
     before = {**about.recipe, "network": about.architecture}
-    asked = {**recipe(config), "network": config.network.to_dict()}
-    now = msgspec.json.decode(msgspec.json.encode(asked))  # with lists, as in a file
-    changed = []
+    now = {**asked.recipe, "network": asked.architecture}
+    now = msgspec.json.decode(msgspec.json.encode(now))  # with lists, as in a file
+    changed = {}
     for component, settings in before.items():
         for name, value in settings.items():
             found = now.get(component, {}).get(name, value)  # older versions had other settings
-            was_auto = name == "implementation" and value == "auto"
+            was_auto = name in WERE_AUTO and value == "auto"
             if found != value and name != "max_epoch" and not was_auto:
-                changed.append(f"{name} {shown(value)} -> {shown(found)}")
-    if changed:
-        raise RunError(
-            f"{checkpoint.path}: expected the settings that it was trained with, found others: "
-            f"{'; '.join(changed)}; put back what was changed in config.json"
-        )
+                changed[name] = f"{name} {shown(value)} -> {shown(found)}"
+    if not changed:
+        return
+    advice = "put back what was changed in config.json"
+    if changed.keys() == {"precision"}:  # which environment.json has where config.json says auto
+        advice = f"go on with --precision {about.recipe['train']['precision']}"
+    raise RunError(
+        f"{checkpoint.path}: expected the settings that it was trained with, found others: "
+        f"{'; '.join(changed.values())}; {advice}"
+    )
 
 
 def _rate_jump(state: TrainingState, now: RunConfig, before: RunConfig) -> list[str]:

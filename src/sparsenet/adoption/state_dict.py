@@ -19,6 +19,7 @@ from sparsenet.model import SparseNet
 from sparsenet.ops.plan import EPS
 from sparsenet.validation import shown
 
+FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}  # that are computed with
 BATCHES = "num_batches_tracked"  # of a batch norm; its momentum does not depend on it
 
 
@@ -82,7 +83,8 @@ def load_renamed(
         if tensor.shape != shape:
             expected = f"{source!r} of shape {list(shape)}{hint}"
             raise ValueError(f"{prefix}: expected {expected}, found {list(tensor.shape)}")
-        state[name], names[name] = tensor, source
+        wide = torch.promote_types(tensor.dtype, torch.float32)  # statistics are combined below
+        state[name], names[name] = tensor.to(wide), source
     unused = [name for name in tensors.keys() - names.values() if not name.endswith(BATCHES)]
     if unused:
         raise ValueError(f"{prefix}: this network has no place for {min(unused)!r}")
@@ -103,7 +105,7 @@ def _has_numbers(value: object) -> bool:
         isinstance(value, Tensor)
         and value.layout == torch.strided
         and not value.is_meta
-        and value.is_floating_point()
+        and value.dtype in FLOATS
     )
 
 
