@@ -58,8 +58,8 @@ TEXTS: tuple[Any, ...] = (
 )  # fmt: skip
 OTHERS: tuple[Any, ...] = (
     None, True, False, [], {}, [[]], [None], {"": 0}, [0] * 300, list(range(DEEP)), ["x"] * 5000,
-    {f"k{i}": i for i in range(5000)}, [[0]] * 5000, [1, "a", None, {}], Raw(""), Raw("["),
-    Raw("[" * DEEP), Raw("[" * DEEP + "]" * DEEP), Raw('{"a":' * DEEP + "1" + "}" * DEEP),
+    {f"k{i}": i for i in range(5000)}, [[0] for _ in range(5000)], [1, "a", None, {}],
+    Raw(""), Raw("["), Raw("[" * DEEP), Raw("[" * DEEP + "]" * DEEP), Raw('{"a":' * DEEP + "1" + "}" * DEEP),
     Raw("[" * 900 + "]" * 900), Raw('{"a":' * 200 + "1" + "}" * 200),
 )  # fmt: skip
 
@@ -135,7 +135,8 @@ def _change(owner: Any, key: Any, places: list[tuple[Any, Any]], rng: random.Ran
         factor = rng.choice((-1, 2, 0.5, 10, 1e6, 1e-6, 1e300, 3))
         owner[key] = type(value)(value * factor) if value and abs(value) < 1e6 else value + 1
     elif kind == 11 and isinstance(value, list):
-        many = value * (500 if len(encode(value)) < 500 else 2)
+        times = 500 if len(encode(value)) < 500 else 2
+        many = [copy.deepcopy(each) for _ in range(times) for each in value]  # each its own
         owner[key] = rng.choice((value[:-1], value[:1], value * 2, many, value[::-1]))
     elif kind == 12 and isinstance(owner, list):
         owner.insert(key, copy.deepcopy(value))
