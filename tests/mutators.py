@@ -59,7 +59,8 @@ TEXTS: tuple[Any, ...] = (
 OTHERS: tuple[Any, ...] = (
     None, True, False, [], {}, [[]], [None], {"": 0}, [0] * 300, list(range(DEEP)), ["x"] * 5000,
     {f"k{i}": i for i in range(5000)}, [[0] for _ in range(5000)], [1, "a", None, {}],
-    Raw(""), Raw("["), Raw("[" * DEEP), Raw("[" * DEEP + "]" * DEEP), Raw('{"a":' * DEEP + "1" + "}" * DEEP),
+    Raw(""), Raw("["), Raw("[" * DEEP), Raw("[" * DEEP + "]" * DEEP),
+    Raw('{"a":' * DEEP + "1" + "}" * DEEP),
     Raw("[" * 900 + "]" * 900), Raw('{"a":' * 200 + "1" + "}" * 200),
 )  # fmt: skip
 
