@@ -179,9 +179,9 @@ def test_other_users_of_the_matrix_unit_are_not_disturbed():
 def engine_for(x):
     """An engine for a stage that is nothing but its output norm."""
     width = x.shape[1]
-    call = StageCall(
-        Plan(((0,),)), x.shape, (width,), x.dtype, x.device, torch.channels_last, training=True
-    )
+    plan = Plan(((0,),))
+    tensor = x.shape, (width,), x.dtype, x.device, torch.channels_last
+    call = StageCall(plan, plan, *tensor, training=True)
     return native.Native(call, [torch.ones(width), torch.zeros(width)])
 
 

@@ -15,9 +15,9 @@ FLOORS = [
     validation topology extras results events files downloads schedule
     architecture graph device memory environment capture
     ops
-    model
+    changes stage model
     data optim
-    weights zoo adoption
+    weights zoo adoption timm
     config presets arithmetic
     checkpoints run trained
     preparation state step evaluate

@@ -110,11 +110,13 @@ class Workload:
         lets them through.
         """
         named = [*self.model.named_parameters(), *self.model.named_buffers()]
-        vectors = [(name, tensor) for name, tensor in named if tensor.ndim == 1]
+        vectors = [(name, tensor) for name, tensor in named if tensor.ndim <= 1]
         before = [tensor.detach().clone() for _, tensor in vectors]
         random = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for name, tensor in vectors:
+                if not tensor.ndim:  # a number of batches
+                    continue
                 noise = torch.randn(len(tensor), generator=random) / 10
                 if name.endswith("bias"):
                     noise += 2 * torch.randint(2, (len(tensor),), generator=random) - 1

@@ -1,76 +1,20 @@
-"""The network, leaf to root: statistics, affine, unit, stage, transition, stem, SparseNet."""
+"""The network: a stem, stages with transitions between them, and a classifier."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsenet.architecture import STEMS, Architecture
-from sparsenet.architecture import Stage as StageLayout
 from sparsenet.ops import dispatch
 from sparsenet.ops.implementations import MEMORY
-from sparsenet.ops.plan import Plan, Reader, Statistics
-
-
-class FeatureStatistics(nn.Module):
-    """Running mean and variance of one feature of *width* channels."""
-
-    running_mean: Tensor
-    running_var: Tensor
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.register_buffer("running_mean", torch.zeros(width))
-        self.register_buffer("running_var", torch.ones(width))
-
-
-class Affine(nn.Module):
-    """Scale and shift of the *width* channels that one reader gathers."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.bias = nn.Parameter(torch.zeros(width))
-
-
-class Unit(nn.Module):
-    """The parameters of one BN-ReLU-Conv; running statistics belong to the features it reads."""
-
-    def __init__(self, width: int, kernel: int, out: int):
-        super().__init__()
-        self.norm = Affine(width)
-        self.conv = nn.Conv2d(width, out, kernel, padding=kernel // 2, bias=False)
-
-
-class Stage(nn.Module):
-    """The layers of a stage and its output norm; gives the activated stage output."""
-
-    def __init__(self, layout: StageLayout, dropout: float, implementation: str, memory: str):
-        super().__init__()
-        self.plan = Plan(layout.reads, layout.aggregation, dropout, memory)
-        self.implementation = implementation
-        self.layers = nn.ModuleList(
-            nn.Sequential(*(Unit(*unit) for unit in layout.units(layer)))
-            for layer in range(1, layout.topology.depth + 1)
-        )
-        self.norm = Affine(layout.out_width)
-        self.statistics = nn.ModuleList(FeatureStatistics(width) for width in layout.unit_widths)
-
-    def forward(self, x: Tensor) -> Tensor:  # (N, in_width, H, W) -> (N, out_width, H, W)
-        units = [unit for layer in self.layers for unit in layer]  # type: ignore[attr-defined]
-        readers = [Reader(unit.norm.weight, unit.norm.bias, unit.conv.weight) for unit in units]
-        readers.append(Reader(self.norm.weight, self.norm.bias, None))  # the stage output
-        statistics = [
-            Statistics(feature.running_mean, feature.running_var)  # type: ignore[arg-type]
-            for feature in self.statistics
-        ]
-        return dispatch.aggregate(
-            self.implementation, self.plan, x, readers, statistics, self.training
-        )
+from sparsenet.stage import Stage
 
 
 class Transition(nn.Module):
@@ -96,17 +40,29 @@ class Stem(nn.Sequential):
         kernel, stride = STEMS[kind].kernel, STEMS[kind].stride
         conv = nn.Conv2d(in_chans, width, kernel, stride, padding=kernel // 2, bias=False)
         pool = nn.MaxPool2d(3, stride, padding=1)
-        strided = (nn.BatchNorm2d(width), nn.ReLU(inplace=True), pool) if stride > 1 else ()
+        strided = (nn.BatchNorm2d(width), nn.ReLU(), pool) if stride > 1 else ()
         super().__init__(conv, *strided)
+        self.feature = 2 if strided else 0  # the last module before the pooling
+        self.reduction_of_feature, self.reduction = stride, stride**2  # of sides
 
     def forward(self, x: Tensor) -> Tensor:  # (N, in_chans, H, W) -> (N, width, h, w)
+        return self.forward_both(x)[0]
+
+    def forward_both(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What the first stage reads, and as a feature of its own what is not pooled yet."""
         self._check(x)
-        features: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
-        return features
+        feature = x
+        for number, module in enumerate(self):
+            x = module(x)
+            if number == self.feature:
+                feature = x
+        return x, feature
 
     def _check(self, x: Tensor) -> None:
         channels, device = self[0].in_channels, self[0].weight.device
         expected = f"images: expected normalised ones, a floating-point (N, {channels}, H, W)"
+        if isinstance(x, torch.fx.Proxy):
+            return
         if not isinstance(x, Tensor):
             raise TypeError(f"{expected} tensor, found {type(x).__name__}")
         # A tracer's sizes are tensors, which must not decide.
@@ -118,6 +74,25 @@ class Stem(nn.Sequential):
             raise ValueError(f"{expected} tensor, found {x.dtype}; Preprocessing.normalise first")
         if x.device.type != device.type:
             raise ValueError(f"{expected} tensor on {device}, found one on {x.device}")
+
+
+def _check_pooling(global_pool: str, num_classes: int) -> None:
+    if global_pool not in ("avg", ""):
+        raise ValueError(f"global_pool: expected 'avg', or '' for none, found {global_pool!r}")
+    if num_classes and not global_pool:
+        raise ValueError(
+            "global_pool: expected 'avg' where there is a classifier, found none; with "
+            "num_classes=0 there is no classifier"
+        )
+
+
+def _checked_memory(memory: str, implementation: str) -> str:
+    if memory not in MEMORY or (memory != "normal" and implementation == "reference"):
+        raise ValueError(
+            f"memory: expected one of {', '.join(MEMORY)} ('normal' with the reference, "
+            f"which keeps everything), found {memory!r}"
+        )
+    return memory
 
 
 def _classifier(width: int, classes: int) -> nn.Module:
@@ -138,23 +113,26 @@ class SparseNet(nn.Module):
     Images are ``(N, in_chans, H, W)``, logits ``(N, num_classes)``. *implementation* is ``auto`` or
     one of ``sparsenet.ops.implementations.IMPLEMENTATIONS``; parameters and state dict are the
     same for all. With *memory* ``lean`` the backward pass computes bottlenecks again instead of
-    reading them from memory.
+    reading them from memory. *global_pool* is ``avg``, or empty for features that are not pooled,
+    and *drop_rate* the share of pooled features that is dropped in training. Methods that timm's
+    models have do what they do there.
 
     Raises ``ValueError`` for an implementation that is not installed and for one without *memory*.
     """
 
     def __init__(
-        self, architecture: Architecture, implementation: str = "auto", memory: str = "normal"
+        self,
+        architecture: Architecture,
+        implementation: str = "auto",
+        memory: str = "normal",
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
     ):
         super().__init__()
-        self.architecture = architecture
+        _check_pooling(global_pool, architecture.num_classes)
+        self.architecture, self.global_pool, self.drop_rate = architecture, global_pool, drop_rate
         self.requested_implementation = dispatch.choose(implementation)
-        if memory not in MEMORY or (memory != "normal" and implementation == "reference"):
-            raise ValueError(
-                f"memory: expected one of {', '.join(MEMORY)} ('normal' with the reference, "
-                f"which keeps everything), found {memory!r}"
-            )
-        self.memory = memory
+        self.memory = _checked_memory(memory, implementation)
         layouts, dropout = architecture.stages, architecture.dropout
         self.stem = Stem(architecture.stem, architecture.in_chans, layouts[0].in_width)
         self.stages = nn.ModuleList(
@@ -191,8 +169,33 @@ class SparseNet(nn.Module):
         """Number of classes; 0: the model gives pooled features."""
         return self.architecture.num_classes
 
-    def reset_classifier(self, num_classes: int) -> None:
-        """Replaces the classifier by a new one of *num_classes* outputs, or by none with 0."""
+    @property
+    def head_hidden_size(self) -> int:
+        """Channels that the classifier reads."""
+        return self.num_features
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """Channels, reduction of the sides and module of what ``forward_intermediates`` gives."""
+        stem, layouts = self.stem, self.architecture.stages
+        rows = [(layouts[0].in_width, stem.reduction_of_feature, f"stem.{stem.feature}")]
+        rows += [
+            (layout.out_width, stem.reduction << number, f"stages.{number}")
+            for number, layout in enumerate(layouts)
+        ]
+        return [{"num_chs": c, "reduction": r, "module": module} for c, r, module in rows]
+
+    def get_classifier(self) -> nn.Module:
+        return self.classifier
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replaces the classifier by a new one of *num_classes* outputs, or by none with 0.
+
+        *global_pool* is that of the constructor; by default it stays.
+        """
+        global_pool = self.global_pool if global_pool is None else global_pool
+        _check_pooling(global_pool, num_classes)
+        self.global_pool = global_pool
         self.architecture = dataclasses.replace(self.architecture, num_classes=num_classes)
         parameter = next(self.stem.parameters())
         classifier = _classifier(self.num_features, num_classes)
@@ -214,8 +217,94 @@ class SparseNet(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Features ``(N, num_features, h, w)`` to logits; with *pre_logits* to pooled features."""
-        pooled = x.mean((2, 3))
+        pooled = x.mean((2, 3)) if self.global_pool else x
+        if self.drop_rate:
+            pooled = F.dropout(pooled, self.drop_rate, self.training)
         return pooled if pre_logits else self.classifier(pooled)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The features of ``feature_info`` at *indices*, and the final ones.
+
+        *indices* are numbers, from the end if negative, a number of last ones, or ``None`` for all.
+        With *intermediates_only* the final ones are not returned, and with *stop_early* as well
+        nothing is computed after the last index. All features of stages are normalised, so *norm*
+        changes nothing. Raises ``ValueError`` for other indices and another *output_fmt*.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt: expected 'NCHW', found {output_fmt!r}")
+        wanted = self._indices(indices)
+        intermediates: dict[int, Tensor] = {}
+        x, intermediates[0] = self.stem.forward_both(x)
+        for number, stage in enumerate(self.stages):
+            if stop_early and intermediates_only and number >= max(wanted):
+                break
+            x = intermediates[number + 1] = stage(x)
+            if number < len(self.transitions):
+                x = self.transitions[number](x)
+        found = [intermediates[index] for index in wanted]
+        return found if intermediates_only else (x, found)
+
+    def prune_intermediate_layers(
+        self,
+        indices: int | Sequence[int] | None = None,
+        prune_norm: bool = False,
+        prune_head: bool = True,
+    ) -> list[int]:
+        """Removes what features at *indices* do not need, and with *prune_head* the classifier.
+
+        Returns the indices, counted from 0. All norms belong to stages, so *prune_norm* changes
+        nothing.
+        """
+        wanted = self._indices(indices)
+        self.stages = self.stages[: max(wanted)]
+        self.transitions = self.transitions[: max(0, max(wanted) - 1)]
+        if prune_head:
+            self.reset_classifier(0, "")
+        return wanted
+
+    def _indices(self, indices: int | Sequence[int] | None) -> list[int]:
+        number = len(self.stages) + 1
+        if indices is None:
+            return list(range(number))
+        if isinstance(indices, int):
+            indices = range(-indices, 0)
+        if not indices or not all(-number <= index < number for index in indices):
+            raise ValueError(f"indices: expected some below {number}, found {indices}")
+        return [index % number for index in indices]
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Sets *memory* of the constructor: ``lean`` where *enable*, else ``normal``."""
+        self.memory = _checked_memory("lean" if enable else "normal", self.requested_implementation)
+        stages: Iterable[Any] = self.stages
+        for stage in stages:
+            stage.plan = dataclasses.replace(stage.plan, memory=self.memory)
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters of several dimensions that should not decay: none."""
+        return set()
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns of the names of parameters by their depth, for rates that differ by layer."""
+        with_one_before = (99999,)
+        layers = [
+            (r"^stages\.(\d+)\.layers\.(\d+)", None),
+            (r"^stages\.(\d+)|^transitions\.(\d+)", with_one_before),
+        ]
+        return {"stem": "^stem", "blocks": r"^(?:stages|transitions)\.(\d+)" if coarse else layers}
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise NotImplementedError(
+            "torch.jit.script: expected a network without choices in Python, which this one has; "
+            "torch.export, torch.jit.trace and torch.compile take it"
+        )
 
     def forward(self, x: Tensor) -> Tensor:  # (N, in_chans, H, W) -> (N, num_classes)
         return self.forward_head(self.forward_features(x))

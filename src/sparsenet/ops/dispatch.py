@@ -13,9 +13,10 @@ from torch import Tensor
 from sparsenet.device import computes_in_bf16, traits
 from sparsenet.extras import MissingExtra
 from sparsenet.ops import measured, reference, shared  # noqa: F401 - always loaded
-from sparsenet.ops.implementations import IMPLEMENTATIONS, OPAQUE
+from sparsenet.ops.implementations import IMPLEMENTATIONS
 from sparsenet.ops.measured import Timings
-from sparsenet.ops.plan import Plan, Readers, Statistics, stands_for_another
+from sparsenet.ops.plan import Plan, Readers, Statistics
+from sparsenet.ops.tracing import is_watched
 
 MEASURED = (torch.float32, torch.bfloat16)  # fp64 is for checks; fp16 takes a CPU minutes
 
@@ -149,14 +150,10 @@ def aggregate(
 ) -> Tensor:
     """Runs a stage: ``(N, C_0, H, W)`` to the activated stage output ``(N, C_out, H, W)``.
 
-    Tracers (``torch.compile``, ``torch.export``, ``torch.jit.trace``, ONNX) are shown the reference
-    by ``auto`` and by implementations whose kernels they cannot look into. So are batches without
-    an image and, by ``auto``, tensors that stand for others (fake ones).
+    Who looks at single operations, or changes what they do, is shown those of the reference: see
+    ``is_watched``. It also computes batches without an image.
     """
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-    if (traced and implementation in ("auto", *OPAQUE)) or not x.numel():
-        return reference.aggregate(plan, x, readers, statistics, training)
-    if implementation == "auto" and stands_for_another(x):
+    if is_watched(x) or not x.numel():
         return reference.aggregate(plan, x, readers, statistics, training)
     with_gradient = training or torch.is_grad_enabled()
     name = choose(implementation, x.device, x.dtype, with_gradient, plan.memory)

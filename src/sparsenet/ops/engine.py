@@ -29,6 +29,7 @@ statistics of its own. The engine stores the sums as its features, and
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,15 +40,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsenet.ops.plan import EPS, Columns, Plan, Readers, Statistics
+from sparsenet.ops import reference
+from sparsenet.ops.plan import EPS, Columns, Plan, Reader, Readers, Statistics
 from sparsenet.ops.sums import SumAggregation
+from sparsenet.ops.tracing import is_watched
 
 
 @dataclass(frozen=True)
 class StageCall:
     """What the forward and the backward pass of one call have in common."""
 
-    plan: Plan  # as an engine sees it
+    stage: Plan
+    plan: Plan  # of the stage as an engine sees it
     shape: torch.Size  # (N, C_0, H, W) of the stage input
     widths: tuple[int, ...]  # channels of each feature
     dtype: torch.dtype  # of features
@@ -246,6 +250,10 @@ class Engine(ABC):
 
     # Backward
 
+    def stage_input(self) -> Tensor:
+        """What the first feature was made from."""
+        return self.features[0]
+
     def term_gradient(self, j: int) -> Tensor | None:
         """The gradient of what was made as *j*, for ever smaller *j*.
 
@@ -290,14 +298,27 @@ def aggregate(
     scales, shifts = [reader.scale for reader in readers], [reader.shift for reader in readers]
     parameters = [*scales, *shifts, *weights]
     gradient = torch.is_grad_enabled()
-    plan = plan.for_engine if gradient else plan.without_gradient.for_engine
+    engine_plan = plan.for_engine if gradient else plan.without_gradient.for_engine
     widths = x.shape[1], *(len(weight) for weight in weights)
     layout = engine_type.choose_layout(x)
-    call = StageCall(plan, x.shape, widths, x.dtype, x.device, layout, training)
+    call = StageCall(plan, engine_plan, x.shape, widths, x.dtype, x.device, layout, training)
     if gradient:
-        return _Stage.apply(engine_type, call, statistics, x, *parameters)  # type: ignore[no-any-return,no-untyped-call]
+        input_in_graph = _InGraph.apply(x)  # type: ignore[no-untyped-call]
+        return _Stage.apply(engine_type, call, statistics, input_in_graph, x, *parameters)  # type: ignore[no-any-return,no-untyped-call]
     output, _ = _forward(engine_type(call, parameters, statistics), x)
     return output
+
+
+class _InGraph(torch.autograd.Function):
+    """The place of a tensor in the graph without its memory: zeros, whose gradient is its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.new_zeros(()).expand(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, d_output: Tensor) -> Tensor:
+        return d_output
 
 
 class _Stage(torch.autograd.Function):
@@ -309,26 +330,72 @@ class _Stage(torch.autograd.Function):
         engine_type: type[Engine],
         call: StageCall,
         statistics: Sequence[Statistics],
+        input_in_graph: Tensor,
         x: Tensor,
         *parameters: Tensor,
     ) -> Tensor:
         engine = engine_type(call, parameters, statistics)
         output, dropout_masks = _forward(engine, x)
         ctx.engine_type, ctx.call = engine_type, call
-        ctx.counts = len(parameters), len(engine.saved), len(dropout_masks)
-        ctx.save_for_backward(*parameters, *engine.saved, *dropout_masks)
+        ctx.counts = 1, len(parameters), len(engine.saved), len(dropout_masks)
+        ctx.save_for_backward(input_in_graph, *parameters, *engine.saved, *dropout_masks)
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor | None, ...]:
         tensors = iter(ctx.saved_tensors)
-        parameters, saved, dropout_masks = ([next(tensors) for _ in range(n)] for n in ctx.counts)
+        (input_in_graph,), parameters, saved, dropout_masks = (
+            [next(tensors) for _ in range(n)] for n in ctx.counts
+        )
         # ``data`` is the same memory under another version: with lean memory backward writes to it,
         # and a second backward may follow.
         saved = [tensor.data for tensor in saved]
         engine = ctx.engine_type(ctx.call, parameters, saved=saved)
-        return None, None, None, *_backward(engine, d_output, dropout_masks)
+        if torch.is_grad_enabled() or is_watched(d_output):
+            x = input_in_graph + engine.stage_input()
+            wanted = ctx.needs_input_grad[4:]
+            gradients = _reference_gradients(engine, x, d_output, dropout_masks, wanted)
+        else:
+            gradients = _backward(engine, d_output, dropout_masks)
+        return None, None, None, None, *gradients
+
+
+def _reference_gradients(
+    engine: Engine,
+    x: Tensor,
+    d_output: Tensor,
+    dropout_masks: Sequence[Tensor],
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """As ``_backward``, by operations that can be differentiated and traced themselves."""
+    call = engine.call
+    mean, rstd = engine.mean_rstd
+    parts = zip(mean.split(call.widths), (rstd**-2 - EPS).split(call.widths), strict=True)
+    parameters = *engine.scales, *engine.shifts, *engine.weights
+    differentiable = torch.is_grad_enabled()
+    with torch.enable_grad(), torch.autocast(call.device.type, enabled=False):
+        inputs = [t if t.requires_grad else t.detach().requires_grad_() for t in (x, *parameters)]
+        dtype = functools.reduce(torch.promote_types, {t.dtype for t in inputs})
+        x, *wide = (tensor.to(dtype) for tensor in inputs)
+        readers = len(engine.scales)
+        scales, shifts, weights = wide[:readers], wide[readers : 2 * readers], wide[2 * readers :]
+        # Where those of the batch are taken, these are changed and of no use.
+        statistics = [Statistics(*(each.to(dtype, copy=True) for each in part)) for part in parts]
+        output = reference.aggregate(
+            call.stage,
+            x,
+            [Reader(*each) for each in zip(scales, shifts, [*weights, None], strict=True)],
+            statistics,
+            call.training,
+            dropout_masks,
+        )
+    needed = [tensor for tensor, want in zip(inputs, wanted, strict=True) if want]
+    found = iter(
+        torch.autograd.grad(
+            output, needed, d_output.to(dtype), create_graph=differentiable, allow_unused=True
+        )
+    )
+    return [next(found) if want else None for want in wanted]
 
 
 def _forward(engine: Engine, x: Tensor) -> tuple[Tensor, list[Tensor]]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from sparsenet.ops import engine
 from sparsenet.ops.blocks import Block
 from sparsenet.ops.compiler import library
-from sparsenet.ops.plan import EPS, MOMENTUM, Plan, Readers, Statistics, stands_for_another
+from sparsenet.ops.plan import EPS, MOMENTUM, Plan, Readers, Statistics
 
 SUFFIXES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16"}
 BLOCKS = {"features": Block(), "gradients": Block()}  # kept for the next step
@@ -48,8 +48,6 @@ def aggregate(
             f"implementation 'native': expected fp64, fp32 or bf16, found {x.dtype}; "
             f"'shared' and 'reference' take it"
         )
-    if stands_for_another(x):
-        raise ValueError(NO_DATA)
     _address(x)
     return engine.aggregate(Native, plan, x, readers, statistics, training)
 

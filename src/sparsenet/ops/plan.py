@@ -16,11 +16,6 @@ MOMENTUM = 0.1  # weight of the new batch in the running statistics
 EPS = 1e-5  # added to the variance
 
 
-def stands_for_another(tensor: Tensor) -> bool:
-    """Whether *tensor* has no data of its own to compute with, as fake tensors and the like."""
-    return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
-
-
 class Reader(NamedTuple):
     """The parameters of one reader: BN-ReLU, then a convolution unless it is the stage output."""
 

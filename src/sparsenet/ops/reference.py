@@ -20,9 +20,17 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def aggregate(
-    plan: Plan, x: Tensor, readers: Readers, statistics: Sequence[Statistics], training: bool
+    plan: Plan,
+    x: Tensor,
+    readers: Readers,
+    statistics: Sequence[Statistics],
+    training: bool,
+    dropout_masks: Sequence[Tensor] = (),
 ) -> Tensor:
-    """The activated stage output ``(N, C_out, H, W)`` for a stage input ``(N, C_0, H, W)``."""
+    """The activated stage output ``(N, C_out, H, W)`` for a stage input ``(N, C_0, H, W)``.
+
+    Dropout draws masks unless it is given those of each reader.
+    """
     features = {0: x}
     for r, (read, reader) in enumerate(zip(plan.reads, readers, strict=True)):
         gathered = [features[j] for j in read]
@@ -35,7 +43,10 @@ def aggregate(
             return activated
         output = F.conv2d(activated, reader.weight, padding=reader.weight.shape[-1] // 2)
         if training and plan.dropout:
-            output = torch.native_dropout(output, plan.dropout, True)[0]
+            if dropout_masks:
+                output = output * dropout_masks[r] / (1 - plan.dropout)
+            else:
+                output = torch.native_dropout(output, plan.dropout, True)[0]
         features[r + 1] = output
         for j in read:
             if plan.topology.last_reader[j] == r + 1:

@@ -60,6 +60,11 @@ class Shared(engine.Engine):
         """The features that reader *r* gathers, once ``write_activation`` has been called."""
         return self.buffer("gathered", len(self.scales[r]))
 
+    def stage_input(self) -> Tensor:
+        mean, rstd = self.mean_and_rstd(0)
+        z = self.features[0]
+        return (z / rstd.view(-1, 1, 1) + mean.view(-1, 1, 1)).to(z.dtype)
+
     def backward_activation(self, r: int, d_activated: Tensor) -> tuple[Tensor, Tensor]:
         activated = self.buffer("activations", len(self.scales[r]))
         if self.reader_in_buffers != r:
