@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torchvision_operators  # noqa: F401 - which some need
 from plain import Plain
 from test_modules import IMPLEMENTATIONS, NETWORKS, close, gradients, images, network, pair
 from torch import Tensor, nn
@@ -71,6 +72,18 @@ def test_captum_layers(implementation: str) -> None:
                 images(), **({"target": 1} if method is attr.LayerGradCam else {})
             ),
         )
+
+
+def test_grad_cam(implementation: str) -> None:
+    grad_cam = pytest.importorskip("pytorch_grad_cam", exc_type=ImportError)
+    targets = [grad_cam.utils.model_targets.ClassifierOutputTarget(1)] * 3
+    found = []
+    for model in pair(implementation):
+        layers = [model.eval().get_submodule("stages.1.layers.1.1.conv")]
+        with grad_cam.GradCAM(model, layers) as explain:
+            found.append(torch.from_numpy(explain(images(), targets)))
+    assert found[0].any()
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)  # it computes in fp32
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -1,7 +1,7 @@
-"""What people change about modules, such as hooks and other types, that an engine does not see.
+"""The tensors of modules, where these still are what the library made and do nothing else.
 
-An engine reads the weights of a stage and calls none of its modules. So before each call it is
-looked whether they still are what the library made and do nothing else.
+An engine computes with the tensors of a stage and calls none of its modules. So each time they are
+read it is looked for what people change about modules, such as hooks and other types.
 """
 
 from __future__ import annotations
@@ -12,9 +12,17 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules import module as modules
 
-from sparsenet.ops.plan import EPS, MOMENTUM
+from sparsenet.ops.plan import EPS, MOMENTUM, Statistics
 
 TENSORS = (nn.Parameter, Tensor)  # that are computed with as they are, as no subclass of them
+
+
+class Changed(Exception):
+    """A *module* may do other than its tensors say; *what* is a clause without its subject."""
+
+    def __init__(self, module: nn.Module, what: str):
+        super().__init__(what)
+        self.module, self.what = module, what
 
 
 def _methods() -> tuple[Callable[..., Any], ...]:
@@ -26,70 +34,70 @@ def _methods() -> tuple[Callable[..., Any], ...]:
 METHODS = _methods()
 
 
-def of_all_modules() -> str | None:
-    """What was changed about all modules at once; a clause without its subject, as elsewhere."""
+def check_all_modules(caller: nn.Module) -> None:
+    """Raises ``Changed`` for what was changed about all modules at once."""
     if modules._has_any_global_hook():
-        return "is called with hooks on all modules"
-    return None if _methods() == METHODS else "has modules with a method that was replaced"
+        raise Changed(caller, "is called with hooks on all modules")
+    if _methods() != METHODS:
+        raise Changed(caller, "has modules with a method that was replaced")
 
 
-def of_module(module: nn.Module, kind: type[nn.Module]) -> str | None:
-    """What any module may have, and that it is of another type than *kind*."""
-    if type(module) is not kind:
-        return f"is of type {type(module).__name__}, not {kind.__name__}"
+def check_module(module: nn.Module, kind: type[nn.Module]) -> dict[str, Any]:
+    """The attributes of *module*; ``Changed`` for another type than *kind* and for hooks."""
     own = module.__dict__  # several times as fast as asking the module
+    if type(module) is not kind:
+        raise Changed(module, f"is of type {type(module).__name__}, not {kind.__name__}")
     if (
         own["_forward_hooks"]
         or own["_forward_pre_hooks"]
         or own["_backward_hooks"]
         or own["_backward_pre_hooks"]
     ):
-        return "has hooks"
-    return "has a forward method of its own" if "forward" in own else None
+        raise Changed(module, "has hooks")
+    if "forward" in own:
+        raise Changed(module, "has a forward method of its own")
+    return own
 
 
-def of_training(module: nn.Module, training: bool) -> str | None:
-    if module.training == training:
-        return None
-    return f"is {'' if module.training else 'not '}in training, other than the rest"
+def check_training(module: nn.Module, training: bool) -> None:
+    if module.training != training:
+        state = "in training" if module.training else "not in training"
+        raise Changed(module, f"is {state}, other than the rest")
 
 
-def of_affine(module: nn.Module, kind: type[nn.Module], width: int) -> str | None:
-    if what := of_module(module, kind):
-        return what
-    parameters = module._parameters
-    return _of_tensor(parameters, "weight", (width,)) or _of_tensor(parameters, "bias", (width,))
+def read_affine(module: nn.Module, kind: type[nn.Module], width: int) -> tuple[Tensor, Tensor]:
+    """Scale and shift."""
+    parameters = check_module(module, kind)["_parameters"]
+    shape = (width,)
+    return _read(module, parameters, "weight", shape), _read(module, parameters, "bias", shape)
 
 
-def of_convolution(module: nn.Module, shape: tuple[int, ...]) -> str | None:
-    """*shape* is that of its weight."""
-    if what := of_module(module, nn.Conv2d):
-        return what
-    own, side = module.__dict__, shape[-1] // 2
+def read_convolution(module: nn.Module, shape: tuple[int, ...]) -> Tensor:
+    """The weight, which is of this *shape*."""
+    own, side = check_module(module, nn.Conv2d), shape[-1] // 2
     settings = own["stride"], own["padding"], own["dilation"], own["groups"], own["padding_mode"]
     if settings != ((1, 1), (side, side), (1, 1), 1, "zeros"):
-        return "has other settings"
+        raise Changed(module, "has other settings")
     if own["_parameters"].get("bias") is not None:
-        return "has a bias"
-    return _of_tensor(own["_parameters"], "weight", shape)
+        raise Changed(module, "has a bias")
+    return _read(module, own["_parameters"], "weight", shape)
 
 
-def of_norm(module: nn.Module, width: int, training: bool) -> str | None:
-    if what := of_module(module, nn.BatchNorm2d):
-        return what
-    own = module.__dict__
+def read_norm(module: nn.Module, width: int, training: bool) -> Statistics:
+    own, shape = check_module(module, nn.BatchNorm2d), (width,)
     settings = own["momentum"], own["eps"], own["affine"], own["track_running_stats"]
     if settings != (MOMENTUM, EPS, False, True):
-        return "has other settings"
-    if what := of_training(module, training):
-        return what
-    buffers, shape = own["_buffers"], (width,)
-    return _of_tensor(buffers, "running_mean", shape) or _of_tensor(buffers, "running_var", shape)
+        raise Changed(module, "has other settings")
+    check_training(module, training)
+    buffers = own["_buffers"]
+    mean = _read(module, buffers, "running_mean", shape)
+    return Statistics(mean, _read(module, buffers, "running_var", shape))
 
 
-def _of_tensor(
-    tensors: Mapping[str, Tensor | None], name: str, shape: tuple[int, ...]
-) -> str | None:
+def _read(
+    module: nn.Module, tensors: Mapping[str, Tensor | None], name: str, shape: tuple[int, ...]
+) -> Tensor:
     tensor = tensors.get(name)
-    is_plain = tensor is not None and type(tensor) in TENSORS and tensor.shape == shape
-    return None if is_plain else f"has another {name}"
+    if tensor is None or type(tensor) not in TENSORS or tensor.shape != shape:
+        raise Changed(module, f"has another {name}")
+    return tensor

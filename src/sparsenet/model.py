@@ -293,12 +293,9 @@ class SparseNet(nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns of the names of parameters by their depth, for rates that differ by layer."""
-        with_one_before = (99999,)
-        layers = [
-            (r"^stages\.(\d+)\.layers\.(\d+)", None),
-            (r"^stages\.(\d+)|^transitions\.(\d+)", with_one_before),
-        ]
-        return {"stem": "^stem", "blocks": r"^(?:stages|transitions)\.(\d+)" if coarse else layers}
+        stage, with_one_before = r"^(?:stages|transitions)\.(\d+)", (99999,)
+        layers = [(r"^stages\.(\d+)\.layers\.(\d+)", None), (stage, with_one_before)]
+        return {"stem": "^stem", "blocks": stage if coarse else layers}
 
     def __prepare_scriptable__(self) -> NoReturn:
         raise NotImplementedError(

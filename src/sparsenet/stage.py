@@ -8,7 +8,7 @@ normalised features: that is the papers' BN-ReLU-Conv, with statistics computed 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable
 from functools import reduce
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sparsenet import changes
 from sparsenet.architecture import Stage as StageLayout
+from sparsenet.changes import Changed
 from sparsenet.ops import dispatch
 from sparsenet.ops.plan import EPS, MOMENTUM, Plan, Reader, Statistics
 from sparsenet.ops.tracing import is_watched
@@ -88,21 +89,20 @@ class Stage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (N, in_width, H, W) -> (N, out_width, H, W)
         if _is_traced(x):  # where modules can be looked into, and none can be looked at
             return self.call_modules(x)
-        if change := self.change():
+        try:
+            readers, statistics, training = self._read_modules()
+        except Changed as change:
             if not is_watched(x):  # who counts or traces operations knows
-                module, what = change
-                name = next((name for name, each in self.named_modules() if each is module), "")
-                _tell(f"{name or 'stage'} {what}, {SLOWLY}")
+                named = self.named_modules()
+                name = next((name for name, each in named if each is change.module), "")
+                _tell(f"{name or 'stage'} {change.what}, {SLOWLY}")
             return self.call_modules(x)
-        units = [unit for layer in self.layers for unit in layer]  # type: ignore[attr-defined]
-        readers = [Reader(unit.norm.weight, unit.norm.bias, unit.conv.weight) for unit in units]
-        readers.append(Reader(self.norm.weight, self.norm.bias, None))  # the stage output
-        norms: list[Any] = list(self.statistics)
-        running = [Statistics(norm.running_mean, norm.running_var) for norm in norms]
-        training = norms[0].training
-        output = dispatch.aggregate(self.implementation, self.plan, x, readers, running, training)
+        output = dispatch.aggregate(
+            self.implementation, self.plan, x, readers, statistics, training
+        )
         if training:
             last_reader = self.plan.for_engine.topology.last_reader
+            norms: Iterable[Any] = self.statistics
             read = [norm for norm, last in zip(norms, last_reader, strict=True) if last]
             torch._foreach_add_([norm.num_batches_tracked for norm in read], 1)
         return output
@@ -131,37 +131,44 @@ class Stage(nn.Module):
                 del features[j]
         return gathered
 
-    def change(self) -> tuple[nn.Module, str] | None:
-        """The first module that may do other than an engine takes it to do, and why.
+    def change(self) -> Changed | None:
+        """What an engine would not see of the modules, the first of all; ``None`` for nothing.
 
         Raises ``ValueError`` where layers or units were added or removed.
         """
-        looked_at = self._look_at_modules()
-        return next(((module, what) for module, what in looked_at if what), None)
+        try:
+            self._read_modules()
+        except Changed as change:
+            return change
+        return None
 
-    def _look_at_modules(self) -> Iterator[tuple[nn.Module, str | None]]:
-        """Modules, each with what was changed about it; what follows relies on that it is none."""
-        yield self, changes.of_all_modules()
+    def _read_modules(self) -> tuple[list[Reader], list[Statistics], bool]:
+        """What an engine computes with: readers, statistics, and whether they are the batch's.
+
+        Raises ``Changed`` where a module may do other than its tensors say.
+        """
+        changes.check_all_modules(self)
         self._check_list("layers", self.layers, len(self.shapes))
         self._check_list("statistics", self.statistics, len(self.widths) - 1)
         drops = self.plan.dropout > 0
-        layers: list[Any] = list(self.layers)
+        readers = []
+        layers: Iterable[Any] = self.layers
         for number, (layer, shapes) in enumerate(zip(layers, self.shapes, strict=True)):
             self._check_list(f"layers.{number}", layer, len(shapes))
             for unit, shape in zip(layer._modules.values(), shapes, strict=True):
-                yield unit, changes.of_module(unit, Unit)
+                parts = changes.check_module(unit, Unit)["_modules"]
                 if drops:
-                    yield unit, changes.of_training(unit, self.training)
-                parts = unit._modules
-                yield parts["norm"], changes.of_affine(parts["norm"], Affine, shape[1])
-                yield parts["relu"], changes.of_module(parts["relu"], nn.ReLU)
-                yield parts["conv"], changes.of_convolution(parts["conv"], shape)
-        yield self.norm, changes.of_affine(self.norm, Affine, self.widths[-1])
-        yield self.relu, changes.of_module(self.relu, nn.ReLU)
-        norms: list[Any] = list(self.statistics)
-        training = self.training if drops else norms[0].training
-        for norm, width in zip(norms, self.widths, strict=False):  # the output has none
-            yield norm, changes.of_norm(norm, width, training)
+                    changes.check_training(unit, self.training)
+                affine = changes.read_affine(parts["norm"], Affine, shape[1])
+                changes.check_module(parts["relu"], nn.ReLU)
+                readers.append(Reader(*affine, changes.read_convolution(parts["conv"], shape)))
+        affine = changes.read_affine(self.norm, Affine, self.widths[-1])
+        changes.check_module(self.relu, nn.ReLU)
+        readers.append(Reader(*affine, None))  # the stage output
+        norms = self.statistics._modules.values()
+        training = self.training if drops else next(iter(norms)).training
+        pairs = zip(norms, self.widths, strict=False)  # the output has no norm
+        return readers, [changes.read_norm(*each, training) for each in pairs], training
 
     def _check_list(self, name: str, modules: nn.Module, number: int) -> None:
         if type(modules) is not nn.ModuleList or len(modules) != number:
@@ -170,8 +177,10 @@ class Stage(nn.Module):
                 f"found another {type(modules).__name__}; change the modules in it instead, or "
                 "create a network of another architecture"
             )
-        if what := changes.of_module(modules, nn.ModuleList):
-            _tell(f"{name} {what}, but lists are not called; the units in them are")
+        try:
+            changes.check_module(modules, nn.ModuleList)
+        except Changed as change:
+            _tell(f"{name} {change.what}, but lists are not called; the units in them are")
 
 
 def _tell(text: str) -> None:

@@ -7,6 +7,7 @@ itself (``densenet121`` and the like) stay timm's.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -18,6 +19,7 @@ from sparsenet.extras import require
 from sparsenet.model import SparseNet
 
 registry = require("timm.models", "timm")
+FIELDS = {field.name for field in dataclasses.fields(Architecture)}
 
 
 def _config(name: str) -> Any:
@@ -62,8 +64,9 @@ def _build(
 
 def _entrypoint(name: str) -> Callable[..., Any]:
     def create(pretrained: bool = False, **settings: Any) -> Any:
-        stages = len(zoo.architecture(name).stages)
-        feature_cfg = {"feature_cls": "getter", "out_indices": tuple(range(stages + 1))}
+        changes = {key: value for key, value in settings.items() if key in FIELDS}
+        features = 1 + len(zoo.architecture(name, **changes).stages)
+        feature_cfg = {"feature_cls": "getter", "out_indices": tuple(range(features))}
         return registry.build_model_with_cfg(
             partial(_build, name), name, pretrained, feature_cfg=feature_cfg, **settings
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import fnmatch
+import math
 import reprlib
 from collections.abc import Mapping
 from operator import attrgetter
@@ -60,6 +61,7 @@ def _networks() -> dict[str, dict[str, Any]]:
     return networks
 
 
+STEM = "stem.0.weight"
 NETWORKS = _networks()  # fields of Architecture that are not its defaults
 
 
@@ -104,7 +106,9 @@ def create_model(
     weights file from ``sparsenet export RUN --format safetensors``, by its path or its ``https://``
     address, with ``#sha256=HEX`` at the end if it is to be checked. *num_classes* defaults to that
     of the weights, else to 10 for CIFAR networks and 1000 for ImageNet ones; with another number
-    than the weights have, the classifier is a new one. Parameters are fp32. How images are
+    than the weights have, the classifier is a new one. Weights for colours become those for another
+    *in_chans* as timm's do: the first convolution's are summed for 1 channel, repeated for more.
+    Parameters are fp32. How images are
     normalised, and the names of the classes, are in ``sparsenet.weights.load(name).about``.
 
     Raises ``ValueError``, also where there are no weights or they are of another network.
@@ -116,12 +120,24 @@ def create_model(
     wanted = architecture(name, in_chans=in_chans, **changes)
     file = weights.load_shipped(name) if pretrained is True else weights.load(pretrained)
     stored = stored_architecture(file.about, file.tensors, file.source)
+    tensors = file.tensors
+    if stored.in_chans == 3 != in_chans:
+        stored = dataclasses.replace(stored, in_chans=in_chans)
+        tensors = tensors | {STEM: _for_channels(tensors[STEM], in_chans)}
     _check_same_network(wanted, stored, file.source)
     wanted = dataclasses.replace(wanted, num_classes=stored.num_classes)
-    model = build(wanted, file.tensors, file.source, implementation, memory)
+    model = build(wanted, tensors, file.source, implementation, memory)
     if num_classes is not None and num_classes != model.num_classes:
         model.reset_classifier(num_classes)
     return model
+
+
+def _for_channels(weight: Tensor, channels: int) -> Tensor:
+    """The *weight* of a convolution of colours for images of other *channels*."""
+    if channels == 1:
+        return weight.sum(1, keepdim=True)
+    repeated = weight.repeat(1, math.ceil(channels / 3), 1, 1)[:, :channels]
+    return repeated * 3 / channels
 
 
 def stored_architecture(
