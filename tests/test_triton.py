@@ -192,6 +192,29 @@ def test_the_whole_network():
 PRECISIONS = [torch.bfloat16, *[torch.float16, torch.float32] * GPU]
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gradients_of_gradients_are_the_references(dropout):
+    made, width = stages(2, growth_rate=3, bottleneck=True, dropout=dropout)
+    found = []
+    for stage in made:
+        x = random(2, width, 4, 4).requires_grad_()
+        torch.manual_seed(0)
+        (slope,) = torch.autograd.grad(stage(x).square().sum(), x, create_graph=True)
+        slope.square().sum().backward()
+        found.append([x.grad, *(p.grad for p in stage.parameters())])
+    for expected, actual in zip(*found, strict=True):
+        close(actual, expected)
+
+
+def test_hooks_fire():
+    (_, stage), width = stages(2, growth_rate=3)
+    fired = []
+    stage.layers[1][0].conv.register_forward_hook(lambda *_: fired.append(1))
+    with pytest.warns(UserWarning, match="has hooks"):
+        stage(random(2, width, 4, 4))
+    assert fired == [1]
+
+
 @pytest.mark.parametrize("precision", PRECISIONS, ids=str)
 @pytest.mark.parametrize("bottleneck", [False, True])
 def test_low_precision_errs_no_more_than_the_textbook(bottleneck, precision, monkeypatch):
