@@ -195,9 +195,9 @@ PRECISIONS = [torch.bfloat16, *[torch.float16, torch.float32] * GPU]
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_gradients_of_gradients_are_the_references(dropout):
     made, width = stages(2, growth_rate=3, bottleneck=True, dropout=dropout)
-    found = []
+    images, found = random(2, width, 4, 4), []
     for stage in made:
-        x = random(2, width, 4, 4).requires_grad_()
+        x = images.clone().requires_grad_()
         torch.manual_seed(0)
         (slope,) = torch.autograd.grad(stage(x).square().sum(), x, create_graph=True)
         slope.square().sum().backward()
