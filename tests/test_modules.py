@@ -146,6 +146,7 @@ def test_a_change_is_told_once_with_the_name_of_the_module() -> None:
         ours(images())
     assert len(told) == 1
     assert "sparsenet: layers.0.0.conv has hooks, so" in str(told[0].message)
+    assert ours.implementation == "modules" and network("native").implementation == "native"
 
 
 def test_what_is_not_changed_is_not_told(implementation: str) -> None:

@@ -149,8 +149,12 @@ class SparseNet(nn.Module):
     def implementation(self) -> str:
         """What a call made now would run, on the device of the parameters and in their precision.
 
-        Autocast changes the precision. Raises ``ValueError`` for one that cannot run there.
+        Autocast changes the precision. ``modules`` where modules of a stage were changed, and are
+        called therefore. Raises ``ValueError`` for one that cannot run there.
         """
+        stages: Iterable[Any] = self.stages
+        if any(stage.change() for stage in stages):
+            return "modules"
         parameter = next(self.stem.parameters())
         device, dtype = parameter.device, parameter.dtype
         can_autocast = dtype == torch.float32 and torch.amp.is_autocast_available(device.type)
