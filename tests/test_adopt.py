@@ -14,7 +14,7 @@ from sparsenet import Architecture, SparseNet, adopt, create_model, load_torchvi
 from sparsenet.graph import count
 
 EXACT = 1e-10
-STYLES = ("torchvision", "checkpointed", "timm", "monai")
+STYLES = ("torchvision", "checkpointed", "timm", "monai", "pytorchcv", "pytorchcv cifar")
 
 
 class NormAct(nn.BatchNorm2d):
@@ -33,15 +33,17 @@ def normed(style, width):
 
 
 class Layer(nn.Module):
-    """BN-ReLU-Conv1x1-BN-ReLU-Conv3x3, its output joined to its input."""
+    """BN-ReLU-Conv1x1-BN-ReLU-Conv3x3, its output joined to its input; factor 0: no Conv1x1."""
 
     def __init__(self, style, width, growth, factor):
         super().__init__()
-        self.narrow = nn.Sequential(
-            *normed(style, width), nn.Conv2d(width, factor * growth, 1, bias=False)
-        )
+        self.narrow = nn.Sequential()
+        if factor:
+            conv = nn.Conv2d(width, factor * growth, 1, bias=False)
+            self.narrow = nn.Sequential(*normed(style, width), conv)
+            width = factor * growth
         self.wide = nn.Sequential(
-            *normed(style, factor * growth), nn.Conv2d(factor * growth, growth, 3, 1, 1, bias=False)
+            *normed(style, width), nn.Conv2d(width, growth, 3, 1, 1, bias=False)
         )
         self.saves_memory = style == "checkpointed"
 
@@ -53,24 +55,33 @@ class Layer(nn.Module):
 
 
 class Peer(nn.Module):
-    """DenseNet-BC by its definition (arXiv:1608.06993), its parts as modules of each library."""
+    """A DenseNet by its definition (arXiv:1608.06993), its parts as modules of each library."""
 
     def __init__(
-        self, style="torchvision", blocks=(2, 3, 1), growth=4, stem=6, factor=4, classes=3, chans=3
+        self,
+        style="torchvision",
+        blocks=(2, 3, 1),
+        growth=4,
+        stem=6,
+        factor=4,
+        classes=3,
+        chans=3,
+        reduction=0.5,
+        stride=1,
     ):
         super().__init__()
+        self.size = {"pytorchcv": (29, 44), "pytorchcv cifar": (8, 11)}.get(style, (40, 33))
         rates = growth if isinstance(growth, tuple) else (growth,) * len(blocks)
-        parts = [
-            nn.Conv2d(chans, stem, 7, 2, 3, bias=False),
-            *normed(style, stem),
-            nn.MaxPool2d(3, 2, 1),
-        ]
+        parts = [nn.Conv2d(chans, stem, 7, 2, 3, bias=False), *normed(style, stem)]
+        parts.append(nn.MaxPool2d(3, 2, 1))
+        if "cifar" in style:
+            parts = [nn.Conv2d(chans, stem, 3, 1, 1, bias=False)]
         width = stem
         for number, (depth, rate) in enumerate(zip(blocks, rates, strict=True)):
             if number:
-                half = nn.Conv2d(width, width // 2, 1, bias=False)
-                parts.append(nn.Sequential(*normed(style, width), half, nn.AvgPool2d(2, 2)))
-                width //= 2
+                conv = nn.Conv2d(width, int(width * reduction), 1, bias=False)
+                parts.append(nn.Sequential(*normed(style, width), conv, nn.AvgPool2d(2, 2)))
+                width = int(width * reduction)
             parts.append(
                 nn.Sequential(*(Layer(style, width + i * rate, rate, factor) for i in range(depth)))
             )
@@ -81,6 +92,8 @@ class Peer(nn.Module):
             "timm": nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(1), nn.Dropout(0.0)),
             "monai": nn.Sequential(*last[1:], nn.AdaptiveAvgPool2d(1), nn.Flatten(1)),
         }.get(style)
+        if style.startswith("pytorchcv"):
+            self.pool = nn.Sequential(*last[1:], nn.AvgPool2d(2, stride), nn.Flatten())
         self.classifier = nn.Linear(width, classes) if classes else nn.Identity()
 
     def forward(self, x):
@@ -112,9 +125,9 @@ def disagree(model):
     return model
 
 
-def images(model, size=(40, 33)):
+def images(model, size=None):
     like = next(model.parameters())
-    return torch.randn(4, like.shape[1], *size, dtype=like.dtype)
+    return torch.randn(4, like.shape[1], *(size or model.size), dtype=like.dtype)
 
 
 def close(found, expected, tolerance=EXACT):
@@ -138,7 +151,7 @@ def test_the_adopted_network_is_the_same(style, training):
     assert isinstance(ours, SparseNet) and ours.training == training
 
 
-@pytest.mark.parametrize("style", ["torchvision", "timm", "monai"])
+@pytest.mark.parametrize("style", [style for style in STYLES if style != "checkpointed"])
 def test_a_training_step_is_the_same(style):
     """What follows a step shows the gradients; each reader's running statistics are compared."""
     theirs = peer(style).train()
@@ -147,7 +160,7 @@ def test_a_training_step_is_the_same(style):
         optimizer = torch.optim.SGD(model.parameters(), 0.1, weight_decay=0.01)
         F.cross_entropy(model(batch), torch.arange(4) % 3).backward()
         optimizer.step()
-    norms = iter(norms_of(theirs)[1:])
+    norms = iter(norms_of(theirs)["cifar" not in style :])
     for stage, made in zip(ours.architecture.stages, ours.stages, strict=True):
         for read in stage.reads:
             norm = next(norms)
@@ -164,15 +177,65 @@ def test_a_training_step_is_the_same(style):
         {"growth": (2, 3, 5), "factor": 2},
         {"classes": 0, "chans": 1},
         {"classes": 1, "chans": 5, "factor": 1},
+        {"style": "pytorchcv cifar", "factor": 0, "reduction": 1},
+        {"style": "pytorchcv cifar", "factor": 0, "growth": (2, 3, 5), "reduction": 0.3},
+        {"reduction": 0.6},
+        {"reduction": 1, "growth": 3},
+        {"factor": 0, "reduction": 49 / 83, "growth": 83, "blocks": (1, 1), "stem": 83},
     ],
 )
 def test_any_width_depth_and_number_of_classes(settings):
-    theirs = peer("monai", **settings).eval()
+    theirs = peer(**{"style": "monai", **settings}).eval()
     ours = adopt(theirs)
     batch = images(theirs)
     close(ours(batch), theirs(batch))
     assert count(ours.architecture, 64)[0] == sum(p.numel() for p in theirs.parameters())
     assert ours.num_classes == settings.get("classes", 3)
+
+
+@pytest.mark.parametrize("style", ["pytorchcv", "pytorchcv cifar"])
+def test_a_window_is_equal_for_the_images_that_fill_it_and_no_others(style):
+    theirs = peer(style).eval()
+    ours = adopt(theirs)
+    least, most = theirs.size
+    for side in range(least, most + 1):
+        batch = images(theirs, (side, side))
+        close(ours(batch), theirs(batch))
+    for side in (least - 1, most + 1):
+        with pytest.raises(RuntimeError):
+            theirs(images(theirs, (side, side)))
+
+
+@pytest.mark.parametrize("settings", [{"stride": 2}, {"classes": 0}])
+def test_a_window_that_takes_larger_images_too_is_told(settings):
+    theirs = peer("pytorchcv cifar", **settings).eval()
+    with pytest.warns(UserWarning, match="equal for images of 8 to 11 pixels a side; of larger"):
+        ours = adopt(theirs)
+    batch = images(theirs)
+    close(ours(batch), theirs(batch))
+    larger = images(theirs, (12, 12))
+    assert not torch.equal(ours(larger), theirs(larger))
+
+
+def distributed(model):
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        return nn.parallel.DistributedDataParallel(model)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, distributed, nn.Sequential])
+def test_wrappers_are_taken_off(wrap):
+    theirs = peer().eval()
+    wrapper = wrap(theirs).eval()
+    ours, batch = adopt(wrapper), images(theirs)
+    close(ours(batch), theirs(batch))
+    assert set(ours.state_dict()) == set(adopt(theirs).state_dict())
+    wrapper.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"^adopt: model: expected no hooks"):
+        adopt(wrapper)
 
 
 def test_statistics_that_differ_between_readers_are_absorbed_and_told():
@@ -236,7 +299,8 @@ def conv(out, kernel=3, padding=1):
 
 
 NARROW, WIDE, NORM = "features.4.1.narrow.2", "features.4.1.wide.2", "features.4.1.narrow.0"
-POOL = "features.5.3"
+HALVING, POOL = "features.5.2", "features.5.3"
+EMPTY = nn.Parameter(torch.zeros(0, 16, 3, 3))
 
 
 @pytest.mark.parametrize(
@@ -260,12 +324,17 @@ POOL = "features.5.3"
         (replaced(WIDE, conv(3)), r"shape \[4, 16, 3, 3\].* found \[3, 16, 3, 3\]"),
         (replaced(WIDE, nn.Sequential(conv(4), nn.Dropout2d(0.2))), "Dropout2d"),
         (setting("features.4.1", drop_rate=0.2), "4.1: expected drop_rate=0 .*, found 0.2"),
-        (replaced("features.0", conv(6)), "expected .* kernel_size=7, found 3"),
+        (replaced("features.0", conv(6)), "features.3: expected Conv2d, found MaxPool2d"),
+        (replaced("features.0", conv(6, 5, 2)), "expected .* kernel_size=7, found 5"),
         (replaced("features.0", nn.Conv3d(3, 6, 7)), "features.0: expected Conv2d, found Conv3d"),
         (replaced("features.3", nn.Identity()), "expected MaxPool2d, found BatchNorm2d"),
         (setting("features.3", ceil_mode=True), "ceil_mode=False, found True"),
         (replaced(POOL, nn.MaxPool2d(2)), f"{POOL}: expected AvgPool2d, found MaxPool2d"),
         (setting(POOL, stride=1), f"{POOL}: expected AvgPool2d with stride=2, found 1"),
+        (replaced(HALVING, nn.Conv2d(14, 20, 1, bias=False)), r"by one factor, found \[\(14, 20\)"),
+        (replaced(HALVING, nn.Conv2d(14, 3, 1, bias=False)), r"found \[\(14, 3\), \(19, 9\)\]"),
+        (lambda model: setattr(model.features[4][1].wide[2], "weight", EMPTY), ".* with weights"),
+        (replaced("features.4.1.narrow", nn.Sequential()), "wide.2: .*kernel_size=1, found 3"),
         (replaced("features.6", nn.Identity()), "expected layers before and after each transition"),
         (replaced("classifier", nn.Sequential(nn.Dropout(0.5))), "classifier.0: .*p=0 would do"),
         (replaced("classifier", nn.Linear(13, 3, bias=False)), "expected Linear with bias=True"),
@@ -285,6 +354,24 @@ def test_what_cannot_be_represented_is_refused_in_one_line(edit, expected):
     with pytest.raises(ValueError, match=f"^adopt: .*{expected}") as refused:
         adopt(theirs)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("pool", "expected"),
+    [
+        (nn.AvgPool2d((2, 3)), r"expected .*kernel_size, found \(2, 3\)"),
+        (nn.AvgPool2d(0), "expected .*positive kernel_size, found 0"),
+        (nn.AvgPool2d(64), "expected .*at most 640 pixels a side, found kernel_size=64, for 1036"),
+        (nn.AvgPool2d(2, padding=1), "expected .*padding=0, found 1"),
+        (nn.AvgPool2d(2, divisor_override=3), "expected .*divisor_override=None, found 3"),
+        (nn.MaxPool2d(2), "expected average pooling .*, found MaxPool2d"),
+    ],
+)
+def test_other_windows_are_refused(pool, expected):
+    theirs = Peer("pytorchcv")
+    theirs.pool[1] = pool
+    with pytest.raises(ValueError, match=f"^adopt: pool.1: {expected}"):
+        adopt(theirs)
 
 
 class Scaled(Peer):
@@ -312,6 +399,12 @@ class Paired(Peer):
         return super().forward(x), x
 
 
+class Asserting(Peer):
+    def forward(self, x):
+        assert x.shape[2] == x.shape[3], "square images"
+        return super().forward(x)
+
+
 class OneSize(Peer):
     def forward(self, x):
         return self.classifier(F.avg_pool2d(F.relu(self.features(x)), 7).flatten(1))
@@ -326,6 +419,7 @@ class OneSize(Peer):
         (Detached, "input gradients in evaluation"),
         (Paired, "one differentiable tensor"),
         (OneSize, "one differentiable tensor"),
+        (Asserting, "AssertionError: square images"),
     ],
 )
 def test_a_forward_that_does_something_else_is_refused(kind, expected):
@@ -383,10 +477,11 @@ TWO_STAGES = Architecture(
 )
 
 
-def test_old_torchvision_names():
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_old_torchvision_names_and_those_of_wrappers(prefix):
     theirs = disagree(peer(blocks=(2, 2), stem=8).eval())
     state = {
-        name.replace("norm1.", "norm.1.").replace("conv2.", "conv.2."): tensor
+        prefix + name.replace("norm1.", "norm.1.").replace("conv2.", "conv.2."): tensor
         for name, tensor in torchvision_state(theirs, (2, 2)).items()
     }
     ours = SparseNet(TWO_STAGES).double().eval()
@@ -400,6 +495,7 @@ def test_old_torchvision_names():
     [
         ({}, dict.clear, r"expected 'features\.conv0\.weight'"),
         ({}, lambda state: state.update({"features.conv9.weight": 0}), "no place for"),
+        ({}, lambda state: state.update({f"module.{n}": 0 for n in state}), "two names of one"),
         ({"num_classes": 7}, len, r"of shape \[7, 16\], found \[3, 16\]"),
         ({"fetch": "sparse"}, len, "densely concatenating"),
         ({"fetch": lambda i: range(i - 1, -1, -1)}, len, "densely concatenating"),
@@ -451,10 +547,10 @@ def test_narrow_tensors_are_combined_in_a_wider_type(dtype):
     torch.testing.assert_close(ours(batch.float()).double(), same(batch), rtol=1e-4, atol=1e-4)
 
 
-def same_as_the_peer(theirs, chans):
+def same_as_the_peer(theirs, chans, side=64):
     theirs = theirs.double()
     ours = adopt(theirs)
-    batch = torch.randn(2, chans, 64, 64, dtype=torch.float64)
+    batch = torch.randn(2, chans, side, side, dtype=torch.float64)
     for training in (True, False):
         close(ours.train(training)(batch), theirs.train(training)(batch))
 
@@ -507,3 +603,14 @@ def test_monais_own():
     ):
         with pytest.raises(ValueError, match=r"^adopt: "):
             adopt(densenet.DenseNet(dims, 1, 2, **small(**settings)))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_pytorchcvs_own():
+    cifar = pytest.importorskip("pytorchcv.models.densenet_cifar", exc_type=ImportError)
+    densenet = pytest.importorskip("pytorchcv.models.densenet").DenseNet
+    same_as_the_peer(cifar.densenet40_k12_cifar10(), 3, 32)
+    same_as_the_peer(cifar.densenet40_k12_bc_cifar100(), 3, 32)
+    same_as_the_peer(densenet([[10, 14], [11, 15, 19]], 6, in_channels=1, num_classes=3), 1, 56)
+    with pytest.raises(ValueError, match=r"dropout: .*Dropout\(p=0.1.*p=0 would do"):
+        adopt(cifar.densenet40_k12_cifar10(dropout_rate=0.1))

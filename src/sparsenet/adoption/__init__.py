@@ -12,9 +12,14 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from sparsenet.adoption.state_dict import UnitNames, load_renamed, load_torchvision
-from sparsenet.adoption.structure import check_uniform, read_structure, refusal
-from sparsenet.architecture import Architecture
+from sparsenet.adoption.state_dict import load_renamed, load_torchvision
+from sparsenet.adoption.structure import (
+    Structure,
+    check_uniform,
+    read_structure,
+    refusal,
+    unwrapped,
+)
 from sparsenet.model import SparseNet
 
 __all__ = ["adopt", "load_torchvision"]
@@ -24,18 +29,24 @@ TOLERANCE = 1e-8
 # An architecture is read off the first layers; this says why another can have the wrong shape.
 WIDTH_RULES = (
     ", for layers of a stage add as much as its first, "
-    "bottlenecks have one factor and transitions halve"
+    "and bottlenecks and transitions have one factor each"
 )
 
 
 def adopt(model: nn.Module, implementation: str = "auto", memory: str = "normal") -> SparseNet:
-    """A torchvision, timm or MONAI (2-D) DenseNet as the same network on this engine.
+    """A torchvision, timm, pytorchcv or MONAI (2-D) DenseNet as the same network on this engine.
 
     It takes images ``(N, in_chans, H, W)`` to the same logits (pooled features without a
     classifier), in evaluation and in training. Tensors are copied and *model* is left as it is, so
     an optimizer must be made anew; dtype, device, training mode and each parameter's
     ``requires_grad`` are the same. Checkpointing (``memory_efficient``) is dropped, as this engine
     recomputes by itself; with it those libraries update some running statistics twice a step.
+    ``DataParallel`` and ``DistributedDataParallel`` are taken off.
+
+    The adopted network pools the last features whole. Where *model* averages a window of them, as
+    pytorchcv's do, both are equal for images whose features fill it: of 221 to 252 pixels a side
+    for its ``densenet121``, of 32 to 35 for CIFAR. It raises for others, unlike the adopted
+    network; where it takes larger ones too, a ``UserWarning`` says for which both are equal.
 
     Where readers of a feature disagree on its statistics they are loaded as by
     ``load_torchvision``: evaluation is the same, training not quite, and a ``UserWarning``
@@ -45,11 +56,15 @@ def adopt(model: nn.Module, implementation: str = "auto", memory: str = "normal"
     """
     if not isinstance(model, nn.Module):
         raise refusal("a torch.nn.Module", type(model).__name__)
-    architecture, units = read_structure(model)
+    model = unwrapped(model)
+    structure = read_structure(model)
+    architecture, units = structure.architecture, structure.units
     device, dtype = check_uniform(model)
     # The caller's random state stays, and the caller's device and gradient mode do not matter.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.inference_mode(False):
-        _check_behaviour(model, architecture, units)
+        original = copy.deepcopy(model).to("cpu", torch.float64)
+        _check_behaviour(original, structure)
+        takes_larger = structure.window > 0 and _takes_larger(original, structure)
         adopted = SparseNet(architecture, implementation, memory).to("cpu", torch.float64)
         tensors = {
             name: tensor.detach().to("cpu", torch.float64)
@@ -69,24 +84,32 @@ def adopt(model: nn.Module, implementation: str = "auto", memory: str = "normal"
             "equal, and outputs in training differ by as much",
             stacklevel=2,
         )
+    if takes_larger:
+        least, most = structure.sides(structure.window)
+        warnings.warn(
+            f"adopt: equal for images of {least} to {most} pixels a side; of larger ones the "
+            f"adopted network pools all features, and {type(model).__name__} those of a window",
+            stacklevel=2,
+        )
     for name, parameter in adopted.named_parameters():
         parameter.requires_grad_(model.get_parameter(names[name]).requires_grad)
     return adopted.train(model.training)
 
 
-def _check_behaviour(model: nn.Module, architecture: Architecture, units: list[UnitNames]) -> None:
-    """Raises ``ValueError`` unless a copy of *model* computes what *architecture* says.
+def _check_behaviour(original: nn.Module, structure: Structure) -> None:
+    """Raises ``ValueError`` unless *original*, which is changed, computes what *structure* says.
 
     Both get the same random weights, as the model's own could hide a difference: the zeros of a new
     classifier would. Outputs and gradients with respect to the input are compared in fp64: in
     evaluation, with statistics that differ between the readers of a feature, and in training.
-    Images are so wide that each pooling meets an odd number.
+    Images have the least height and the largest width for their last features, so that each
+    pooling meets an odd number.
     """
     torch.default_generator.manual_seed(0)
-    original = copy.deepcopy(model).to("cpu", torch.float64)
+    architecture, units = structure.architecture, structure.units
     reference = SparseNet(architecture, "reference").to("cpu", torch.float64)
-    stages = len(architecture.blocks)
-    height, width = 2 ** (stages + 1), 2 ** (stages + 3) - 5
+    height, _ = structure.sides(structure.window or 1)
+    _, width = structure.sides(structure.window or 3)
     images = torch.randn(2, architecture.in_chans, height, width, dtype=torch.float64)
     for mode in ("evaluation", "training"):
         training = mode == "training"
@@ -97,9 +120,20 @@ def _check_behaviour(model: nn.Module, architecture: Architecture, units: list[U
         for kind in ("outputs", "input gradients"):
             if not _close(computed[kind], expected[kind]):
                 raise refusal(
-                    f"{type(model).__name__} to compute the DenseNet that its submodules make",
+                    f"{type(original).__name__} to compute the DenseNet that its submodules make",
                     f"other {kind} in {mode}: its forward does something else",
                 )
+
+
+def _takes_larger(original: nn.Module, structure: Structure) -> bool:
+    """Whether *original* takes images whose features do not fit the window of its last pooling."""
+    side, _ = structure.sides(structure.window + 1)
+    images = torch.randn(1, structure.architecture.in_chans, side, side, dtype=torch.float64)
+    try:
+        _response(original.eval(), images)
+    except ValueError:
+        return False
+    return True
 
 
 def _randomise(model: nn.Module, equal_statistics: bool) -> None:
@@ -119,7 +153,7 @@ def _response(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     try:
         outputs = model(images)
         (gradients,) = torch.autograd.grad(outputs.square().sum(), images)
-    except (RuntimeError, AttributeError, TypeError) as error:
+    except (RuntimeError, AttributeError, TypeError, ValueError, AssertionError) as error:
         shape, reason = list(images.shape), " ".join(str(error).split())
         raise refusal(
             f"{type(model).__name__} to take images of {shape} to one differentiable tensor",

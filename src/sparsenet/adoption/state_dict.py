@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsenet.architecture import Architecture
+from sparsenet.architecture import STEMS, Architecture
 from sparsenet.model import SparseNet
 from sparsenet.ops.plan import EPS
 from sparsenet.validation import shown
@@ -27,12 +27,12 @@ class UnitNames(NamedTuple):
     """Names of two modules that belong together, in this library or another."""
 
     weight: str  # a convolution or the classifier; "": there is no classifier
-    norm: str  # the batch norm beside it
+    norm: str  # the batch norm beside it; "": a stem without one
 
 
 def unit_names(architecture: Architecture) -> list[UnitNames]:
     """This library's names, in the order of execution."""
-    units = [UnitNames("stem.0", "stem.1")]
+    units = [UnitNames("stem.0", "stem.1" if STEMS[architecture.stem].stride > 1 else "")]
     for number, stage in enumerate(architecture.stages):
         for layer in range(stage.topology.depth):
             for unit in range(len(stage.branch)):
@@ -88,8 +88,10 @@ def load_renamed(
     unused = [name for name in tensors.keys() - names.values() if not name.endswith(BATCHES)]
     if unused:
         raise ValueError(f"{prefix}: this network has no place for {min(unused)!r}")
-    state[f"stem.1.{BATCHES}"] = torch.tensor(0)
-    units = iter(unit_names(model.architecture)[1:])  # the stem reads no feature
+    stem, *others = unit_names(model.architecture)  # the stem reads no feature
+    if stem.norm:
+        state[f"{stem.norm}.{BATCHES}"] = torch.tensor(0)
+    units = iter(others)
     for number, stage in enumerate(model.architecture.stages):
         unit_widths = stage.unit_widths
         for read in stage.reads:
@@ -114,14 +116,15 @@ def _renamed(
 ) -> Iterator[tuple[str, str, torch.Size]]:
     """Name, name in the source and shape of all parameters, then of each reader's statistics."""
     pairs = list(zip(unit_names(model.architecture), source_units, strict=True))
-    for unit, source_unit in pairs:
-        for module, source in zip(unit, source_unit, strict=True):
-            for part, parameter in model.get_submodule(module).named_parameters():
-                yield f"{module}.{part}", f"{source}.{part}", parameter.shape
-    for unit, source_unit in pairs:
-        shape = model.get_parameter(f"{unit.norm}.weight").shape
+    weights = [(unit.weight, source.weight) for unit, source in pairs]
+    norms = [(unit.norm, source.norm) for unit, source in pairs if unit.norm]
+    for module, source in weights + norms:
+        for part, parameter in model.get_submodule(module).named_parameters():
+            yield f"{module}.{part}", f"{source}.{part}", parameter.shape
+    for norm, source in norms:
+        shape = model.get_parameter(f"{norm}.weight").shape
         for part in ("running_mean", "running_var"):
-            yield f"{unit.norm}.{part}", f"{source_unit.norm}.{part}", shape
+            yield f"{norm}.{part}", f"{source}.{part}", shape
 
 
 def _share_statistics(
@@ -143,8 +146,9 @@ def _share_statistics(
 def load_torchvision(model: SparseNet, state_dict: Mapping[str, Tensor]) -> None:
     """Loads the state dict of torchvision's DenseNet of the same shape.
 
-    Evaluation gives the same logits, also where running statistics differ between the readers of a
-    feature. Raises ``ValueError`` naming a weight that is missing, left over, or of another shape.
+    Names may begin with ``module.``, as those of ``DataParallel`` do. Evaluation gives the same
+    logits, also where running statistics differ between the readers of a feature. Raises
+    ``ValueError`` naming a weight that is missing, left over, or of another shape.
     """
     network = model.architecture
     dense = all(stage.topology.is_dense for stage in network.stages)
@@ -159,7 +163,10 @@ def load_torchvision(model: SparseNet, state_dict: Mapping[str, Tensor]) -> None
         raise ValueError(f"torchvision weights: expected {expected}, found {shown(others[0])}")
     # Old files say norm.1 and conv.2 where newer ones say norm1 and conv2.
     tensors = {
-        re.sub(r"(norm|conv)\.(\d)\.", r"\1\2.", name): tensor
+        re.sub(r"(norm|conv)\.(\d)\.", r"\1\2.", name.removeprefix("module.")): tensor
         for name, tensor in state_dict.items()
     }
+    if len(tensors) < len(state_dict):
+        expected = "one name for each tensor"
+        raise ValueError(f"torchvision weights: expected {expected}, found two names of one")
     load_renamed(model, torchvision_names(network), tensors, "torchvision weights")

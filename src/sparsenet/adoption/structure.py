@@ -1,24 +1,25 @@
 """What a module is made of, read as a DenseNet.
 
-The leaves of the module, in the order of registration, have to follow the grammar of a DenseNet-BC
-(arXiv:1608.06993) for large images::
+The leaves of the module, in the order of registration, have to follow the grammar of a DenseNet
+(arXiv:1608.06993)::
 
-    network = Conv7x7/2 BN ReLU MaxPool3x3/2  layer+ (transition layer+)*
-              BN [ReLU] [AvgPool [Flatten]] [Linear]
-    layer = BN ReLU Conv1x1 BN ReLU Conv3x3
+    network = stem  layer+ (transition layer+)*  BN [ReLU] [AvgPool [Flatten]] [Linear]
+    stem = Conv7x7/2 BN ReLU MaxPool3x3/2 | Conv3x3
+    layer = [BN ReLU Conv1x1] BN ReLU Conv3x3    with the bottleneck everywhere or nowhere
     transition = BN ReLU Conv1x1 AvgPool2x2/2
 """
 
 from __future__ import annotations
 
 from collections import deque
-from typing import Any
+from math import floor, inf, nextafter
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from sparsenet.adoption.state_dict import UnitNames
-from sparsenet.architecture import Architecture
+from sparsenet.architecture import STEMS, Architecture
 from sparsenet.ops.plan import EPS, MOMENTUM
 
 Leaf = tuple[str, Any]  # name and module
@@ -26,7 +27,8 @@ Leaf = tuple[str, Any]  # name and module
 NORM = {"eps": EPS, "momentum": MOMENTUM, "affine": True, "bias": True, "track_running_stats": True}
 CONV = {"dilation": 1, "groups": 1, "bias": False, "padding_mode": "zeros"}
 MAX_POOL = {"kernel_size": 3, "stride": 2, "padding": 1, "dilation": 1, "ceil_mode": False}
-AVERAGE_POOL = {"kernel_size": 2, "stride": 2, "padding": 0, "ceil_mode": False}
+AVERAGE_POOL = {"padding": 0, "ceil_mode": False, "divisor_override": None}
+LARGEST_IMAGE = 640  # pixels a side, of those that a fixed pooling needs to be compared
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
@@ -36,30 +38,58 @@ def refusal(expected: str, found: object, name: str | None = None) -> ValueError
     return ValueError(f"adopt: {place}expected {expected}, found {found}")
 
 
-def read_structure(model: nn.Module) -> tuple[Architecture, list[UnitNames]]:
-    """The architecture that *model* is made of, and its names of the units in order of execution.
+class Structure(NamedTuple):
+    """What a module is made of."""
+
+    architecture: Architecture
+    units: list[UnitNames]  # the module's names of them, in the order of execution
+    window: int  # side of the features that its last pooling makes one position of; 0: all sides
+
+    def sides(self, features: int) -> tuple[int, int]:
+        """The least and largest side of images whose last features have the side *features*."""
+        stride = STEMS[self.architecture.stem].stride ** 2  # of the convolution and the pooling
+        halved = 2 ** (len(self.architecture.blocks) - 1)
+        return stride * (features * halved - 1) + 1, stride * ((features + 1) * halved - 1)
+
+
+def read_structure(model: nn.Module) -> Structure:
+    """What *model* is made of.
 
     Raises ``ValueError`` naming the first submodule that does not follow the grammar.
     """
     leaves = _Leaves(model)
-    stem_name, stem = leaves.read_conv(7, stride=2)
-    units = [UnitNames(stem_name, leaves.read_norm())]
-    leaves.read(nn.ReLU)
-    leaves.read(nn.MaxPool2d, **MAX_POOL, return_indices=False)
-    stages: list[list[tuple[int, int]]] = [[]]  # output widths of the two units of each layer
+    kind = "cifar" if leaves.next_kernel() == STEMS["cifar"].kernel else "imagenet"
+    stem_name, stem = leaves.read_conv(STEMS[kind].kernel, STEMS[kind].stride)
+    stem_norm = ""
+    if STEMS[kind].stride > 1:
+        stem_norm = leaves.read_norm()
+        leaves.read(nn.ReLU)
+        leaves.read(nn.MaxPool2d, **MAX_POOL, return_indices=False)
+    units = [UnitNames(stem_name, stem_norm)]
+    bottleneck = leaves.next_kernel() == 1
+    stages: list[list[list[int]]] = [[]]  # output widths of the units of each layer
+    transitions: list[nn.Conv2d] = []
+    widths: list[int] = []  # of the layer that is being read
     while leaves.any_is(nn.Conv2d):
-        unit, narrow = leaves.read_unit(1)
+        kernel = 1 if not widths and (bottleneck or leaves.next_kernel() == 1) else 3
+        unit, conv = leaves.read_unit(kernel)
         units.append(unit)
-        if leaves.next_is(nn.BatchNorm2d):
-            unit, wide = leaves.read_unit(3)
-            units.append(unit)
-            stages[-1].append((narrow.out_channels, wide.out_channels))
-        else:
-            leaves.read(nn.AvgPool2d, **AVERAGE_POOL, divisor_override=None)
+        widths.append(conv.out_channels)
+        if kernel == 3:
+            stages[-1].append(widths)
+            widths = []
+        elif not (bottleneck and leaves.next_is(nn.BatchNorm2d)):
+            leaves.read(nn.AvgPool2d, kernel_size=2, stride=2, **AVERAGE_POOL)
+            transitions.append(conv)
             stages.append([])
+            widths = []
     norm = leaves.read_norm()
     leaves.read_optional(nn.ReLU)  # what is no module has to be in ``forward``
     leaves.read_optional(nn.AdaptiveAvgPool2d, output_size=1)
+    pool_name, pool = leaves.read_optional(nn.AvgPool2d, **AVERAGE_POOL)
+    window = _setting(pool, "kernel_size") if pool else 0
+    if pool and not (isinstance(window, int) and window >= 1):
+        raise refusal("AvgPool2d with one positive kernel_size", window, pool_name)
     leaves.read_optional(nn.Flatten, start_dim=1, end_dim=-1)
     classifier_name, classifier = leaves.read_optional(nn.Linear, bias=True)
     leaves.check_end()
@@ -67,19 +97,36 @@ def read_structure(model: nn.Module) -> tuple[Architecture, list[UnitNames]]:
     blocks = [len(layers) for layers in stages]
     if not all(blocks):
         raise refusal("layers before and after each transition", blocks)
-    rates = tuple(layers[0][1] for layers in stages)
+    rates = tuple(layers[0][-1] for layers in stages)
+    factor = stages[0][0][0] // rates[0] if bottleneck else Architecture.bottleneck_factor
     architecture = Architecture(
         fetch="dense",
         blocks=tuple(blocks),
         growth_rate=rates[:1] if len(set(rates)) == 1 else rates,
-        bottleneck=True,
-        bottleneck_factor=stages[0][0][0] // rates[0],
-        stem="imagenet",
+        bottleneck=bottleneck,
+        bottleneck_factor=factor,
+        reduction=_reduction(transitions, 0.5 if bottleneck else 1.0),
+        stem=kind,
         stem_width=stem.out_channels,
         in_chans=stem.in_channels,
         num_classes=classifier.out_features if classifier else 0,
     )
-    return architecture, units
+    structure = Structure(architecture, units, window)
+    _, side = structure.sides(window)
+    if window and side > LARGEST_IMAGE:
+        expected = f"AvgPool2d for images of at most {LARGEST_IMAGE} pixels a side"
+        raise refusal(expected, f"kernel_size={window}, for {side}", pool_name)
+    return structure
+
+
+def _reduction(transitions: list[nn.Conv2d], default: float) -> float:
+    """The factor of the widths of *transitions*; 0, the architecture's default, where that fits."""
+    widths = [(conv.in_channels, conv.out_channels) for conv in transitions]
+    least = max((after / before for before, after in widths), default=default)
+    for factor in (default, round(least, 2), nextafter(least, inf)):
+        if factor <= 1 and all(floor(before * factor) == after for before, after in widths):
+            return 0.0 if factor == default else factor
+    raise refusal("transitions that narrow by one factor", widths)
 
 
 class _Leaves:
@@ -95,6 +142,11 @@ class _Leaves:
 
     def any_is(self, kind: type[nn.Module]) -> bool:
         return any(isinstance(module, kind) for _, module in self.remaining)
+
+    def next_kernel(self) -> Any:
+        """The kernel size of the next convolution, if there is one."""
+        convs = (module for _, module in self.remaining if isinstance(module, nn.Conv2d))
+        return next((_setting(conv, "kernel_size") for conv in convs), None)
 
     def next_is(self, kind: type[nn.Module]) -> bool:
         return bool(self.remaining) and isinstance(self.remaining[0][1], kind)
@@ -122,7 +174,11 @@ class _Leaves:
 
     def read_conv(self, kernel: int, stride: int = 1) -> tuple[str, nn.Conv2d]:
         padding = kernel // 2
-        return self.read(nn.Conv2d, kernel_size=kernel, stride=stride, padding=padding, **CONV)
+        settings = {"kernel_size": kernel, "stride": stride, "padding": padding, **CONV}
+        name, conv = self.read(nn.Conv2d, **settings)
+        if not conv.weight.numel():
+            raise refusal("Conv2d with weights", list(conv.weight.shape), name)
+        return name, conv
 
     def read_unit(self, kernel: int) -> tuple[UnitNames, nn.Conv2d]:
         norm = self.read_norm()
@@ -164,6 +220,19 @@ def _setting(module: nn.Module, name: str) -> Any:
     return value[0] if isinstance(value, tuple) and len(set(value)) == 1 else value
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """*model* without what spreads it over devices."""
+    while type(model) in (nn.DataParallel, nn.parallel.DistributedDataParallel):
+        _check_hooks(model, "")
+        model = model.get_submodule("module")
+    return model
+
+
+def _check_hooks(module: nn.Module, name: str) -> None:
+    if any(getattr(module, kind) for kind in HOOKS):
+        raise refusal("no hooks", "some; remove them first", name)
+
+
 def check_uniform(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     """The one device and floating type of *model*.
 
@@ -175,8 +244,7 @@ def check_uniform(model: nn.Module) -> tuple[torch.device, torch.dtype]:
         if isinstance(rate, int | float) and rate:
             expected = "drop_rate=0 (dropout here follows every convolution or none)"
             raise refusal(expected, rate, name)
-        if any(getattr(module, kind) for kind in HOOKS):
-            raise refusal("no hooks", "some; remove them first", name)
+        _check_hooks(module, name)
         if module.training != model.training:
             advice = "both; call train() or eval() first"
             raise refusal("one mode for all submodules", advice, name)
