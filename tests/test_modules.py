@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -188,6 +189,16 @@ def test_hooks_on_a_list_are_told(implementation: str) -> None:
     with pytest.warns(UserWarning, match=r"^sparsenet: layers\.1 has hooks, but lists are not"):
         ours(images())
     assert ours.stages[1].change() is None
+
+
+def test_features_of_another_width_are_refused(implementation: str) -> None:
+    for width in (1, 9, 600):
+        ours = network(implementation)
+        before = ours.transitions[0].conv
+        ours.transitions[0].conv = nn.Conv2d(before.in_channels, width, 1, bias=False).double()
+        for training in (True, False):
+            with pytest.raises(ValueError, match=r"^stage: expected features \(N, \d+, H, W\)"):
+                ours.train(training)(images())
 
 
 # --- modules in the place of others ---------------------------------------------------------------
@@ -531,6 +542,32 @@ def test_hessian_products(dropout: float, engine: str, memory: str) -> None:
         torch.testing.assert_close(found, difference, rtol=1e-5, atol=1e-6 * scale)
 
 
+@pytest.mark.parametrize("way", ["create_graph", "counted"])
+@pytest.mark.parametrize("use", ["tied", "hooked", "twice"])
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph:UserWarning")
+def test_only_its_own_gradient_goes_through_a_stage(
+    use: str, way: str, implementation: str
+) -> None:
+    """Whatever else a parameter is used for, and whatever hooks it has."""
+    found = []
+    for model in pair(implementation):
+        units = model.stages[1].layers
+        if use == "tied":
+            units[1][1].conv.weight = units[0][1].conv.weight
+        elif use == "hooked":
+            units[0][1].conv.weight.register_hook(lambda gradient: gradient / 2)
+        model.zero_grad()
+        x = images()
+        loss = model(x).square().sum()
+        if use == "twice":
+            loss = loss + model(2 * x + model(x).sum()).square().sum()
+        with FlopCounterMode(display=False) if way == "counted" else nullcontext():
+            loss.backward(create_graph=way == "create_graph")
+        found.append(units[0][1].conv.weight.grad.detach().clone())
+        model.zero_grad()
+    close(*found)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_second_derivatives_under_autocast(dtype: torch.dtype, engine: str) -> None:
@@ -590,6 +627,22 @@ def test_batched_gradients(implementation: str) -> None:
         units = torch.eye(out.shape[1], dtype=out.dtype)[:, None].expand(-1, len(x), -1)
         found.append(torch.autograd.grad(out, x, units, is_grads_batched=True)[0])
     close(*found)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_an_image_without_numbers_spoils_no_other(
+    number: float, training: bool, implementation: str
+) -> None:
+    spoilt = []
+    for model in pair(implementation):
+        x = images()
+        x[0, 0, 3, 3] = number
+        x.requires_grad_()
+        model.train(training)(x)[1:].sum().backward()
+        names = {name for name, p in model.named_parameters() if not p.grad.isfinite().all()}
+        spoilt.append((len(names), [not each.isfinite().all() for each in x.grad]))
+    assert spoilt[0] == spoilt[1]
 
 
 # --- tracers, compilers and counters --------------------------------------------------------------

@@ -97,6 +97,9 @@ class Stage(nn.Module):
                 name = next((name for name, each in named if each is change.module), "")
                 _tell(f"{name or 'stage'} {change.what}, {SLOWLY}")
             return self.call_modules(x)
+        if x.dim() != 4 or x.shape[1] != self.widths[0]:
+            expected = f"stage: expected features (N, {self.widths[0]}, H, W)"
+            raise ValueError(f"{expected}, found {tuple(x.shape)}")
         output = dispatch.aggregate(
             self.implementation, self.plan, x, readers, statistics, training
         )

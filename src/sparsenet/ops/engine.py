@@ -374,7 +374,11 @@ def _reference_gradients(
     parameters = *engine.scales, *engine.shifts, *engine.weights
     differentiable = torch.is_grad_enabled()
     with torch.enable_grad(), torch.autocast(call.device.type, enabled=False):
-        inputs = [t if t.requires_grad else t.detach().requires_grad_() for t in (x, *parameters)]
+        # Views, so that what else these are used for, and their hooks, stay out of it.
+        inputs = [
+            t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+            for t in (x, *parameters)
+        ]
         dtype = functools.reduce(torch.promote_types, {t.dtype for t in inputs})
         x, *wide = (tensor.to(dtype) for tensor in inputs)
         readers = len(engine.scales)

@@ -640,19 +640,25 @@ int NAME(backward_activation)(const Arguments *args) {
 }
 
 /* A feature's gradient is slopes[0] * h + slopes[1] * x + slopes[2], (3, out_channels), with h its
- * gradient sum. */
+ * gradient sum. Without the batch's statistics only the first is not 0. */
 static void NAME(find_slopes)(const Arguments *args, ACC *slopes) {
   const ACC *mean = (const ACC *)args->mean + args->first_channel,
             *rstd = (const ACC *)args->rstd + args->first_channel;
   const ACC *h = (const ACC *)args->gradient_totals + args->first_channel,
             *hz = h + args->all_channels;
-  double share = args->training / ((double)args->images * args->height * args->width);
+  double share = 1 / ((double)args->images * args->height * args->width);
   for (int64_t c = 0; c < args->out_channels; c++) {
-    ACC of_x = -rstd[c] * rstd[c] * hz[c] * share;
+    ACC of_x = args->training ? -rstd[c] * rstd[c] * hz[c] * share : 0;
     slopes[c] = rstd[c];
     slopes[args->out_channels + c] = of_x;
-    slopes[2 * args->out_channels + c] = -rstd[c] * h[c] * share - of_x * mean[c];
+    slopes[2 * args->out_channels + c] =
+        args->training ? -rstd[c] * h[c] * share - of_x * mean[c] : 0;
   }
+}
+
+/* What slopes[1] is for: x, but where it is 0 something as finite as the gradient sum itself. */
+static const STORE *NAME(corrected_by)(const Arguments *args) {
+  return (const STORE *)(args->training ? args->x : args->d_output);
 }
 
 /* Reads a block of columns of d, corrects it where x is given, and writes it as features with
@@ -683,7 +689,7 @@ static void NAME(load_gradient_lines)(const Arguments *args, const LINES *lines,
     if (!to) continue;
     int64_t first = (image * args->height + top + line) * args->width * args->out_channels;
     const STORE *d = (const STORE *)args->d_output + first,
-                *x = args->x ? (const STORE *)args->x + first : NULL;
+                *x = args->x ? NAME(corrected_by)(args) + first : NULL;
     BLOCKS(args->out_channels, NAME(load_gradient), 0, d, x, slopes, args->out_channels,
            args->width, to, lines->stride)
     NAME(fill_up)(args, lines, to, args->out_channels);
@@ -809,7 +815,7 @@ static void NAME(feature_gradient_part)(const void *context, int64_t from, int64
   for (int64_t row = from; row < to; row++) {
     int64_t first = row * args->width * args->out_channels;
     BLOCKS(args->out_channels, NAME(load_gradient), 1, (const STORE *)args->d_output + first,
-           (const STORE *)args->x + first, work->slopes, args->out_channels, args->width,
+           NAME(corrected_by)(args) + first, work->slopes, args->out_channels, args->width,
            (STORE *)args->output + first, args->out_channels)
   }
 }
