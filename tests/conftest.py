@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparsenet import capture, checkpoints, device
+from sparsenet import capture, checkpoints, device, stage
 from sparsenet.data.preprocessing import Preprocessing
 from sparsenet.files import cache_folder
 from sparsenet.ops import dispatch, measured
@@ -84,6 +84,12 @@ def _assume_timings() -> None:
 
 _assume_timings()
 torch.set_num_threads(1)  # workers share the cores; and results do not depend on how many there are
+
+
+@pytest.fixture(autouse=True)
+def nothing_told() -> None:
+    """What a stage tells once is told again in each test."""
+    stage._told.clear()
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,7 @@ def test_many_images_and_threads_give_whole_numbers():
 def laws_hold(environment, more=()):
     tests = Path(__file__).parent
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k"]
-    wanted = "whole_numbers or (native and (half or shapes or equal or gradcheck))"
+    wanted = "whole_numbers or (native and (half or shapes or equal))"
     files = [str(tests / "test_kernels.py"), str(tests / "test_ops.py")]
     process = subprocess.run(
         [*command, wanted, *files, *more],

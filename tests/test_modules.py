@@ -4,6 +4,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -32,11 +33,6 @@ NETWORKS = {
 TOLD = "sparsenet: .*, so the modules of its stage are called one by one"
 
 pytestmark = pytest.mark.filterwarnings("ignore:sparsenet. .*called one by one:UserWarning")
-
-
-@pytest.fixture(autouse=True)
-def nothing_told() -> None:
-    stage._told.clear()
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
@@ -297,6 +293,104 @@ def test_other_modules_are_replaced(kind: str, implementation: str) -> None:
     assert not torch.allclose(ours(images()), before)
 
 
+def _circular(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    side = weight.shape[-1] // 2
+    return torch.conv2d(nn.functional.pad(x, 4 * (side,), mode="circular"), weight, bias)
+
+
+def _give(module: nn.Module, name: str, tensor: Tensor, buffer: bool = False) -> None:
+    """Instead of the parameter of this *name*."""
+    delattr(module, name)
+    if buffer:
+        module.register_buffer(name, tensor)
+    else:
+        setattr(module, name, tensor)
+
+
+def _bias(conv: nn.Module) -> Tensor:
+    return torch.ones(len(conv.weight), dtype=torch.float64)  # type: ignore[arg-type]
+
+
+ATTRIBUTES: dict[str, Callable[[Any], object]] = {
+    "_conv_forward": lambda conv: setattr(conv, "_conv_forward", _circular),
+    "_call_impl": lambda conv: setattr(conv, "_call_impl", lambda x: conv.forward(2 * x)),
+    "forward": lambda conv: setattr(conv, "forward", lambda x: 0 * nn.Conv2d.forward(conv, x)),
+    "bias": lambda conv: _give(conv, "bias", _bias(conv)),
+    "buffer": lambda conv: _give(conv, "bias", _bias(conv), buffer=True),
+    "hidden": lambda conv: conv.__dict__.update(weight=2 * conv.weight.detach()),
+    "computed": lambda conv: _give(conv, "weight", conv.weight.detach().sin()),
+}
+
+
+@pytest.mark.parametrize("attribute", ATTRIBUTES)
+def test_attributes_of_one_module(attribute: str, implementation: str) -> None:
+    both = pair(implementation)
+    before = both[0].eval()(images())
+    for model in both:
+        change = ATTRIBUTES[attribute]
+        change(model.stages[1].layers[1][1].conv)
+    assert not torch.allclose(both[0](images()), before)
+    assert_same(*both)
+
+
+def test_a_function_in_the_place_of_a_module(implementation: str) -> None:
+    both = pair(implementation)
+    for model in both:
+        for unit in model.stages[1].layers[1]:
+            del unit.relu
+            unit.relu = torch.sin
+    assert_same(*both)
+
+
+def test_a_scale_of_the_norm_of_a_feature(implementation: str) -> None:
+    ours, alike = network(implementation), network("reference")
+    norm = ours.stages[1].statistics[0]
+    norm.weight = nn.Parameter(torch.full_like(norm.running_mean, 3), requires_grad=False)
+    norms = [m for m in alike.stages[1].modules() if isinstance(m, stage.Affine)]
+    for read, norm in zip(alike.stages[1].plan.reads, norms, strict=True):
+        if 0 in read:
+            before = sum(alike.stages[1].widths[j] for j in read[: read.index(0)])
+            norm.weight.data[before : before + alike.stages[1].widths[0]] *= 3
+    for training in (True, False):
+        close(ours.train(training)(images()), alike.train(training)(images()))
+
+
+def test_another_dropout(implementation: str) -> None:
+    ours = network(implementation, Architecture(depth=10, growth_rate=4, dropout=0.4))
+    for module in ours.modules():
+        if hasattr(module, "dropout"):
+            module.dropout = 0.0
+    close(ours(images()), network(implementation, NETWORKS["sparse"])(images()))
+
+
+def test_norms_of_another_precision(implementation: str) -> None:
+    ours = network(implementation).bfloat16()
+    expected = ours(images().bfloat16())
+    for norm in norms_of(ours):
+        norm.float()
+    torch.testing.assert_close(ours(images().bfloat16()), expected, rtol=0.1, atol=0.1)
+    assert all(norm.running_mean.dtype == torch.float32 for norm in norms_of(ours))
+
+
+def test_norms_without_counters(implementation: str) -> None:
+    ours, alike = network(implementation), network(implementation)
+    for norm in norms_of(ours):
+        norm.num_batches_tracked = None
+    assert_same(ours, alike)
+
+
+def test_all_parameters_are_reset(implementation: str) -> None:
+    ours = network(implementation).to("meta").to_empty(device="cpu")
+    for tensor in [*ours.parameters(), *ours.buffers()]:
+        tensor.data.fill_(7)
+    for module in ours.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    assert not any((tensor == 7).any() for tensor in [*ours.parameters(), *ours.buffers()])
+    scales = [p for name, p in ours.named_parameters() if name.endswith("norm.weight")]
+    assert scales and all((scale == 1).all() for scale in scales)
+
+
 # --- weights that are computed --------------------------------------------------------------------
 
 
@@ -376,22 +470,39 @@ def test_hooks_on_all_modules(implementation: str) -> None:
     assert {m for m in ours.modules() if not isinstance(m, nn.ModuleList)} == fired
 
 
-def test_a_method_that_is_replaced(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = network(implementation)
-    calls = []
-    forward = nn.Conv2d.forward
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (nn.Conv2d, "forward"),
+        (nn.Conv2d, "_conv_forward"),
+        (nn.Module, "_call_impl"),
+        (nn.Conv2d, "__call__"),
+        (stage.Unit, "forward"),
+        (stage.Affine, "forward"),
+        (nn.BatchNorm2d, "forward"),
+        (nn.functional, "conv2d"),
+        (nn.functional, "batch_norm"),
+        (nn.functional, "relu"),
+    ],
+)
+def test_what_all_modules_do_is_replaced(
+    owner: type, name: str, implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As packages do that count, rescale or fake the operations of every module."""
+    ours = network(implementation).eval()
+    called = []
+    before = getattr(owner, name)
 
-    def counted(module: nn.Conv2d, x: Tensor) -> Tensor:
-        calls.append(module)
-        return forward(module, x)
+    def replaced(*inputs: Any, **settings: Any) -> Any:
+        called.append(name)
+        return before(*inputs, **settings)
 
-    monkeypatch.setattr(nn.Conv2d, "forward", counted)
+    monkeypatch.setattr(owner, name, replaced)
     ours(images())
-    assert len(calls) == sum(isinstance(m, nn.Conv2d) for m in ours.modules())
+    units = sum(len(layer) for each in ours.stages for layer in each.layers)
+    assert len(called) >= units
     monkeypatch.undo()
-    conv = ours.stages[0].layers[1][0].conv
-    conv.forward = lambda x: 0 * forward(conv, x)  # as offloading does
-    assert not torch.allclose(ours(images()), network(implementation)(images()))
+    assert ours.stages[0].change() is None
 
 
 # --- batch norms ----------------------------------------------------------------------------------
@@ -645,6 +756,53 @@ def test_an_image_without_numbers_spoils_no_other(
     assert spoilt[0] == spoilt[1]
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_output_of_a_stage_is_changed_in_place(engine: str) -> None:
+    ours = network(engine)
+    found = [
+        gradients(ours, images(), change(ours.stages[0](ours.stem(images()))))
+        for change in (torch.sin, torch.sin_)
+    ]
+    close(*found)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_an_ensemble_is_trained(implementation: str) -> None:
+    models = [network(implementation, seed=seed) for seed in range(2)]
+    state = torch.func.stack_module_state(models)
+
+    def call(parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor) -> Tensor:
+        return functional_call(models[0], (parameters, buffers), (x,))  # type: ignore[no-any-return]
+
+    found = torch.func.vmap(call, (0, 0, None))(*state, images())
+    close(found, torch.stack([model(images()) for model in models]))
+
+
+class HalvedTensor(Tensor):
+    """Halves what convolutions make."""
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        found = super().__torch_function__(function, types, args, kwargs or {})
+        return found / 2 if function is torch.conv2d else found
+
+
+def test_subclasses_of_tensors(implementation: str) -> None:
+    ours, theirs = pair(implementation)
+    x = images().as_subclass(HalvedTensor)
+    for training in (True, False):
+        with (
+            pytest.warns(UserWarning, match="sparsenet: stage is given a HalvedTensor")
+            if training
+            else nullcontext()
+        ):
+            found = ours.train(training)(x)
+        assert type(found) is HalvedTensor
+        close(found.as_subclass(Tensor), theirs.train(training)(x).as_subclass(Tensor))
+
+
 # --- tracers, compilers and counters --------------------------------------------------------------
 
 
@@ -745,6 +903,26 @@ class Halved(torch.overrides.TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         found = function(*args, **(kwargs or {}))
         return found / 2 if function in (torch.conv2d, nn.functional.conv2d) else found
+
+
+def test_images_without_memory(implementation: str) -> None:
+    ours = network(implementation).to("meta")
+    assert ours(images().to("meta")).shape == (3, 10)
+    assert SparseNet(NETWORKS["sparse"]).to("meta")(images().float().to("meta")).shape == (3, 10)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.parametrize("engine", ENGINES)
+def test_compiled_autograd(engine: str) -> None:
+    from torch._dynamo import compiled_autograd
+
+    ours = network(engine, Architecture(blocks=(1, 1), growth_rate=4))
+    expected = gradients(ours, images())
+    output = ours(images())
+    ours.zero_grad()
+    with compiled_autograd._enable(torch.compile(backend="eager")):  # type: ignore[no-untyped-call]
+        output.square().sum().backward()
+    close({name: p.grad for name, p in ours.named_parameters()}, expected)
 
 
 def test_function_modes(implementation: str) -> None:

@@ -6,9 +6,10 @@ read it is looked for what people change about modules, such as hooks and other 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as modules
 
@@ -25,28 +26,30 @@ class Changed(Exception):
         self.module, self.what = module, what
 
 
-def _methods() -> tuple[Callable[..., Any], ...]:
-    """Methods of PyTorch's modules that some tools replace for all of them."""
-    convolution = nn.Conv2d.forward, nn.Conv2d._conv_forward
-    return *convolution, nn.BatchNorm2d.forward, nn.ReLU.forward, nn.Module.__call__
-
-
-METHODS = _methods()
+def methods(*kinds: type[nn.Module]) -> tuple[Any, ...]:
+    """What modules of these *kinds* do, and the functions that they call: some tools replace it."""
+    names = "__call__", "_wrapped_call_impl", "_call_impl", "forward"
+    own = [getattr(kind, name) for kind in kinds for name in names]
+    others = nn.Conv2d._conv_forward, nn.BatchNorm2d._check_input_dim, nn.Module.__getattr__
+    return *own, *others, F.conv2d, F.batch_norm, F.relu
 
 
 def check_all_modules(caller: nn.Module) -> None:
-    """Raises ``Changed`` for what was changed about all modules at once."""
+    """Raises ``Changed`` for hooks on all modules."""
     if modules._has_any_global_hook():
         raise Changed(caller, "is called with hooks on all modules")
-    if _methods() != METHODS:
-        raise Changed(caller, "has modules with a method that was replaced")
+
+
+@cache
+def _attributes(kind: type[nn.Module]) -> frozenset[str]:
+    return frozenset(dir(kind))
 
 
 def check_module(module: nn.Module, kind: type[nn.Module]) -> dict[str, Any]:
-    """The attributes of *module*; ``Changed`` for another type than *kind* and for hooks."""
-    own = module.__dict__  # several times as fast as asking the module
+    """The attributes of *module*; ``Changed`` for another type than *kind*, hooks, own methods."""
     if type(module) is not kind:
         raise Changed(module, f"is of type {type(module).__name__}, not {kind.__name__}")
+    own = module.__dict__  # several times as fast as asking the module
     if (
         own["_forward_hooks"]
         or own["_forward_pre_hooks"]
@@ -54,9 +57,27 @@ def check_module(module: nn.Module, kind: type[nn.Module]) -> dict[str, Any]:
         or own["_backward_pre_hooks"]
     ):
         raise Changed(module, "has hooks")
-    if "forward" in own:
-        raise Changed(module, "has a forward method of its own")
+    of_all = _attributes(kind)  # type: ignore[arg-type]
+    if not of_all.isdisjoint(own):
+        raise Changed(module, f"has a method {min(of_all.intersection(own))} of its own")
     return own
+
+
+def attribute(own: dict[str, Any], name: str) -> Any:
+    """What a module whose attributes are *own* calls *name*; ``None`` for nothing."""
+    if name in own:
+        return own[name]
+    for place in ("_parameters", "_buffers", "_modules"):
+        if name in own[place]:
+            return own[place][name]
+    return None
+
+
+def check_input(caller: nn.Module, x: Tensor) -> None:
+    """Raises ``Changed`` for a subclass of tensors that gives operations another meaning."""
+    kind = type(x)
+    if kind not in TENSORS and kind.__torch_dispatch__ is Tensor.__torch_dispatch__:
+        raise Changed(caller, f"is given a {kind.__name__}, whose operations may be others")
 
 
 def check_training(module: nn.Module, training: bool) -> None:
@@ -67,9 +88,8 @@ def check_training(module: nn.Module, training: bool) -> None:
 
 def read_affine(module: nn.Module, kind: type[nn.Module], width: int) -> tuple[Tensor, Tensor]:
     """Scale and shift."""
-    parameters = check_module(module, kind)["_parameters"]
-    shape = (width,)
-    return _read(module, parameters, "weight", shape), _read(module, parameters, "bias", shape)
+    own, shape = check_module(module, kind), (width,)
+    return _read(module, own, "weight", shape), _read(module, own, "bias", shape)
 
 
 def read_convolution(module: nn.Module, shape: tuple[int, ...]) -> Tensor:
@@ -78,26 +98,25 @@ def read_convolution(module: nn.Module, shape: tuple[int, ...]) -> Tensor:
     settings = own["stride"], own["padding"], own["dilation"], own["groups"], own["padding_mode"]
     if settings != ((1, 1), (side, side), (1, 1), 1, "zeros"):
         raise Changed(module, "has other settings")
-    if own["_parameters"].get("bias") is not None:
+    if attribute(own, "bias") is not None:
         raise Changed(module, "has a bias")
-    return _read(module, own["_parameters"], "weight", shape)
+    return _read(module, own, "weight", shape)
 
 
 def read_norm(module: nn.Module, width: int, training: bool) -> Statistics:
     own, shape = check_module(module, nn.BatchNorm2d), (width,)
-    settings = own["momentum"], own["eps"], own["affine"], own["track_running_stats"]
-    if settings != (MOMENTUM, EPS, False, True):
+    settings = own["momentum"], own["eps"], own["track_running_stats"]
+    if settings != (MOMENTUM, EPS, True):
         raise Changed(module, "has other settings")
+    if attribute(own, "weight") is not None or attribute(own, "bias") is not None:
+        raise Changed(module, "has a scale or a shift")
     check_training(module, training)
-    buffers = own["_buffers"]
-    mean = _read(module, buffers, "running_mean", shape)
-    return Statistics(mean, _read(module, buffers, "running_var", shape))
+    mean = _read(module, own, "running_mean", shape)
+    return Statistics(mean, _read(module, own, "running_var", shape))
 
 
-def _read(
-    module: nn.Module, tensors: Mapping[str, Tensor | None], name: str, shape: tuple[int, ...]
-) -> Tensor:
-    tensor = tensors.get(name)
-    if tensor is None or type(tensor) not in TENSORS or tensor.shape != shape:
+def _read(module: nn.Module, own: dict[str, Any], name: str, shape: tuple[int, ...]) -> Tensor:
+    tensor = attribute(own, name)
+    if type(tensor) not in TENSORS or tensor.shape != shape:
         raise Changed(module, f"has another {name}")
-    return tensor
+    return tensor  # type: ignore[no-any-return]

@@ -34,8 +34,13 @@ class Affine(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.bias = nn.Parameter(torch.zeros(width))
+        self.weight = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:  # (N, width, H, W), with numbers as precise as given
         return (x * self.weight.view(-1, 1, 1) + self.bias.view(-1, 1, 1)).to(x.dtype)
@@ -57,6 +62,11 @@ class Unit(nn.Module):
             # In one order whatever the layout, so that a seed drops the same everywhere.
             x = torch.native_dropout(x.contiguous(), self.dropout, True)[0]
         return x
+
+
+PARTS = "norm", "relu", "conv"  # of a unit
+KINDS = Unit, Affine, nn.ReLU, nn.Conv2d, nn.BatchNorm2d  # of the modules of a stage
+METHODS = changes.methods(*KINDS)
 
 
 class Stage(nn.Module):
@@ -91,8 +101,9 @@ class Stage(nn.Module):
             return self.call_modules(x)
         try:
             readers, statistics, training = self._read_modules()
+            changes.check_input(self, x)
         except Changed as change:
-            if not is_watched(x):  # who counts or traces operations knows
+            if change.module is self or not is_watched(x):  # who counts or traces operations knows
                 named = self.named_modules()
                 name = next((name for name, each in named if each is change.module), "")
                 _tell(f"{name or 'stage'} {change.what}, {SLOWLY}")
@@ -106,8 +117,7 @@ class Stage(nn.Module):
         if training:
             last_reader = self.plan.for_engine.topology.last_reader
             norms: Iterable[Any] = self.statistics
-            read = [norm for norm, last in zip(norms, last_reader, strict=True) if last]
-            torch._foreach_add_([norm.num_batches_tracked for norm in read], 1)
+            _count_batch([n for n, last in zip(norms, last_reader, strict=True) if last], x)
         return output
 
     def call_modules(self, x: Tensor) -> Tensor:
@@ -151,27 +161,36 @@ class Stage(nn.Module):
         Raises ``Changed`` where a module may do other than its tensors say.
         """
         changes.check_all_modules(self)
+        if changes.methods(*KINDS) != METHODS:
+            raise Changed(self, "has modules with a method that was replaced")
         self._check_list("layers", self.layers, len(self.shapes))
         self._check_list("statistics", self.statistics, len(self.widths) - 1)
-        drops = self.plan.dropout > 0
+        dropout = self.plan.dropout
         readers = []
         layers: Iterable[Any] = self.layers
         for number, (layer, shapes) in enumerate(zip(layers, self.shapes, strict=True)):
             self._check_list(f"layers.{number}", layer, len(shapes))
             for unit, shape in zip(layer._modules.values(), shapes, strict=True):
-                parts = changes.check_module(unit, Unit)["_modules"]
-                if drops:
+                own = changes.check_module(unit, Unit)
+                if own["dropout"] != dropout:
+                    raise Changed(unit, "has another dropout")
+                if dropout:
                     changes.check_training(unit, self.training)
-                affine = changes.read_affine(parts["norm"], Affine, shape[1])
-                changes.check_module(parts["relu"], nn.ReLU)
-                readers.append(Reader(*affine, changes.read_convolution(parts["conv"], shape)))
+                norm, relu, conv = (changes.attribute(own, name) for name in PARTS)
+                affine = changes.read_affine(norm, Affine, shape[1])
+                changes.check_module(relu, nn.ReLU)
+                readers.append(Reader(*affine, changes.read_convolution(conv, shape)))
         affine = changes.read_affine(self.norm, Affine, self.widths[-1])
         changes.check_module(self.relu, nn.ReLU)
         readers.append(Reader(*affine, None))  # the stage output
         norms = self.statistics._modules.values()
-        training = self.training if drops else next(iter(norms)).training
+        training = self.training if dropout else next(iter(norms)).training
         pairs = zip(norms, self.widths, strict=False)  # the output has no norm
-        return readers, [changes.read_norm(*each, training) for each in pairs], training
+        statistics = [changes.read_norm(*each, training) for each in pairs]
+        precisions = {reader.scale.dtype for reader in readers}
+        if precisions != {each.mean.dtype for each in statistics} or len(precisions) > 1:
+            raise Changed(self, "has norms of more than one precision")
+        return readers, statistics, training
 
     def _check_list(self, name: str, modules: nn.Module, number: int) -> None:
         if type(modules) is not nn.ModuleList or len(modules) != number:
@@ -184,6 +203,15 @@ class Stage(nn.Module):
             changes.check_module(modules, nn.ModuleList)
         except Changed as change:
             _tell(f"{name} {change.what}, but lists are not called; the units in them are")
+
+
+def _count_batch(norms: list[Any], x: Tensor) -> None:
+    counters = [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]
+    if is_watched(x):  # as by torch.func, which knows no operations on many tensors
+        for counter in counters:
+            counter.add_(1)
+    elif counters:
+        torch._foreach_add_(counters, 1)
 
 
 def _tell(text: str) -> None:

@@ -151,9 +151,9 @@ def aggregate(
     """Runs a stage: ``(N, C_0, H, W)`` to the activated stage output ``(N, C_out, H, W)``.
 
     Who looks at single operations, or changes what they do, is shown those of the reference: see
-    ``is_watched``. It also computes batches without an image.
+    ``is_watched``. It also computes batches without an image, and those without memory.
     """
-    if is_watched(x) or not x.numel():
+    if is_watched(x) or not x.numel() or x.is_meta:
         return reference.aggregate(plan, x, readers, statistics, training)
     with_gradient = training or torch.is_grad_enabled()
     name = choose(implementation, x.device, x.dtype, with_gradient, plan.memory)

@@ -243,8 +243,11 @@ class Engine(ABC):
 
     def stage_output(self) -> Tensor:
         """The activation of the last reader, in memory of its own."""
-        width = len(self.scales[-1])
-        out = self.view(self.empty(width), width)
+        images, _, height, columns = self.call.shape
+        shape = images, len(self.scales[-1]), height, columns
+        settings: dict[str, Any] = {"dtype": self.call.dtype, "device": self.call.device}
+        # No view, because what an autograd node gives may only then be changed in place.
+        out = torch.empty(shape, memory_format=self.call.layout, **settings)
         self.write_activation(len(self.scales) - 1, out)
         return out
 
@@ -304,7 +307,7 @@ def aggregate(
     call = StageCall(plan, engine_plan, x.shape, widths, x.dtype, x.device, layout, training)
     if gradient:
         input_in_graph = _InGraph.apply(x)  # type: ignore[no-untyped-call]
-        return _Stage.apply(engine_type, call, statistics, input_in_graph, x, *parameters)  # type: ignore[no-any-return,no-untyped-call]
+        return _Stage.apply(engine_type, call, statistics, x.detach(), input_in_graph, *parameters)  # type: ignore[no-any-return,no-untyped-call]
     output, _ = _forward(engine_type(call, parameters, statistics), x)
     return output
 
@@ -322,7 +325,7 @@ class _InGraph(torch.autograd.Function):
 
 
 class _Stage(torch.autograd.Function):
-    """The inputs with a gradient are the stage input, all scales, all shifts and all weights."""
+    """The inputs with a gradient are the stage input's place, all scales, shifts and weights."""
 
     @staticmethod
     def forward(
@@ -330,8 +333,8 @@ class _Stage(torch.autograd.Function):
         engine_type: type[Engine],
         call: StageCall,
         statistics: Sequence[Statistics],
-        input_in_graph: Tensor,
         x: Tensor,
+        input_in_graph: Tensor,
         *parameters: Tensor,
     ) -> Tensor:
         engine = engine_type(call, parameters, statistics)
