@@ -103,7 +103,7 @@ class Stage(nn.Module):
             readers, statistics, training = self._read_modules()
             changes.check_input(self, x)
         except Changed as change:
-            if change.module is self or not is_watched(x):  # who counts or traces operations knows
+            if not is_watched(x):  # who counts or traces operations knows
                 named = self.named_modules()
                 name = next((name for name, each in named if each is change.module), "")
                 _tell(f"{name or 'stage'} {change.what}, {SLOWLY}")
