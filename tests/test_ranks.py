@@ -1,29 +1,72 @@
-"""Several processes train as one does: the same batches, sums over all of them, one folder."""
+"""Several processes train as one does, and when one of them fails all end, with nothing lost.
+
+They are started as launchers do it, by variables of the environment, and once by torchrun.
+"""
 
 from __future__ import annotations
 
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import pytest
+import torch
+from conftest import TINY, Call
+from safetensors.torch import load_file
+
+from sparsenet.ranks import Ranks
+from sparsenet.run import Run
+
 TESTS = Path(__file__).parent
+LONG = ("train", *TINY, "--max_epoch", "4", "--precision", "fp32", "--sync_statistics", "on")
+PATIENT = 60.0  # seconds in which everything ends
 
 
-def start(
-    rank: int, arguments: Sequence[str], port: int, **environment: str
-) -> subprocess.Popen[str]:
-    own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return subprocess.Popen(
-        [sys.executable, *arguments],
-        env={**os.environ, **own, **place, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+STARTED: list[Process] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    yield
+    while STARTED:
+        with STARTED.pop() as process:
+            process.kill()
+
+
+class Process(subprocess.Popen[str]):
+    """One of two processes."""
+
+    def __init__(self, rank: int, arguments: Sequence[object], port: int, **environment: str):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        super().__init__(
+            [sys.executable, *map(str, arguments)],
+            env={**os.environ, **own, **place, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        STARTED.append(self)
+
+    def read_until(self, text: str) -> None:
+        assert self.stdout is not None
+        said = ""
+        while text not in said:
+            line = self.stdout.readline()
+            assert line, said
+            said += line
+
+    def end(self) -> tuple[int, str]:
+        """The exit code, and the last line that was printed."""
+        said, _ = self.communicate(timeout=PATIENT)
+        assert "Traceback" not in said, said
+        return self.returncode, (said.splitlines() or [""])[-1]
 
 
 def free_port() -> int:
@@ -32,11 +75,183 @@ def free_port() -> int:
         return int(listening.getsockname()[1])
 
 
-def test_statistics_in_common_are_those_of_one_process() -> None:
+def two(*arguments: object, by: Sequence[object] = ("-m", "sparsenet")) -> list[Process]:
     port = free_port()
-    script = str(TESTS / "ranks_laws.py")
-    both = [start(rank, [script, "triton"], port, TRITON_INTERPRET="1") for rank in range(2)]
+    return [Process(rank, [*by, *arguments], port) for rank in range(2)]
+
+
+def tensors(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(max((run / "checkpoints").glob("last-*.safetensors")))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two processes that nothing interrupted."""
+    run = tmp_path_factory.mktemp("ranks") / "whole"
+    assert [each.end()[0] for each in two(*LONG, "--out", run)] == [0, 0]
+    return run
+
+
+# --- what is computed -----------------------------------------------------------------------------
+
+
+def test_statistics_in_common_are_those_of_one_process() -> None:
+    port, script = free_port(), TESTS / "ranks_laws.py"
+    both = [Process(rank, [script, "triton"], port, TRITON_INTERPRET="1") for rank in range(2)]
     for rank, process in enumerate(both):
         said, _ = process.communicate(timeout=300)
         assert process.returncode == 0, said
         assert f"rank {rank} agrees" in said
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_parts_are_the_whole_batch(size: int) -> None:
+    ranks = [Ranks(rank, size) for rank in range(size)]
+    for count in range(1, 70):
+        parts = [each.part(count) for each in ranks]
+        for part in parts:  # pairs stay together, in the order in which ``mix`` pairs them
+            assert torch.equal(count - 1 - part, part.flip(0))
+        whole = count // 2 < size
+        assert len(torch.cat(parts)) == (size * count if whole else count)
+        assert sorted(torch.cat(parts).unique().tolist()) == list(range(count))
+        means, sums = zip(*(each.shares(count) for each in ranks), strict=True)
+        assert sum(means) == pytest.approx(1)
+        total = sum(share * len(part) for share, part in zip(sums, parts, strict=True))
+        assert total == pytest.approx(count)
+        pieces = [list(range(count))[each.piece(count)] for each in ranks]
+        assert [image for piece in pieces for image in piece] == list(range(count))
+
+
+def test_two_processes_train_as_one(whole: Path, call: Call, tmp_path: Path) -> None:
+    """Sums are rounded in another order, which grows from step to step."""
+    assert call(*LONG, "--out", tmp_path / "alone").code == 0
+    found, expected = Run(whole).metrics(), Run(tmp_path / "alone").metrics()
+    for one, other in zip(found, expected, strict=True):
+        assert one.train_loss == pytest.approx(other.train_loss, rel=10**-5 * 10**one.epoch)
+    assert found[0].test_error == expected[0].test_error
+    assert "\n2 processes, cpu, fp32" in (whole / "train.log").read_text()
+
+
+def test_statistics_of_each_process_are_averaged(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    own = "--sync_statistics", "off", "--max_epoch", "2", "--out", run
+    assert [each.end()[0] for each in two(*LONG, *own)] == [0, 0]
+    assert "all processes together" not in (run / "train.log").read_text()
+    error = float(re.findall(r"test error ([\d.]+) %", (run / "train.log").read_text())[0])
+    assert error < 60  # of 90 that chance has
+
+
+# --- what goes wrong ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("told", [0, 1])
+def test_a_signal_to_one_stops_all_after_the_same_step(
+    told: int, whole: Path, call: Call, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    both = two(*LONG, "--out", run)
+    both[0].read_until("epoch 1/4")
+    both[told].send_signal(signal.SIGTERM)
+    assert [each.end()[0] for each in both] == [143, 143]
+    assert "saved and stopped: SIGTERM" in (run / "train.log").read_text()
+    if told == 1:  # another number of processes is said
+        outcome = call("train", "--resume", run)
+        assert outcome.code == 0 and "warning: 1 processes instead of 2" in outcome.out
+        return
+    assert [each.end()[0] for each in two("train", "--resume", run)] == [0, 0]
+    found, expected = tensors(run), tensors(whole)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_is_killed_or_freezes_ends_all(
+    rank: int, number: signal.Signals, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    both = two(*LONG, "--out", run, "--save_every", 0, "--rank_timeout", 5)
+    both[0].read_until("epoch 1/4")
+    both[rank].send_signal(number)
+    began = time.monotonic()
+    code, last = both[1 - rank].end()
+    assert code == 1 and time.monotonic() - began < PATIENT
+    assert last.startswith(
+        f"sparsenet: rank {1 - rank}: expected the 2 processes of the run, found"
+    )
+    if rank == 1:  # else what all could read went with the first process
+        assert "rank 1 that was killed, hangs or cannot be reached" in last
+    both[rank].kill()
+    both[rank].communicate()
+    assert list((run / "checkpoints").glob("last-*.safetensors"))
+
+
+FAILING = """
+import os, sys
+from sparsenet import cli, files, step
+failing, what = sys.argv.pop(1).split(",")
+def fails(*arguments, **settings):
+    raise {"save": OSError(28, "No space left on device"), "step": MemoryError("of a test")}[what]
+if os.environ["RANK"] == failing and what == "save":
+    files.write_atomic.__globals__["os"].replace = fails
+if os.environ["RANK"] == failing and what == "step":
+    step.loss_and_mistakes = fails
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("failing", "cause"),
+    [("0,save", "No space left on device"), ("1,step", "of a test"), ("0,step", "of a test")],
+)
+def test_the_cause_is_said_last(failing: str, cause: str, tmp_path: Path) -> None:
+    both = two(*LONG, "--out", tmp_path / "run", by=("-c", FAILING, failing))
+    (first, last), (second, silent) = [each.end() for each in both]
+    assert first == second == 1
+    assert cause in last and last.startswith("sparsenet: ")
+    assert ("rank 1: " in last) == failing.startswith("1")
+    assert silent == ""
+
+
+def test_other_images_in_one_process_are_refused(tmp_path: Path) -> None:
+    port, arguments = free_port(), ["-m", "sparsenet", *LONG, "--out", tmp_path / "run"]
+    other = ["-c", OTHER_IMAGES, *arguments[2:]]
+    both = [Process(0, arguments, port), Process(1, other, port)]
+    (first, said), (second, silent) = [each.end() for each in both]
+    assert first == second == 2 and silent == ""
+    assert "expected the same images in all processes, found others in rank 1" in said
+
+
+OTHER_IMAGES = """
+from sparsenet import cli, preparation
+record = preparation.record
+preparation.record = lambda data: record(data).__class__("validation")
+cli.main()
+"""
+
+
+def test_torchrun_goes_on_after_a_process_was_killed(whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = [Path(sys.executable).with_name("torchrun"), "--standalone"]
+    command += ["--nproc_per_node=2", "--max_restarts=1", "--monitor_interval=0.1"]
+    command += ["-m", "sparsenet"]
+    command += [*LONG, "--out", run, "--save_every", "0"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        list(map(str, command)),
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as agent:
+        assert agent.stdout is not None
+        said = ""
+        while "epoch 1/4" not in said:
+            said += agent.stdout.readline()
+        children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        said += agent.stdout.read()
+    assert agent.returncode == 0, said
+    assert "resumed at step" in (run / "train.log").read_text()
+    found, expected = tensors(run), tensors(whole)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)

@@ -20,6 +20,7 @@ class Arithmetic:
 
     precision: Annotated[str, Meta(pattern="^(auto|fp32|bf16)$")] = "auto"
     implementation: str = "auto"
+    ranks: int = 1  # processes
 
     @property
     def dtype(self) -> torch.dtype:
@@ -28,7 +29,10 @@ class Arithmetic:
 
 
 def choose_arithmetic(
-    config: TrainConfig, device: torch.device, previous: Arithmetic = Arithmetic()
+    config: TrainConfig,
+    device: torch.device,
+    previous: Arithmetic = Arithmetic(),
+    ranks: int = 1,
 ) -> Arithmetic:
     """What *config* asks for, with a choice in place of ``auto``.
 
@@ -53,9 +57,8 @@ def choose_arithmetic(
         ) from None
     precision = dispatch.choose_precision(precision, device, implementation, memory=config.memory)
     dtype = Arithmetic(precision).dtype
-    return Arithmetic(
-        precision, dispatch.choose(implementation, device, dtype, memory=config.memory)
-    )
+    implementation = dispatch.choose(implementation, device, dtype, memory=config.memory)
+    return Arithmetic(precision, implementation, ranks)
 
 
 def explain(
@@ -67,6 +70,13 @@ def explain(
     """Lines for the user: the choice, and the reasons for it where *config* says ``auto``."""
     precision, implementation = arithmetic.precision, arithmetic.implementation
     line = f"{device}, {precision}, implementation {implementation}"
+    if arithmetic.ranks > 1:
+        line = f"{arithmetic.ranks} processes, {line}"
+    if previous.precision != "auto" and arithmetic.ranks != previous.ranks:
+        yield (
+            f"warning: {arithmetic.ranks} processes instead of {previous.ranks}: the same batches, "
+            "but sums are rounded otherwise, so the run goes on no longer bit for bit"
+        )
     if arithmetic == previous and "auto" in (config.precision, config.implementation):
         yield f"{line}, as the run began"
         return

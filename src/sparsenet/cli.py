@@ -47,8 +47,15 @@ def run(arguments: Sequence[str]) -> int:
         if not (known := _end_of_a_run(error)):
             raise
         code, message = FAILED, known
-    _complain(message)
+    if not _is_said(message):
+        _complain(message)
     return code
+
+
+def _is_said(message: str) -> bool:
+    """Whether another process of a run on several says why it ended."""
+    ranks = sys.modules.get("sparsenet.ranks")  # not before there can be several
+    return bool(ranks and ranks.is_said(message))
 
 
 def _complain(message: str) -> None:
@@ -60,9 +67,10 @@ def _end_of_a_run(error: Exception) -> str | None:
     """What *error* says, if it is a known end of a run and not a fault of the program."""
     if said := shortage(error):  # before anything that takes memory
         return said
+    from sparsenet.ranks import LostError
     from sparsenet.train import DivergedError
 
-    return str(error) if isinstance(error, DivergedError) else None
+    return str(error) if isinstance(error, DivergedError | LostError) else None
 
 
 def main() -> NoReturn:

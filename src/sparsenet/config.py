@@ -34,6 +34,12 @@ class TrainConfig:
     implementation: str = setting(
         "auto", "engine; auto: the fastest here", ("auto", *IMPLEMENTATIONS)
     )
+    sync_statistics: str = setting(
+        "auto",
+        "batch statistics over all processes; auto: where each has fewer than 32 images",
+        ("auto", "on", "off"),
+    )
+    rank_timeout: float = setting(600.0, "seconds to wait for another process before giving up")
     memory: str = setting("normal", "lean: bottlenecks are computed again in backward", MEMORY)
     capture: bool = setting(True, "replay the step as a CUDA graph where the device can")
     time_limit: float = setting(0.0, "seconds after which the run ends and saves; 0: none")
@@ -46,6 +52,7 @@ class TrainConfig:
             "max_epoch": (1, MOST_EPOCHS),
             "time_limit": (0, 10**9),
             "save_every": (0, 10**9),
+            "rank_timeout": (1, 10**6),
         }
         rules = [
             (name, least <= getattr(self, name) <= most, f"at least {least} and at most {most:,}")
@@ -82,6 +89,7 @@ MAY_CHANGE = {  # settings that a resumed run may have other values of
     "device",
     "memory",
     "capture",
+    "rank_timeout",
     "dataset_dir",
     "labels",
     "download",

@@ -32,6 +32,7 @@ class Environment:
     batch_size: int | None = None  # images a step of a run
     precision: str | None = None  # that a run computes in
     implementation: str | None = None  # that a run computes with
+    ranks: int = 1  # processes that train together
 
 
 def environment(
@@ -39,6 +40,7 @@ def environment(
     batch_size: int | None = None,
     precision: str | None = None,
     implementation: str | None = None,
+    ranks: int = 1,
 ) -> Environment:
     """Describes this process on *device*."""
     driver = {"cuda": torch.version.cuda, "hip": torch.version.hip}
@@ -56,6 +58,7 @@ def environment(
         batch_size=batch_size,
         precision=precision,
         implementation=implementation,
+        ranks=ranks,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 from sparsenet.capture import Captured
 from sparsenet.data.dataset import Images
 from sparsenet.data.preprocessing import Preprocessing
-from sparsenet.data.sampling import Batches
+from sparsenet.data.sampling import Batches, batch_ends
 from sparsenet.ops.plan import MOMENTUM
+from sparsenet.ranks import ALONE, Ranks
 
 Scorer = Callable[[Tensor, Tensor], tuple[Tensor, ...]]  # an EvaluationStep, captured or not
 
@@ -93,10 +95,12 @@ def recompute_statistics(
     device: torch.device,
     batch_size: int = 64,
     precision: str = "fp32",
+    ranks: Ranks = ALONE,
 ) -> None:
     """Sets the running statistics of *model* to the means of those of batches of *images*.
 
-    The *images* come in their order, in which classes must be mixed.
+    The *images* come in their order, in which classes must be mixed. Several *ranks* share out each
+    batch.
 
     After few steps, running ones still are mostly what they began with, and averaged weights have
     statistics of other weights.
@@ -109,14 +113,17 @@ def recompute_statistics(
     sums = [torch.zeros_like(buffer) for buffer in running]
     was_training = model.training
     model.train()
-    for pixels, _ in Batches(images, batch_size, device=device):
+    sizes = [end - first for first, end in pairwise([0, *batch_ends(len(images), batch_size)])]
+    batches = Batches(images, batch_size, device=device, ranks=ranks)
+    for (pixels, _), size in zip(batches, sizes, strict=True):
         for buffer in running:
             buffer.zero_()  # so that it becomes MOMENTUM times that of the batch
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             model(preprocessing.normalise(pixels))
-        share = len(pixels) / (MOMENTUM * len(images))
+        share = ranks.shares(size)[0] * size / (MOMENTUM * len(images))
         for total, buffer in zip(sums, running, strict=True):
             total.add_(buffer, alpha=share)
+    ranks.add(sums)
     for total, buffer in zip(sums, running, strict=True):
         buffer.copy_(total)
     model.train(was_training)
@@ -131,8 +138,11 @@ def evaluate(
     batch_size: int = 256,
     precision: str = "fp32",
     score: Scorer | None = None,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
     """Runs *model* in evaluation mode over *images*, in order, and restores its mode afterwards.
+
+    Several *ranks* take a piece of the images each, and all return the result of the whole.
 
     *score* is the model's ``EvaluationStep``, for whoever wants it captured once for many
     passes; by default this pass makes one and captures it where it can.
@@ -145,10 +155,12 @@ def evaluate(
     start = time.perf_counter()
     results = [
         (labels, *score(pixels, labels))
-        for pixels, labels in Batches(images, batch_size, device=device)
+        for pixels, labels in Batches(images[ranks.piece(len(images))], batch_size, device=device)
     ]
     model.train(was_training)
-    labels, losses, *others = (torch.cat(column).cpu() for column in zip(*results, strict=True))
+    columns = [torch.cat(column).cpu() for column in zip(*results, strict=True)]
+    pieces = filter(None, ranks.gather(columns))  # of few images some ranks have none
+    labels, losses, *others = (torch.cat(column) for column in zip(*pieces, strict=True))
     wrong = (~losses.isfinite()).nonzero().flatten().tolist()
     if wrong:
         found = f"NaN or infinity (as for {len(wrong)} of {len(labels)} images)"

@@ -27,9 +27,11 @@ from sparsenet.events import Reading
 from sparsenet.graph import Node, graph, totals
 from sparsenet.memory import free_memory, total_memory
 from sparsenet.ops import dispatch
+from sparsenet.ranks import ALONE, Ranks
 from sparsenet.weights import Description
 
 BATCH_SIZE = 64  # the paper's
+SMALL_BATCH = 32  # images of a process, for which statistics are in common by default
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,14 @@ class Setup:
     preprocessing: Preprocessing
     device: torch.device
     arithmetic: Arithmetic
+    ranks: Ranks = ALONE
+
+    @property
+    def synchronised(self) -> bool:
+        """Whether processes have the statistics of batches in common."""
+        settings, size = self.config.train, self.ranks.size
+        small = settings.batch_size < SMALL_BATCH * size
+        return size > 1 and {"auto": small, "on": True, "off": False}[settings.sync_statistics]
 
     @cached_property
     def nodes(self) -> list[Node]:
@@ -65,7 +75,10 @@ class Setup:
 
 
 def preparing(
-    config: RunConfig, previous: Arithmetic, images: Mapping[str, Tensor]
+    config: RunConfig,
+    previous: Arithmetic,
+    images: Mapping[str, Tensor],
+    ranks: Ranks = ALONE,
 ) -> Generator[Reading, None, Setup]:
     """Loads the data and decides what only the data and the device can say.
 
@@ -78,7 +91,7 @@ def preparing(
         dispatch.choose(config.train.implementation, device)
     data = in_order((yield from loading_dataset(config.data)), images)
     asked = config
-    settings = _with_batch_size(config.train, len(data.train))
+    settings = _with_batch_size(config.train, len(data.train), ranks)
     config = dataclasses.replace(config, train=settings)
     channels, size = data.train.pixels.shape[1], data.train.pixels.shape[-1]
     network = dataclasses.replace(config.network, in_chans=channels, num_classes=len(data.classes))
@@ -87,18 +100,28 @@ def preparing(
     mean, std = channel_statistics(data.train)
     limit = config.data.max_megapixels
     preprocessing = Preprocessing(size, channels, mean, std, data.grey_range, limit)
-    arithmetic = choose_arithmetic(config.train, device, previous)
+    _check_same_images(data, ranks)
+    arithmetic = previous
+    if ranks.is_first:
+        arithmetic = choose_arithmetic(config.train, device, previous, ranks.size)
+    arithmetic = ranks.tell(arithmetic)
+    dispatch.choose(arithmetic.implementation, device, memory=config.train.memory)
     data = _on_device(data, device)
     asked = dataclasses.replace(asked, network=config.network)
-    setup = Setup(asked, config, data, preprocessing, device, arithmetic)
+    setup = Setup(asked, config, data, preprocessing, device, arithmetic, ranks)
     if device.type == "cpu" and sys.platform == "linux":  # others say themselves what they cannot
         _check_memory(setup)
     return setup
 
 
-def _with_batch_size(settings: TrainConfig, images: int) -> TrainConfig:
+def _with_batch_size(settings: TrainConfig, images: int, ranks: Ranks) -> TrainConfig:
     """*settings* with a batch size: by default the paper's, or a quarter of fewer images."""
-    fitting = min(BATCH_SIZE, max(images // 4, 2))
+    fitting, least = min(BATCH_SIZE, max(images // 4, 2)), 2 * ranks.size
+    if ranks.size > 1 and (settings.batch_size or fitting) < least:
+        raise ValueError(
+            f"--batch_size: expected at least {least}, 2 images for each of {ranks.size} "
+            f"processes, found {settings.batch_size or fitting}"
+        )
     if settings.batch_size > images:
         raise ValueError(
             f"--batch_size: expected at most the {images} training images, "
@@ -127,6 +150,16 @@ def _check_sizes(config: RunConfig, size: int, images: int) -> None:
         raise ValueError(
             "--batch_size: expected at least 2 images a step, since the last stage of this network "
             "reduces an image to 1x1 pixels, which have no variance of their own, found 1"
+        )
+
+
+def _check_same_images(data: Dataset, ranks: Ranks) -> None:
+    records = ranks.gather(record(data), patient=True)
+    others = [rank for rank, each in enumerate(records) if each != records[0]]
+    if others:
+        raise ValueError(
+            f"--dataset_dir: expected the same images in all processes, found others in rank "
+            f"{others[0]} than in rank 0"
         )
 
 
@@ -182,3 +215,5 @@ def introduce(setup: Setup, previous: Arithmetic) -> Iterator[str]:
         f"{parameters:,} parameters, {macs:,} MACs"
     )
     yield from explain(setup.arithmetic, settings, setup.device, previous)
+    if setup.synchronised:
+        yield "statistics of batches are those of all processes together (--sync_statistics)"

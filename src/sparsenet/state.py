@@ -23,9 +23,11 @@ from sparsenet.data.sampling import batch_ends, stream
 from sparsenet.device import place
 from sparsenet.model import SparseNet
 from sparsenet.preparation import Setup
+from sparsenet.ranks import Ranks
 from sparsenet.results import EpochMetrics
 from sparsenet.run import Run
 from sparsenet.schedule import learning_rate
+from sparsenet.stage import synchronise_statistics
 from sparsenet.validation import shown
 from sparsenet.weights import Description
 
@@ -97,7 +99,7 @@ class TrainingState:
     def check(self, checkpoint: Checkpoint) -> None:
         """Raises ``ValueError`` where a checkpoint of the kind ``last`` cannot be loaded."""
         manifest, expected = checkpoint.manifest, self._tensors()
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        parameters = self._parameters()
         unread = self._unread()
         for index, parameter in enumerate(parameters):
             name = f"optimizer.{index}"
@@ -115,24 +117,44 @@ class TrainingState:
         if manifest.epoch != finished or not complete:
             raise ValueError("its numbers of steps, epochs and rows do not fit together")
 
+    def share(self, ranks: Ranks) -> None:
+        """Makes this the state of the first of *ranks*."""
+        if ranks.size == 1:
+            return
+        momenta = sorted(self.optimizer.state_dict()["state"])
+        told = ranks.tell((self.step, self.seconds, self.best, self.rows, momenta))
+        self.step, self.seconds, self.best, self.rows, momenta = told
+        if not ranks.is_first:
+            parameters = self._parameters()
+            self._set_momenta({index: torch.empty_like(parameters[index]) for index in momenta})
+        ranks.spread([tensor for _, tensor in sorted(self._tensors().items())])
+
     def load(self, checkpoint: Checkpoint, rows: list[EpochMetrics]) -> None:
         """Loads a checkpoint of the kind ``last``, and the *rows* of the epochs before it."""
         self.model.load_state_dict(checkpoint.part("model."))
         if self.average is not None:
             self.average.load_state_dict(checkpoint.part("average."))
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        momenta = {}
-        for name, buffer in checkpoint.part("optimizer.").items():
-            # Laid out as the parameter, which a fused update asks for.
-            momentum = torch.empty_like(parameters[int(name)]).copy_(buffer)
-            momenta[int(name)] = {"momentum_buffer": momentum}
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": momenta, "param_groups": groups})
+        parameters, buffers = self._parameters(), checkpoint.part("optimizer.")
+        # Laid out as the parameter, which a fused update asks for.
+        momenta = {
+            int(name): torch.empty_like(parameters[int(name)]).copy_(buffer)
+            for name, buffer in buffers.items()
+        }
+        self._set_momenta(momenta)
         self.losses.copy_(checkpoint.tensors["epoch.losses"])
         self.mistakes.copy_(checkpoint.tensors["epoch.wrongs"])
         manifest = checkpoint.manifest
         self.step, self.seconds, self.best = manifest.step, manifest.seconds, manifest.best
         self.rows = rows
+
+    def _parameters(self) -> list[nn.Parameter]:
+        """Those of the optimizer, by the numbers that it has for them."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def _set_momenta(self, momenta: Mapping[int, Tensor]) -> None:
+        state = {index: {"momentum_buffer": momentum} for index, momentum in momenta.items()}
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def _named(prefix: str, model: nn.Module) -> dict[str, Tensor]:
@@ -155,6 +177,8 @@ def new_state(setup: Setup) -> TrainingState:
     torch.manual_seed(stream(config.train.seed, "weights").initial_seed())
     implementation = setup.arithmetic.implementation
     model = place(SparseNet(config.network, implementation, config.train.memory), device)
+    if setup.synchronised:
+        synchronise_statistics(model)
     average = copy.deepcopy(model) if config.optim.ema else None
     steps = len(batch_ends(len(setup.data.train), config.train.batch_size))
     losses = torch.zeros(steps, device=device)

@@ -13,6 +13,7 @@ from sparsenet.config import RunConfig
 from sparsenet.data.augment import Moves, augment, mix
 from sparsenet.data.preprocessing import Preprocessing
 from sparsenet.optim import update_average
+from sparsenet.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,16 @@ class TrainingStep:
     config: RunConfig
     preprocessing: Preprocessing
     precision: str
+    ranks: Ranks = ALONE
+
+    @cached_property
+    def statistics(self) -> list[Tensor]:
+        """Running statistics that differ from process to process: not those in common."""
+        norms = [m for m in self.model.modules() if type(m) is nn.BatchNorm2d]
+        buffers: list[Tensor | None] = []
+        for norm in norms:
+            buffers += [norm.running_mean, norm.running_var]
+        return [buffer for buffer in buffers if buffer is not None]
 
     @cached_property
     def fill(self) -> Tensor:
@@ -38,10 +49,18 @@ class TrainingStep:
         return mean.to(next(self.model.parameters()).device)
 
     def __call__(
-        self, pixels: Tensor, labels: Tensor, rate: Tensor, ema_rate: Tensor, *moves: Tensor
+        self,
+        pixels: Tensor,
+        labels: Tensor,
+        rate: Tensor,
+        ema_rate: Tensor,
+        weights: Tensor,
+        *moves: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Makes a step; returns ``loss_and_mistakes`` of the batch before the update.
 
+        Of several processes each is given its part of the batch and what its means and sums count,
+        *weights*, float32 ``(2,)``; all make the same update and return the same.
         *pixels*, uint8 ``(N, C, S, S)``, may be smaller than the data's; *labels* int64 ``(N,)``;
         the rates, ``()``, are of ``sparsenet.optim.epoch_rates``; *moves* are a ``Moves``.
         """
@@ -56,7 +75,11 @@ class TrainingStep:
             loss, mistakes = loss_and_mistakes(logits, labels, shares, optim.label_smoothing)
         # Here, so that gradients of a captured step have addresses of their own.
         self.optimizer.zero_grad(set_to_none=True)
+        if self.ranks.size > 1:
+            loss = loss * weights[0]
         loss.backward()
+        if self.ranks.size > 1:
+            loss, mistakes = self._add_up(loss.detach(), mistakes, weights)
         if optim.grad_clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), optim.grad_clip)
         for group in self.optimizer.param_groups:
@@ -65,6 +88,15 @@ class TrainingStep:
         if self.average is not None:
             update_average(self.average, self.model, ema_rate)
         return loss.detach(), mistakes
+
+    def _add_up(self, loss: Tensor, mistakes: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds gradients, statistics, loss and mistakes over all processes, in one reduction."""
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if self.statistics:
+            torch._foreach_mul_(self.statistics, weights[0])
+        counted = mistakes * weights[1]
+        self.ranks.add([*gradients, *self.statistics, loss, counted])
+        return loss, counted.round().to(mistakes.dtype)
 
 
 def loss_and_mistakes(

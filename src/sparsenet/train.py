@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Generator, Iterator
+from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -30,6 +32,7 @@ from sparsenet.evaluate import (
 from sparsenet.events import Concluded, EpochDone, Event, Message, Reading, Step, Stopped
 from sparsenet.memory import peak_memory_mb
 from sparsenet.preparation import Setup, introduce, preparing
+from sparsenet.ranks import ALONE, Ranks
 from sparsenet.results import EpochMetrics
 from sparsenet.run import Run
 from sparsenet.schedule import learning_rate
@@ -38,6 +41,7 @@ from sparsenet.state import TrainingState, has_own_best, new_state, restore
 from sparsenet.step import TrainingStep
 
 TIME_LIMIT = "the time limit"
+SAVE = "save"  # what one process says to the others that wants a checkpoint and no end
 FEWEST_BATCHES = 8  # that statistics are computed from, where there are as many
 FEW_STEPS = 100  # after which running statistics and averages are those of the weights
 LOOK_EVERY = 1.0  # seconds between looks at the loss where a look makes the device wait
@@ -50,49 +54,42 @@ def train(
     run: Run,
     resume: bool = False,
     should_stop: Callable[[], str | None] = lambda: None,
+    ranks: Ranks = ALONE,
 ) -> Iterator[Event]:
     """Trains into *run*, yielding what happens; ``should_stop`` is asked after every ``Step``.
+
+    Of several *ranks* each calls this; only the first reads and writes the run, and all stop after
+    the same step when one of them is to.
 
     With *resume*, training continues from the last intact checkpoint to the weights of an
     uninterrupted run: bit for bit on the CPU with the same threads and versions, and elsewhere as
     far as the device's kernels repeat themselves. Raises ``ValueError`` for data or settings that
     do not fit, ``DivergedError`` for a loss or weights that are not finite.
     """
-    began = time.monotonic()
-    previous = run.arithmetic() if resume else Arithmetic()
-    images = run.images() if resume else {}
-    setup = yield from _prepared(preparing(config, previous, images), should_stop)
-    if setup is None:
+    began = saved = time.monotonic()
+    begun = yield from _begun(config, run, resume, should_stop, ranks)
+    if begun is None:
         return
-    state = new_state(setup)
-    restored = restore(state, setup, run) if resume else []  # refused before writing
-    _describe(run, setup)
-    yield from map(Message, introduce(setup, previous))
-    yield from map(Message, restored)
-    if state.rows and not has_own_best(state, setup, run):
-        state.best = None  # of what was, nothing is left
-        state.save("best", run.checkpoints, setup.about)
-        yield Message(f"the best weights are those of step {state.step}: no earlier ones are left")
-    run.write_metrics(state.rows)
-    (run.path / "result.json").unlink(missing_ok=True)  # of fewer epochs
+    setup, state = begun
     captures = Captures(setup.device, config.train.capture)
     make_step = captures(_training_step(setup, state), "the training step")
     evaluation = EvaluationStep(state.evaluated, setup.preprocessing, setup.arithmetic.precision)
     score = captures(evaluation, "the evaluation")
     stop: str | None = None
-    saved = time.monotonic()
     for step in _make_steps(setup, state, make_step):
         yield step
         yield from map(Message, captures.new_messages())
         limit = config.train.time_limit
         late = limit and time.monotonic() - began > limit
-        stop = should_stop() or (TIME_LIMIT if late else None)
+        due = ranks.is_first and time.monotonic() - saved >= config.train.save_every
+        said = ranks.words(should_stop() or (TIME_LIMIT if late else SAVE if due else None))
+        stop = next((word for word in said if word != SAVE), None)
         if step.step == step.steps:
             yield _finish_epoch(run, setup, state, score)
             yield from map(Message, captures.new_messages())
             saved = time.monotonic()
-        elif stop or time.monotonic() - saved >= config.train.save_every:
-            state.save("last", run.checkpoints, setup.about)
+        elif said:
+            _save("last", run, setup, state)
             saved = time.monotonic()
         if stop:
             break
@@ -101,8 +98,45 @@ def train(
     if stop in (None, TIME_LIMIT):  # a signal wants out at once; everything is saved already
         if not state.rows:  # stopped within the first epoch
             _settle_statistics(setup, state)
-            state.save("best", run.checkpoints, setup.about)
-        yield Concluded(conclude(run, setup, state.rows, captures))
+            _save("best", run, setup, state)
+        if ranks.is_first:
+            yield Concluded(conclude(run, setup, state.rows, captures))
+
+
+def _begun(
+    config: RunConfig,
+    run: Run,
+    resume: bool,
+    should_stop: Callable[[], str | None],
+    ranks: Ranks,
+) -> Generator[Event, None, tuple[Setup, TrainingState] | None]:
+    """What a run begins or goes on with; ``None`` where it was stopped before."""
+    known = (run.arithmetic(), run.images()) if resume and ranks.is_first else (Arithmetic(), {})
+    previous, images = ranks.tell(known)
+    setup = yield from _prepared(preparing(config, previous, images, ranks), should_stop)
+    if setup is None:
+        return None
+    state = new_state(setup)
+    if ranks.is_first:
+        restored = restore(state, setup, run) if resume else []  # refused before writing
+        _describe(run, setup)
+        yield from map(Message, introduce(setup, previous))
+        yield from map(Message, restored)
+        if state.rows and not has_own_best(state, setup, run):
+            state.best = None  # of what was, nothing is left
+            _save("best", run, setup, state)
+            yield Message(
+                f"the best weights are those of step {state.step}: no earlier ones are left"
+            )
+        run.write_metrics(state.rows)
+        (run.path / "result.json").unlink(missing_ok=True)  # of fewer epochs
+    state.share(ranks)
+    return setup, state
+
+
+def _save(kind: Literal["last", "best"], run: Run, setup: Setup, state: TrainingState) -> None:
+    if setup.ranks.is_first:
+        state.save(kind, run.checkpoints, setup.about)
 
 
 def _prepared(
@@ -130,7 +164,8 @@ def _describe(run: Run, setup: Setup) -> None:
 
 def _training_step(setup: Setup, state: TrainingState) -> TrainingStep:
     trained = state.model, state.optimizer, state.average
-    return TrainingStep(*trained, setup.config, setup.preprocessing, setup.arithmetic.precision)
+    precision = setup.arithmetic.precision
+    return TrainingStep(*trained, setup.config, setup.preprocessing, precision, setup.ranks)
 
 
 def _make_steps(setup: Setup, state: TrainingState, make_step: StepFunction) -> Iterator[Step]:
@@ -148,25 +183,29 @@ def _make_steps(setup: Setup, state: TrainingState, make_step: StepFunction) -> 
 def _make_epoch_steps(
     setup: Setup, state: TrainingState, make_step: StepFunction, images: Images
 ) -> Iterator[Step]:
-    config, device = setup.config, setup.device
+    config, device, ranks = setup.config, setup.device, setup.ranks
     seed, batch_size, epochs = config.train.seed, config.train.batch_size, config.train.max_epoch
     epoch, steps, start = state.epoch, state.steps_per_epoch, state.step % state.steps_per_epoch
     data = config.data.scaled(images.pixels.shape[-1], setup.preprocessing.size)
     plan = plan_epoch(seed, epoch, len(images), data)
-    batches = Batches(images, batch_size, plan, start, device)
+    batches = Batches(images, batch_size, plan, start, device, ranks)
     ends = batch_ends(len(images), batch_size)
+    shares = torch.tensor([ranks.shares(b - a) for a, b in pairwise([0, *ends])]).to(device)
     rates, ema_rates = optim.epoch_rates(config.optim, epoch, steps, epochs, device)
     waits = traits(device).asynchronous
     seconds_before = state.seconds
     began = looked = time.perf_counter()
     for index, (pixels, labels, *moves) in enumerate(batches, start):
         if config.network.dropout:
-            torch.manual_seed(stream(seed, "dropout", state.step).initial_seed())
-        loss, mistakes = make_step(pixels, labels, rates[index], ema_rates[index], *moves)
+            torch.manual_seed(_dropout_seed(setup, "dropout", state.step))
+        numbers = rates[index], ema_rates[index], shares[index]
+        with ranks.talking():
+            loss, mistakes = make_step(pixels, labels, *numbers, *moves)
         state.losses[index], state.mistakes[index] = loss, mistakes
         state.step += 1
         done = index + 1
-        if waits and done < steps and time.perf_counter() - looked <= LOOK_EVERY:
+        late = time.perf_counter() - looked > LOOK_EVERY
+        if waits and done < steps and not ranks.words("look" if late else None):
             continue
         mean_loss, error = _progress(state, done, ends[index])
         looked = time.perf_counter()
@@ -197,22 +236,31 @@ def _settle_statistics(setup: Setup, state: TrainingState) -> None:
     order = torch.randperm(len(images), generator=stream(seed, "statistics", state.step))
     order = order[: max(state.step, FEWEST_BATCHES) * train.batch_size]  # no longer than training
     if setup.config.network.dropout:
-        torch.manual_seed(stream(seed, "statistics", state.step).initial_seed())
-    recompute_statistics(
-        state.evaluated,
-        images[order.to(images.labels.device)],
-        setup.preprocessing,
-        setup.device,
-        train.batch_size,
-        setup.arithmetic.precision,
-    )
+        torch.manual_seed(_dropout_seed(setup, "statistics", state.step))
+    with setup.ranks.talking():
+        recompute_statistics(
+            state.evaluated,
+            images[order.to(images.labels.device)],
+            setup.preprocessing,
+            setup.device,
+            train.batch_size,
+            setup.arithmetic.precision,
+            setup.ranks,
+        )
+
+
+def _dropout_seed(setup: Setup, purpose: str, step: int) -> int:
+    """Another one for each process, whose images are others."""
+    rank = [setup.ranks.rank] if setup.ranks.rank else []
+    return stream(setup.config.train.seed, purpose, step, *rank).initial_seed()
 
 
 def _finish_epoch(run: Run, setup: Setup, state: TrainingState, score: Scorer) -> EpochDone:
     config, data, device = setup.config, setup.data, setup.device
 
     def evaluated(images: Images) -> Evaluation:
-        return evaluate(state.evaluated, images, setup.preprocessing, device, score=score)
+        model, ranks = state.evaluated, setup.ranks
+        return evaluate(model, images, setup.preprocessing, device, score=score, ranks=ranks)
 
     loss, error = _progress(state, state.steps_per_epoch, len(data.train))
     _settle_statistics(setup, state)
@@ -243,8 +291,9 @@ def _finish_epoch(run: Run, setup: Setup, state: TrainingState, score: Scorer) -
         state.best = validation.error
     state.rows.append(row)
     state.seconds = 0.0
-    run.write_metrics(state.rows)
+    if setup.ranks.is_first:
+        run.write_metrics(state.rows)
     if best:  # before "last", so that resuming after a kill between the two writes it again
-        state.save("best", run.checkpoints, setup.about)
-    state.save("last", run.checkpoints, setup.about)
+        _save("best", run, setup, state)
+    _save("last", run, setup, state)
     return EpochDone(row, config.train.max_epoch, data.chosen_on, data.tested_on)

@@ -6,28 +6,56 @@ import argparse
 import dataclasses
 import os
 import signal
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
 
 from sparsenet import config as settings
-from sparsenet import presets
-from sparsenet.config import RunConfig
+from sparsenet import presets, ranks
+from sparsenet.config import RunConfig, TrainConfig
 from sparsenet.data.config import POINTERS
 from sparsenet.display import display, say
+from sparsenet.events import Stopped
 from sparsenet.files import failure
 from sparsenet.flags import from_flags
 from sparsenet.memory import shortage
+from sparsenet.ranks import Ranks
 from sparsenet.run import Run
 from sparsenet.train import train
 
 
 def run(args: argparse.Namespace) -> int:
     """Trains a new run or goes on with one; returns 128 + the signal that stopped it, else 0."""
+    timeout = TrainConfig.rank_timeout
+    with suppress(ValueError):  # which the first process refuses
+        timeout = float(vars(args).get("rank_timeout", timeout))
+    with ranks.joined(timeout) as joined:
+        return _run(args, joined) if joined.is_first else _follow(joined)
+
+
+def _follow(joined: Ranks) -> int:
+    """Trains with the first process, which has the run."""
+    path, config, resumed = joined.tell(("", RunConfig(), False))
+    stopped = None
+    with _Signals() as signals:
+        for event in train(config, Run(Path(path)), resumed, signals.received, joined):
+            if isinstance(event, Stopped):
+                stopped = event.reason
+    return _exit_code(stopped)
+
+
+def _run(args: argparse.Namespace, joined: Ranks) -> int:
+    if previous := ranks.previous_out(
+        args.out
+    ):  # of this command, before torchrun started it again
+        args.resume = previous if (Path(previous) / "config.json").exists() else None
     run, config = _resumed_run(args) if args.resume else _new_run(args)
+    ranks.remember_out(str(run.path.resolve()))
+    joined.tell((str(run.path), config, bool(args.resume)))
     try:
         with run.locked(), _Signals() as signals:
-            events = train(config, run, bool(args.resume), signals.received)
+            events = train(config, run, bool(args.resume), signals.received, joined)
             stopped = display(events, run)
     except BrokenPipeError:
         raise
@@ -40,16 +68,20 @@ def run(args: argparse.Namespace) -> int:
         less = "a new run with a smaller --batch_size needs less"
         advice = f"; {_go_on(run)} --memory lean; or {less}" if run.is_described else f"; {less}"
         raise MemoryError(f"{run.path}: the run broke off: {said}{advice}") from error
-    code = 0
-    # A signal that came while the result was written has stopped nothing.
-    if stopped and stopped in signal.Signals.__members__:
-        code = 128 + signal.Signals[stopped]
+    code = _exit_code(stopped)
     if stopped and not run.is_described:  # while it read the images
         return code
     if stopped:
         say(_go_on(run))
     say(str(run.path))
     return code
+
+
+def _exit_code(stopped: str | None) -> int:
+    # A signal that came while the result was written has stopped nothing.
+    if stopped and stopped in signal.Signals.__members__:
+        return 128 + signal.Signals[stopped]
+    return 0
 
 
 def _go_on(run: Run) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 from sparsenet.data.augment import OPERATIONS, Moves
 from sparsenet.data.config import DataConfig
 from sparsenet.data.dataset import Images
+from sparsenet.ranks import ALONE, Ranks
 
 
 def stream(seed: int, *key: int | str) -> torch.Generator:
@@ -155,7 +156,8 @@ class Batches:
 
     With a *plan* they come in its order, followed by the tensors of ``Moves``; without, in
     the split's order. Iteration begins at batch *start*, so that an interrupted epoch can go on.
-    The last batch may have another size (``batch_ends``); ``len`` counts all batches.
+    The last batch may have another size (``batch_ends``); ``len`` counts all batches. With several
+    *ranks*, each takes its part of every batch.
     """
 
     images: Images
@@ -163,6 +165,7 @@ class Batches:
     plan: EpochPlan | None = None
     start: int = 0
     device: torch.device | str = "cpu"
+    ranks: Ranks = ALONE
 
     def __len__(self) -> int:
         return len(batch_ends(len(self.images), self.batch_size))
@@ -174,11 +177,14 @@ class Batches:
             moves = [each.to(device) for each in self.plan.moves]
         ends = [0, *batch_ends(len(images), self.batch_size)]
         for first, end in pairwise(ends[self.start :]):
-            part = slice(first, end)
+            part: slice | Tensor = slice(first, end)
+            if self.ranks.size > 1:
+                part = first + self.ranks.part(end - first)
             batch = images[order[part]] if self.plan else images[part]
             pixels, labels = _to_device(batch.pixels, device), _to_device(batch.labels, device)
             if self.plan:
-                yield pixels, labels, *(each[part] for each in moves)
+                # Moves that are not made have no entries.
+                yield pixels, labels, *(each[part] if len(each) else each for each in moves)
             else:
                 yield pixels, labels
 

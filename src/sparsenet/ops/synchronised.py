@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,31 @@ def group_of(module: torch.nn.SyncBatchNorm) -> Group | None:
     return group if dist.get_world_size(group) > 1 else None
 
 
+class UnreachableError(RuntimeError):
+    """Another process of the group does not answer."""
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over all processes, whose gradient is the sum of their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return _reduced(tensor.clone(), group)
+
+    @staticmethod
+    def backward(ctx: Any, d_sum: Tensor) -> tuple[Tensor, None]:
+        return _Sum.apply(d_sum, ctx.group), None  # type: ignore[no-untyped-call]
+
+
+def _reduced(tensor: Tensor, group: Group) -> Tensor:
+    try:
+        dist.all_reduce(tensor, group=group)
+    except RuntimeError as error:
+        raise UnreachableError(str(error)) from None
+    return tensor
+
+
 def moments(
     mean: Tensor, var: Tensor, count: int, around: Tensor, group: Group
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -27,13 +52,11 @@ def moments(
     Given are those of this process, of *count* values a channel. *around* is a mean that all
     processes agree on, best one near theirs: the sums are of distances from it.
     """
-    from torch.distributed.nn.functional import all_reduce  # can be differentiated
-
     around = around.detach().to(mean.dtype)
     distance = mean - around
     number = mean.new_full((1,), count)
     sums = torch.cat([count * distance, count * (var + distance.square()), number])
-    total = all_reduce(sums, group=group)
+    total: Tensor = _Sum.apply(sums, group)  # type: ignore[no-untyped-call]
     offset, square = (total[:-1] / total[-1]).chunk(2)
     return around + offset, (square - offset.square()).clamp_min(0), total[-1]
 
@@ -44,8 +67,7 @@ def add_to_running(running: Tensor, batch: Tensor, momentum: float) -> None:
 
 def share_of_totals(totals: Tensor, count: int, group: Group) -> Tensor:
     """*totals* of all processes divided by their number of values, times that of this one."""
-    sums = torch.cat([totals.flatten(), totals.new_full((1,), count)])
-    dist.all_reduce(sums, group=group)
+    sums = _reduced(torch.cat([totals.flatten(), totals.new_full((1,), count)]), group)
     return (sums[:-1] * (count / sums[-1])).view_as(totals)
 
 
