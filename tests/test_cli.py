@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -689,6 +690,7 @@ def test_the_exit_code_is_that_of_the_process(
 ) -> None:
     monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")  # main() sets it where it is not set
     monkeypatch.setattr(sys, "argv", ["sparsenet", *arguments])
+    monkeypatch.setattr(cli, "gc", Mock())  # whose settings are those of a process that ends
     with pytest.raises(SystemExit) as leaving:
         cli.main()
     assert leaving.value.code == code
