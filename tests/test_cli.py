@@ -13,7 +13,10 @@ import signal
 import subprocess
 import sys
 import termios
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
+from functools import partialmethod
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,14 +25,19 @@ from unittest.mock import Mock
 import pytest
 import torch
 from conftest import TINY, Call, Found, snapshot, write_cifar10, write_classes, write_image
+from rich.progress import Progress
 from safetensors.torch import load_file
 
 from sparsenet import cli, commands, flags, pictures, zoo
 from sparsenet.commands.common import print_result
-from sparsenet.config import RunConfig, settings
+from sparsenet.config import RunConfig, replace, settings
+from sparsenet.display import display
+from sparsenet.events import Event
 from sparsenet.export import RUNTIMES
+from sparsenet.presets import preset
 from sparsenet.run import Run
 from sparsenet.schedule import learning_rate
+from sparsenet.train import train
 
 PROGRAM = [sys.executable, "-m", "sparsenet.cli"]
 FILES = (
@@ -562,32 +570,59 @@ def test_a_signal_while_the_result_is_written_stops_nothing(
     assert outcome.lines[-1] == str(tmp_path / "run") and "--resume" not in outcome.out
 
 
-@pytest.mark.parametrize("columns", [40, 60, 80, 110])
-def test_a_bar_fits_the_terminal_and_says_at_last_what_the_run_took(
-    tmp_path: Path, columns: int
-) -> None:
+@pytest.fixture(scope="module")
+def events(tmp_path_factory: pytest.TempPathFactory) -> list[Event]:
+    """All that happens in a run on the digits."""
+    config = replace(
+        preset("digits"),
+        {"network": {"depth": 7, "growth_rate": 4}, "train": {"max_epoch": 2, "device": "cpu"}},
+    )
+    return list(train(config, Run.create(tmp_path_factory.mktemp("events") / "run")))
+
+
+def printed_at_terminal(columns: int, show: Callable[[], object]) -> str:
+    """What *show* prints where the standard output is a terminal of so many columns."""
     pty = pytest.importorskip("pty")
-    run = tmp_path / "run"
     shown, terminal = pty.openpty()
     termios.tcsetwinsize(terminal, (24, columns))
-    environment = {**os.environ, "TERM": "xterm"}
-    environment.pop("COLUMNS", None)
-    command = [*PROGRAM, "train", *TINY, "--max_epoch", "2", "--out", str(run)]
-    with subprocess.Popen(command, stdout=terminal, env=environment) as process:
-        os.close(terminal)
-        seen = b""
+    seen: list[bytes] = []
+
+    def read() -> None:
         with contextlib.suppress(OSError):  # how Linux says that nobody writes any more
             while part := os.read(shown, 1 << 16):
-                seen += part
-    os.close(shown)
-    assert process.returncode == 0
-    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen.decode()).replace("\r", "\n").split("\n")
+                seen.append(part)
+
+    reader, before = threading.Thread(target=read), os.dup(1)
+    reader.start()
+    try:
+        os.dup2(terminal, 1)
+        with os.fdopen(terminal, "w", encoding="utf-8") as stream, redirect_stdout(stream):
+            show()
+    finally:
+        os.dup2(before, 1)
+        reader.join()
+        os.close(before)
+        os.close(shown)
+    return b"".join(seen).decode()
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80, 110])
+def test_a_bar_fits_the_terminal_and_says_at_last_what_the_run_took(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, events: list[Event], columns: int
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("COLUMNS", raising=False)
+    drawn_each_time = partialmethod(Progress.update, refresh=True)
+    monkeypatch.setattr(Progress, "update", drawn_each_time)
+    seen = printed_at_terminal(columns, lambda: display(events, Run(tmp_path)))
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen).replace("\r", "\n").split("\n")
     bars = [line for line in lines if re.search(r"(left|took) (-|\d):", line)]
     assert bars and max(map(len, bars)) <= columns
     assert all("…" not in bar for bar in bars)
     assert all(("images/s" in bar) == (columns >= 84) for bar in bars)
     assert "took" in bars[-1] and "left" not in bars[-1]
-    assert set((run / "train.log").read_text().splitlines()) <= set(lines)  # whole lines
+    assert sum("left" in bar for bar in bars) >= 45
+    assert set((tmp_path / "train.log").read_text().splitlines()) <= set(lines)  # whole lines
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "utf-8:strict", "ascii"])
