@@ -40,6 +40,7 @@ from sparsenet.schedule import learning_rate
 from sparsenet.train import train
 
 PROGRAM = [sys.executable, "-m", "sparsenet.cli"]
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # several, on as many workers' cores, wait for each other
 FILES = (
     *("config.json", "requirements.txt", "environment.json", "graph.json", "graph.svg"),
     *("metrics.csv", "train.log", "curves.png", "confusion.png", "samples.png"),
@@ -475,7 +476,7 @@ def test_sigterm_at_a_terminal_saves_and_exits_143(call: Call, tmp_path: Path) -
     run = tmp_path / "run"
     shown, terminal = pty.openpty()
     command = [*PROGRAM, "train", *TINY, "--max_epoch", "100000", "--out", str(run)]
-    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "200"}
+    environment = {**os.environ, **ONE_THREAD, "TERM": "xterm", "COLUMNS": "200"}
     with subprocess.Popen(
         command, stdout=terminal, stderr=subprocess.PIPE, env=environment
     ) as process:
@@ -521,6 +522,7 @@ def test_a_terminal_that_goes_saves_and_exits_129(
         stdin=terminal,
         stdout=terminal if at_terminal else subprocess.PIPE,
         stderr=terminal if at_terminal else subprocess.PIPE,
+        env=os.environ | ONE_THREAD,
         start_new_session=True,
     )
     with process:
@@ -547,7 +549,9 @@ def test_nohup_trains_on_without_its_terminal(tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = [*PROGRAM, "train", *TINY, "--max_epoch", "4", "--out", str(run)]
     ignored = ["sh", "-c", "trap '' HUP; exec \"$@\"", "sh"]  # as nohup does
-    with subprocess.Popen([*ignored, *command], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [*ignored, *command], env=os.environ | ONE_THREAD, stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith("epoch 1/"):
