@@ -13,24 +13,34 @@ import signal
 import subprocess
 import sys
 import termios
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
+from functools import partialmethod
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from conftest import TINY, Call, Found, snapshot, write_cifar10, write_classes, write_image
+from rich.progress import Progress
 from safetensors.torch import load_file
 
 from sparsenet import cli, commands, flags, pictures, zoo
 from sparsenet.commands.common import print_result
-from sparsenet.config import RunConfig, settings
+from sparsenet.config import RunConfig, replace, settings
+from sparsenet.display import display
+from sparsenet.events import Event
 from sparsenet.export import RUNTIMES
+from sparsenet.presets import preset
 from sparsenet.run import Run
 from sparsenet.schedule import learning_rate
+from sparsenet.train import train
 
 PROGRAM = [sys.executable, "-m", "sparsenet.cli"]
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # several, on as many workers' cores, wait for each other
 FILES = (
     *("config.json", "requirements.txt", "environment.json", "graph.json", "graph.svg"),
     *("metrics.csv", "train.log", "curves.png", "confusion.png", "samples.png"),
@@ -466,7 +476,7 @@ def test_sigterm_at_a_terminal_saves_and_exits_143(call: Call, tmp_path: Path) -
     run = tmp_path / "run"
     shown, terminal = pty.openpty()
     command = [*PROGRAM, "train", *TINY, "--max_epoch", "100000", "--out", str(run)]
-    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "200"}
+    environment = {**os.environ, **ONE_THREAD, "TERM": "xterm", "COLUMNS": "200"}
     with subprocess.Popen(
         command, stdout=terminal, stderr=subprocess.PIPE, env=environment
     ) as process:
@@ -512,6 +522,7 @@ def test_a_terminal_that_goes_saves_and_exits_129(
         stdin=terminal,
         stdout=terminal if at_terminal else subprocess.PIPE,
         stderr=terminal if at_terminal else subprocess.PIPE,
+        env=os.environ | ONE_THREAD,
         start_new_session=True,
     )
     with process:
@@ -538,7 +549,9 @@ def test_nohup_trains_on_without_its_terminal(tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = [*PROGRAM, "train", *TINY, "--max_epoch", "4", "--out", str(run)]
     ignored = ["sh", "-c", "trap '' HUP; exec \"$@\"", "sh"]  # as nohup does
-    with subprocess.Popen([*ignored, *command], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [*ignored, *command], env=os.environ | ONE_THREAD, stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith("epoch 1/"):
@@ -561,32 +574,59 @@ def test_a_signal_while_the_result_is_written_stops_nothing(
     assert outcome.lines[-1] == str(tmp_path / "run") and "--resume" not in outcome.out
 
 
-@pytest.mark.parametrize("columns", [40, 60, 80, 110])
-def test_a_bar_fits_the_terminal_and_says_at_last_what_the_run_took(
-    tmp_path: Path, columns: int
-) -> None:
+@pytest.fixture(scope="module")
+def events(tmp_path_factory: pytest.TempPathFactory) -> list[Event]:
+    """All that happens in a run on the digits."""
+    config = replace(
+        preset("digits"),
+        {"network": {"depth": 7, "growth_rate": 4}, "train": {"max_epoch": 2, "device": "cpu"}},
+    )
+    return list(train(config, Run.create(tmp_path_factory.mktemp("events") / "run")))
+
+
+def printed_at_terminal(columns: int, show: Callable[[], object]) -> str:
+    """What *show* prints where the standard output is a terminal of so many columns."""
     pty = pytest.importorskip("pty")
-    run = tmp_path / "run"
     shown, terminal = pty.openpty()
     termios.tcsetwinsize(terminal, (24, columns))
-    environment = {**os.environ, "TERM": "xterm"}
-    environment.pop("COLUMNS", None)
-    command = [*PROGRAM, "train", *TINY, "--max_epoch", "2", "--out", str(run)]
-    with subprocess.Popen(command, stdout=terminal, env=environment) as process:
-        os.close(terminal)
-        seen = b""
+    seen: list[bytes] = []
+
+    def read() -> None:
         with contextlib.suppress(OSError):  # how Linux says that nobody writes any more
             while part := os.read(shown, 1 << 16):
-                seen += part
-    os.close(shown)
-    assert process.returncode == 0
-    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen.decode()).replace("\r", "\n").split("\n")
+                seen.append(part)
+
+    reader, before = threading.Thread(target=read), os.dup(1)
+    reader.start()
+    try:
+        os.dup2(terminal, 1)
+        with os.fdopen(terminal, "w", encoding="utf-8") as stream, redirect_stdout(stream):
+            show()
+    finally:
+        os.dup2(before, 1)
+        reader.join()
+        os.close(before)
+        os.close(shown)
+    return b"".join(seen).decode()
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80, 110])
+def test_a_bar_fits_the_terminal_and_says_at_last_what_the_run_took(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, events: list[Event], columns: int
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("COLUMNS", raising=False)
+    drawn_each_time = partialmethod(Progress.update, refresh=True)
+    monkeypatch.setattr(Progress, "update", drawn_each_time)
+    seen = printed_at_terminal(columns, lambda: display(events, Run(tmp_path)))
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen).replace("\r", "\n").split("\n")
     bars = [line for line in lines if re.search(r"(left|took) (-|\d):", line)]
     assert bars and max(map(len, bars)) <= columns
     assert all("…" not in bar for bar in bars)
     assert all(("images/s" in bar) == (columns >= 84) for bar in bars)
     assert "took" in bars[-1] and "left" not in bars[-1]
-    assert set((run / "train.log").read_text().splitlines()) <= set(lines)  # whole lines
+    assert sum("left" in bar for bar in bars) >= 45
+    assert set((tmp_path / "train.log").read_text().splitlines()) <= set(lines)  # whole lines
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "utf-8:strict", "ascii"])
@@ -689,6 +729,7 @@ def test_the_exit_code_is_that_of_the_process(
 ) -> None:
     monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")  # main() sets it where it is not set
     monkeypatch.setattr(sys, "argv", ["sparsenet", *arguments])
+    monkeypatch.setattr(cli, "gc", Mock())  # whose settings are those of a process that ends
     with pytest.raises(SystemExit) as leaving:
         cli.main()
     assert leaving.value.code == code

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -60,12 +61,22 @@ def run(arguments, folder):
     return done.stdout
 
 
+def typed(command, folder, call):
+    """What *command* prints; the program runs in this process, which has loaded it."""
+    name, *arguments = shlex.split(command)
+    if name != "sparsenet" or not {"|", "||", ">", "&&"}.isdisjoint(arguments):
+        return run(["bash", "-c", command], folder)
+    outcome = call(*arguments)
+    assert outcome.code == 0, outcome.err
+    return outcome.out + outcome.err
+
+
 def examples(page):
     return [kind for kind, _ in blocks(page) if kind in ("python", "console")]
 
 
 @pytest.mark.parametrize("page", [*filter(examples, PAGES)], ids=lambda page: page.stem)
-def test_examples_do_what_they_show(page, tmp_path):
+def test_examples_do_what_they_show(page, call, tmp_path):
     printed = ""
     for kind, text in blocks(page):
         if kind == "python" and text.startswith(">>>"):
@@ -79,7 +90,7 @@ def test_examples_do_what_they_show(page, tmp_path):
             assert_shown(text, printed)
         elif kind == "console":
             for command, shown in commands(text):
-                assert_shown(shown, run(["bash", "-c", command], tmp_path))
+                assert_shown(shown, typed(command, tmp_path, call))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -1,14 +1,16 @@
 """The C kernels for themselves: index arithmetic, every build, memory, other libraries."""
 
 import gc
+import itertools
 import os
+import re
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+import test_ops
 import torch
 from torch.nn import functional as F
 
@@ -131,30 +133,59 @@ def test_many_images_and_threads_give_whole_numbers():
         torch.set_num_threads(before)
 
 
-def laws_hold(environment, more=()):
-    tests = Path(__file__).parent
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k"]
-    wanted = "whole_numbers or (native and (half or shapes or equal))"
-    files = [str(tests / "test_kernels.py"), str(tests / "test_ops.py")]
-    process = subprocess.run(
-        [*command, wanted, *files, *more],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stdout + process.stderr
+def cases(test):
+    """Each combination of the parameters that a test has."""
+    choices = []
+    for mark in test.pytestmark:
+        names, values = mark.args
+        names = re.findall(r"\w+", names) if isinstance(names, str) else names
+        values = values if len(names) > 1 else [(value,) for value in values]
+        choices.append([dict(zip(names, each, strict=True)) for each in values])
+    for chosen in itertools.product(*choices):
+        yield {name: value for each in chosen for name, value in each.items()}
+
+
+@pytest.fixture
+def built(tmp_path):
+    """Has the kernels compiled as an environment asks for, until the test ends."""
+    with pytest.MonkeyPatch.context() as environment:
+
+        def build(**variables):
+            environment.setenv("XDG_CACHE_HOME", str(tmp_path))
+            for name, value in variables.items():
+                environment.setenv(name, value)
+            compiler._library.cache_clear()
+            assert tmp_path in Path(compiler.library()._name).parents
+
+        yield build
+    compiler._library.cache_clear()
+
+
+def check_laws():
+    for height, width in SIZES:
+        for dtype in (torch.float32, torch.bfloat16):
+            test_whole_numbers_come_out_exactly(height, width, dtype)
+    test_many_images_and_threads_give_whole_numbers()
+    for law in (
+        test_ops.test_engines_equal_the_reference,
+        test_ops.test_shapes_and_layouts,
+        test_ops.test_half_precision_errs_no_more_than_the_textbook,
+    ):
+        for case in cases(law):
+            law("native", **case)
 
 
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="the flags are x86's")
 @pytest.mark.parametrize("build", BUILDS)
-def test_the_laws_hold_for_every_build(build, tmp_path):
-    laws_hold({"CFLAGS": f"{BUILDS[build]} -DPOISON", "XDG_CACHE_HOME": str(tmp_path)})
-    assert len(list(tmp_path.glob("sparsenet/kernels/native-*.so"))) == 1
+def test_the_laws_hold_for_every_build(build, built):
+    built(CFLAGS=f"{BUILDS[build]} -DPOISON")
+    check_laws()
 
 
 @pytest.mark.skipif(not shutil.which("clang"), reason="needs Clang")
-def test_clang_compiles_them(tmp_path):
-    laws_hold({"CC": "clang", "CFLAGS": "-DPOISON", "XDG_CACHE_HOME": str(tmp_path)})
+def test_clang_compiles_them(built):
+    built(CC="clang", CFLAGS="-DPOISON")
+    check_laws()
 
 
 def test_other_users_of_the_matrix_unit_are_not_disturbed():

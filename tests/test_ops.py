@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import itertools
 
 import pytest
@@ -340,32 +341,38 @@ def test_what_backward_keeps_grows_with_features_not_with_links(engine):
     assert saved[engine] < 0.35 * saved["reference"]
 
 
+def errors_in_half(implementation, architecture, start, images, d_logits, expected):
+    """Relative errors of logits and of each gradient in bf16."""
+    model = SparseNet(architecture, implementation)
+    model.load_state_dict(start)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, _, gradients = forward_backward(model.train(), images.float(), d_logits.float())
+    found = [logits, *(gradients[name] for name in expected[1])]
+    true = [expected[0], *expected[1].values()]
+    return torch.stack(
+        [(f.double() - e).norm() / e.norm() for f, e in zip(found, true, strict=True)]
+    )
+
+
+@functools.cache  # each build of the kernels is held to them
+def textbook_in_half(seed, **settings):
+    """A network and a batch with their fp64 truth, and the reference's own errors."""
+    truth, _ = pair("reference", seed=seed, **settings)
+    start = copy.deepcopy(truth.state_dict())
+    images, d_logits = torch.randn(8, 3, 16, 16).bfloat16().double(), torch.randn(8, 10).double()
+    logits, _, gradients = forward_backward(truth.train(), images, d_logits)
+    case = truth.architecture, start, images, d_logits, (logits.detach(), gradients)
+    return case, errors_in_half("reference", *case)
+
+
 @pytest.mark.parametrize("more", [{}, {"bottleneck": True}, {"aggregation": "sum"}])
 def test_half_precision_errs_no_more_than_the_textbook(engine, more):
     """Against an fp64 truth: at most twice the reference's own error, a rounding, and chance."""
-    settings = {"depth": 22, "growth_rate": 6, **more}
-    errors = {"reference": [], engine: []}
-    for seed in range(16):
-        truth, _ = pair(engine, seed=seed, **settings)
-        start = copy.deepcopy(truth.state_dict())
-        images, d_logits = (
-            torch.randn(8, 3, 16, 16).bfloat16().double(),
-            torch.randn(8, 10).double(),
-        )
-        expected = forward_backward(truth.train(), images, d_logits)
-        for implementation, actual in errors.items():
-            model = SparseNet(truth.architecture, implementation)
-            model.load_state_dict(start)
-            with torch.autocast("cpu", torch.bfloat16):
-                logits, _, gradients = forward_backward(
-                    model.train(), images.float(), d_logits.float()
-                )
-            pairs = [(logits, expected[0])] + [
-                (gradients[name], g) for name, g in expected[2].items()
-            ]
-            actual.append(torch.stack([(f.double() - e).norm() / e.norm() for f, e in pairs]))
-    own, actual = (torch.stack(each).mean(0) for each in errors.values())
-    luck = torch.full_like(own, 5**0.5 * chance(16 * fewest_relus(truth.architecture, 8, 16)))
+    textbook = [textbook_in_half(seed, depth=22, growth_rate=6, **more) for seed in range(16)]
+    own = torch.stack([errors for _, errors in textbook]).mean(0)
+    actual = torch.stack([errors_in_half(engine, *case) for case, _ in textbook]).mean(0)
+    architecture = textbook[0][0][0]
+    luck = torch.full_like(own, 5**0.5 * chance(16 * fewest_relus(architecture, 8, 16)))
     luck[0] = 0  # no ReLU that flips moves logits far
     assert (actual <= 2 * own + 2**-8 + luck).all()
 

@@ -159,40 +159,55 @@ def test_killed_before_the_first_checkpoint_starts_from_the_beginning(whole, tmp
 
 
 KILLED = """
-import sys, time, random
+import json, os, random, signal, sys
 from pathlib import Path
+import torch
 import sparsenet.files as F, sparsenet.run as R, sparsenet.train as T
 from sparsenet.config import from_dict, RunConfig
-import json, os, signal
+torch.set_num_threads(1)
 config = from_dict(json.loads(sys.argv[1]), "argument", RunConfig())
-folder, resume, kill_at = Path(sys.argv[2]), sys.argv[3] == "1", int(sys.argv[4])
-import torch; torch.set_num_threads(1)
-writes = 0
-def counting(path, content, write=F.write_atomic):
-    global writes
-    writes += 1
-    if writes == kill_at: os.kill(os.getpid(), signal.SIGKILL)
-    write(path, content)
-F.write_atomic = counting
-run = R.Run(folder) if resume else R.Run.create(folder)
-for event in T.train(config, run, resume): pass
+whole, killed, chance = Path(sys.argv[2]), Path(sys.argv[3]), random.Random(sys.argv[4])
+
+def attempt(folder, kill_at):
+    writes = 0
+    def counting(path, content, write=F.write_atomic):
+        nonlocal writes
+        writes += 1
+        if writes == kill_at: os.kill(os.getpid(), signal.SIGKILL)
+        write(path, content)
+    F.write_atomic = counting
+    resume = (folder / "config.json").exists()
+    run = R.Run(folder) if resume else R.Run.create(folder)
+    for event in T.train(config, run, resume): pass
+
+attempt(whole, 0)
+status, kills = -9, 0
+while status == -9:
+    kill_at = chance.randint(8, 14) if kills < 4 else 0
+    if not (child := os.fork()):
+        attempt(killed, kill_at)
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    kills += status == -9
+print(kills)
+sys.exit(status)
 """
 
 
 def kill_and_resume(config, folder, seed):
-    """Kills the run before a random write, again and again, until it comes to its end."""
-    chance, kills = random.Random(seed), 0
-    while True:
-        resume = (folder / "config.json").exists()
-        kill_at = chance.randint(8, 14) if kills < 4 else 0
-        arguments = [json.dumps(config.to_dict()), str(folder), str(int(resume)), str(kill_at)]
-        process = subprocess.run(
-            [sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True
-        )
-        if process.returncode == 0:
-            return kills
-        assert process.returncode == -9, process.stderr
-        kills += 1
+    """Makes a run, ``whole``, and another that is killed before random writes and resumed.
+
+    The processes that are killed, again and again, are forked from the one that made the first and
+    has so loaded everything. Returns their number.
+    """
+    folders = str(folder / "whole"), str(folder / "killed")
+    process = subprocess.run(
+        [sys.executable, "-c", KILLED, json.dumps(config.to_dict()), *folders, seed],
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    return int(process.stdout)
 
 
 @pytest.fixture(scope="module")
@@ -214,17 +229,14 @@ EVERYTHING = {"trivial_augment": True, "cutout": 3, "mixup": 0.4, "cutmix": 1.0,
 
 @pytest.mark.parametrize("kind", ["digits", "parquet"])
 def test_killed_at_random_and_resumed_is_bit_identical(kind, parquet_folder, tmp_path):
-    torch.set_num_threads(1)
     config = tiny(train={"save_every": 0.0})  # a checkpoint after every step
     if kind == "parquet":
         config = tiny(
             train={"save_every": 0.0, "batch_size": 16},
             data={"dataset": "auto", "dataset_dir": str(parquet_folder), **EVERYTHING},
         )
-    run = finished(tmp_path / "whole", config)
-    kills = kill_and_resume(config, tmp_path / "killed", seed=kind)
-    assert kills >= 2
-    assert_same(outcome(Run(tmp_path / "killed")), outcome(run))
+    assert kill_and_resume(config, tmp_path, seed=kind) >= 2
+    assert_same(outcome(Run(tmp_path / "killed")), outcome(Run(tmp_path / "whole")))
 
 
 def test_the_time_limit_ends_a_run_with_everything_saved(tmp_path):

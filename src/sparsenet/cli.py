@@ -6,6 +6,7 @@ found); 130, 143 or 129 stopped by Ctrl-C, SIGTERM or a terminal that goes, afte
 
 from __future__ import annotations
 
+import gc
 import io
 import logging
 import os
@@ -33,6 +34,9 @@ def run(arguments: Sequence[str]) -> int:
         import_module("sparsenet.device").tune_process()
         logging.getLogger("PIL").addHandler(logging.NullHandler())  # it says it again by an error
         command = import_module(commands.MODULES[args.command])
+        if not gc.isenabled():  # what is loaded now stays
+            gc.freeze()
+            gc.enable()
         if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         code: int = command.run(args)
@@ -77,8 +81,10 @@ def main() -> NoReturn:
     """Runs the program on the arguments of the process.
 
     While it loads its libraries, which may swallow an interrupt or turn it into another error,
-    Ctrl-C ends the process at once.
+    Ctrl-C ends the process at once. There is no garbage to look for then, nor at the end, when all
+    that was loaded is given back: looking would take up to a second.
     """
+    gc.disable()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if not _open_streams():
         _complain("expected a standard output, found it closed; > /dev/null drops what is printed")
@@ -93,6 +99,7 @@ def main() -> NoReturn:
         code = FAILED
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
+    gc.freeze()
     sys.exit(code)
 
 

@@ -66,8 +66,9 @@ def installed() -> list[str]:
     """``name==version`` of every installed package, sorted."""
     packages = set()
     for package in importlib.metadata.distributions():
-        if name := package.metadata["Name"]:
-            packages.add(f"{name}=={package.version}")
+        about = package.metadata  # parsed anew each time that it is asked for
+        if about["Name"]:
+            packages.add(f"{about['Name']}=={about['Version']}")
     return sorted(packages, key=str.lower)
 
 
