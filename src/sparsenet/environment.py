@@ -26,7 +26,7 @@ class Environment:
     platform: str
     device: str
     device_name: str
-    driver: dict[str, str | None] | None  # versions of CUDA and HIP; ``None`` on a CPU
+    driver: dict[str, str | None] | None  # versions of CUDA and HIP, or of PyTorch's plug-ins
     threads: int
     cpus: int | None
     batch_size: int | None = None  # images a step of a run
@@ -41,7 +41,6 @@ def environment(
     implementation: str | None = None,
 ) -> Environment:
     """Describes this process on *device*."""
-    driver = {"cuda": torch.version.cuda, "hip": torch.version.hip}
     return Environment(
         sparsenet=__version__,
         commit=_commit(),
@@ -50,13 +49,22 @@ def environment(
         platform=platform.platform(),
         device=str(device),
         device_name=device_name(device),
-        driver=driver if device.type == "cuda" else None,
+        driver=_driver(device),
         threads=torch.get_num_threads(),
         cpus=os.cpu_count(),
         batch_size=batch_size,
         precision=precision,
         implementation=implementation,
     )
+
+
+def _driver(device: torch.device) -> dict[str, str | None] | None:
+    if device.type == "cuda":
+        return {"cuda": torch.version.cuda, "hip": torch.version.hip}
+    if device.type == "cpu":
+        return None
+    plug_ins = importlib.metadata.entry_points(group="torch.backends")
+    return {each.dist.name: each.dist.version for each in plug_ins if each.dist} or None
 
 
 def installed() -> list[str]:
