@@ -16,7 +16,7 @@ from typing import Any
 import npu_backend
 import pytest
 import torch
-from conftest import IMAGES, TINY, newest, write_cifar10, write_image
+from conftest import TINY, newest, write_cifar10, write_image
 
 from sparsenet.device import choose_device
 
@@ -64,22 +64,18 @@ def commands() -> dict[str, list[str]]:
     with_autocast = {name: ["casts", *arguments] for name, arguments in found.items()}
     return with_autocast | {
         "bf16-without": ["nothing", *training("none", *shared, "--precision", "bf16")],
-        "auto-without": ["nothing", *training("auto-without", *shared)],
-        "auto-bare": ["absent", *training("auto-bare", *shared)],
+        "check-without": ["nothing", "check"],
+        "without": ["absent", *training("without", *shared)],
     }
 
 
-def process(
-    folder: Path, arguments: list[str], given: str = ""
-) -> subprocess.CompletedProcess[str]:
+def python(folder: Path, *arguments: str, given: str = "") -> subprocess.CompletedProcess[str]:
     """Runs Python in *folder*, where PyTorch finds the plug-in that was installed there."""
     path = [str(folder / "plug-in"), str(HERE), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *arguments]
     return subprocess.run(
-        [sys.executable, *arguments],
-        **{"cwd": folder, "env": environment, "input": given},
-        capture_output=True,
-        text=True,
+        command, cwd=folder, env=environment, input=given, capture_output=True, text=True
     )
 
 
@@ -102,10 +98,8 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 def assert_computed_on_the_device(run: Path, done: dict[str, Any], steps: int) -> None:
     """Images were copied to the device once, and nothing that was computed from them came back."""
     tensors = weights(run)
-    convolutions = [
-        name for name in tensors if name.startswith("model") and tensors[name].ndim == 4
-    ]
-    assert done["ran"]["aten::convolution_backward"] == steps * len(convolutions)
+    convolutions = sum(name.startswith("model") and tensors[name].ndim == 4 for name in tensors)
+    assert done["ran"]["aten::convolution_backward"] == steps * convolutions
     pixels = [(shape, times) for dtype, shape, times in done["to_device"] if dtype == "torch.uint8"]
     assert [times for shape, times in pixels if len(shape) == 4] == [1, 1]  # for training and test
     of_state = [list(tensor.shape) for tensor in tensors.values()]
@@ -118,7 +112,7 @@ def test_every_command_works_on_a_plug_in_s_device(tmp_path: Path) -> None:
     write_image(tmp_path / "picture.png")
     npu_backend.install(tmp_path / "plug-in")
     given = json.dumps(list(commands().values()))
-    ended = process(tmp_path, [str(HERE / "npu_commands.py")], given)
+    ended = python(tmp_path, str(HERE / "npu_commands.py"), given=given)
     assert ended.returncode == 0, ended.stderr
     done = dict(zip(commands(), json.loads(ended.stdout), strict=True))
     refused = done.pop("bf16-without")
@@ -137,12 +131,12 @@ def test_every_command_works_on_a_plug_in_s_device(tmp_path: Path) -> None:
         whole, resumed = weights(tmp_path / engine), weights(tmp_path / f"part-{engine}")
         assert all(torch.equal(whole[name], resumed[name]) for name in whole)
         assert losses(tmp_path / engine) == pytest.approx(losses(tmp_path / "cpu"), rel=1e-4)
-    in_fp32 = losses(tmp_path / "shared")
-    assert losses(tmp_path / "bf16") == pytest.approx(in_fp32, rel=0.02)
-    assert losses(tmp_path / "bf16") != in_fp32
-    for name in ("auto-without", "auto-bare"):  # where bf16 would be a name only
-        assert environment_of(tmp_path / name)["precision"] == "fp32"
-        assert losses(tmp_path / name) == in_fp32
+    in_fp32, in_bf16 = losses(tmp_path / "shared"), losses(tmp_path / "bf16")
+    assert in_bf16 == pytest.approx(in_fp32, rel=0.02) and in_bf16 != in_fp32
+    # Where bf16 would be a name only.
+    assert "npu, training: auto precision is fp32" in done["check-without"]["out"]
+    assert environment_of(tmp_path / "without")["precision"] == "fp32"
+    assert losses(tmp_path / "without") == in_fp32
 
     on_npu, on_cpu, rounded = (
         json.loads(done[name]["out"]) for name in ("eval", "eval-cpu", "eval-weights")
@@ -160,7 +154,7 @@ def test_every_command_works_on_a_plug_in_s_device(tmp_path: Path) -> None:
 def test_a_plug_in_that_cannot_be_loaded_ends_in_one_line(tmp_path: Path) -> None:
     """As ``torch_npu`` where the libraries of its device are not found."""
     npu_backend.install(tmp_path / "plug-in", "npu_backend:NAME")
-    ended = process(tmp_path, ["-m", "sparsenet.cli", "check"])
+    ended = python(tmp_path, "-m", "sparsenet.cli", "check")
     assert ended.returncode == 1 and ended.stdout == ""
     assert ended.stderr.count("\n") == 1 and "TORCH_DEVICE_BACKEND_AUTOLOAD=0" in ended.stderr
     assert "'str' object is not callable" in ended.stderr
