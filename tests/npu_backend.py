@@ -19,7 +19,7 @@ from torch.utils import _pytree
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 KIND, KEY, CAST_KEY = "npu", "PrivateUse1", "AutocastPrivateUse1"
-NAME = "Ascend of paper"
+NAME, CANN = "Ascend of paper", "9.1"
 FREE_MEMORY = 4 << 30  # bytes
 
 ran: Counter[str] = Counter()  # operations on the device
@@ -155,6 +155,24 @@ def _convolution_backward(
     return _compute(backward, d_output, x, weight, None, *settings)
 
 
+# As on an Ascend NPU, what a batch norm saves for its backward pass is the variance, where PyTorch
+# has its reciprocal deviation: see op-plugin's BatchNormKernelNpu.cpp.
+def _batch_norm(*args: object, **outputs: torch.Tensor) -> object:
+    norm = torch.ops.aten.native_batch_norm
+    results = _compute(norm.out if outputs else norm.default, *args, **outputs)
+    *_, training, _, eps = args
+    if training:
+        host(results[2]).pow_(-2).sub_(eps)
+    return results
+
+
+def _batch_norm_backward(*args: object) -> object:
+    *tensors, variance, training, eps, wanted = args
+    rstd = (variance + eps).rsqrt() if training else variance
+    backward = torch.ops.aten.native_batch_norm_backward.default
+    return _compute(backward, *tensors, rstd, training, eps, wanted)
+
+
 def _casting(operation: torch._ops.OpOverload) -> Callable[..., object]:
     below = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, CAST_KEY))
 
@@ -186,10 +204,14 @@ def register() -> None:
     kernels.impl("_copy_from", _copy, KEY)
     kernels.impl("convolution_overrideable", _convolution, KEY)
     kernels.impl("convolution_backward_overrideable", _convolution_backward, KEY)
+    kernels.impl("native_batch_norm", _batch_norm, KEY)
+    kernels.impl("native_batch_norm.out", _batch_norm, KEY)
+    kernels.impl("native_batch_norm_backward", _batch_norm_backward, KEY)
     fallback.fallback(torch.library.fallthrough_kernel, CAST_KEY)
     for name in ("conv2d", "linear", "mm"):
         kernels.impl(name, _casting(getattr(torch.ops.aten, name).default), CAST_KEY)
     _libraries.extend((fallback, kernels))
+    torch.version.cann = CANN
 
 
 def install(folder: Path, start: str = "npu_backend:register") -> None:

@@ -19,6 +19,7 @@ import torch
 from conftest import TINY, newest, write_cifar10, write_image
 
 from sparsenet.device import choose_device
+from sparsenet.ops import dispatch, measured, shared
 
 HERE = Path(__file__).parent
 DATA = "--dataset", "c10", "--dataset_dir", "data"
@@ -122,7 +123,8 @@ def test_every_command_works_on_a_plug_in_s_device(tmp_path: Path) -> None:
     assert "device npu: fp32, bf16, fp64" in done["check"]["out"]
     assert f"npu is {npu_backend.NAME}" in done["check"]["out"]
     used = environment_of(tmp_path / "seed")
-    assert used["device_name"] == npu_backend.NAME and used["driver"] == {"npu-backend": "1.0"}
+    assert used["device_name"] == npu_backend.NAME
+    assert used["driver"] == {"npu-backend": "1.0", "cann": npu_backend.CANN}
     assert_computed_on_the_device(tmp_path / "seed", done["seed"], steps=2)
     for engine in ENGINES:
         assert_computed_on_the_device(tmp_path / engine, done[engine], steps=2 * 4)
@@ -163,3 +165,17 @@ def test_a_plug_in_that_cannot_be_loaded_ends_in_one_line(tmp_path: Path) -> Non
 def test_an_npu_without_its_plug_in_is_told_what_it_needs() -> None:
     with pytest.raises(ValueError, match="found 'npu:0'; an Ascend NPU needs torch_npu installed"):
         choose_device("npu:0")
+
+
+def test_a_batch_norm_that_saves_something_else_leaves_the_reference(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device = torch.device("xpu")  # of which nothing is known, nor asked
+    for saved, expected in ((0.5, "shared"), (4.0, "shared"), (8.0, "reference")):
+        monkeypatch.setattr(shared, "_saved_statistic", lambda device, saved=saved: saved)
+        monkeypatch.setattr(measured, "_known", {})
+        monkeypatch.setattr(measured, "_read", lambda conditions: None)
+        monkeypatch.setattr(measured, "device_name", str)
+        assert dispatch.choose("auto", device) == expected
+    with pytest.raises(ValueError, match="'shared' cannot run here: expected a batch norm on xpu"):
+        dispatch.choose("shared", device)
