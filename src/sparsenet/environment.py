@@ -64,7 +64,9 @@ def _driver(device: torch.device) -> dict[str, str | None] | None:
     if device.type == "cpu":
         return None
     plug_ins = importlib.metadata.entry_points(group="torch.backends")
-    versions = {each.dist.name: each.dist.version for each in plug_ins if each.dist}
+    versions: dict[str, str | None] = {
+        each.dist.name: each.dist.version for each in plug_ins if each.dist
+    }
     if cann := getattr(torch.version, "cann", None):  # set by torch_npu: the driver of Ascend's
         versions["cann"] = cann
     return versions or None
