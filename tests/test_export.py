@@ -99,8 +99,13 @@ def test_another_topology_and_opset_in_silence(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     trained = make(blocks=(1, 1), aggregation="sum", fetch="dense")
-    assert export_onnx(trained, tmp_path / "model.onnx", opset=18).opset == 18
+    target = tmp_path / "model.onnx"
+    # PyTorch itself writes none as early; compilers such as Ascend's know no later one.
+    assert export_onnx(trained, target, opset=15).opset == 15
     assert capfd.readouterr() == ("", "")
+    model = onnx.load(target)
+    assert model.opset_import[0].version == 15 and model.ir_version <= 8
+    assert len(model.metadata_props) == len(metadata(trained))
 
 
 @pytest.fixture
@@ -207,10 +212,10 @@ def test_a_network_that_knows_no_deep_greys_says_sixteen_bits() -> None:
     assert json.loads(metadata(make(blocks=(1, 1)))["grey_range"]) == [0, 65535]
 
 
-@pytest.mark.parametrize("opset", [0, 17, 1000])
+@pytest.mark.parametrize("opset", [0, 14, 1000])
 def test_an_opset_that_cannot_be_written_is_refused(tmp_path: Path, opset: int) -> None:
     with pytest.raises(
-        ValueError, match=f"--opset: expected a number from 18 to .*, found {opset}"
+        ValueError, match=f"--opset: expected a number from 15 to .*, found {opset}"
     ):
         export_onnx(make(blocks=(1, 1)), tmp_path / "model.onnx", opset=opset)
 

@@ -208,7 +208,8 @@ def trained(config, precision, wrap, implementation="shared"):
             torch.randint(10, (count,)),
         )
         plan = plan_epoch(number, 0, count, config.data.scaled(side, 8))
-        found += act(pixels, labels, rates[number], ema_rates[number], *plan.moves)
+        numbers = rates[number], ema_rates[number], torch.ones(2)
+        found += act(pixels, labels, *numbers, *plan.moves)
     networks = [model] if average is None else [model, average]
     found += [value for network in networks for value in network.state_dict().values()]
     return found + [entry["momentum_buffer"] for entry in optimizer.state.values()]
@@ -274,7 +275,7 @@ def test_a_step_learns_from_the_images_as_they_are_augmented_and_mixed(changes, 
     )
     data = config.data.scaled(side, 8)
     moves = plan_epoch(0, 0, 8, data).moves
-    loss, wrong = act(pixels, labels, torch.tensor(0.1), torch.tensor(0.0), *moves)
+    loss, wrong = act(pixels, labels, torch.tensor(0.1), torch.tensor(0.0), torch.ones(2), *moves)
     images, shares = PREPROCESSING.normalise(augment(pixels, moves, data, act.fill)), None
     if data.mixup or data.cutmix:
         images, shares = mix(images, moves)

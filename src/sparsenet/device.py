@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -56,10 +57,34 @@ def choose_device(name: str) -> torch.device:
         torch.empty(1, device=device).add_(1).item()  # a value: the meta device has none
     except (RuntimeError, AssertionError, NotImplementedError, ImportError):
         available = f"cpu and {accelerator}" if accelerator else "only cpu"
+        hint = "; an Ascend NPU needs torch_npu installed" if name.startswith("npu") else ""
         raise ValueError(
-            f"--device: expected a device of this machine ({available}), found {name!r}"
+            f"--device: expected a device of this machine ({available}), found {name!r}{hint}"
         ) from None
     return device
+
+
+def autocast(device: torch.device, precision: str = "fp32") -> AbstractContextManager[object]:
+    """Casts weights and features to bf16 where that is the *precision*; else nothing is cast.
+
+    bf16 needs a device that ``casts_to_bf16``.
+    """
+    if precision == "bf16":
+        return torch.autocast(device.type, torch.bfloat16)
+    try:
+        return torch.autocast(device.type, enabled=False)
+    except (RuntimeError, AssertionError):  # of a plug-in that never casts
+        return nullcontext()
+
+
+def casts_to_bf16(device: torch.device) -> bool:
+    """Whether ``autocast`` casts on *device*: a plug-in's may raise an error or do nothing."""
+    try:
+        with autocast(device, "bf16"):
+            one = torch.ones(1, 1, device=device)
+            return torch.mm(one, one).dtype == torch.bfloat16
+    except (RuntimeError, AssertionError):
+        return False
 
 
 def computes_in_bf16(device: torch.device) -> bool:
@@ -72,7 +97,7 @@ def computes_in_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     supported = getattr(torch.get_device_module(device), "is_bf16_supported", None)
-    return supported is None or bool(supported())
+    return (supported is None or bool(supported())) and casts_to_bf16(device)
 
 
 def place(model: Model, device: torch.device | str) -> Model:

@@ -26,7 +26,7 @@ class Environment:
     platform: str
     device: str
     device_name: str
-    driver: dict[str, str | None] | None  # versions of CUDA and HIP; ``None`` on a CPU
+    driver: dict[str, str | None] | None  # versions of CUDA and HIP, or of PyTorch's plug-ins
     threads: int
     cpus: int | None
     batch_size: int | None = None  # images a step of a run
@@ -43,7 +43,6 @@ def environment(
     ranks: int = 1,
 ) -> Environment:
     """Describes this process on *device*."""
-    driver = {"cuda": torch.version.cuda, "hip": torch.version.hip}
     return Environment(
         sparsenet=__version__,
         commit=_commit(),
@@ -52,7 +51,7 @@ def environment(
         platform=platform.platform(),
         device=str(device),
         device_name=device_name(device),
-        driver=driver if device.type == "cuda" else None,
+        driver=_driver(device),
         threads=torch.get_num_threads(),
         cpus=os.cpu_count(),
         batch_size=batch_size,
@@ -60,6 +59,20 @@ def environment(
         implementation=implementation,
         ranks=ranks,
     )
+
+
+def _driver(device: torch.device) -> dict[str, str | None] | None:
+    if device.type == "cuda":
+        return {"cuda": torch.version.cuda, "hip": torch.version.hip}
+    if device.type == "cpu":
+        return None
+    plug_ins = importlib.metadata.entry_points(group="torch.backends")
+    versions: dict[str, str | None] = {
+        each.dist.name: each.dist.version for each in plug_ins if each.dist
+    }
+    if cann := getattr(torch.version, "cann", None):  # set by torch_npu: the driver of Ascend's
+        versions["cann"] = cann
+    return versions or None
 
 
 def installed() -> list[str]:

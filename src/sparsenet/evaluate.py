@@ -15,6 +15,7 @@ from sparsenet.capture import Captured
 from sparsenet.data.dataset import Images
 from sparsenet.data.preprocessing import Preprocessing
 from sparsenet.data.sampling import Batches, batch_ends
+from sparsenet.device import autocast
 from sparsenet.ops.plan import MOMENTUM
 from sparsenet.ranks import ALONE, Ranks
 
@@ -77,7 +78,7 @@ class EvaluationStep:
         The loss of an image with a logit that is not finite is NaN, whatever its class is.
         *pixels* are uint8 ``(N, C, S, S)`` and *labels* int64 ``(N,)``.
         """
-        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        with autocast(pixels.device, self.precision):
             logits = self.model(self.preprocessing.normalise(pixels))
         logits = logits.float()
         confidence, predicted = logits.softmax(1).max(1)
@@ -118,7 +119,7 @@ def recompute_statistics(
     for (pixels, _), size in zip(batches, sizes, strict=True):
         for buffer in running:
             buffer.zero_()  # so that it becomes MOMENTUM times that of the batch
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with autocast(device, precision):
             model(preprocessing.normalise(pixels))
         share = ranks.shares(size)[0] * size / (MOMENTUM * len(images))
         for total, buffer in zip(sums, running, strict=True):

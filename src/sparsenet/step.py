@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sparsenet.config import RunConfig
 from sparsenet.data.augment import Moves, augment, mix
 from sparsenet.data.preprocessing import Preprocessing
+from sparsenet.device import autocast
 from sparsenet.optim import update_average
 from sparsenet.ranks import ALONE, Ranks
 
@@ -70,7 +71,7 @@ class TrainingStep:
         images = self.preprocessing.normalise(augment(pixels, changes, data, self.fill))
         if data.mixup or data.cutmix:
             images, shares = mix(images, changes)
-        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        with autocast(pixels.device, self.precision):
             logits = self.model(images).float()
             loss, mistakes = loss_and_mistakes(logits, labels, shares, optim.label_smoothing)
         # Here, so that gradients of a captured step have addresses of their own.

@@ -25,7 +25,8 @@ from sparsenet.files import size_text, write_atomic
 from sparsenet.model import SparseNet
 from sparsenet.trained import Trained
 
-MIN_OPSET = 18  # that PyTorch's exporter writes
+EXPORTED_OPSET = 18  # the least that PyTorch's exporter writes
+MIN_OPSET = 15  # that these are converted to, for compilers that know no later one
 
 
 @dataclass(frozen=True)
@@ -100,11 +101,14 @@ def onnx_file(trained: Trained, opset: int | None = None) -> tuple[bytes, int]:
         raise ValueError(f"--opset: expected {expected}, found {opset}")
     images = trained.preprocessing.normalise(random_images(trained))
     with _quiet():
-        program = _program(reference_model(trained), images, opset)
+        program = _program(reference_model(trained), images, opset and max(opset, EXPORTED_OPSET))
         program.model.metadata_props.update(metadata(trained))
-        content = program.model_proto.SerializeToString()
+        model = program.model_proto
+        if opset and opset < EXPORTED_OPSET:
+            model = _converted(onnx, model, opset)
+        content = model.SerializeToString()
         onnx.checker.check_model(content, full_check=True)
-    return content, program.model.opset_imports[""]
+    return content, opset or program.model.opset_imports[""]
 
 
 def metadata(trained: Trained) -> dict[str, str]:
@@ -149,6 +153,18 @@ def _program(model: SparseNet, images: Tensor, opset: int | None) -> Any:
         # Stack traces are a third of a small file, and name the files of the machine it is made on.
         part.metadata_props.clear()
     return program
+
+
+def _converted(onnx: Any, model: Any, opset: int) -> Any:
+    """The *model* in an earlier opset, and in the earliest format of files that has it."""
+    for node in model.graph.node:
+        if node.op_type == "ReduceMean":  # its converter leaves an attribute that came with 18
+            kept = [each for each in node.attribute if each.name != "noop_with_empty_axes"]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+    model = require("onnx.version_converter", "export").convert_version(model, opset)
+    model.ir_version = onnx.helper.find_min_ir_version_for(model.opset_import)
+    return model
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from sparsenet.device import computes_in_bf16, traits
+from sparsenet.device import casts_to_bf16, computes_in_bf16, traits
 from sparsenet.extras import MissingExtra
 from sparsenet.ops import measured, reference, shared  # noqa: F401 - always loaded
 from sparsenet.ops.implementations import IMPLEMENTATIONS
@@ -79,12 +79,21 @@ def choose_precision(
     training: bool = True,
     memory: str = "normal",
 ) -> str:
-    """``auto`` becomes bf16 where the *device* computes in it, unless fp32 is measured faster."""
+    """``auto`` becomes bf16 where the *device* computes in it, unless fp32 is measured faster.
+
+    Raises ``ValueError`` for bf16 where nothing would be cast to it.
+    """
+    if precision == "bf16" and not casts_to_bf16(device):
+        raise ValueError(
+            f"--precision: expected fp32 on {device}, where autocast casts nothing to bf16, "
+            "found 'bf16'"
+        )
     if precision != "auto":
         return precision
+    if not computes_in_bf16(device):
+        return "fp32"
     ratio = slowdown(device, implementation, training, memory)
-    not_slower = ratio is None or ratio <= 1
-    return "bf16" if computes_in_bf16(device) and not_slower else "fp32"
+    return "bf16" if ratio is None or ratio <= 1 else "fp32"
 
 
 def slowdown(

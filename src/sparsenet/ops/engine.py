@@ -40,6 +40,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsenet.device import autocast
 from sparsenet.ops import reference, synchronised
 from sparsenet.ops.plan import EPS, MOMENTUM, Columns, Plan, Reader, Readers, Statistics
 from sparsenet.ops.sums import SumAggregation
@@ -414,7 +415,7 @@ def _reference_gradients(
     parts = zip(mean.split(call.widths), (rstd**-2 - EPS).split(call.widths), strict=True)
     parameters = *engine.scales, *engine.shifts, *engine.weights
     differentiable = torch.is_grad_enabled()
-    with torch.enable_grad(), torch.autocast(call.device.type, enabled=False):
+    with torch.enable_grad(), autocast(call.device):
         # Views, so that what else these are used for, and their hooks, stay out of it.
         inputs = [
             t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
@@ -448,7 +449,7 @@ def _forward(engine: Engine, x: Tensor) -> tuple[Tensor, list[Tensor]]:
     """The stage output and the masks of dropout."""
     plan, training = engine.plan, engine.call.training
     dropout_masks = []
-    with torch.autocast(engine.call.device.type, enabled=False):
+    with autocast(engine.call.device):
         if not training:
             engine.use_running_statistics()
         engine.store_term(0, x)
@@ -472,7 +473,7 @@ def _backward(
     d_scales: list[Tensor | None] = [None] * (last + 1)
     d_shifts: list[Tensor | None] = [None] * (last + 1)
     d_weights: list[Tensor | None] = [None] * last
-    with torch.autocast(engine.call.device.type, enabled=False):
+    with autocast(engine.call.device):
         d_scales[last], d_shifts[last] = engine.backward_activation(last, d_output)
         for r in reversed(range(last)):
             engine.synchronise_totals(r + 1)

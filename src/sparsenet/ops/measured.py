@@ -158,7 +158,8 @@ def _measure(
     try:
         # Weights are fp32 and autocast casts each once a step, as in use.
         cast = dtype != torch.float32
-        with torch.autocast(device.type, dtype, enabled=cast, cache_enabled=False):
+        casting = torch.autocast(device.type, dtype, cache_enabled=False) if cast else None
+        with casting or contextlib.nullcontext():
             return replace(_time_rounds(workloads, implementations), busy=busy)
     finally:
         if busy:

@@ -7,17 +7,36 @@ and variance 1, the one pass of PyTorch that applies them at the parameters' pre
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
+from sparsenet.device import TRAITS
 from sparsenet.ops import engine, reference
 from sparsenet.ops.plan import EPS, MOMENTUM, Plan, Readers, Statistics
 from sparsenet.ops.synchronised import Group
 
+RECIPROCAL_DEVIATION, VARIANCE = 0.5, 4.0  # of 0 and 4
+
 
 def unavailable(device: torch.device) -> str | None:
-    return None
+    if _saved_statistic(device) in (RECIPROCAL_DEVIATION, VARIANCE):
+        return None
+    return f"expected a batch norm on {device} that saves its statistics, found one that does not"
+
+
+@cache
+def _saved_statistic(device: torch.device) -> float:
+    """What a batch norm of 0 and 4 saves beside the mean: not on each device what PyTorch says.
+
+    Ascend's saves the variance, which its own backward pass expects.
+    """
+    if device.type in TRAITS:
+        return RECIPROCAL_DEVIATION
+    x = torch.tensor([0.0, 4.0], device=device).view(2, 1, 1, 1)
+    saved = torch.native_batch_norm(x, None, None, None, None, True, 0.0, 0.0)[2]
+    return round(saved.item(), 3)
 
 
 def aggregate(
@@ -57,6 +76,8 @@ class Shared(engine.Engine):
             running = self.running_statistics[j]
             to = out, mean, rstd
             torch.native_batch_norm(feature, None, None, *running, True, MOMENTUM, EPS, out=to)
+            if _saved_statistic(self.call.device) == VARIANCE:
+                rstd.add_(EPS).rsqrt_()
         elif self.running_statistics:
             _batch_norm(feature, None, None, *self.running_statistics[j], EPS, out)
         else:
