@@ -80,7 +80,7 @@ def preparing(
     asked = config
     settings = _with_batch_size(config.train, len(data.train))
     config = dataclasses.replace(config, train=settings)
-    channels, size = data.train.pixels.shape[1], data.train.pixels.shape[-1]
+    channels, size = data.test.pixels.shape[1], data.test.pixels.shape[-1]
     network = dataclasses.replace(config.network, in_chans=channels, num_classes=len(data.classes))
     config = dataclasses.replace(config, network=network)
     _check_sizes(config, size, len(data.train))
@@ -162,6 +162,9 @@ def introduce(setup: Setup, previous: Arithmetic) -> Iterator[str]:
     shape = tuple(data.train.pixels.shape[1:])
     classes = f"{len(data.classes)} classes ({shortened(data.classes)})"
     yield f"{data.name}: {counts}, {classes}, {shape}"
+    if crop := setup.config.data.crop:
+        part = f"{100 * crop:g} % of the area or more"
+        yield f"crops of {part}, seen at {setup.preprocessing.size}x{setup.preprocessing.size}"
     yield from data.notes
     if data.tested_on == "held-out":
         total = len(data.train) + len(data.test) + (len(data.val) if data.val else 0)
