@@ -17,7 +17,7 @@ from pathlib import Path
 from sparsenet.architecture import STEMS, Architecture
 from sparsenet.files import read_json
 from sparsenet.graph import count
-from sparsenet.summary import markdown_table
+from sparsenet.summary import format_duration, markdown_table
 from sparsenet.zoo import architecture
 
 NUMBER = 4  # bytes of fp32
@@ -195,9 +195,9 @@ def bytes_table() -> str:
                 "gradients": f"{sent.gradients / 1e6:.2f}",
                 "features": f"{sent.features:,}",
                 "channels": f"{sent.channels:,}",
-                "readers": f"{sent.read_channels / sent.channels:.2f}",
-                "statistics": f"{sent.statistics / 1e3:.1f}",
-                "sync": f"{sent.sync_batch_norm / 1e3:.1f}",
+                "readers": f"{sent.reads / sent.features:.2f}",
+                "statistics": f"{sent.statistics / 1e3:,.1f}",
+                "sync": f"{sent.sync_batch_norm / 1e3:,.1f}",
                 "reductions": f"{sent.reductions:,}",
             }
         )
@@ -208,11 +208,11 @@ def bytes_table() -> str:
             "parameters": "parameters",
             "gradients": "gradients, MB",
             "features": "features",
-            "channels": "their channels",
-            "readers": "readers of a channel",
-            "statistics": "sums of features, kB",
-            "sync": "SyncBatchNorm, kB",
-            "reductions": "reductions for statistics",
+            "channels": "channels",
+            "readers": "readers of a feature",
+            "statistics": "statistics once a feature, kB",
+            "sync": "once a reader, kB",
+            "reductions": "reductions",
         },
     )
 
@@ -223,9 +223,9 @@ def step_table(device: Device, link: Link) -> str:
     headings, rows = {"devices": "devices"}, []
     for batch in BATCHES:
         headings |= {
-            f"{batch} own": f"batch {batch:,}: ms",
-            f"{batch} all": "synchronised, ms",
-            f"{batch} share": "efficiency, %",
+            f"{batch} own": f"batch {batch:,}, ms",
+            f"{batch} all": "synchronised",
+            f"{batch} share": "efficiency",
         }
     for number in DEVICES:
         cells = {"devices": f"{number:,}"}
@@ -237,7 +237,7 @@ def step_table(device: Device, link: Link) -> str:
                 seconds = cluster.step(network, batch, synchronised)
                 cells[f"{batch} {name}"] = f"{1e3 * seconds:,.{0 if seconds > 0.1 else 1}f}"
             share = cluster.efficiency(network, batch, True)
-            cells[f"{batch} share"] = f"{100 * share:.0f}"
+            cells[f"{batch} share"] = f"{100 * share:.0f} %"
         rows.append(cells)
     return markdown_table([{key: row.get(key, "") for key in headings} for row in rows], headings)
 
@@ -259,9 +259,9 @@ def limits_table() -> str:
             for name, synchronised in (("own", False), ("all", True)):
                 cluster = most(device, link, batch, synchronised)
                 steps = EPOCHS * math.ceil(IMAGES / batch)
-                hours = steps * cluster.step(network, batch, synchronised) / 3600
                 cells[name] = f"{cluster.count:,}"
-                cells[f"{name} hours"] = f"{hours:.1f}" if hours >= 1 else f"{hours:.2f}"
+                seconds = steps * cluster.step(network, batch, synchronised)
+                cells[f"{name} time"] = format_duration(seconds)
             rows.append(cells)
     return markdown_table(
         rows,
@@ -270,9 +270,9 @@ def limits_table() -> str:
             "link": "link",
             "batch": "batch",
             "own": "devices, statistics of their own",
-            "own hours": "300 epochs, h",
+            "own time": "300 epochs",
             "all": "devices, synchronised",
-            "all hours": "300 epochs, h",
+            "all time": "300 epochs",
         },
     )
 
