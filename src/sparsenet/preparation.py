@@ -163,8 +163,8 @@ def introduce(setup: Setup, previous: Arithmetic) -> Iterator[str]:
     classes = f"{len(data.classes)} classes ({shortened(data.classes)})"
     yield f"{data.name}: {counts}, {classes}, {shape}"
     if crop := setup.config.data.crop:
-        part = f"{100 * crop:g} % of the area or more"
-        yield f"crops of {part}, seen at {setup.preprocessing.size}x{setup.preprocessing.size}"
+        part, size = f"{100 * crop:g} % or more of their area", setup.preprocessing.size
+        yield f"training images are cropped to {part} and resized to {size}x{size}"
     yield from data.notes
     if data.tested_on == "held-out":
         total = len(data.train) + len(data.test) + (len(data.val) if data.val else 0)

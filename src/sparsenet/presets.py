@@ -28,7 +28,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # ImageNet as ResNets are mostly trained on it: 90 epochs at 0.1 for each 256 images a step
     # (arXiv:1706.02677), with a cosine and smoothed labels (arXiv:1812.01187). The network is
     # sparsenet121; --blocks, --growth_rate and --fetch make its kin. The mean crop from 320 pixels
-    # a side is as large as what the network sees of it.
+    # a side, 214, is about as large as what the network sees of it.
     "imagenet": {
         "network": {
             "blocks": (6, 12, 24, 16),
