@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from sparsenet import capture, checkpoints, device, stage
+from sparsenet.data import load
 from sparsenet.data.preprocessing import Preprocessing
 from sparsenet.files import cache_folder
 from sparsenet.ops import dispatch, measured
@@ -83,6 +84,7 @@ def _assume_timings() -> None:
 
 
 _assume_timings()
+load.TELL_EVERY = 1e9  # seconds: no test depends on how fast images are read
 torch.set_num_threads(1)  # workers share the cores; and results do not depend on how many there are
 
 

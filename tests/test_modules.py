@@ -30,6 +30,7 @@ NETWORKS = {
     "sum": Architecture(depth=10, growth_rate=4, aggregation="sum"),
     "strided": Architecture(blocks=(2, 1), growth_rate=4, bottleneck=True, stem="imagenet"),
 }
+DROPPING = Architecture(depth=10, growth_rate=4, dropout=0.4)
 TOLD = "sparsenet: .*, so the modules of its stage are called one by one"
 
 pytestmark = pytest.mark.filterwarnings("ignore:sparsenet. .*called one by one:UserWarning")
@@ -179,6 +180,62 @@ def test_other_lists_of_modules_are_refused(
         ours(images())
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model: torch.compile(model, backend="eager")(images()),
+        lambda model: torch.fx.symbolic_trace(model)(images()),
+        lambda model: torch.export.export(model, (images(),), strict=True),
+        lambda model: model.stages[1].layers[0][0].register_forward_hook(print) and model(images()),
+    ],
+    ids=["compile", "fx", "export", "changed"],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_missing_layers_are_refused_by_every_way(call: Callable[[nn.Module], object]) -> None:
+    ours = network("native").eval()
+    del ours.stages[1].layers[1]
+    with pytest.raises(Exception, match="expected layers to be the ModuleList of 2") as error:
+        call(ours)
+    assert isinstance(error.value, ValueError) or "torch._dynamo" in type(error.value).__module__
+
+
+def test_a_module_that_is_taken_away_is_named(implementation: str) -> None:
+    ours = network(implementation)
+    ours.stages[1].layers[1][0].relu = None
+    found = ours.stages[1].change()
+    assert found is not None and found.what == "has no relu"
+
+
+def test_a_warning_that_is_an_error_is_one_each_time() -> None:
+    ours = network("native")
+    ours.stages[1].layers[1][1].conv.register_forward_hook(lambda *_: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            with pytest.raises(UserWarning, match=TOLD):
+                ours(images())
+
+
+def test_a_seed_drops_the_same_however_it_is_computed() -> None:
+    found = []
+    for implementation in (*IMPLEMENTATIONS, "modules"):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            ours = network(implementation.replace("modules", "reference"), DROPPING)
+            if implementation == "modules":
+                for each in ours.stages:
+                    each.forward = each.call_modules
+            torch.manual_seed(1)
+            found.append(ours(images().to(memory_format=layout)))
+    for each in found:
+        close(each, found[0])
+
+
+def test_dropout_is_shown() -> None:
+    assert "dropout=0.4" in repr(network("reference", DROPPING).stages[0].layers[0][0])
+    assert "dropout=0.4" in repr(network("reference", DROPPING).transitions[0])
+
+
 def test_hooks_on_a_list_are_told(implementation: str) -> None:
     ours = network(implementation)
     ours.stages[1].layers[1].register_forward_hook(lambda *_: None)
@@ -258,6 +315,18 @@ def test_convolutions_are_replaced(
         if replacement not in (with_other_padding, with_dilation) or which == slice(None):
             assert not torch.allclose(both[0](images()), before)
     assert_same(*both)
+
+
+@pytest.mark.parametrize("name", ["sparse", "strided"])
+def test_every_convolution_is_wrapped(name: str, implementation: str) -> None:
+    """The first one too, which the check of images looks at."""
+    both = pair(implementation, architecture=NETWORKS[name])
+    for model in both:
+        for module in list(model.modules()):
+            for label, child in list(module.named_children()):
+                if type(child) is nn.Conv2d:
+                    setattr(module, label, wrapped(child))
+    assert_same(*both, side=32)
 
 
 def test_every_tensor_of_low_rank_has_a_gradient(implementation: str) -> None:
@@ -356,7 +425,7 @@ def test_a_scale_of_the_norm_of_a_feature(implementation: str) -> None:
 
 
 def test_another_dropout(implementation: str) -> None:
-    ours = network(implementation, Architecture(depth=10, growth_rate=4, dropout=0.4))
+    ours = network(implementation, DROPPING)
     for module in ours.modules():
         if hasattr(module, "dropout"):
             module.dropout = 0.0

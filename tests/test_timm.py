@@ -170,6 +170,10 @@ def test_intermediates(kind: str) -> None:
     pruned = copy.deepcopy(model)
     assert pruned.prune_intermediate_layers([0, 1]) == [0, 1]
     torch.testing.assert_close(pruned(x), found[1])
+    assert pruned.num_features == pruned.forward_features(x).shape[1]
+    assert [row["num_chs"] for row in pruned.feature_info] == [each.shape[1] for each in found[:2]]
+    pruned.reset_classifier(5, "avg")
+    assert pruned(x).shape == (len(x), 5)
 
 
 def test_symbolic_features(kind: str) -> None:

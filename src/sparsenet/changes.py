@@ -1,7 +1,7 @@
 """The tensors of modules, where these still are what the library made and do nothing else.
 
-An engine computes with the tensors of a stage and calls none of its modules. So each time they are
-read it is looked for what people change about modules, such as hooks and other types.
+An engine computes with the tensors of a stage and calls none of its modules. So whoever reads them
+looks each time for what people change about modules, such as hooks and other types.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def methods(*kinds: type[nn.Module]) -> tuple[Any, ...]:
     return *own, *others, F.conv2d, F.batch_norm, F.relu
 
 
-def check_all_modules(caller: nn.Module) -> None:
+def check_global_hooks(caller: nn.Module) -> None:
     """Raises ``Changed`` for hooks on all modules."""
     if modules._has_any_global_hook():
         raise Changed(caller, "is called with hooks on all modules")
@@ -73,6 +73,14 @@ def attribute(own: dict[str, Any], name: str) -> Any:
     return None
 
 
+def part(module: nn.Module, own: dict[str, Any], name: str) -> Any:
+    """The module that *module*, whose attributes are *own*, calls *name*."""
+    found = attribute(own, name)
+    if found is None:
+        raise Changed(module, f"has no {name}")
+    return found
+
+
 def check_input(caller: nn.Module, x: Tensor) -> None:
     """Raises ``Changed`` for a subclass of tensors that gives operations another meaning."""
     kind = type(x)
@@ -103,8 +111,8 @@ def read_convolution(module: nn.Module, shape: tuple[int, ...]) -> Tensor:
     return _read(module, own, "weight", shape)
 
 
-def read_norm(module: nn.Module, width: int, training: bool) -> Statistics:
-    own, shape = check_module(module, nn.BatchNorm2d), (width,)
+def read_norm(module: nn.Module, kind: type[nn.Module], width: int, training: bool) -> Statistics:
+    own, shape = check_module(module, kind), (width,)
     settings = own["momentum"], own["eps"], own["track_running_stats"]
     if settings != (MOMENTUM, EPS, True):
         raise Changed(module, "has other settings")

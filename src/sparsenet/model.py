@@ -25,6 +25,9 @@ class Transition(nn.Module):
         self.conv = nn.Conv2d(width, out, 1, bias=False)
         self.dropout = dropout
 
+    def extra_repr(self) -> str:
+        return f"dropout={self.dropout}" if self.dropout else ""
+
     def forward(self, x: Tensor) -> Tensor:  # (N, width, H, W) -> (N, out, H // 2, W // 2)
         x = self.conv(x)
         if self.dropout and self.training:
@@ -42,6 +45,7 @@ class Stem(nn.Sequential):
         pool = nn.MaxPool2d(3, stride, padding=1)
         strided = (nn.BatchNorm2d(width), nn.ReLU(), pool) if stride > 1 else ()
         super().__init__(conv, *strided)
+        self.in_chans, self.width = in_chans, width
         self.feature = 2 if strided else 0  # the last module before the pooling
         self.reduction_of_feature, self.reduction = stride, stride**2  # of sides
 
@@ -59,7 +63,8 @@ class Stem(nn.Sequential):
         return x, feature
 
     def _check(self, x: Tensor) -> None:
-        channels, device = self[0].in_channels, self[0].weight.device
+        channels = self.in_chans
+        device = next((parameter.device for parameter in self.parameters()), torch.device("meta"))
         expected = f"images: expected normalised ones, a floating-point (N, {channels}, H, W)"
         if isinstance(x, torch.fx.Proxy):
             return
@@ -72,7 +77,8 @@ class Stem(nn.Sequential):
             raise ValueError(f"{expected} tensor, found {tuple(x.shape)}{advice}")
         if not x.is_floating_point():
             raise ValueError(f"{expected} tensor, found {x.dtype}; Preprocessing.normalise first")
-        if x.device.type != device.type:
+        # What is offloaded lies on the meta device until it is used.
+        if x.device.type != device.type and device.type != "meta":
             raise ValueError(f"{expected} tensor on {device}, found one on {x.device}")
 
 
@@ -166,7 +172,9 @@ class SparseNet(nn.Module):
     @property
     def num_features(self) -> int:
         """Channels of the output of ``forward_features``."""
-        return self.architecture.stages[-1].out_width
+        stages: Iterable[Any] = self.stages  # not those of the architecture: they may be pruned
+        widths: list[int] = [self.stem.width, *(stage.widths[-1] for stage in stages)]
+        return widths[-1]
 
     @property
     def num_classes(self) -> int:
@@ -181,8 +189,8 @@ class SparseNet(nn.Module):
     @property
     def feature_info(self) -> list[dict[str, Any]]:
         """Channels, reduction of the sides and module of what ``forward_intermediates`` gives."""
-        stem, layouts = self.stem, self.architecture.stages
-        rows = [(layouts[0].in_width, stem.reduction_of_feature, f"stem.{stem.feature}")]
+        stem, layouts = self.stem, self.architecture.stages[: len(self.stages)]
+        rows = [(stem.width, stem.reduction_of_feature, f"stem.{stem.feature}")]
         rows += [
             (layout.out_width, stem.reduction << number, f"stages.{number}")
             for number, layout in enumerate(layouts)

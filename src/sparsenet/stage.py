@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from sparsenet import changes
 from sparsenet.architecture import Stage as StageLayout
 from sparsenet.changes import Changed
-from sparsenet.ops import dispatch
+from sparsenet.ops import dispatch, synchronised
 from sparsenet.ops.plan import EPS, MOMENTUM, Plan, Reader, Statistics
+from sparsenet.ops.synchronised import Group
 from sparsenet.ops.tracing import is_watched
 
 SLOWLY = (
@@ -56,6 +57,9 @@ class Unit(nn.Module):
         self.conv = nn.Conv2d(width, out, kernel, padding=kernel // 2, bias=False)
         self.dropout = dropout
 
+    def extra_repr(self) -> str:
+        return f"dropout={self.dropout}" if self.dropout else ""
+
     def forward(self, x: Tensor) -> Tensor:  # (N, width, H, W) -> (N, out, H, W)
         x = self.conv(self.relu(self.norm(x)))
         if self.dropout and self.training:
@@ -64,8 +68,42 @@ class Unit(nn.Module):
         return x
 
 
+class SyncBatchNorm(nn.SyncBatchNorm):
+    """``torch.nn.SyncBatchNorm`` that computes on CPUs too, alone as well as in a stage."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        group = synchronised.group_of(self) if self.training else None
+        if x.device.type != "cpu" or group is None:
+            return super().forward(x)
+        mean, var, counter = self.running_mean, self.running_var, self.num_batches_tracked
+        if mean is None or var is None or counter is None:
+            raise ValueError("SyncBatchNorm: expected running statistics on a CPU, found none")
+        counter.add_(1)
+        momentum = 1 / int(counter) if self.momentum is None else self.momentum
+        given = x, mean, var, self.weight, self.bias
+        return synchronised.batch_norm(*given, momentum, self.eps, group)
+
+
+def synchronise_statistics(model: nn.Module, group: Group | None = None) -> None:
+    """Lets all processes of *group*, by default of the default one, have statistics in common.
+
+    In training, the batch norms of *model* normalise by the mean and variance of the batches of
+    all processes together. They become ``SyncBatchNorm``, with the tensors that they had.
+    """
+    for module in list(model.modules()):
+        for name, norm in list(module.named_children()):
+            if type(norm) is not nn.BatchNorm2d:
+                continue
+            settings = norm.eps, norm.momentum, norm.affine, norm.track_running_stats
+            made = SyncBatchNorm(norm.num_features, *settings, process_group=group)
+            for place in ("_parameters", "_buffers", "training"):
+                setattr(made, place, getattr(norm, place))
+            setattr(module, name, made)
+
+
 PARTS = "norm", "relu", "conv"  # of a unit
-KINDS = Unit, Affine, nn.ReLU, nn.Conv2d, nn.BatchNorm2d  # of the modules of a stage
+NORMS = nn.BatchNorm2d, nn.SyncBatchNorm, SyncBatchNorm
+KINDS = Unit, Affine, nn.ReLU, nn.Conv2d, *NORMS  # of the modules of a stage
 METHODS = changes.methods(*KINDS)
 
 
@@ -97,22 +135,21 @@ class Stage(nn.Module):
         self.first_reader, self.last_reader = topology.first_reader, topology.last_reader
 
     def forward(self, x: Tensor) -> Tensor:  # (N, in_width, H, W) -> (N, out_width, H, W)
+        self._check_lists()
         if _is_traced(x):  # where modules can be looked into, and none can be looked at
             return self.call_modules(x)
         try:
-            readers, statistics, training = self._read_modules()
+            readers, statistics, training, group = self._read_modules()
             changes.check_input(self, x)
         except Changed as change:
             if not is_watched(x):  # who counts or traces operations knows
-                named = self.named_modules()
-                name = next((name for name, each in named if each is change.module), "")
-                _tell(f"{name or 'stage'} {change.what}, {SLOWLY}")
+                _tell(f"{self._name_of(change.module)} {change.what}, {SLOWLY}")
             return self.call_modules(x)
         if x.dim() != 4 or x.shape[1] != self.widths[0]:
             expected = f"stage: expected features (N, {self.widths[0]}, H, W)"
             raise ValueError(f"{expected}, found {tuple(x.shape)}")
         output = dispatch.aggregate(
-            self.implementation, self.plan, x, readers, statistics, training
+            self.implementation, self.plan, x, readers, statistics, training, group
         )
         if training:
             last_reader = self.plan.for_engine.topology.last_reader
@@ -149,60 +186,87 @@ class Stage(nn.Module):
 
         Raises ``ValueError`` where layers or units were added or removed.
         """
+        self._check_lists()
         try:
             self._read_modules()
         except Changed as change:
             return change
         return None
 
-    def _read_modules(self) -> tuple[list[Reader], list[Statistics], bool]:
+    def _read_modules(self) -> tuple[list[Reader], list[Statistics], bool, Group | None]:
         """What an engine computes with: readers, statistics, and whether they are the batch's.
 
+        Last come the processes with which the batch has its statistics in common.
         Raises ``Changed`` where a module may do other than its tensors say.
         """
-        changes.check_all_modules(self)
+        changes.check_global_hooks(self)
         if changes.methods(*KINDS) != METHODS:
             raise Changed(self, "has modules with a method that was replaced")
-        self._check_list("layers", self.layers, len(self.shapes))
-        self._check_list("statistics", self.statistics, len(self.widths) - 1)
+        lists: list[Any] = [self.layers, self.statistics, *self.layers]
+        for each in lists:
+            self._tell_of_list(each)
         dropout = self.plan.dropout
         readers = []
         layers: Iterable[Any] = self.layers
-        for number, (layer, shapes) in enumerate(zip(layers, self.shapes, strict=True)):
-            self._check_list(f"layers.{number}", layer, len(shapes))
+        for layer, shapes in zip(layers, self.shapes, strict=True):
             for unit, shape in zip(layer._modules.values(), shapes, strict=True):
                 own = changes.check_module(unit, Unit)
                 if own["dropout"] != dropout:
                     raise Changed(unit, "has another dropout")
                 if dropout:
                     changes.check_training(unit, self.training)
-                norm, relu, conv = (changes.attribute(own, name) for name in PARTS)
+                norm, relu, conv = (changes.part(unit, own, name) for name in PARTS)
                 affine = changes.read_affine(norm, Affine, shape[1])
                 changes.check_module(relu, nn.ReLU)
                 readers.append(Reader(*affine, changes.read_convolution(conv, shape)))
         affine = changes.read_affine(self.norm, Affine, self.widths[-1])
         changes.check_module(self.relu, nn.ReLU)
         readers.append(Reader(*affine, None))  # the stage output
-        norms = self.statistics._modules.values()
-        training = self.training if dropout else next(iter(norms)).training
-        pairs = zip(norms, self.widths, strict=False)  # the output has no norm
-        statistics = [changes.read_norm(*each, training) for each in pairs]
-        precisions = {reader.scale.dtype for reader in readers}
-        if precisions != {each.mean.dtype for each in statistics} or len(precisions) > 1:
+        norms: list[Any] = list(self.statistics._modules.values())
+        first = norms[0]
+        training = self.training if dropout else first.training
+        kind = type(first) if type(first) in NORMS else nn.BatchNorm2d
+        group = None
+        if kind is not nn.BatchNorm2d:
+            group = synchronised.group_of(first)
+            if any(
+                getattr(norm, "process_group", None) is not first.process_group for norm in norms
+            ):
+                raise Changed(self, "has norms that are synchronised in several groups")
+        # The last width is that of the stage output, which is no feature.
+        pairs = zip(norms, self.widths, strict=False)
+        statistics = [changes.read_norm(norm, kind, width, training) for norm, width in pairs]
+        precisions = {each.dtype for reader in readers for each in reader[:2]}
+        if len(precisions.union(each.dtype for pair in statistics for each in pair)) > 1:
             raise Changed(self, "has norms of more than one precision")
-        return readers, statistics, training
+        return readers, statistics, training, group
 
-    def _check_list(self, name: str, modules: nn.Module, number: int) -> None:
-        if type(modules) is not nn.ModuleList or len(modules) != number:
-            raise ValueError(
-                f"stage: expected {name} to be the ModuleList of {number} that was made with it, "
-                f"found another {type(modules).__name__}; change the modules in it instead, or "
-                "create a network of another architecture"
-            )
+    def _check_lists(self) -> None:
+        layers: Iterable[Any] = self.layers
+        _check_list("layers", self.layers, len(self.shapes))
+        _check_list("statistics", self.statistics, len(self.widths) - 1)
+        for number, (layer, shapes) in enumerate(zip(layers, self.shapes, strict=True)):
+            _check_list(f"layers.{number}", layer, len(shapes))
+
+    def _tell_of_list(self, modules: nn.Module) -> None:
         try:
             changes.check_module(modules, nn.ModuleList)
         except Changed as change:
+            name = self._name_of(modules)
             _tell(f"{name} {change.what}, but lists are not called; the units in them are")
+
+    def _name_of(self, module: object) -> str:
+        return next((name for name, each in self.named_modules() if each is module), "") or "stage"
+
+
+def _check_list(name: str, modules: nn.Module, number: int) -> None:
+    if type(modules) is not nn.ModuleList or len(modules) != number:
+        number_found = f" of {len(modules)}" if isinstance(modules, nn.ModuleList) else ""
+        raise ValueError(
+            f"stage: expected {name} to be the ModuleList of {number} that was made with it, "
+            f"found another {type(modules).__name__}{number_found}; change the modules in it "
+            "instead, or create a network of another architecture"
+        )
 
 
 def _count_batch(norms: list[Any], x: Tensor) -> None:
@@ -218,8 +282,8 @@ def _tell(text: str) -> None:
     """Warns, once of each kind of *text* after its first word, the name of a module."""
     _, _, kind = text.partition(" ")
     if kind not in _told:
-        _told.add(kind)
         warnings.warn(f"sparsenet: {text}", stacklevel=3)
+        _told.add(kind)  # not where the warning is an error
 
 
 def _is_traced(x: Tensor | torch.fx.Proxy) -> bool:

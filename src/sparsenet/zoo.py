@@ -61,7 +61,6 @@ def _networks() -> dict[str, dict[str, Any]]:
     return networks
 
 
-STEM = "stem.0.weight"
 NETWORKS = _networks()  # fields of Architecture that are not its defaults
 
 
@@ -108,8 +107,8 @@ def create_model(
     of the weights, else to 10 for CIFAR networks and 1000 for ImageNet ones; with another number
     than the weights have, the classifier is a new one. Weights for colours become those for another
     *in_chans* as timm's do: the first convolution's are summed for 1 channel, repeated for more.
-    Parameters are fp32. How images are
-    normalised, and the names of the classes, are in ``sparsenet.weights.load(name).about``.
+    Parameters are fp32. How images of the weights' channels are normalised, and the names of the
+    classes, are in ``sparsenet.weights.load(name).about``.
 
     Raises ``ValueError``, also where there are no weights or they are of another network.
     """
@@ -120,10 +119,10 @@ def create_model(
     wanted = architecture(name, in_chans=in_chans, **changes)
     file = weights.load_shipped(name) if pretrained is True else weights.load(pretrained)
     stored = stored_architecture(file.about, file.tensors, file.source)
-    tensors = file.tensors
-    if stored.in_chans == 3 != in_chans:
+    tensors, stem = file.tensors, file.tensors.get("stem.0.weight")
+    if stored.in_chans == 3 != in_chans and stem is not None and stem.dim() == 4:
         stored = dataclasses.replace(stored, in_chans=in_chans)
-        tensors = tensors | {STEM: _for_channels(tensors[STEM], in_chans)}
+        tensors = tensors | {"stem.0.weight": _for_channels(stem, in_chans)}
     _check_same_network(wanted, stored, file.source)
     wanted = dataclasses.replace(wanted, num_classes=stored.num_classes)
     model = build(wanted, tensors, file.source, implementation, memory)

@@ -162,11 +162,11 @@ def load_torchvision(model: SparseNet, state_dict: Mapping[str, Tensor]) -> None
         expected = "the names of tensors"
         raise ValueError(f"torchvision weights: expected {expected}, found {shown(others[0])}")
     # Old files say norm.1 and conv.2 where newer ones say norm1 and conv2.
-    tensors = {
-        re.sub(r"(norm|conv)\.(\d)\.", r"\1\2.", name.removeprefix("module.")): tensor
-        for name, tensor in state_dict.items()
-    }
-    if len(tensors) < len(state_dict):
-        expected = "one name for each tensor"
-        raise ValueError(f"torchvision weights: expected {expected}, found two names of one")
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in state_dict.items():
+        own = re.sub(r"(norm|conv)\.(\d)\.", r"\1\2.", name.removeprefix("module."))
+        if own in tensors:
+            expected = "one name for each tensor"
+            raise ValueError(f"torchvision weights: expected {expected}, found two for {own}")
+        tensors[own] = tensor
     load_renamed(model, torchvision_names(network), tensors, "torchvision weights")

@@ -76,7 +76,13 @@ class Preprocessing:
         return None
 
     def normalise(self, batch: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Turns uint8 ``(N, C, H, W)`` into ``(pixels / 255 - mean) / std``, on the same device."""
+        """Turns uint8 ``(N, C, H, W)`` into ``(pixels / 255 - mean) / std``, on the same device.
+
+        Raises ``ValueError`` for images of other channels.
+        """
+        if batch.shape[1] != self.channels:
+            expected = f"images: expected (N, {self.channels}, H, W)"
+            raise ValueError(f"{expected}, found {tuple(batch.shape)}")
         exact = torch.promote_types(dtype, torch.float32)
         scale, offset = _scale_and_offset(self.mean, self.std, exact, batch.device)
         return torch.addcmul(offset, batch.to(exact), scale).to(dtype)

@@ -16,6 +16,7 @@ from sparsenet.ops import measured, reference, shared  # noqa: F401 - always loa
 from sparsenet.ops.implementations import IMPLEMENTATIONS
 from sparsenet.ops.measured import Timings
 from sparsenet.ops.plan import Plan, Readers, Statistics
+from sparsenet.ops.synchronised import Group
 from sparsenet.ops.tracing import is_watched
 
 MEASURED = (torch.float32, torch.bfloat16)  # fp64 is for checks; fp16 takes a CPU minutes
@@ -31,6 +32,7 @@ class Implementation(Protocol):
         readers: Readers,
         statistics: Sequence[Statistics],
         training: bool,
+        group: Group | None = None,
     ) -> Tensor: ...
 
     def unavailable(self, device: torch.device) -> str | None:
@@ -147,17 +149,20 @@ def aggregate(
     readers: Readers,
     statistics: Sequence[Statistics],
     training: bool,
+    group: Group | None = None,
 ) -> Tensor:
     """Runs a stage: ``(N, C_0, H, W)`` to the activated stage output ``(N, C_out, H, W)``.
+
+    With a *group*, statistics of batches are those of its processes together.
 
     Who looks at single operations, or changes what they do, is shown those of the reference: see
     ``is_watched``. It also computes batches without an image, and those without memory.
     """
     if is_watched(x) or not x.numel() or x.is_meta:
-        return reference.aggregate(plan, x, readers, statistics, training)
+        return reference.aggregate(plan, x, readers, statistics, training, group)
     with_gradient = training or torch.is_grad_enabled()
     name = choose(implementation, x.device, x.dtype, with_gradient, plan.memory)
-    return _load(name).aggregate(plan, x, readers, statistics, training)
+    return _load(name).aggregate(plan, x, readers, statistics, training, group)
 
 
 def _load(implementation: str) -> Implementation:

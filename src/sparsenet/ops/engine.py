@@ -40,9 +40,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsenet.ops import reference
-from sparsenet.ops.plan import EPS, Columns, Plan, Reader, Readers, Statistics
+from sparsenet.ops import reference, synchronised
+from sparsenet.ops.plan import EPS, MOMENTUM, Columns, Plan, Reader, Readers, Statistics
 from sparsenet.ops.sums import SumAggregation
+from sparsenet.ops.synchronised import Group
 from sparsenet.ops.tracing import is_watched
 
 
@@ -50,7 +51,7 @@ from sparsenet.ops.tracing import is_watched
 class StageCall:
     """What the forward and the backward pass of one call have in common."""
 
-    stage: Plan
+    stage_plan: Plan
     plan: Plan  # of the stage as an engine sees it
     shape: torch.Size  # (N, C_0, H, W) of the stage input
     widths: tuple[int, ...]  # channels of each feature
@@ -58,6 +59,7 @@ class StageCall:
     device: torch.device
     layout: torch.memory_format  # of features
     training: bool  # whether statistics are those of the batch
+    group: Group | None = None  # of processes whose batches have statistics in common
 
     @property
     def pixels(self) -> int:
@@ -104,6 +106,7 @@ class Engine(ABC):
         self.running_statistics = statistics
         self.takes_statistics = call.training and bool(statistics)
         self.sums = SumAggregation(call.plan) if call.plan.terms else None
+        self.pixels: int | Tensor = call.pixels  # of all processes of a group
         self._buffers: dict[str, Tensor] = {}
         if not saved:
             channels = call.first_channels[-1]
@@ -171,10 +174,13 @@ class Engine(ABC):
         shape = 2, self.call.first_channels[-1]
         return torch.zeros(shape, dtype=self.call.sum_dtype, device=self.call.device)
 
+    def channels(self, j: int) -> slice:
+        """Where those of feature *j* lie among all channels of the stage."""
+        return slice(*self.call.first_channels[j : j + 2])
+
     def mean_and_rstd(self, j: int) -> tuple[Tensor, Tensor]:
         """Those of feature *j*, ``(C,)`` each."""
-        start = self.call.first_channels[j]
-        mean, rstd = self.mean_rstd[:, start : start + self.widths[j]]
+        mean, rstd = self.mean_rstd[:, self.channels(j)]
         return mean, rstd
 
     def cast_weights(self) -> list[Tensor]:
@@ -225,6 +231,22 @@ class Engine(ABC):
         torch.cat([each.var for each in self.running_statistics], out=rstd)
         rstd.add_(EPS).rsqrt_()
 
+    def synchronise(self, j: int, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and biased variance of feature *j* over all processes, given those of this one."""
+        assert self.call.group is not None
+        around = self.running_statistics[j].mean
+        mean, var, self.pixels = synchronised.moments(
+            mean, var, self.call.pixels, around, self.call.group
+        )
+        return mean, var
+
+    def move_running_statistics(self, j: int, mean: Tensor, var: Tensor) -> None:
+        """Towards those of feature *j* in this batch, whose biased variance is *var*."""
+        running = self.running_statistics[j]
+        synchronised.add_to_running(running.mean, mean, MOMENTUM)
+        unbiased = var * (self.pixels / (self.pixels - 1))
+        synchronised.add_to_running(running.var, unbiased, MOMENTUM)
+
     def store_term(self, j: int, term: Tensor) -> None:
         """Stores feature *j*, given what was made last: the feature itself or a term of sums."""
         if self.sums:
@@ -257,6 +279,20 @@ class Engine(ABC):
         """What the first feature was made from."""
         return self.features[0]
 
+    def synchronise_totals(self, j: int) -> None:
+        """Makes the finished gradient totals of feature *j* those of all processes.
+
+        They are scaled to the pixels of this one, by which an engine divides them.
+        """
+        group = self.call.group
+        if group and self.is_synchronised(j):
+            totals = self.gradient_totals[:, self.channels(j)]
+            totals.copy_(synchronised.share_of_totals(totals, self.call.pixels, group))
+
+    def is_synchronised(self, j: int) -> bool:
+        """Whether feature *j* has a gradient that depends on other processes."""
+        return bool(self.call.group) and self.plan.first_gradient_from[j] is not None
+
     def term_gradient(self, j: int) -> Tensor | None:
         """The gradient of what was made as *j*, for ever smaller *j*.
 
@@ -288,12 +324,14 @@ def aggregate(
     readers: Readers,
     statistics: Sequence[Statistics],
     training: bool,
+    group: Group | None = None,
 ) -> Tensor:
     """The activated stage output ``(N, C_out, H, W)``, in exact arithmetic that of the reference.
 
     Raises ``ValueError`` for one value per channel in training, which has no variance.
     """
-    if training and x.numel() == x.shape[1]:
+    group = group if training else None
+    if training and x.numel() == x.shape[1] and not group:
         raise ValueError(
             f"batch norm: expected more than 1 value per channel in training, found {list(x.shape)}"
         )
@@ -304,7 +342,7 @@ def aggregate(
     engine_plan = plan.for_engine if gradient else plan.without_gradient.for_engine
     widths = x.shape[1], *(len(weight) for weight in weights)
     layout = engine_type.choose_layout(x)
-    call = StageCall(plan, engine_plan, x.shape, widths, x.dtype, x.device, layout, training)
+    call = StageCall(plan, engine_plan, x.shape, widths, x.dtype, x.device, layout, training, group)
     if gradient:
         input_in_graph = _InGraph.apply(x)  # type: ignore[no-untyped-call]
         return _Stage.apply(engine_type, call, statistics, x.detach(), input_in_graph, *parameters)  # type: ignore[no-any-return,no-untyped-call]
@@ -356,7 +394,7 @@ class _Stage(torch.autograd.Function):
         engine = ctx.engine_type(ctx.call, parameters, saved=saved)
         if torch.is_grad_enabled() or is_watched(d_output):
             x = input_in_graph + engine.stage_input()
-            wanted = ctx.needs_input_grad[4:]
+            wanted = ctx.needs_input_grad[-len(parameters) - 1 :]
             gradients = _reference_gradients(engine, x, d_output, dropout_masks, wanted)
         else:
             gradients = _backward(engine, d_output, dropout_masks)
@@ -389,11 +427,12 @@ def _reference_gradients(
         # Where those of the batch are taken, these are changed and of no use.
         statistics = [Statistics(*(each.to(dtype, copy=True) for each in part)) for part in parts]
         output = reference.aggregate(
-            call.stage,
+            call.stage_plan,
             x,
             [Reader(*each) for each in zip(scales, shifts, [*weights, None], strict=True)],
             statistics,
             call.training,
+            call.group,
             dropout_masks,
         )
     needed = [tensor for tensor, want in zip(inputs, wanted, strict=True) if want]
@@ -436,6 +475,7 @@ def _backward(
     with torch.autocast(engine.call.device.type, enabled=False):
         d_scales[last], d_shifts[last] = engine.backward_activation(last, d_output)
         for r in reversed(range(last)):
+            engine.synchronise_totals(r + 1)
             d_term = engine.term_gradient(r + 1)
             if d_term is None:
                 continue
@@ -449,6 +489,7 @@ def _backward(
                     feature = feature * dropout_masks[j - 1] * dropout_scale
                 engine.store_feature(j, feature)
             d_scales[r], d_shifts[r], d_weights[r] = engine.backward_convolution(r, d_term)
+        engine.synchronise_totals(0)
         _match_weights(d_weights, engine.weights)
         return [engine.term_gradient(0), *d_scales, *d_shifts, *d_weights]
 

@@ -20,6 +20,7 @@ from sparsenet.ops import engine
 from sparsenet.ops.blocks import Block
 from sparsenet.ops.compiler import library
 from sparsenet.ops.plan import EPS, MOMENTUM, Plan, Readers, Statistics
+from sparsenet.ops.synchronised import Group
 
 SUFFIXES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16"}
 BLOCKS = {"features": Block(), "gradients": Block()}  # kept for the next step
@@ -40,7 +41,12 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def aggregate(
-    plan: Plan, x: Tensor, readers: Readers, statistics: Sequence[Statistics], training: bool
+    plan: Plan,
+    x: Tensor,
+    readers: Readers,
+    statistics: Sequence[Statistics],
+    training: bool,
+    group: Group | None = None,
 ) -> Tensor:
     """The stage output; ``ValueError`` for features in another precision than fp64, fp32, bf16."""
     if x.dtype not in SUFFIXES:
@@ -49,7 +55,7 @@ def aggregate(
             f"'shared' and 'reference' take it"
         )
     _address(x)
-    return engine.aggregate(Native, plan, x, readers, statistics, training)
+    return engine.aggregate(Native, plan, x, readers, statistics, training, group)
 
 
 class Arguments(ctypes.Structure):
@@ -192,6 +198,11 @@ class Native(engine.Engine):
             tensors = {"x": stored, "moments": self.moments}
             first_channel = self.call.first_channels[j]
             self.run("measure", tensors, out_channels=self.widths[j], first_channel=first_channel)
+        if self.takes_statistics and self.call.group:
+            part = self.channels(j)
+            mean, var = self.synchronise(j, *self.moments[:, part])
+            self.moments[:, part] = torch.stack([mean, var])
+            self.mean_rstd[:, part] = torch.stack([mean, (var + EPS).rsqrt()])
 
     def write_activation(self, r: int, out: Tensor) -> None:
         self.run_reader("write_activation", r, {"output": out})
@@ -203,8 +214,8 @@ class Native(engine.Engine):
 
     def _move_running_statistics(self) -> None:
         """Moves those of all stored features at once."""
-        unbiased = self.call.pixels / (self.call.pixels - 1)
-        moments = self.moments * self.moments.new_tensor([[1.0], [unbiased]])
+        moments = self.moments.clone()
+        moments[1] *= self.pixels / (self.pixels - 1)
         moments = moments.to(self.running_statistics[0].mean.dtype)
         means, variances = (row.split(self.widths) for row in moments)
         stored = [j for j, last in enumerate(self.plan.topology.last_reader) if last]

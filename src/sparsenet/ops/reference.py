@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparsenet.ops import synchronised
 from sparsenet.ops.plan import EPS, MOMENTUM, Plan, Reader, Readers, Statistics
+from sparsenet.ops.synchronised import Group
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -25,11 +27,13 @@ def aggregate(
     readers: Readers,
     statistics: Sequence[Statistics],
     training: bool,
+    group: Group | None = None,
     dropout_masks: Sequence[Tensor] = (),
 ) -> Tensor:
     """The activated stage output ``(N, C_out, H, W)`` for a stage input ``(N, C_0, H, W)``.
 
-    Dropout draws masks unless it is given those of each reader.
+    With a *group*, statistics of batches are those of its processes together. Dropout draws masks
+    unless it is given those of each reader.
     """
     features = {0: x}
     for r, (read, reader) in enumerate(zip(plan.reads, readers, strict=True)):
@@ -37,7 +41,7 @@ def aggregate(
         joined = (
             torch.cat(gathered, 1) if plan.aggregation == "concat" else reduce(torch.add, gathered)
         )
-        normed = _batch_norm(plan, r, joined, reader, statistics, training)
+        normed = _batch_norm(plan, r, joined, reader, statistics, training, group)
         activated = F.relu(normed, inplace=True)
         if reader.weight is None:
             return activated
@@ -46,7 +50,8 @@ def aggregate(
             if dropout_masks:
                 output = output * dropout_masks[r] / (1 - plan.dropout)
             else:
-                output = torch.native_dropout(output, plan.dropout, True)[0]
+                # In one order whatever the layout, so that a seed drops the same everywhere.
+                output = torch.native_dropout(output.contiguous(), plan.dropout, True)[0]
         features[r + 1] = output
         for j in read:
             if plan.topology.last_reader[j] == r + 1:
@@ -61,11 +66,16 @@ def _batch_norm(
     reader: Reader,
     statistics: Sequence[Statistics],
     training: bool,
+    group: Group | None,
 ) -> Tensor:
     measured = plan.reads[r] if plan.aggregation == "concat" else (r,)
     mean = torch.cat([statistics[j].mean for j in measured])
     var = torch.cat([statistics[j].var for j in measured])
-    normed = F.batch_norm(joined, mean, var, reader.scale, reader.shift, training, MOMENTUM, EPS)
+    given = joined, mean, var, reader.scale, reader.shift
+    if training and group:
+        normed = synchronised.batch_norm(*given, MOMENTUM, EPS, group)
+    else:
+        normed = F.batch_norm(*given, training, MOMENTUM, EPS)
     if training:  # all readers of a feature see the same batch, the first one keeps its statistics
         widths = [len(statistics[j].mean) for j in measured]
         for j, new_mean, new_var in zip(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sparsenet.ops import engine, reference
 from sparsenet.ops.plan import EPS, MOMENTUM, Plan, Readers, Statistics
+from sparsenet.ops.synchronised import Group
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -20,12 +21,17 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def aggregate(
-    plan: Plan, x: Tensor, readers: Readers, statistics: Sequence[Statistics], training: bool
+    plan: Plan,
+    x: Tensor,
+    readers: Readers,
+    statistics: Sequence[Statistics],
+    training: bool,
+    group: Group | None = None,
 ) -> Tensor:
     """The stage output; without a gradient in evaluation the reference is as lean, so it runs."""
     if training or torch.is_grad_enabled():
-        return engine.aggregate(Shared, plan, x, readers, statistics, training)
-    return reference.aggregate(plan, x, readers, statistics, training)
+        return engine.aggregate(Shared, plan, x, readers, statistics, training, group)
+    return reference.aggregate(plan, x, readers, statistics, training, group)
 
 
 class Shared(engine.Engine):
@@ -39,7 +45,15 @@ class Shared(engine.Engine):
         feature = feature.contiguous(memory_format=self.call.layout)
         out = self.features[j]
         mean, rstd = self.mean_and_rstd(j)
-        if self.takes_statistics:
+        if self.takes_statistics and self.call.group:
+            wide = feature.to(self.call.sum_dtype)
+            var, of_all = torch.var_mean(wide, (0, 2, 3), correction=0)
+            of_all, var = self.synchronise(j, of_all, var)
+            self.move_running_statistics(j, of_all, var)
+            mean.copy_(of_all)
+            rstd.copy_((var + EPS).rsqrt())
+            _batch_norm(feature, None, None, of_all, var, EPS, out)
+        elif self.takes_statistics:
             running = self.running_statistics[j]
             to = out, mean, rstd
             torch.native_batch_norm(feature, None, None, *running, True, MOMENTUM, EPS, out=to)
@@ -83,10 +97,23 @@ class Shared(engine.Engine):
                 self.gradient_sums[j].add_(part)
         return d_scale, d_shift
 
+    def synchronise_totals(self, j: int) -> None:
+        if self.is_synchronised(j):  # else PyTorch's batch norm finds them
+            h, z = self.gradient_sums[j], self.features[j]
+            ones = torch.ones(self.widths[j], dtype=self.call.sum_dtype, device=self.call.device)
+            _, hz, h = _batch_norm_backward(h, z, ones, False, [False, True, True])
+            self.gradient_totals[:, self.channels(j)] = torch.stack([h, hz])
+        super().synchronise_totals(j)
+
     def feature_gradient(self, j: int) -> Tensor:
         # The gradient of a batch norm whose input has mean 0 and deviation 1, scaled by rstd.
         _, rstd = self.mean_and_rstd(j)
         h, z, training = self.gradient_sums[j], self.features[j], self.call.training
+        if training and self.call.group:
+            means = self.gradient_totals[:, self.channels(j)] / self.call.pixels
+            of_h, of_hz = means.view(2, -1, 1, 1)
+            d_feature: Tensor = (h - of_h - z * of_hz) * rstd.view(-1, 1, 1)
+            return d_feature.to(h.dtype)
         return _batch_norm_backward(h, z, rstd, training, [True, False, False])[0]
 
 

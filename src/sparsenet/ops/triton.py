@@ -9,6 +9,7 @@ first one has made the tables.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cache, cached_property, partial
 from itertools import accumulate
 from subprocess import SubprocessError
@@ -157,9 +158,19 @@ class Triton(engine.Engine):
         split = self.split(pieces, PARTS)
         partials = self.partials(split, self.widths[j])
         self.launch(kernels.measure, pieces, split, feature, self.feature_block, partials)
-        tensors = partials, self.mean_rstd, *self.running_statistics[j]
-        constants = {"EPS": EPS, "MOMENTUM": MOMENTUM}
+        running: Sequence[Tensor] = self.running_statistics[j]
+        momentum = MOMENTUM
+        if self.call.group:  # those of this process are written to other memory
+            running, momentum = self.mean_rstd.new_zeros(2, self.widths[j]).unbind(), 1.0
+        constants = {"EPS": EPS, "MOMENTUM": momentum}
+        tensors = partials, self.mean_rstd, *running
         self.launch_sum(kernels.finish_statistics, pieces, split, *tensors, **constants)
+        if self.call.group:
+            pixels = self.call.pixels
+            mean, var = self.synchronise(j, running[0], running[1] * ((pixels - 1) / pixels))
+            self.move_running_statistics(j, mean, var)
+            for to, each in zip(self.mean_and_rstd(j), (mean, (var + EPS).rsqrt()), strict=True):
+                to.copy_(each)
 
     def write_activation(self, r: int, out: Tensor) -> None:
         pieces = self.tables.readers[r]
