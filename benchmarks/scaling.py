@@ -54,12 +54,12 @@ class Traffic:
 
     @property
     def statistics(self) -> int:
-        """Bytes of the sums: two for each channel of a feature, in forward and in backward."""
-        return 2 * 2 * NUMBER * self.channels
+        """Bytes of sums: in forward and in backward two a channel of a feature, and a count."""
+        return 2 * NUMBER * (2 * self.channels + self.features)
 
     @property
     def sync_batch_norm(self) -> int:
-        """Bytes of what SyncBatchNorm shares: two numbers a channel each way, and a count."""
+        """Bytes of what SyncBatchNorm shares: two numbers a channel each way, and a count once."""
         return NUMBER * (2 * 2 * self.read_channels + self.readers)
 
     @property
