@@ -9,6 +9,7 @@ from sparsenet import config as settings
 from sparsenet.config import RunConfig, differences, from_dict, recipe, replace
 from sparsenet.flags import from_flags
 from sparsenet.presets import PRESETS, preset, preset_for
+from sparsenet.zoo import IMAGENET_BLOCKS, architecture
 
 
 def test_every_setting_has_one_flag_and_a_help_text():
@@ -49,6 +50,21 @@ def test_the_paper_preset_is_the_published_recipe():
     assert (train.batch_size, train.max_epoch, data.mirror, data.shift) == (64, 300, True, 4)
 
 
+@pytest.mark.parametrize("number", IMAGENET_BLOCKS)
+@pytest.mark.parametrize("fetch", ["sparse", "dense"])
+def test_the_imagenet_preset_trains_the_named_networks(number, fetch):
+    flags = {"blocks": ",".join(map(str, IMAGENET_BLOCKS[number])), "fetch": fetch}
+    if number == "161":
+        flags["growth_rate"] = "48"
+    config = from_flags(flags if (number, fetch) != ("121", "sparse") else {}, preset("imagenet"))
+    named = architecture(f"{fetch}net{number}", num_classes=config.network.num_classes)
+    assert config.network == named
+    data, optim, train = config.data, config.optim, config.train
+    assert (data.image_size, data.crop, data.stored_size, data.mirror) == (224, 0.08, 320, True)
+    assert (train.max_epoch, train.batch_size, optim.lr, optim.weight_decay) == (90, 256, 0.1, 1e-4)
+    assert (optim.schedule, optim.label_smoothing) == ("cosine", 0.1)
+
+
 def test_flags_win_over_files_and_files_over_presets(tmp_path):
     file = tmp_path / "c.json"
     file.write_text(json.dumps({"optim": {"lr": 0.3, "ema": 0.5}, "network": {"blocks": [2, 2]}}))
@@ -63,7 +79,7 @@ def test_the_preset_follows_the_data():
     assert preset_for("auto", "") == "digits"
     assert preset_for("c10", "somewhere") == "paper"
     assert preset_for("auto", "photos") == "short"
-    with pytest.raises(ValueError, match="expected one of paper, digits, short, found 'fast'"):
+    with pytest.raises(ValueError, match="expected one of paper, digits, imagenet, short, found"):
         preset("fast")
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance, ImageOps
@@ -30,6 +32,7 @@ from sparsenet.data.errors import DataError
 from sparsenet.data.sampling import plan_epoch, stream
 
 EVERYTHING = DataConfig(shift=2, trivial_augment=True, cutout=5, mixup=0.4, cutmix=1.0)
+CROPPED = replace(EVERYTHING, crop=0.08, image_size=6)
 FILL = torch.tensor([70, 80, 90], dtype=torch.uint8)
 channels = pytest.mark.parametrize("channels", [1, 3])
 
@@ -49,9 +52,8 @@ def done(name: str, batch: Tensor, strength: float, fill: Tensor = FILL) -> Tens
 
 
 def moves_of(count: int, **parts: Tensor) -> Moves:
-    return Moves(
-        torch.zeros(count, 2, dtype=torch.int64), torch.zeros(count, dtype=torch.bool), **parts
-    )
+    still = {"offsets": torch.zeros(count, 2, dtype=torch.int64), "flips": torch.zeros(count) > 0}
+    return Moves(**still | parts)
 
 
 @settings(max_examples=60)
@@ -91,18 +93,116 @@ def test_centre_offset_without_flip_is_the_identity() -> None:
 
 
 @channels
+@pytest.mark.parametrize("config", [EVERYTHING, CROPPED], ids=["shifted", "cropped"])
 @pytest.mark.parametrize("size", [1, 3, 20])
-def test_an_image_becomes_the_same_whatever_its_batch(channels: int, size: int) -> None:
-    batch, moves, fill = (
-        noise(40, channels),
-        plan_epoch(0, 0, 40, EVERYTHING).moves,
-        FILL[:channels],
-    )
-    whole = augment(batch, moves, EVERYTHING, fill)
+def test_an_image_becomes_the_same_whatever_its_batch(
+    channels: int, config: DataConfig, size: int
+) -> None:
+    batch, moves, fill = noise(40, channels), plan_epoch(0, 0, 40, config).moves, FILL[:channels]
+    whole = augment(batch, moves, config, fill)
     for first in range(0, 40, size):
         part = slice(first, first + size)
-        augmented = augment(batch[part], Moves(*(each[part] for each in moves)), EVERYTHING, fill)
+        augmented = augment(batch[part], Moves(*(each[part] for each in moves)), config, fill)
         assert torch.equal(augmented, whole[part])
+
+
+@channels
+@pytest.mark.parametrize("side", [1, 2, 7, 320])
+@pytest.mark.parametrize("operation", [None, "identity"])
+def test_the_crop_of_a_whole_image_is_the_image(
+    channels: int, side: int, operation: str | None
+) -> None:
+    batch, flips = noise(2, channels, side), torch.tensor([False, True])
+    whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(2, 4)
+    moves = moves_of(2, flips=flips, crops=whole)
+    if operation:
+        none = torch.full((2,), OPERATIONS.index(operation))
+        moves = moves._replace(operations=none, strengths=torch.ones(2))
+    config = DataConfig(crop=1.0, trivial_augment=bool(operation))
+    kept, mirrored = augment(batch, moves, config, FILL[:channels])
+    assert torch.equal(kept, batch[0]) and torch.equal(mirrored, batch[1].flip(-1))
+
+
+def looked_up(image: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """*image* ``(C, S, S)`` between the nearest of its pixels at *places* ``(2, H, W)``, in fp64.
+
+    A place is a row and a column, from 0 at one edge of the image to 1 at the other.
+    """
+    last = image.shape[1] - 1
+    spots = (places * image.shape[1] - 0.5).clip(0, last)
+    before = np.floor(spots).astype(int)
+    (top, left), (down, right) = before, spots - before
+    bottom, beside = np.minimum(before + 1, last)
+    upper = image[:, top, left] * (1 - right) + image[:, top, beside] * right
+    lower = image[:, bottom, left] * (1 - right) + image[:, bottom, beside] * right
+    found: np.ndarray = upper * (1 - down) + lower * down
+    return found
+
+
+# Rounding to a level, and places in fp32: some roundings of 2**-24 of a side of 17 pixels.
+TOLERANCE = 0.5 + 255 * 17 * 8 * 2**-24
+
+
+@pytest.mark.parametrize("side", [5, 12, 17, 40])
+def test_a_crop_is_cut_out_and_resized_image_by_image(side: int) -> None:
+    batch, config = noise(60, side=17), DataConfig(crop=0.08, image_size=side)
+    moves = plan_epoch(0, 0, 60, config).moves
+    augmented = augment(batch, moves, config, FILL)
+    assert augmented.shape == (60, 3, side, side) and augmented.dtype == torch.uint8
+    along = (np.arange(side) + 0.5) / side
+    for image, result, flip, crop in zip(
+        batch, augmented, moves.flips, moves.crops.tolist(), strict=True
+    ):
+        top, left, height, width = crop
+        places = np.stack(np.meshgrid(top + height * along, left + width * along, indexing="ij"))
+        expected = looked_up(image.double().numpy(), places)
+        cut = result.flip(-1) if flip else result
+        assert np.abs(cut.numpy() - expected).max() <= TOLERANCE
+        if 17 * max(height, width) <= side:  # Pillow antialiases what becomes smaller
+            box = [17 * edge for edge in (left, top, min(left + width, 1), min(top + height, 1))]
+            resized = pillow(image).resize((side, side), Image.Resampling.BILINEAR, tuple(box))
+            assert difference(cut, resized) <= 1  # theirs rounds twice
+
+
+def test_at_half_the_size_no_pixel_is_missed() -> None:
+    """The smallest that images are made, as --stored_size is at most twice --image_size."""
+    batch, crops = noise(4, side=24), torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(4, 4)
+    halved = augment(batch, moves_of(4, crops=crops), DataConfig(crop=1.0, image_size=12), FILL)
+    assert (halved - F.avg_pool2d(batch.double(), 2)).abs().max() <= 0.5
+
+
+GEOMETRIC = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
+
+
+def test_an_operation_on_a_crop_looks_an_image_up_once() -> None:
+    config = DataConfig(crop=0.2, trivial_augment=True, image_size=12)
+    batch, drawn = noise(60, side=17), plan_epoch(0, 0, 60, config).moves
+    names = [GEOMETRIC[number % 5] for number in range(60)]
+    numbers = torch.tensor([OPERATIONS.index(name) for name in names])
+    moves = drawn._replace(operations=numbers)
+    augmented = augment(batch, moves, config, FILL)
+    along = (2 * np.arange(12) + 1) / 12 - 1
+    filled = 0
+    columns = batch, augmented, names, moves.strengths.tolist(), moves.flips, moves.crops.tolist()
+    for image, result, name, strength, flip, crop in zip(*columns, strict=True):
+        y, x = np.meshgrid(along, along, indexing="ij")
+        angle = ROTATION * strength * (name == "rotate")
+        down, right = (SHEAR * strength * (name == f"shear_{axis}") for axis in "yx")
+        matrix = np.array(
+            [[np.cos(angle), np.sin(angle) + down], [-np.sin(angle) + right, np.cos(angle)]]
+        )
+        y, x = np.tensordot(matrix, np.stack([y, x]), 1)
+        y = y + 2 * TRANSLATION * strength * (name == "translate_y")
+        x = x + 2 * TRANSLATION * strength * (name == "translate_x")
+        top, left, height, width = crop
+        x = -x if flip else x
+        places = np.stack([top + height * (y + 1) / 2, left + width * (x + 1) / 2])
+        outside = ((places < 0) | (places > 1)).any(0)
+        expected = looked_up(image.double().numpy(), places)
+        expected = np.where(outside, FILL.view(-1, 1, 1).numpy(), expected)
+        assert np.abs(result.numpy() - expected).max() <= TOLERANCE
+        filled += int(outside.sum())
+    assert filled > 100
 
 
 @settings(max_examples=40)
@@ -265,6 +365,9 @@ def test_the_share_of_cutmix_is_the_part_of_the_pixels_kept(
         {"cutmix": float("nan")},
         {"first_size": -4},
         {"first_size": 6},
+        {"crop": -0.1},
+        {"crop": 1.5},
+        {"stored_size": 64},
     ],
 )
 def test_a_wrong_option_names_its_flag(options: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import write_image
 from PIL import Image
 
 from sparsenet.data.config import DataConfig
@@ -224,6 +225,23 @@ def test_settings_need_neither_torch_nor_numpy() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("splits", [[""], ["train", "test"]], ids=["held out", "given"])
+def test_images_kept_larger_for_crops_are_tested_as_ever(splits: list[str], tmp_path: Path) -> None:
+    for number, split in enumerate(splits):
+        for label, name in enumerate("ab"):
+            for i in range(12):
+                write_image(tmp_path / split / name / f"{i}.png", 100 * number + 20 * label + i, 20)
+    small, middle = (load(tmp_path, val_fraction=0.3, image_size=size) for size in (8, 12))
+    kept = load(tmp_path, val_fraction=0.3, image_size=8, crop=0.1, stored_size=12)
+    assert small.val is not None and kept.val is not None
+    assert torch.equal(kept.train.pixels, middle.train.pixels)
+    assert torch.equal(kept.val.pixels, small.val.pixels)
+    assert torch.equal(kept.test.pixels, small.test.pixels)
+    for name, ids in small.ids.items():
+        assert torch.equal(kept.ids[name], ids)
+        assert torch.equal(kept.labels(name), small.labels(name))
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -181,6 +181,7 @@ RECIPES = {
             "mixup": 0.4,
             "cutmix": 1.0,
             "first_size": 4,
+            "crop": 0.2,
         },
     },
     "sum": {
@@ -255,7 +256,7 @@ def test_a_mixed_label_counts_by_its_share(count, smoothing, seed):
     torch.testing.assert_close(same, (loss, wrong))
 
 
-AUGMENTED = {"trivial_augment": True, "cutout": 3, "mixup": 0.4, "cutmix": 1.0}
+AUGMENTED = {"trivial_augment": True, "cutout": 3, "mixup": 0.4, "cutmix": 1.0, "crop": 0.2}
 
 
 @pytest.mark.parametrize("side", [4, 8])

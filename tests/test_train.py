@@ -224,7 +224,15 @@ def parquet_folder(tmp_path_factory):
     return folder
 
 
-EVERYTHING = {"trivial_augment": True, "cutout": 3, "mixup": 0.4, "cutmix": 1.0, "first_size": 4}
+EVERYTHING = {
+    "trivial_augment": True,
+    "cutout": 3,
+    "mixup": 0.4,
+    "cutmix": 1.0,
+    "first_size": 4,
+    "crop": 0.2,
+    "stored_size": 12,
+}
 
 
 @pytest.mark.parametrize("kind", ["digits", "parquet"])
@@ -345,6 +353,10 @@ def test_a_batch_larger_than_the_data(tmp_path):
             "--first_size: expected at most 8 for images of 8 pixels a side, found 12",
         ),
         (
+            {"data": {"crop": 0.1, "stored_size": 20}},
+            "--stored_size: expected 8 to 16 for images of 8 pixels a side, found 20",
+        ),
+        (
             {"data": {"first_size": 4, "image_size": 32}, "network": {"stem": "imagenet"}},
             "--first_size: expected at least 16 for this network, found 4",
         ),
@@ -355,8 +367,14 @@ def test_augmentation_that_does_not_fit_the_images(changes, message, tmp_path):
         list(train(tiny(**changes), Run.create(tmp_path / "run")))
 
 
-def test_images_grow_in_training_and_are_tested_whole(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("data", "sizes"),
+    [({}, (4, 8)), ({"crop": 0.3, "stored_size": 12}, (6, 12))],
+    ids=["whole", "kept larger for crops"],
+)
+def test_images_grow_in_training_and_are_tested_whole(data, sizes, tmp_path, monkeypatch):
     trained, tested, act = [], [], TrainingStep.__call__
+    recompute = recompute_statistics
 
     def spied(step, pixels, *rest):
         trained.append(pixels.shape[-1])
@@ -367,10 +385,16 @@ def test_images_grow_in_training_and_are_tested_whole(tmp_path, monkeypatch):
         return evaluate(model, images, *rest, **options)
 
     monkeypatch.setattr(TrainingStep, "__call__", spied)
+
+    def settling(model, images, *rest):
+        tested.append(images.pixels.shape[-1])
+        recompute(model, images, *rest)
+
     monkeypatch.setattr("sparsenet.train.evaluate", spying)
-    run = finished(tmp_path / "run", tiny(data={"first_size": 4}, train={"max_epoch": 2}))
+    monkeypatch.setattr("sparsenet.train.recompute_statistics", settling)
+    run = finished(tmp_path / "run", tiny(data={"first_size": 4, **data}, train={"max_epoch": 2}))
     steps = len(trained) // 2
-    assert trained == [4] * steps + [8] * steps
+    assert trained == [sizes[0]] * steps + [sizes[1]] * steps
     assert set(tested) == {8}
     assert len(run.metrics()) == 2
 

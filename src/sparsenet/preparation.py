@@ -93,7 +93,7 @@ def preparing(
     asked = config
     settings = _with_batch_size(config.train, len(data.train), ranks)
     config = dataclasses.replace(config, train=settings)
-    channels, size = data.train.pixels.shape[1], data.train.pixels.shape[-1]
+    channels, size = data.test.pixels.shape[1], data.test.pixels.shape[-1]
     network = dataclasses.replace(config.network, in_chans=channels, num_classes=len(data.classes))
     config = dataclasses.replace(config, network=network)
     _check_sizes(config, size, len(data.train))
@@ -195,6 +195,9 @@ def introduce(setup: Setup, previous: Arithmetic) -> Iterator[str]:
     shape = tuple(data.train.pixels.shape[1:])
     classes = f"{len(data.classes)} classes ({shortened(data.classes)})"
     yield f"{data.name}: {counts}, {classes}, {shape}"
+    if crop := setup.config.data.crop:
+        part, size = f"{100 * crop:g} % or more of their area", setup.preprocessing.size
+        yield f"training images are cropped to {part} and resized to {size}x{size}"
     yield from data.notes
     if data.tested_on == "held-out":
         total = len(data.train) + len(data.test) + (len(data.val) if data.val else 0)

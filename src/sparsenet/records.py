@@ -28,6 +28,8 @@ RECIPE = (  # the settings that a recipe names where they are not the paper's
     ("data", "image_size"),
     ("data", "mirror"),
     ("data", "shift"),
+    ("data", "crop"),
+    ("data", "stored_size"),
     ("data", "cutout"),
     ("data", "mixup"),
     ("data", "cutmix"),

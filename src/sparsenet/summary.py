@@ -137,7 +137,7 @@ class RunSummary:
             "error": error,
             "train_seconds": format_seconds(self.train_seconds),
             "test_seconds": format_seconds(self.test_seconds),
-            "duration": _format_duration(self.duration),
+            "duration": format_duration(self.duration),
             "peak_memory_mb": _format(self.peak_memory_mb, ",.0f"),
             "recipe": self.recipe or "",
             "seeds": ", ".join(str(run.seed) for run in self.runs if run.seed is not None),
@@ -157,7 +157,7 @@ def format_seconds(value: float | None) -> str:
     return f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
 
 
-def _format_duration(seconds: float | None) -> str:
+def format_duration(seconds: float | None) -> str:
     if seconds is None:
         return ""
     if seconds < 120:

@@ -174,8 +174,9 @@ def _make_steps(setup: Setup, state: TrainingState, make_step: StepFunction) -> 
     images = setup.data.train
     while state.epoch < config.train.max_epoch:
         size = training_size(state.epoch, config.train.max_epoch, config.data.first_size, full_size)
-        if images.pixels.shape[-1] != size:
-            images = resized(setup.data.train, size)
+        kept = round(size * setup.data.train.pixels.shape[-1] / full_size)  # larger, for crops
+        if images.pixels.shape[-1] != kept:
+            images = resized(setup.data.train, kept)
         state.model.train()
         yield from _make_epoch_steps(setup, state, make_step, images)
 
@@ -240,7 +241,7 @@ def _settle_statistics(setup: Setup, state: TrainingState) -> None:
     with setup.ranks.talking():
         recompute_statistics(
             state.evaluated,
-            images[order.to(images.labels.device)],
+            resized(images[order.to(images.labels.device)], setup.preprocessing.size),
             setup.preprocessing,
             setup.device,
             train.batch_size,

@@ -41,6 +41,8 @@ TRANSLATION = 10 / 32
 BLEND = 0.99  # how far the factor of a blend goes from 1
 DROPPED = 6  # low bits, of 8
 
+RATIO = 4 / 3  # the largest of a crop's sides to each other
+
 _NONE = torch.empty(0)
 
 
@@ -53,6 +55,7 @@ class Moves(NamedTuple):
 
     offsets: Tensor  # (N, 2) int64: row and column of the crop, each from 0 to 2 * shift
     flips: Tensor  # (N,) bool
+    crops: Tensor = _NONE  # (N, 4) float32: top, left, height and width, as parts of the side
     operations: Tensor = _NONE  # (N,) int64: places in OPERATIONS
     strengths: Tensor = _NONE  # (N,) float32: of the operation, from -1 to 1, at 0 none
     holes: Tensor = _NONE  # (N, 2) float32: centre of the square that is cut out
@@ -62,14 +65,19 @@ class Moves(NamedTuple):
 
 
 def augment(batch: Tensor, moves: Moves, config: DataConfig, fill: Tensor) -> Tensor:
-    """Shifts, mirrors, changes and cuts out images uint8 ``(N, C, H, W)``, as *config* asks for.
+    """Shifts or crops, mirrors, changes and cuts out uint8 ``(N, C, H, W)``, as *config* asks for.
 
     What comes into sight from outside, and what is cut out, is *fill*, uint8 ``(C,)``: with the
-    channel means, zeros once normalised. Mixing is done by ``mix``, on normalised images.
+    channel means, zeros once normalised. Crops become square images of ``image_size`` pixels a
+    side, those of the batch where that is 0. Mixing is done by ``mix``, on normalised images.
     """
-    batch = shift_and_mirror(batch, moves.offsets, moves.flips, config.shift, fill)
-    if config.trivial_augment:
-        batch = operate(batch, moves.operations, moves.strengths, fill)
+    if config.crop:
+        side = config.image_size or batch.shape[-1]
+        batch = crop_and_mirror(batch, moves, side, config.trivial_augment, fill)
+    else:
+        batch = shift_and_mirror(batch, moves.offsets, moves.flips, config.shift, fill)
+        if config.trivial_augment:
+            batch = operate(batch, moves.operations, moves.strengths, fill)
     if config.cutout:
         batch = torch.where(_squares(batch, moves.holes, config.cutout), fill.view(-1, 1, 1), batch)
     return batch
@@ -97,26 +105,74 @@ def operate(batch: Tensor, operations: Tensor, strengths: Tensor, fill: Tensor) 
     Operations are int64 ``(N,)``; strengths, float32 ``(N,)`` from -1 to 1, are parts of the ranges
     above. At 0 an operation that has a strength leaves the image as it is.
     """
-    chosen = {name: (operations == number).view(-1, 1, 1) for number, name in enumerate(OPERATIONS)}
-    amounts = {name: strengths.view(-1, 1, 1) * each for name, each in chosen.items()}
-    blended = _blend(_transform(batch, amounts, fill), amounts)
-    pixels = blended.round().clamp(0, 255).long().flatten(2)
-    levels = _levels(pixels, amounts, chosen)
-    return levels.gather(2, pixels).to(torch.uint8).view_as(batch)
+    drawn = _Drawn.of(operations, strengths)
+    rows, columns = _transform(*_places(batch.shape[-1], batch.device), drawn)
+    ground, grid = fill.view(-1, 1, 1).float(), torch.stack((columns, rows), 3)
+    return _recolour(F.grid_sample(batch - ground, grid, align_corners=False) + ground, drawn)
 
 
-def _transform(batch: Tensor, amounts: dict[str, Tensor], fill: Tensor) -> Tensor:
-    """Where a pixel comes from, from -1 to 1 along a side, is an affine function of its place."""
-    side, ground = batch.shape[-1], fill.view(-1, 1, 1).float()
-    x = (2 * torch.arange(side, device=batch.device) + 1) / side - 1
-    y = x[:, None]
+def crop_and_mirror(
+    batch: Tensor, moves: Moves, side: int, trivial_augment: bool, fill: Tensor
+) -> Tensor:
+    """The crops of square images uint8 ``(N, C, S, S)``, uint8 ``(N, C, side, side)``.
+
+    Each pixel is looked up once, between the four that are the nearest to its place, whatever is
+    done to the image. So it is exactly the usual resize where crops become larger, and where they
+    become smaller is not antialiased. A shear or rotation brings into sight what lies beyond the
+    crop, and *fill* beyond the image.
+    """
+    rows, columns = _places(side, batch.device)
+    if trivial_augment:
+        drawn = _Drawn.of(moves.operations, moves.strengths)
+        rows, columns = _transform(rows, columns, drawn)
+    columns = torch.where(moves.flips.view(-1, 1, 1), -columns, columns)
+    top, left, height, width = moves.crops[:, :, None, None].unbind(1)
+    rows, columns = 2 * top + height - 1 + height * rows, 2 * left + width - 1 + width * columns
+    grid = torch.stack(torch.broadcast_tensors(columns, rows), 3)  # (N, side, side, 2)
+    images = F.grid_sample(batch.float(), grid, padding_mode="border", align_corners=False)
+    if not trivial_augment:  # no place is outside
+        return images.round().to(torch.uint8)
+    outside = (grid.abs() > 1).any(3)[:, None]
+    return _recolour(torch.where(outside, fill.view(-1, 1, 1), images), drawn)
+
+
+class _Drawn(NamedTuple):
+    """What each image is to be changed by, for all of ``OPERATIONS``."""
+
+    chosen: dict[str, Tensor]  # (N, 1, 1) bool
+    amounts: dict[str, Tensor]  # (N, 1, 1) float32: the strength where chosen, else 0
+
+    @classmethod
+    def of(cls, operations: Tensor, strengths: Tensor) -> _Drawn:
+        places = operations.view(-1, 1, 1)
+        chosen = {name: places == number for number, name in enumerate(OPERATIONS)}
+        amounts = {name: strengths.view(-1, 1, 1) * each for name, each in chosen.items()}
+        return cls(chosen, amounts)
+
+
+def _places(side: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows ``(side, 1)`` and columns ``(side,)`` of pixels, from -1 to 1 along an image."""
+    places = (2 * torch.arange(side, device=device) + 1) / side - 1
+    return places[:, None], places
+
+
+def _transform(y: Tensor, x: Tensor, drawn: _Drawn) -> tuple[Tensor, Tensor]:
+    """Rows and columns ``(N, H, W)`` where the pixels at *y*, *x* come from: affine functions."""
+    amounts = drawn.amounts
     angles = amounts["rotate"] * ROTATION
     columns = angles.cos() * x + (amounts["shear_x"] * SHEAR - angles.sin()) * y
     rows = angles.cos() * y + (amounts["shear_y"] * SHEAR + angles.sin()) * x
     columns = columns + 2 * TRANSLATION * amounts["translate_x"]
     rows = rows + 2 * TRANSLATION * amounts["translate_y"]
-    grid = torch.stack((columns, rows), 3)
-    return F.grid_sample(batch - ground, grid, align_corners=False) + ground
+    return rows, columns
+
+
+def _recolour(images: Tensor, drawn: _Drawn) -> Tensor:
+    """Images float ``(N, C, H, W)`` as uint8, with what operations do to their levels."""
+    blended = _blend(images, drawn.amounts)
+    pixels = blended.round().clamp(0, 255).long().flatten(2)
+    levels = _levels(pixels, drawn.amounts, drawn.chosen)
+    return levels.gather(2, pixels).to(torch.uint8).view_as(images)
 
 
 def _blend(images: Tensor, amounts: dict[str, Tensor]) -> Tensor:

@@ -56,6 +56,14 @@ class DataConfig:
     )
     mirror: bool = setting(True, "mirror half of the training images")
     shift: int = setting(4, "shift training images by up to so many pixels each way")
+    crop: float = setting(
+        0.0,
+        "train on random resized crops, instead of shifts, of at least this part of an image's "
+        "area, in ratios from 3:4 to 4:3; 0: not",
+    )
+    stored_size: int = setting(
+        0, "side at which training images are kept for --crop, up to twice --image_size; 0: that"
+    )
     trivial_augment: bool = setting(
         False, "do one drawn operation to each training image, as TrivialAugment does"
     )
@@ -79,6 +87,13 @@ class DataConfig:
             ("val_fraction", 0 <= self.val_fraction < 1, "a fraction from 0 to below 1"),
             ("max_megapixels", 0 < self.max_megapixels < math.inf, "a positive number"),
             ("shift", 0 <= self.shift <= MAX_IMAGE_SIZE, "a number of pixels, 0 or more"),
+            ("crop", 0 <= self.crop <= 1, "a part of the area from 0 to 1"),
+            (
+                "stored_size",
+                0 <= self.stored_size <= MAX_IMAGE_SIZE,
+                f"0 to {MAX_IMAGE_SIZE} pixels",
+            ),
+            ("stored_size", bool(self.crop) or not self.stored_size, "0 without --crop"),
             ("cutout", 0 <= self.cutout <= MAX_IMAGE_SIZE, "a number of pixels, 0 or more"),
             ("mixup", 0 <= self.mixup < math.inf, "a number of at least 0"),
             ("cutmix", 0 <= self.cutmix < math.inf, "a number of at least 0"),
@@ -129,11 +144,32 @@ class DataConfig:
         folder, labels = map(_absolute, (self.dataset_dir, self.labels))
         return replace(self, dataset_dir=folder, labels=labels)
 
-    def scaled(self, size: int, full: int) -> DataConfig:
-        """The same for images of *size* pixels a side, its lengths being for those of *full*."""
+    def scaled(self, side: int, full: int) -> DataConfig:
+        """The same for training images of *side* pixels, its lengths being for those of *full*.
+
+        The sizes of images are among the lengths: of images that are kept larger, ``image_size``
+        is what a crop of *side* becomes.
+        """
+        kept = self.stored_size or full
+
+        def length(pixels: int) -> int:
+            return round(pixels * side / kept)
+
         return replace(
-            self, shift=round(self.shift * size / full), cutout=round(self.cutout * size / full)
+            self,
+            image_size=length(full),
+            stored_size=side if self.stored_size else 0,
+            shift=length(self.shift),
+            cutout=length(self.cutout),
         )
+
+    def check_stored_size(self, size: int) -> None:
+        """Raises ``DataError`` where training images cannot be kept for crops to *size* pixels."""
+        if self.stored_size and not size <= self.stored_size <= 2 * size:
+            raise DataError(
+                f"--stored_size: expected {size} to {2 * size} for images of {size} pixels a side, "
+                f"found {self.stored_size}"
+            )
 
 
 def _absolute(path: str) -> str:

@@ -45,6 +45,8 @@ def loading_dataset(config: DataConfig) -> Generator[Reading, None, Dataset]:
         _check_training(source)
         train = source.splits["train"]
         size = config.image_size or (yield from told("sizes", len(train), common_size(train)))
+        config.check_stored_size(size)
+        kept = config.stored_size or size
         channels = config.in_chans or source.channels
         names = sorted(source.splits, key="train".__ne__)  # whose greys set the scale, first
         parts: dict[str, Labelled] = {}
@@ -52,7 +54,8 @@ def loading_dataset(config: DataConfig) -> Generator[Reading, None, Dataset]:
         clipped: tuple[str, ...] = ()
         grey_range = config.grey_range or None
         for name in names:
-            decoded = yield from read_split(source, name, config, size, channels, grey_range)
+            side = kept if name == "train" else size
+            decoded = yield from read_split(source, name, config, side, channels, grey_range)
             parts[name] = Labelled(decoded.images, decoded.ids)
             skipped += decoded.skipped
             clipped += clipping(decoded, name)
@@ -61,11 +64,20 @@ def loading_dataset(config: DataConfig) -> Generator[Reading, None, Dataset]:
     tested_on = "test"
     if "test" not in parts and "val" in parts:
         parts["test"], tested_on = parts.pop("val"), "validation"
+    drawn = []
     if "test" not in parts:
         tested_on = "held-out"
+        drawn.append("test")
         parts |= draw(parts["train"], config.test_fraction, "test")
     if "val" not in parts and config.val_fraction:
+        drawn.append("val")
         parts |= draw(parts["train"], config.val_fraction, "val")
+    if drawn and kept != size:  # what is tested on is read from the files, as all test images are
+        with one_line():
+            decoded = yield from read_split(source, "train", config, size, channels, grey_range)
+        again = Labelled(decoded.images, decoded.ids)
+        for name in drawn:
+            parts[name] = again.pick(torch.isin(again.ids, parts[name].ids))
     if not len(parts["test"].images):
         raise DataError(
             "--dataset_dir: expected a class of 2 different images or more, so that one can be "

@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsenet.data.augment import OPERATIONS, Moves
+from sparsenet.data.augment import OPERATIONS, RATIO, Moves
 from sparsenet.data.config import DataConfig
 from sparsenet.data.dataset import Images
 from sparsenet.ranks import ALONE, Ranks
+
+TRIES = 10  # crops that are drawn for an image, of which the first that fits is taken
 
 
 def stream(seed: int, *key: int | str) -> torch.Generator:
@@ -50,6 +52,10 @@ def plan_epoch(seed: int, epoch: int, count: int, config: DataConfig) -> EpochPl
     order = torch.randperm(count, generator=stream(seed, "order", epoch))
     offsets = integers("offsets", 2 * config.shift + 1, 2)
     moves = Moves(offsets, (uniform("flips") < 0.5) & config.mirror)
+    if config.crop:
+        areas = config.crop + (1 - config.crop) * uniform("areas", TRIES)
+        ratios = RATIO ** (2 * uniform("ratios", TRIES) - 1)
+        moves = moves._replace(crops=_crops(areas, ratios, uniform("crops", 2)))
     if config.trivial_augment:
         operations = integers("operations", len(OPERATIONS))
         moves = moves._replace(operations=operations, strengths=2 * uniform("strengths") - 1)
@@ -63,6 +69,18 @@ def plan_epoch(seed: int, epoch: int, count: int, config: DataConfig) -> EpochPl
         shares = torch.from_numpy(generator.beta(alphas, alphas)).float()
         moves = moves._replace(shares=shares, cuts=cuts, boxes=uniform("boxes", 2))
     return EpochPlan(order, moves)
+
+
+def _crops(areas: Tensor, ratios: Tensor, places: Tensor) -> Tensor:
+    """``Moves.crops``: the first of each image's areas and ratios that fit into it, else all of it.
+
+    *areas* and *ratios* (height to width) are ``(N, TRIES)``; *places* ``(N, 2)`` from 0 to 1.
+    """
+    sides = torch.stack(((areas * ratios).sqrt(), (areas / ratios).sqrt()), 2)  # (N, TRIES, 2)
+    fits = (sides <= 1).all(2)
+    first = fits.int().argmax(1)
+    sides = torch.where(fits.any(1)[:, None], sides[torch.arange(len(sides)), first], 1.0)
+    return torch.cat((places * (1 - sides), sides), 1)
 
 
 def training_size(epoch: int, max_epoch: int, first: int, full: int) -> int:
