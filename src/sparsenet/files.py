@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -48,6 +49,32 @@ def user_path(text: str) -> Path:
 def is_special(path: Path) -> bool:
     """Whether *path* is a pipe or a device, from which reading may never end."""
     return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a regular file or a folder is this user's or root's, and no one else's to change."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
+        return False
+    if os.name != "posix":
+        return True
+    for_others = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    # In a sticky folder, such as /tmp, others cannot put a file in the place of ours.
+    sticky = stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX
+    return found.st_uid in (0, os.geteuid()) and (not for_others or bool(sticky))
+
+
+def file_state(path: Path) -> str:
+    """A text that is another when the file at *path* is another.
+
+    It has the time when anything about the file was changed, since another file that is moved to
+    its place can bring its own time of writing.
+    """
+    try:
+        found = path.stat()
+    except OSError as error:
+        return f"{path.absolute()}: {error.strerror}"
+    return f"{path.absolute()}: {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
 
 
 def read_bytes(file: Path, limit: int = MOST_BYTES) -> bytes:

@@ -23,7 +23,7 @@ from sparsenet.data.load import loading_dataset
 from sparsenet.data.preprocessing import Preprocessing, channel_statistics
 from sparsenet.data.sampling import batch_ends
 from sparsenet.device import choose_device
-from sparsenet.events import Reading
+from sparsenet.events import Message, Reading
 from sparsenet.graph import Node, graph, totals
 from sparsenet.memory import free_memory, total_memory
 from sparsenet.ops import dispatch
@@ -66,7 +66,7 @@ class Setup:
 
 def preparing(
     config: RunConfig, previous: Arithmetic, images: Mapping[str, Tensor]
-) -> Generator[Reading, None, Setup]:
+) -> Generator[Reading | Message, None, Setup]:
     """Loads the data and decides what only the data and the device can say.
 
     *previous* is the arithmetic of a run that is resumed, *images* are what it kept of them
@@ -80,7 +80,7 @@ def preparing(
     asked = config
     settings = _with_batch_size(config.train, len(data.train))
     config = dataclasses.replace(config, train=settings)
-    channels, size = data.train.pixels.shape[1], data.train.pixels.shape[-1]
+    channels, _, size = data.train.shape
     network = dataclasses.replace(config.network, in_chans=channels, num_classes=len(data.classes))
     config = dataclasses.replace(config, network=network)
     _check_sizes(config, size, len(data.train))
@@ -159,7 +159,7 @@ def introduce(setup: Setup, previous: Arithmetic) -> Iterator[str]:
     data, nodes = setup.data, setup.nodes
     validation = f", {len(data.val)} {data.chosen_on}" if data.val else ""
     counts = f"{len(data.train)} training{validation} and {len(data.test)} {data.tested_on} images"
-    shape = tuple(data.train.pixels.shape[1:])
+    shape = data.train.shape
     classes = f"{len(data.classes)} classes ({shortened(data.classes)})"
     yield f"{data.name}: {counts}, {classes}, {shape}"
     yield from data.notes

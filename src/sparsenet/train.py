@@ -106,7 +106,7 @@ def train(
 
 
 def _prepared(
-    work: Generator[Reading, None, Setup], should_stop: Callable[[], str | None]
+    work: Generator[Reading | Message, None, Setup], should_stop: Callable[[], str | None]
 ) -> Generator[Event, None, Setup | None]:
     """The setup of a run, or ``None`` where it was stopped while the images were read."""
     try:
@@ -139,7 +139,7 @@ def _make_steps(setup: Setup, state: TrainingState, make_step: StepFunction) -> 
     images = setup.data.train
     while state.epoch < config.train.max_epoch:
         size = training_size(state.epoch, config.train.max_epoch, config.data.first_size, full_size)
-        if images.pixels.shape[-1] != size:
+        if images.shape[-1] != size:
             images = resized(setup.data.train, size)
         state.model.train()
         yield from _make_epoch_steps(setup, state, make_step, images)
@@ -151,7 +151,7 @@ def _make_epoch_steps(
     config, device = setup.config, setup.device
     seed, batch_size, epochs = config.train.seed, config.train.batch_size, config.train.max_epoch
     epoch, steps, start = state.epoch, state.steps_per_epoch, state.step % state.steps_per_epoch
-    data = config.data.scaled(images.pixels.shape[-1], setup.preprocessing.size)
+    data = config.data.scaled(images.shape[-1], setup.preprocessing.size)
     plan = plan_epoch(seed, epoch, len(images), data)
     batches = Batches(images, batch_size, plan, start, device)
     ends = batch_ends(len(images), batch_size)

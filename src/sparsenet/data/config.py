@@ -12,6 +12,7 @@ from sparsenet.files import user_path
 from sparsenet.validation import check_settings, setting
 
 MAX_IMAGE_SIZE = 4096  # pixels
+CACHES = ("auto", "memory", "disk")
 POINTERS = ("dataset", "dataset_dir", "labels", "image_column", "label_column")  # to the images
 
 
@@ -53,6 +54,9 @@ class DataConfig:
     )
     skip_corrupt: bool = setting(
         False, "leave out and count images that cannot be read, and lines without one"
+    )
+    cache: str = setting(
+        "auto", "where decoded images lie; auto: on disk where memory is too small", CACHES
     )
     mirror: bool = setting(True, "mirror half of the training images")
     shift: int = setting(4, "shift training images by up to so many pixels each way")

@@ -22,6 +22,7 @@ from sparsenet.data.errors import DataError, decoding, shortened
 from sparsenet.data.splits import SPLIT_COLUMNS, SPLITS, find_splits, split_of
 from sparsenet.data.tree import SUFFIXES, is_folder, is_visible, list_folder
 from sparsenet.extras import require
+from sparsenet.files import file_state
 
 IMAGES = ("image", "img")  # the column that is meant where several hold images
 LABELS = ("label", "labels", "fine_label", "class", "category", "target")
@@ -508,6 +509,16 @@ class ParquetSplit:
     def __len__(self) -> int:
         return sum(len(labels) for _, labels in self.files)
 
+    def labels(self) -> np.ndarray:
+        """int64 ``(N,)``."""
+        return np.concatenate([labels for _, labels in self.files])
+
+    def identity(self) -> list[str] | None:
+        """What changes when an image does; ``None`` where images may lie in other files."""
+        if any(_may_have_paths(path, self.column) for path, _ in self.files):
+            return None
+        return [f"{self.column} in {file_state(path)}" for path, _ in self.files]
+
     def __iter__(self) -> Iterator[Example]:
         roots = tuple(dict.fromkeys((self.root.absolute(), self.root.resolve())))
         for path, labels in self.files:
@@ -530,6 +541,20 @@ def _images(path: Path, column: str) -> Iterator[bytes | str | None]:
             parts = [fields[name] for name in ("bytes", "path") if name in fields]
         for row in zip(*(part.to_pylist() for part in parts), strict=True):
             yield next(filter(None, row), None)
+
+
+def _may_have_paths(path: Path, column: str) -> bool:
+    """Whether the file does not say that each row has the bytes of an image."""
+    with _opened(path) as file:
+        leaves = _leaves(file, column)
+        if len(leaves) == 1:
+            return leaves[0] == f"{column}.path" or _contents(file)[column] == "string"
+        for group in map(file.metadata.row_group, range(file.metadata.num_row_groups)):
+            for chunk in map(group.column, range(group.num_columns)):
+                known = chunk.statistics if chunk.is_stats_set else None
+                if chunk.path_in_schema == leaves[0] and (known is None or known.null_count != 0):
+                    return True
+    return False
 
 
 def _file(

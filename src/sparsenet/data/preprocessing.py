@@ -102,8 +102,8 @@ def channel_statistics(images: Images) -> tuple[tuple[float, ...], tuple[float, 
 
     A deviation is at least 1/255, one grey level, so that a constant channel can be divided by it.
     """
-    counts = torch.zeros(images.pixels.shape[1], 256, dtype=torch.float64)
-    for part in images.pixels.split(4096):
+    counts = torch.zeros(images.shape[0], 256, dtype=torch.float64)
+    for part in images.parts():
         for channel, pixels in enumerate(part.unbind(1)):
             counts[channel] += torch.bincount(pixels.flatten(), minlength=256).cpu()
     share = counts / counts.sum(1, keepdim=True)  # (C, 256)

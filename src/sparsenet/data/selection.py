@@ -15,7 +15,7 @@ from sparsenet.data.dataset import Images, Labelled, Source
 from sparsenet.data.errors import DataError, count_images, shortened, unreadable
 from sparsenet.data.identity import DataRecord, differences, digest
 from sparsenet.data.images import drained
-from sparsenet.data.load import clipping, draw, find, one_line, read_split
+from sparsenet.data.load import clipping, draw, find, one_line, read_split, where_pixels_lie
 from sparsenet.data.sampling import stratified_split
 from sparsenet.data.splits import IMAGES_OF
 from sparsenet.validation import printable
@@ -155,10 +155,12 @@ def _decoded(
     """A split, with labels that are numbers of *classes*, and notes about it."""
     size, channels = config.image_size, config.in_chans
     with one_line():
-        decoded = drained(read_split(source, name, config, size, channels, config.grey_range))
+        on_disk, _ = where_pixels_lie(config.cache, [source.splits[name]], channels, size)
+        work = read_split(source, name, config, size, channels, config.grey_range, on_disk)
+        decoded = drained(work)
     notes = (*clipping(decoded, name), *unreadable(decoded.skipped))
     labels = _labels(decoded.images.labels, source, classes)
-    return Labelled(Images(decoded.images.pixels, labels), decoded.ids), notes
+    return Labelled(decoded.images.labelled(labels), decoded.ids), notes
 
 
 def _part_of_training(

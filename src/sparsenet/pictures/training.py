@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsenet.data.dataset import Images
 from sparsenet.extras import require
 from sparsenet.pictures.figure import FAINT, INK, drawable, measured_points, picture, shorten
 from sparsenet.results import EpochMetrics
@@ -180,8 +181,7 @@ def _write_percent(axis: Any, percent: Tensor) -> None:
 
 
 def draw_samples(
-    pixels: Tensor,
-    labels: Tensor,
+    images: Images,
     predicted: Tensor,
     confidence: Tensor,
     classes: Sequence[str],
@@ -189,9 +189,10 @@ def draw_samples(
 ) -> None:
     """Draws a PNG of the images that the network gets wrong with the most confidence, at most 32.
 
-    All tensors are on the CPU: *pixels* uint8 ``(N, C, H, W)``, *labels* and *predicted* int64
-    ``(N,)``, *confidence* (0 to 1) ``(N,)``. Classes are named as in ``draw_confusion``.
+    On the CPU are *predicted*, int64 ``(N,)``, and *confidence* (0 to 1), ``(N,)``. Classes are
+    named as in ``draw_confusion``.
     """
+    labels = images.labels.cpu()
     wrong = (predicted != labels).nonzero()[:, 0]
     if not len(wrong):
         with picture(target, 8, 2.4) as figure:
@@ -208,10 +209,11 @@ def draw_samples(
         axes = figure.subplots(rows, columns, squeeze=False).flatten()
         for axis in axes:
             axis.axis("off")
-        for axis, i in zip(axes, worst, strict=False):
+        pixels = images[torch.tensor(worst).to(images.device)].pixels.cpu()
+        for axis, i, image in zip(axes, worst, pixels, strict=False):
             prediction = shorten(names[int(predicted[i])], 12)
             truth = shorten(names[int(labels[i])], 12)
-            _draw_image(axis, pixels[i])
+            _draw_image(axis, image)
             _write_below(axis, 4, f"{prediction} · {100 * confidence[i]:.0f} %", "test")
             _write_below(axis, 16, f"true: {truth}", "train")
         _explain_numbers(figure, names, classes)
