@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -309,3 +311,72 @@ def test_a_run_goes_on_bit_for_bit_wherever_its_pixels_lie(call: Call, tmp_path:
     assert all(torch.equal(tensor, other.tensors[name]) for name, tensor in one.tensors.items())
     log = (tmp_path / "disk" / "train.log").read_text()
     assert re.search(r"^40 images of 12x12 pixels are 16.9 KiB decoded, .* on disk in", log)
+
+
+IN_LITTLE_MEMORY = """
+import resource, sys
+from pathlib import Path
+import torch
+from sparsenet.config import RunConfig, replace
+from sparsenet.data import dataset, images, sampling
+from sparsenet.data.load import load_dataset
+from sparsenet.events import Message, Step
+from sparsenet.memory import _process_bytes
+from sparsenet.run import Run
+from sparsenet.train import train
+
+torch.set_num_threads(1)
+dataset.PART, images.READ_AHEAD, sampling.AHEAD = 1 << 20, 1 << 21, 1 << 20  # small as all else
+how = {"device": "cpu", "implementation": "shared", "precision": "fp32", "batch_size": 4}
+
+def config(folder, **data):
+    data |= {"dataset_dir": folder, "image_size": 128, "test_fraction": 0.01}
+    network = {"depth": 7, "growth_rate": 1}
+    return replace(RunConfig(), {"network": network, "train": how, "data": data})
+
+def trained(run, config, last_step, resume=False):
+    step = 0
+    for event in train(config, run, resume, lambda: "enough" if step == last_step else None):
+        step = event.step if isinstance(event, Step) else step
+        if isinstance(event, Message) and "decoded" in event.text:
+            print(event.text)
+
+trained(Run.create(Path("before")), config("few"), 2)  # what any run needs is there from now on
+limit = _process_bytes("VmSize") + int(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+try:
+    load_dataset(config("many", cache="memory").data)
+except ValueError as error:
+    print(error)
+trained(Run.create(Path("whole")), config("many"), 20)
+trained(Run.create(Path("part")), config("many"), 9)
+trained(Run.open(Path("part")), config("many"), 20, True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux holds to this limit")
+def test_data_of_four_times_the_memory_are_trained_on_and_resumed_bit_for_bit(
+    tmp_path: Path,
+) -> None:
+    generator = np.random.default_rng(0)
+    for folder, count in (("few", 40), ("many", 2000)):
+        for number in range(count):
+            file = tmp_path / folder / "ab"[number % 2] / f"{number}.ppm"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            pixels = generator.integers(0, 256, 48, dtype=np.uint8)
+            file.write_bytes(b"P6 4 4 255\n" + pixels.tobytes())
+    decoded = 2000 * 3 * 128 * 128
+    child = subprocess.run(
+        [sys.executable, "-c", IN_LITTLE_MEMORY, str(decoded // 4)],
+        cwd=tmp_path,
+        env={**os.environ, "MALLOC_ARENA_MAX": "1"},  # others would take addresses
+        capture_output=True,
+        text=True,
+    )
+    assert child.returncode == 0, child.stderr
+    few, in_memory, *on_disk = child.stdout.splitlines()
+    assert few.endswith("in memory (--cache auto)") and "Unable to allocate" in in_memory
+    assert len(on_disk) == 3 and all("they lie on disk" in line for line in on_disk)
+    whole, part = (newest(tmp_path / name / "checkpoints", "last")[0] for name in ("whole", "part"))
+    assert whole.manifest.step == part.manifest.step == 20
+    assert all(torch.equal(tensor, part.tensors[name]) for name, tensor in whole.tensors.items())
