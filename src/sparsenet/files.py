@@ -127,7 +127,9 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 def size_text(count: int) -> str:
-    """A number of bytes as it is printed: in MiB, or in KiB below one."""
+    """A number of bytes as it is printed: in GiB, or in MiB or KiB below one."""
+    if count >= 2**30:
+        return f"{count / 2**30:.1f} GiB"
     return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
 
 
