@@ -11,9 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import TINY, Call, newest, write_classes
+from conftest import TINY, Call, newest, write_classes, write_image
 from PIL import Image
 
 from sparsenet.data import cache, load
@@ -135,6 +137,43 @@ def test_an_image_is_decoded_once_and_again_when_its_file_is_another(
     assert len(known - {int(each) for ids in after.ids.values() for each in ids}) == 1
     load_dataset(replace(config, image_size=5))
     assert len(decoded) == 30
+
+
+@pytest.mark.parametrize("cells", ["bytes", "paths"])
+def test_a_table_is_known_by_its_file_or_by_the_images_it_names(
+    cells: str, tmp_path: Path, decoded: list[str]
+) -> None:
+    table, files = tmp_path / "data" / "train.parquet", []
+    for i in range(10):
+        files.append(write_image(tmp_path / "data" / "images" / f"{i}.png", i))
+    images = [
+        {"bytes": file.read_bytes() if cells == "bytes" else None, "path": f"images/{file.name}"}
+        for file in files
+    ]
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    columns = {"image": pa.array(images, kind), "label": [i % 2 for i in range(10)]}
+    pq.write_table(pa.table(columns), table)
+    config = DataConfig(dataset_dir=str(table.parent), image_size=4)
+    disk, memory = (load_dataset(replace(config, cache=each)) for each in ("disk", "memory"))
+    assert torch.equal(disk.train.pixels, memory.train.pixels)
+    assert torch.equal(disk.train.labels, memory.train.labels)
+    load_dataset(replace(config, cache="disk"))
+    assert len(decoded) == 10
+    write_image(files[3], 99)
+    load_dataset(replace(config, cache="disk"))
+    assert len(decoded) == (10 if cells == "bytes" else 20)
+    pq.write_table(pa.table(columns), table)  # with the same content
+    load_dataset(replace(config, cache="disk"))
+    assert len(decoded) == 20
+
+
+def test_digits_of_another_size_lie_on_disk(decoded: list[str]) -> None:
+    config = DataConfig(dataset="digits", image_size=10)
+    disk, memory = (load_dataset(replace(config, cache=each)) for each in ("disk", "memory"))
+    assert isinstance(disk.test, StoredImages) and len(decoded) == 1797
+    assert torch.equal(disk.test.pixels, memory.test.pixels)
+    own = load_dataset(DataConfig(dataset="digits", cache="disk"))
+    assert not isinstance(own.train, StoredImages)  # nothing is to be decoded
 
 
 @pytest.mark.parametrize("after", [1, 70, 130])
