@@ -22,12 +22,12 @@ from sparsenet.data import cache, load
 from sparsenet.data.config import DataConfig
 from sparsenet.data.dataset import Example, Images
 from sparsenet.data.errors import BadImage, DataError
-from sparsenet.data.images import Decoded, drained, read_images
+from sparsenet.data.images import Decoded, read_images
 from sparsenet.data.load import load_dataset, loading_dataset
 from sparsenet.data.preprocessing import channel_statistics
 from sparsenet.data.sampling import Batches, plan_epoch, resized
 from sparsenet.data.stored import StoredImages
-from sparsenet.events import Message
+from sparsenet.events import Message, drained
 from sparsenet.files import cache_folder
 
 SPLITS = ("train", "val", "test")

@@ -19,8 +19,8 @@ from sparsenet.config import RunConfig, TrainConfig, recipe
 from sparsenet.data.dataset import Dataset
 from sparsenet.data.errors import shortened, unreadable
 from sparsenet.data.identity import in_order, record
-from sparsenet.data.load import loading_dataset
-from sparsenet.data.preprocessing import Preprocessing, channel_statistics
+from sparsenet.data.load import loading_dataset, told
+from sparsenet.data.preprocessing import Preprocessing, measuring_channels
 from sparsenet.data.sampling import batch_ends
 from sparsenet.device import choose_device
 from sparsenet.events import Message, Reading
@@ -84,7 +84,8 @@ def preparing(
     network = dataclasses.replace(config.network, in_chans=channels, num_classes=len(data.classes))
     config = dataclasses.replace(config, network=network)
     _check_sizes(config, size, len(data.train))
-    mean, std = channel_statistics(data.train)
+    measuring = measuring_channels(data.train)
+    mean, std = yield from told("statistics", len(data.train), measuring)
     limit = config.data.max_megapixels
     preprocessing = Preprocessing(size, channels, mean, std, data.grey_range, limit)
     arithmetic = choose_arithmetic(config.train, device, previous)

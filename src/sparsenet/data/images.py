@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from sparsenet.data.pixels import (
     opened,
 )
 from sparsenet.data.preprocessing import FULL_RANGE
+from sparsenet.events import drained
 
 T = TypeVar("T")
 READ_AHEAD = 1 << 26  # bytes of files that a table holds, and of pixels
@@ -155,16 +156,6 @@ def settled_range(
     if grey_range is None:
         return measured_range(greys) if greys else ()
     return grey_range
-
-
-def drained(work: Generator[Any, None, T]) -> T:
-    """What a generator returns once all that it yields was taken."""
-    while True:
-        try:
-            next(work)
-        except StopIteration as end:
-            result: T = end.value
-            return result
 
 
 def _image_id(content: bytes | np.ndarray) -> int:

@@ -18,11 +18,11 @@ from sparsenet.data.config import DataConfig
 from sparsenet.data.dataset import Dataset, Images, Labelled, Source, Split
 from sparsenet.data.errors import DataError, count_images, reason, shortened
 from sparsenet.data.identity import copies, repeated
-from sparsenet.data.images import Decoded, common_size, drained, reading_images
+from sparsenet.data.images import Decoded, common_size, reading_images
 from sparsenet.data.registry import KINDS, DatasetKind, resolve
 from sparsenet.data.sampling import hold_out
 from sparsenet.data.splits import IMAGES_OF
-from sparsenet.events import Message, Reading
+from sparsenet.events import Message, Reading, drained
 from sparsenet.files import cache_folder, size_text, user_path
 from sparsenet.memory import available_memory
 from sparsenet.validation import LONGEST_NAME, printable

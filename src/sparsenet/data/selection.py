@@ -14,10 +14,10 @@ from sparsenet.data.config import DataConfig
 from sparsenet.data.dataset import Images, Labelled, Source
 from sparsenet.data.errors import DataError, count_images, shortened, unreadable
 from sparsenet.data.identity import DataRecord, differences, digest
-from sparsenet.data.images import drained
 from sparsenet.data.load import clipping, draw, find, one_line, read_split, where_pixels_lie
 from sparsenet.data.sampling import stratified_split
 from sparsenet.data.splits import IMAGES_OF
+from sparsenet.events import drained
 from sparsenet.validation import printable
 
 
