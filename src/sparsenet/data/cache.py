@@ -95,11 +95,11 @@ class Row(NamedTuple):
 
 
 class Whole(msgspec.Struct, frozen=True):
-    """When a folder became whole: size and time of change of its files."""
+    """When a folder became whole: sizes of its files, and when they were written and changed."""
 
     key: Key
-    pixels: tuple[int, int]
-    rows: tuple[int, int]
+    pixels: tuple[int, int, int]
+    rows: tuple[int, int, int]
 
 
 def reading_stored(
@@ -208,6 +208,17 @@ class Entry:
     def lock(self) -> Any:
         return _lock(self.folder)
 
+    def rows(self) -> dict[int, Row]:
+        """The last line for each image, by its number, without what is no line of this file."""
+        decoder, found = msgspec.json.Decoder(Row), {}
+        with self.file("rows").open("rb") as lines:
+            for line in lines:
+                with suppress(msgspec.DecodeError):
+                    row = decoder.decode(line)
+                    if 0 <= row.row < self.key.count:
+                        found[row.row] = row
+        return found
+
     def opened(self) -> tuple[PixelFile, list[Row]] | None:
         """The pixels and what is said of them, where all are there; they stay as long as held."""
         try:
@@ -220,7 +231,7 @@ class Entry:
                 return None
             if os.fstat(file.fileno()).st_size != self.nbytes:
                 return None
-            last = {row.row: row for row in _lines(self.file("rows"))}
+            last = self.rows()
             os.utime(self.file("whole"))  # used now
         except (OSError, ValueError):
             return None
@@ -246,18 +257,9 @@ def _lock(folder: Path) -> Any:
     return filelock.FileLock(str(folder.with_name(f"{folder.name[:2]}.lock")))
 
 
-def _state(file: Path | int) -> tuple[int, int]:
+def _state(file: Path | int) -> tuple[int, int, int]:
     found = os.stat(file)  # noqa: PTH116 - also of what is open
-    return found.st_size, found.st_mtime_ns
-
-
-def _lines(file: Path) -> Iterator[Row]:
-    """The lines of a file, without what a kill has left of the last one."""
-    decoder = msgspec.json.Decoder(Row)
-    with file.open("rb") as lines:
-        for line in lines:
-            with suppress(msgspec.DecodeError):
-                yield decoder.decode(line)
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _refuse_problems(rows: Iterable[Row], skip_corrupt: bool) -> None:
@@ -304,8 +306,8 @@ def _find_intact(
     """Puts into *rows* those that were written and are still what they were then."""
     if not entry.file("rows").exists():
         return
-    last = {row.row: row for row in _lines(entry.file("rows"))}
-    for place in sorted(last.keys() & range(entry.key.count)):
+    last = entry.rows()
+    for place in sorted(last):
         row = last[place]
         found = b"" if row.problem else pixels.read(torch.tensor([place])).numpy().data
         if row.checked(entry.key, found) == row:
