@@ -22,7 +22,7 @@ class Message:
 class Reading:
     """Images are being read, before training begins."""
 
-    split: str  # or "sizes", which are looked at first, or "statistics", at last
+    split: str  # or "files" that are fetched, "sizes", or in the end "statistics"
     done: int  # images
     total: int
 

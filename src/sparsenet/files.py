@@ -6,6 +6,7 @@ import atexit
 import errno
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -44,6 +45,11 @@ def _passing_folder() -> Path:
 def user_path(text: str) -> Path:
     """*text* as a path, with ``~`` for the user's home; where there is none, it stays."""
     return Path(os.path.expanduser(text))  # noqa: PTH111 - pathlib raises instead
+
+
+def is_address(text: str) -> bool:
+    """Whether *text* is an address such as ``s3://bucket/data``, and no path."""
+    return bool(re.match(r"[a-z][a-z0-9+.-]*(::[a-z][a-z0-9+.-]*)*://", text))
 
 
 def is_special(path: Path) -> bool:

@@ -16,10 +16,9 @@ import os
 import shutil
 import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
-from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -32,7 +31,7 @@ from sparsenet.data.errors import BadImage, DataError, count_images
 from sparsenet.data.images import Decoded, read_all, settled_range
 from sparsenet.data.pixels import Greys, decode, limits_of_our_own
 from sparsenet.data.preprocessing import FULL_RANGE
-from sparsenet.data.stored import PixelFile, StoredImages
+from sparsenet.data.stored import Kept, PixelFile, StoredImages
 from sparsenet.events import Message
 from sparsenet.extras import require
 from sparsenet.files import cache_folder, file_state, is_ours, read_json, size_text, write_json
@@ -40,6 +39,7 @@ from sparsenet.validation import printable
 
 FORMAT = 1  # another where what is decoded to what changes
 PATIENCE = 0.1  # seconds between looks at a lock
+HELD = ("pixels", "held")  # what is open while a folder is used
 LINES = 64  # rows between writes of their lines
 
 
@@ -122,7 +122,7 @@ def reading_stored(
     stored = entry.opened()
     if stored is None:
         lock = entry.lock()
-        yield from _acquired(lock)
+        yield from acquired(lock)
         try:
             stored = entry.opened()  # which somebody else may have written meanwhile
             if stored is None:
@@ -173,7 +173,7 @@ def _identity(example: Example) -> str:
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
-def _acquired(lock: Any) -> Iterator[int | Message]:
+def acquired(lock: Any) -> Iterator[int | Message]:
     """Acquires a lock, and yields while another process has it."""
     filelock = require("filelock", "train")
     waits = False
@@ -182,7 +182,9 @@ def _acquired(lock: Any) -> Iterator[int | Message]:
             lock.acquire(timeout=PATIENCE if waits else 0)
             return
         if not waits:
-            yield Message("waiting for another process, which decodes images into the same folder")
+            yield Message(
+                "waiting for another process, which is writing the same data into the cache"
+            )
         waits = True
         yield 0
 
@@ -196,7 +198,7 @@ class Entry:
     @cached_property
     def folder(self) -> Path:
         digest = hashlib.blake2b(msgspec.json.encode(self.key), digest_size=16).hexdigest()
-        return _root() / digest
+        return root() / digest
 
     def file(self, name: str) -> Path:
         return self.folder / name
@@ -206,7 +208,7 @@ class Entry:
         return self.key.count * math.prod(self.key.shape)
 
     def lock(self) -> Any:
-        return _lock(self.folder)
+        return lock_of(self.folder)
 
     def rows(self) -> dict[int, Row]:
         """The last line for each image, by its number, without what is no line of this file."""
@@ -222,9 +224,9 @@ class Entry:
     def opened(self) -> tuple[PixelFile, list[Row]] | None:
         """The pixels and what is said of them, where all are there; they stay as long as held."""
         try:
-            file = self.file("pixels").open("rb", buffering=0)
+            file = Kept(self.file("pixels"))
             pixels = PixelFile(self.file("pixels"), file, self.key.shape)
-            _hold(file)
+            hold(file)
             whole = read_json(self.file("whole"), Whole)
             found = whole.key, whole.pixels, whole.rows
             if found != (self.key, _state(file.fileno()), _state(self.file("rows"))):
@@ -239,19 +241,19 @@ class Entry:
         return (pixels, rows) if len(rows) == self.key.count else None
 
 
-def _root() -> Path:
+def root() -> Path:
     """The folder of all that is decoded, which is this user's alone."""
-    root = cache_folder() / "images"
-    root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if not is_ours(root):
+    folder = cache_folder() / "images"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not is_ours(folder):
         raise DataError(
-            f"{root}: expected a folder that only this user can change, found another; "
+            f"{folder}: expected a folder that only this user can change, found another; "
             "XDG_CACHE_HOME can name one elsewhere, --cache memory needs none"
         )
-    return root
+    return folder
 
 
-def _lock(folder: Path) -> Any:
+def lock_of(folder: Path) -> Any:
     # One file for several folders, so that no number of them remains: 256 empty ones at most.
     filelock = require("filelock", "train")
     return filelock.FileLock(str(folder.with_name(f"{folder.name[:2]}.lock")))
@@ -270,12 +272,12 @@ def _refuse_problems(rows: Iterable[Row], skip_corrupt: bool) -> None:
 
 def _write(entry: Entry, split: Split, skip_corrupt: bool) -> Generator[int, None, None]:
     """Decodes what is not yet there, and makes the folder of *entry* whole."""
-    _make_room(entry)
+    make_room(entry.folder, entry.nbytes, count_images(entry.key.count))
     entry.folder.mkdir(mode=0o700, exist_ok=True)
     entry.file("whole").unlink(missing_ok=True)
     entry.file("pixels").touch(mode=0o600)
-    file = entry.file("pixels").open("r+b", buffering=0)
-    _hold(file)
+    file = Kept(entry.file("pixels"), "r+b")
+    hold(file)
     pixels = PixelFile(entry.file("pixels"), file, entry.key.shape)
     file.truncate(entry.nbytes)
     rows: dict[int, Row] = {}
@@ -358,29 +360,31 @@ def _decoded(
             yield Row(place, number, 0, "", grey).checked(key, content.data)
 
 
-def _make_room(entry: Entry) -> None:
-    """Removes what was used longest ago, if it takes that; ``DataError`` where it is not enough."""
-    root = entry.folder.parent
-    sizes = {folder: _taken(folder) for folder in root.iterdir() if folder.is_dir()}
-    needed, free = entry.nbytes - sizes.get(entry.folder, 0), shutil.disk_usage(root).free
+def make_room(folder: Path, nbytes: int, what: str) -> None:
+    """Makes room for *nbytes* of *what* in *folder*, by removing what was used longest ago.
+
+    Raises ``DataError`` where that is not enough.
+    """
+    root = folder.parent
+    sizes = {each: _taken(each) for each in root.iterdir() if each.is_dir()}
+    needed, free = nbytes - sizes.get(folder, 0), shutil.disk_usage(root).free
     most = (sum(sizes.values()) + free) // 2
-    for folder in sorted(sizes.keys() - {entry.folder}, key=_last_used):
+    for each in sorted(sizes.keys() - {folder}, key=_last_used):
         if needed <= free and sum(sizes.values()) + needed <= most:
             return
-        if _removed(folder):
-            free += sizes.pop(folder)
+        if _removed(each):
+            free += sizes.pop(each)
     if needed > free:
         raise DataError(
-            f"--cache: expected room for the {size_text(entry.nbytes)} of "
-            f"{count_images(entry.key.count)} in {root}, found {size_text(free)}; XDG_CACHE_HOME "
-            "can name a folder elsewhere, and a smaller --image_size takes less"
+            f"--cache: expected room for the {size_text(nbytes)} of {what} in {root}, found "
+            f"{size_text(free)}; XDG_CACHE_HOME can name a folder elsewhere"
         )
 
 
 def _taken(folder: Path) -> int:
     """The bytes that a folder takes on the disk, holes in its files left out."""
     with suppress(OSError):
-        return sum(512 * file.stat().st_blocks for file in folder.iterdir())
+        return sum(512 * file.stat().st_blocks for file in folder.rglob("*"))
     return 0
 
 
@@ -391,15 +395,18 @@ def _last_used(folder: Path) -> float:
 
 
 def _removed(folder: Path) -> bool:
-    """Removes what was decoded, unless a process reads or writes it."""
-    lock = _lock(folder)
+    """Removes a folder, unless a process reads or writes what is in it."""
+    lock = lock_of(folder)
     try:
         lock.acquire(timeout=0)
     except require("filelock", "train").Timeout:
         return False
     try:
-        with (folder / "pixels").open("r+b", buffering=0) as file:
-            _hold(file, alone=True)
+        with ExitStack() as held:
+            for name in HELD:
+                if (folder / name).exists():
+                    file = held.enter_context(Kept(folder / name, "r+b"))
+                    hold(file, alone=True)
             shutil.rmtree(folder)
     except OSError:
         return False
@@ -408,8 +415,8 @@ def _removed(folder: Path) -> bool:
     return True
 
 
-def _hold(file: FileIO, alone: bool = False) -> None:
-    """Keeps a file of pixels from being removed, or from being held, as long as it is open.
+def hold(file: Kept, alone: bool = False) -> None:
+    """Keeps the folder of a file from being removed, or the file from being held, while it is open.
 
     Raises ``OSError`` where that cannot be at once.
     """

@@ -50,6 +50,7 @@ class Source:
     places: Mapping[str, str] = field(default_factory=dict)
     empty: tuple[str, ...] = ()
     is_table: bool = False  # which has columns
+    held: object = None  # what keeps files that were fetched from being removed
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Collection, Generator, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,10 +21,11 @@ from sparsenet.data.errors import DataError, count_images, reason, shortened
 from sparsenet.data.identity import copies, repeated
 from sparsenet.data.images import Decoded, common_size, reading_images
 from sparsenet.data.registry import KINDS, DatasetKind, resolve
+from sparsenet.data.remote import fetching
 from sparsenet.data.sampling import hold_out
 from sparsenet.data.splits import IMAGES_OF
 from sparsenet.events import Message, Reading, drained
-from sparsenet.files import cache_folder, size_text, user_path
+from sparsenet.files import cache_folder, is_address, size_text, user_path
 from sparsenet.memory import available_memory
 from sparsenet.validation import LONGEST_NAME, printable
 
@@ -44,7 +46,7 @@ def load_dataset(config: DataConfig) -> Dataset:
 def loading_dataset(config: DataConfig) -> Generator[Reading | Message, None, Dataset]:
     """Does what ``load_dataset`` does, and yields how far the reading has come, and messages."""
     with one_line():
-        source = find(config)
+        source = yield from finding(config)
         _check_training(source)
         train = source.splits["train"]
         size = config.image_size or (yield from told("sizes", len(train), common_size(train)))
@@ -104,8 +106,21 @@ def one_line() -> Iterator[None]:
         raise DataError(f"--dataset_dir: expected {expected}, found {reason(error)}") from error
 
 
+def finding(config: DataConfig) -> Generator[Reading | Message, None, Source]:
+    """Returns the data that *config* names, not yet decoded; what has an address is fetched first.
+
+    Raises ``DataError``.
+    """
+    if not is_address(config.dataset_dir):
+        return find(config)
+    root, held = yield from fetching(config.dataset_dir)
+    source = find(replace(config, dataset_dir=str(root)))
+    places = dict.fromkeys(source.splits, config.dataset_dir)
+    return replace(source, places=places, held=held)
+
+
 def find(config: DataConfig) -> Source:
-    """The data that *config* names, not yet decoded. Raises ``DataError``."""
+    """The data in the folder that *config* names, not yet decoded. Raises ``DataError``."""
     name = resolve(config.dataset, config.dataset_dir, config.labels)
     kinds = [KINDS[name]] if name != "auto" else [k for k in KINDS.values() if k.in_folder]
     if kinds[0].in_folder and not config.dataset_dir:

@@ -14,7 +14,7 @@ from sparsenet.data.config import DataConfig
 from sparsenet.data.dataset import Images, Labelled, Source
 from sparsenet.data.errors import DataError, count_images, shortened, unreadable
 from sparsenet.data.identity import DataRecord, differences, digest
-from sparsenet.data.load import clipping, draw, find, one_line, read_split, where_pixels_lie
+from sparsenet.data.load import clipping, draw, finding, one_line, read_split, where_pixels_lie
 from sparsenet.data.sampling import stratified_split
 from sparsenet.data.splits import IMAGES_OF
 from sparsenet.events import drained
@@ -35,7 +35,7 @@ class Selection:
     def description(self) -> str:
         """How many images of what, and where: ``photos: 20 test images in photos/test``."""
         place, here = Path(self.place), Path.cwd()
-        shown = place.relative_to(here) if place.is_relative_to(here) else place
+        shown = place.relative_to(here) if place.is_relative_to(here) else self.place
         where = f" in {shown}" if self.place else ""
         return f"{self.name}: {count_images(len(self.images), self.kind)}{where}"
 
@@ -107,7 +107,7 @@ def select_images(
     there are none, or where there is a class that the network does not know.
     """
     with one_line():
-        source = find(config)
+        source = drained(finding(config))
     name = _split_of_source(source, split, known)
     part, notes = _decoded(source, name, config, classes)
     kind = IMAGES_OF[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 from io import FileIO
 from itertools import pairwise
@@ -16,6 +17,13 @@ from torch import Tensor
 from sparsenet.data.dataset import Images
 
 
+class Kept(FileIO):
+    """A file that is open as long as something refers to it."""
+
+    def __del__(self) -> None:
+        self.close()  # FileIO would warn
+
+
 class PixelFile:
     """A file of images uint8 ``(C, H, W)``, one behind the other. Threads may share it.
 
@@ -23,12 +31,9 @@ class PixelFile:
     ``OSError`` and does not end the process, and a limit of addresses holds the file as well.
     """
 
-    def __init__(self, path: Path, file: FileIO, shape: tuple[int, ...]):
+    def __init__(self, path: Path, file: Kept, shape: tuple[int, ...]):
         self.path, self.file, self.shape = path, file, shape
         self._lock = Lock()
-
-    def __del__(self) -> None:
-        self.file.close()
 
     @property
     def stride(self) -> int:
@@ -96,11 +101,10 @@ class StoredImages(Images):
         return StoredImages(self.file, self.rows, labels)
 
     def like(self, size: int) -> StoredImages:
-        folder = self.file.path.parent
-        # It has no name, so that it ends with the process.
-        file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - closed by its owner
-        assert isinstance(file, FileIO)
-        smaller = PixelFile(self.file.path, file, (self.shape[0], size, size))
+        # A file without a name, which ends with the process.
+        with tempfile.TemporaryFile(dir=self.file.path.parent) as file:
+            kept = Kept(os.dup(file.fileno()), "r+b")
+        smaller = PixelFile(self.file.path, kept, (self.shape[0], size, size))
         return StoredImages(smaller, torch.arange(len(self)), self.labels)
 
     def write(self, first: int, pixels: Tensor) -> None:
