@@ -14,6 +14,7 @@ import re
 import shutil
 import signal
 import sys
+import tarfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
@@ -514,6 +515,34 @@ def parquet(rng: random.Random, base: Base, folder: Path) -> Case:
 
 
 @reader
+def tar_shards(rng: random.Random, base: Base, folder: Path) -> Case:
+    """Tar files of samples, of which some lack a part, half the time with other bytes."""
+    root = folder / "flowers"
+    root.mkdir()
+    pictures = sorted(base.data.rglob("*.png"))
+    form = rng.choice((tarfile.GNU_FORMAT, tarfile.PAX_FORMAT))
+    for name in rng.choice((("train",), ("train-000000", "train-000001"), ("x-train", "x-val"))):
+        with tarfile.open(root / f"{name}.tar", "w", format=form) as tar:
+            for number in range(rng.randrange(2, 9)):
+                key = rng.choice((f"{number}", f"a/{number}", f"{number}" + "é" * 200))
+                picture = rng.choice(pictures).read_bytes()
+                odd = (b" 1\n", b"ant", b"", b"-1", b"\xff")
+                label = rng.choice((b"0", b"1") if rng.random() < 0.95 else odd)
+                for suffix, content in (("png", picture), ("cls", label), ("json", b"{}")):
+                    if rng.random() < 0.98:
+                        member = tarfile.TarInfo(f"{key}.{suffix}")
+                        member.size = len(content)
+                        tar.addfile(member, io.BytesIO(content))
+        if rng.random() < 0.3:
+            file = root / f"{name}.tar"
+            file.write_bytes(mutated_bytes(file.read_bytes(), rng))
+    config = DataConfig(
+        dataset="tar", dataset_dir=str(root), skip_corrupt=rng.random() < 0.5, image_size=8
+    )
+    return Case(lambda: _check_data(config), [root, "--dataset_dir"])
+
+
+@reader
 def labels_csv(rng: random.Random, base: Base, folder: Path) -> Case:
     """A CSV file of labels."""
     columns = rng.choice(
@@ -688,6 +717,31 @@ def timing_cache(rng: random.Random, base: Base, folder: Path) -> Case:
                 if each:
                     measured.describe_speedup(measured.fastest(each), each)
             expect(bool(found.training) == bool(found.inference), "times of training alone")
+
+    return Case(read, ["no error"])
+
+
+@reader
+def decoded_images(rng: random.Random, base: Base, folder: Path) -> Case:
+    """Images that were decoded before; whatever became of their files, they are the same."""
+    with cache_in(folder):
+        for data in (base.data, base.image.parent.parent):
+            load_dataset(DataConfig(dataset_dir=str(data), image_size=8, cache="disk"))
+    files = [file for file in folder.rglob("*") if file.name in ("pixels", "rows", "whole")]
+    for file in rng.sample(files, rng.randrange(1, 4)):
+        times = file.stat()
+        file.write_bytes(mutated_bytes(file.read_bytes(), rng))
+        if file.name == "whole" or rng.random() < 0.5:
+            os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns + rng.randrange(2)))
+
+    def read() -> None:
+        found = {}
+        for cache in ("memory", "disk"):
+            with cache_in(folder):
+                config = DataConfig(dataset_dir=str(base.data), image_size=8, cache=cache)
+                data = load_dataset(config)
+            found[cache] = data.train.pixels, data.train.labels, data.ids["train"]
+        expect(all(map(torch.equal, *found.values())), "other images than there are")
 
     return Case(read, ["no error"])
 

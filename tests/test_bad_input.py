@@ -61,6 +61,7 @@ def test_a_missing_dataset_folder(refused: Callable[..., str], dataset: str) -> 
         ("c10", "cifar-10-python.tar.gz"),
         ("c100", "cifar-100-python.tar.gz"),
         ("parquet", "train*.parquet"),
+        ("tar", "KEY.jpg and KEY.cls"),
     ],
 )
 def test_an_empty_dataset_folder_is_told_what_belongs_there(
@@ -1020,7 +1021,13 @@ def test_a_report_waits_for_no_pipe(refused: Callable[..., str], copied: Path, n
 @pytest.mark.usefixtures("in_time")
 @pytest.mark.parametrize(
     "name",
-    ["cifar-10-python.tar.gz", "cifar-10-binary.tar.gz", "cifar-10-batches-py", "a.parquet"],
+    [
+        "cifar-10-python.tar.gz",
+        "cifar-10-binary.tar.gz",
+        "cifar-10-batches-py",
+        "a.parquet",
+        "a.tar",
+    ],
 )
 def test_data_are_read_from_no_pipe(refused: Callable[..., str], name: str) -> None:
     Path("data").mkdir()

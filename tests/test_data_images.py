@@ -23,8 +23,9 @@ from PIL import Image
 from sparsenet.data import images
 from sparsenet.data.dataset import Example, Images
 from sparsenet.data.errors import BadImage, DataError
-from sparsenet.data.images import common_size, drained, read_image, read_images
+from sparsenet.data.images import common_size, read_image, read_images
 from sparsenet.data.preprocessing import Preprocessing, channel_statistics
+from sparsenet.events import drained
 from sparsenet.extras import MissingExtra, require
 
 RNG = np.random.default_rng(0)

@@ -14,6 +14,7 @@ from matplotlib import font_manager
 from PIL import Image
 
 from sparsenet.architecture import Architecture
+from sparsenet.data.dataset import Images
 from sparsenet.graph import graph
 from sparsenet.pictures import (
     draw_confusion,
@@ -111,9 +112,8 @@ def test_samples(tmp_path: Path, channels: int, wrong: int) -> None:
     labels = torch.arange(50) % 2
     predicted = torch.where(torch.arange(50) < wrong, 1 - labels, labels)
     pixels = torch.randint(0, 256, (50, channels, 8, 8), dtype=torch.uint8)
-    draw_samples(
-        pixels, labels, predicted, torch.rand(50), ["$a", "b" * 40], tmp_path / "samples.png"
-    )
+    images = Images(pixels, labels)
+    draw_samples(images, predicted, torch.rand(50), ["$a", "b" * 40], tmp_path / "samples.png")
     assert is_picture(tmp_path / "samples.png")
 
 
@@ -129,8 +129,8 @@ def test_a_name_without_a_font_is_a_number_and_nothing_warns(
     draw_confusion(labels, labels, names, tmp_path / "numbered.png")
     draw_confusion(labels, labels, list("abcdef"), tmp_path / "plain.png")
     pixels = torch.zeros(6, 3, 8, 8, dtype=torch.uint8)
-    images = pixels, labels, labels.flip(0), torch.rand(6), names
-    draw_samples(*images, tmp_path / "samples.png")
+    images = Images(pixels, labels)
+    draw_samples(images, labels.flip(0), torch.rand(6), names, tmp_path / "samples.png")
     draw_curves(train(3), tmp_path / "curves.png", "half \udce9 of 猫")
     assert all(is_picture(file) for file in tmp_path.iterdir())
     figure._fonts.cache_clear()

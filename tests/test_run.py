@@ -210,6 +210,7 @@ def test_names_that_are_not_utf_8_are_written_and_come_back(tmp_path):
 
 
 def test_sizes_are_printed_in_units_that_show_them():
+    assert size_text(2**30) == "1.0 GiB"
     assert size_text(2**20) == "1.0 MiB"
     assert size_text(2**20 - 1) == "1024.0 KiB"
     assert size_text(3000) == "2.9 KiB"

@@ -15,7 +15,7 @@ FLOORS = [
     validation topology extras results events files downloads schedule
     architecture graph device memory environment capture
     ops
-    changes stage model
+    ranks changes stage model
     data optim
     weights zoo adoption timm
     config presets arithmetic
@@ -24,7 +24,7 @@ FLOORS = [
     summary pictures records conclusion
     train predict export report check
     display flags commands
-    cli
+    cli __main__
     """.strip().splitlines()
 ]
 ORDER = {

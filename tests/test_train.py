@@ -515,4 +515,5 @@ def test_reading_is_told_and_can_be_stopped(stripes, tmp_path, monkeypatch):
     read = [event for event in train(config, run) if isinstance(event, Reading)]
     work = {"sizes": 60, "train": 60, "test": 90}
     expected = [(name, n, total) for name, total in work.items() for n in range(1, total + 1)]
+    expected.append(("statistics", 60, 60))  # of all at once, as they are few
     assert [dataclasses.astuple(event) for event in read] == expected

@@ -92,7 +92,7 @@ def _summarise_data(config: DataConfig) -> DataSummary:
         train=len(data.train),
         test=len(data.test),
         tested_on=data.tested_on,
-        shape=tuple(data.test.pixels.shape[1:]),
+        shape=data.test.shape,
         notes=(*data.notes, *unreadable(data.skipped)),
     )
 

@@ -51,8 +51,8 @@ def conclude(
     answers = evaluation.labels, evaluation.predicted
     pictures.draw_confusion(*answers, data.classes, run.path / "confusion.png")
     pictures.draw_samples(
-        data.test.pixels.cpu(),
-        *answers,
+        data.test,
+        evaluation.predicted,
         evaluation.confidence,
         data.classes,
         run.path / "samples.png",

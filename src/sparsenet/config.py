@@ -93,6 +93,7 @@ MAY_CHANGE = {  # settings that a resumed run may have other values of
     "dataset_dir",
     "labels",
     "download",
+    "cache",
 }
 # Settings that a resumed run may give a value where it began with ``auto``: that implementation may
 # not run on another machine, and a checkpoint says itself in which precision it was trained.

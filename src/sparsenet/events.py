@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from sparsenet.results import EpochMetrics, TrainingResult
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -18,7 +22,7 @@ class Message:
 class Reading:
     """Images are being read, before training begins."""
 
-    split: str  # or "sizes", which are looked at first
+    split: str  # or "files" that are fetched, "sizes", or in the end "statistics"
     done: int  # images
     total: int
 
@@ -66,3 +70,13 @@ class Concluded:
 
 
 Event = Message | Reading | Step | EpochDone | Stopped | Concluded
+
+
+def drained(work: Generator[Any, None, T]) -> T:
+    """What a generator returns once all that it yields was taken."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            result: T = end.value
+            return result

@@ -6,8 +6,10 @@ import atexit
 import errno
 import json
 import os
+import re
 import secrets
 import shutil
+import stat
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -45,9 +47,40 @@ def user_path(text: str) -> Path:
     return Path(os.path.expanduser(text))  # noqa: PTH111 - pathlib raises instead
 
 
+def is_address(text: str) -> bool:
+    """Whether *text* is an address such as ``s3://bucket/data``, and no path."""
+    return bool(re.match(r"[a-z][a-z0-9+.-]*(::[a-z][a-z0-9+.-]*)*://", text))
+
+
 def is_special(path: Path) -> bool:
     """Whether *path* is a pipe or a device, from which reading may never end."""
     return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a regular file or a folder is this user's or root's, and no one else's to change."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
+        return False
+    if os.name != "posix":
+        return True
+    for_others = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    # In a sticky folder, such as /tmp, others cannot put a file in the place of ours.
+    sticky = stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX
+    return found.st_uid in (0, os.geteuid()) and (not for_others or bool(sticky))
+
+
+def file_state(path: Path) -> str:
+    """A text that is another when the file at *path* is another.
+
+    It has the time when anything about the file was changed, since another file that is moved to
+    its place can bring its own time of writing.
+    """
+    try:
+        found = path.stat()
+    except OSError as error:
+        return f"{path.absolute()}: {error.strerror}"
+    return f"{path.absolute()}: {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
 
 
 def read_bytes(file: Path, limit: int = MOST_BYTES) -> bytes:
@@ -100,7 +133,9 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 def size_text(count: int) -> str:
-    """A number of bytes as it is printed: in MiB, or in KiB below one."""
+    """A number of bytes as it is printed: in GiB, or in MiB or KiB below one."""
+    if count >= 2**30:
+        return f"{count / 2**30:.1f} GiB"
     return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
 
 

@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,21 +34,52 @@ def shortage(error: BaseException) -> str | None:
 
 def total_memory() -> int:
     """Bytes that this process can have at most: the machine's, or those that it was limited to."""
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limits = [physical + _kilobytes("/proc/meminfo", "SwapTotal:"), *_address_limit()]
+    return min(limits + [limit for limit, _ in _group_limits()])
+
+
+def available_memory() -> int:
+    """Bytes that this process can still fill before the machine swaps or a limit is reached."""
+    if os.name != "posix":
+        return sys.maxsize  # nobody says
+    found = [_kilobytes("/proc/meminfo", "MemAvailable:") or total_memory()]
+    found += [limit - _process_bytes("VmSize") for limit in _address_limit()]
+    found += [limit - used for limit, used in _group_limits()]
+    return max(min(found), 0)
+
+
+def _address_limit() -> list[int]:
     import resource  # which Windows does not have
 
-    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") + _swap()]
-    if (limit := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:
-        found.append(limit)
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return [limit] if limit != resource.RLIM_INFINITY else []
+
+
+def _group_limits() -> Iterator[tuple[int, int]]:
+    """The bytes that a control group may have, and those that it has beside files it can drop."""
+    folder = Path("/sys/fs/cgroup")
+    for limit, used, statistics, dropped in (
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+        (
+            "memory/memory.limit_in_bytes",
+            "memory/memory.usage_in_bytes",
+            "memory/memory.stat",
+            "total_inactive_file",
+        ),
+    ):
         with suppress(OSError, ValueError):  # ValueError: "max", which is no limit
-            found.append(int(Path(file).read_text()))
-    return min(found)
+            most, now = (int((folder / name).read_text()) for name in (limit, used))
+            lines = (folder / statistics).read_text().splitlines()
+            files = sum(int(line.split()[1]) for line in lines if line.split()[0] == dropped)
+            yield most, now - files
 
 
-def _swap() -> int:
+def _kilobytes(file: str, field: str) -> int:
+    """The bytes of a *field* of a file of the kernel's that counts in kB; 0 where there is none."""
     with suppress(OSError):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("SwapTotal:"))
+        lines = Path(file).read_text().splitlines()
+        return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
     return 0
 
 
@@ -74,19 +106,17 @@ def memory_mb(device: torch.device) -> float | None:
 
 def _memory_mb(device: torch.device, process_field: str, device_function: str) -> float | None:
     if device.type == "cpu":
-        return round(_resident_bytes(process_field) / 1e6, 1)
+        return round(_process_bytes(process_field) / 1e6, 1)
     from torch import get_device_module
 
     allocated = getattr(get_device_module(device), device_function, None)
     return round(allocated(device) / 1e6, 1) if allocated else None
 
 
-def _resident_bytes(field: str) -> int:
+def _process_bytes(field: str) -> int:
     # Not ru_maxrss on Linux: that begins with the peak of the process that started this one.
-    status = Path("/proc/self/status")
-    if status.exists():
-        lines = status.read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+    if found := _kilobytes("/proc/self/status", f"{field}:"):
+        return found
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

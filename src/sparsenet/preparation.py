@@ -19,11 +19,11 @@ from sparsenet.config import RunConfig, TrainConfig, recipe
 from sparsenet.data.dataset import Dataset
 from sparsenet.data.errors import shortened, unreadable
 from sparsenet.data.identity import in_order, record
-from sparsenet.data.load import loading_dataset
-from sparsenet.data.preprocessing import Preprocessing, channel_statistics
+from sparsenet.data.load import loading_dataset, told
+from sparsenet.data.preprocessing import Preprocessing, measuring_channels
 from sparsenet.data.sampling import batch_ends
 from sparsenet.device import choose_device
-from sparsenet.events import Reading
+from sparsenet.events import Message, Reading
 from sparsenet.graph import Node, graph, totals
 from sparsenet.memory import free_memory, total_memory
 from sparsenet.ops import dispatch
@@ -79,7 +79,7 @@ def preparing(
     previous: Arithmetic,
     images: Mapping[str, Tensor],
     ranks: Ranks = ALONE,
-) -> Generator[Reading, None, Setup]:
+) -> Generator[Reading | Message, None, Setup]:
     """Loads the data and decides what only the data and the device can say.
 
     *previous* is the arithmetic of a run that is resumed, *images* are what it kept of them
@@ -93,11 +93,12 @@ def preparing(
     asked = config
     settings = _with_batch_size(config.train, len(data.train), ranks)
     config = dataclasses.replace(config, train=settings)
-    channels, size = data.test.pixels.shape[1], data.test.pixels.shape[-1]
+    channels, _, size = data.test.shape
     network = dataclasses.replace(config.network, in_chans=channels, num_classes=len(data.classes))
     config = dataclasses.replace(config, network=network)
     _check_sizes(config, size, len(data.train))
-    mean, std = channel_statistics(data.train)
+    measuring = measuring_channels(data.train)
+    mean, std = yield from told("statistics", len(data.train), measuring)
     limit = config.data.max_megapixels
     preprocessing = Preprocessing(size, channels, mean, std, data.grey_range, limit)
     _check_same_images(data, ranks)
@@ -192,7 +193,7 @@ def introduce(setup: Setup, previous: Arithmetic) -> Iterator[str]:
     data, nodes = setup.data, setup.nodes
     validation = f", {len(data.val)} {data.chosen_on}" if data.val else ""
     counts = f"{len(data.train)} training{validation} and {len(data.test)} {data.tested_on} images"
-    shape = tuple(data.train.pixels.shape[1:])
+    shape = data.train.shape
     classes = f"{len(data.classes)} classes ({shortened(data.classes)})"
     yield f"{data.name}: {counts}, {classes}, {shape}"
     if crop := setup.config.data.crop:

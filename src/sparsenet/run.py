@@ -43,6 +43,8 @@ class Run:
         self.path = path
         self.is_new, self.was_there = False, True  # as ``create`` finds it
         self.lock: tuple[int, int] | None = None  # which file holds it, while it is held
+        self._began = False  # described by this process
+        self._lines: list[str] = []  # of the log until then
 
     @property
     def is_described(self) -> bool:
@@ -246,10 +248,19 @@ class Run:
         files.write_json(self.path / "environment.json", environment)
         files.write_atomic(self.path / "images.safetensors", serialise_tensors(dict(images)))
         files.write_atomic(self.path / "requirements.txt", "\n".join(installed()) + "\n")
+        self._began = True
 
     def log(self, line: str) -> None:
+        """Writes a line to train.log, where those before ``describe`` wait for it.
+
+        A run that is refused or ends before it is described leaves everything as it was.
+        """
+        self._lines.append(line)
+        if not self._began:
+            return
         with self.file("train.log").open("a", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(line + "\n")
+            file.writelines(f"{each}\n" for each in self._lines)
+        self._lines.clear()
 
     def metrics(self) -> list[EpochMetrics]:
         """The rows of metrics.csv, none where there is no such file."""

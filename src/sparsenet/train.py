@@ -140,7 +140,7 @@ def _save(kind: Literal["last", "best"], run: Run, setup: Setup, state: Training
 
 
 def _prepared(
-    work: Generator[Reading, None, Setup], should_stop: Callable[[], str | None]
+    work: Generator[Reading | Message, None, Setup], should_stop: Callable[[], str | None]
 ) -> Generator[Event, None, Setup | None]:
     """The setup of a run, or ``None`` where it was stopped while the images were read."""
     try:
@@ -174,8 +174,8 @@ def _make_steps(setup: Setup, state: TrainingState, make_step: StepFunction) -> 
     images = setup.data.train
     while state.epoch < config.train.max_epoch:
         size = training_size(state.epoch, config.train.max_epoch, config.data.first_size, full_size)
-        kept = round(size * setup.data.train.pixels.shape[-1] / full_size)  # larger, for crops
-        if images.pixels.shape[-1] != kept:
+        kept = round(size * setup.data.train.shape[-1] / full_size)  # larger, for crops
+        if images.shape[-1] != kept:
             images = resized(setup.data.train, kept)
         state.model.train()
         yield from _make_epoch_steps(setup, state, make_step, images)
@@ -187,7 +187,7 @@ def _make_epoch_steps(
     config, device, ranks = setup.config, setup.device, setup.ranks
     seed, batch_size, epochs = config.train.seed, config.train.batch_size, config.train.max_epoch
     epoch, steps, start = state.epoch, state.steps_per_epoch, state.step % state.steps_per_epoch
-    data = config.data.scaled(images.pixels.shape[-1], setup.preprocessing.size)
+    data = config.data.scaled(images.shape[-1], setup.preprocessing.size)
     plan = plan_epoch(seed, epoch, len(images), data)
     batches = Batches(images, batch_size, plan, start, device, ranks)
     ends = batch_ends(len(images), batch_size)

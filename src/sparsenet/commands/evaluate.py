@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
             asked = of_run
         precision = dispatch.choose_precision(asked, device, training=False)
     data = load_images(args, trained)
-    pixels = data.images.pixels[: args.batch_size]
+    pixels = data.images[: args.batch_size].pixels
     model = Exported(trained, runtime, pixels) if runtime else trained.model
     torch_precision = "fp32" if runtime else precision  # of what PyTorch is left to do
     evaluation = evaluate(

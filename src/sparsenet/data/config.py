@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 
 from sparsenet.data.errors import DataError
 from sparsenet.data.registry import DATASETS, KINDS, lies_in_folder
-from sparsenet.files import user_path
+from sparsenet.files import is_address, user_path
 from sparsenet.validation import check_settings, setting
 
 MAX_IMAGE_SIZE = 4096  # pixels
+CACHES = ("auto", "memory", "disk")
 POINTERS = ("dataset", "dataset_dir", "labels", "image_column", "label_column")  # to the images
 
 
@@ -26,7 +27,9 @@ class DataConfig:
         "auto", "which data; auto: digits, or what --dataset_dir holds", DATASETS
     )
     dataset_dir: str = setting(
-        "", "the data: a folder of images, parquet files or archives, or one parquet file"
+        "",
+        "the data: a folder of images, parquet or tar files or archives, one such file, or an "
+        "address of some, as s3://bucket/folder",
     )
     dataset_name: str = setting("", "name used in reports; default: derived from the data")
     labels: str = setting("", "a CSV file that says which class the images in --dataset_dir have")
@@ -53,6 +56,9 @@ class DataConfig:
     )
     skip_corrupt: bool = setting(
         False, "leave out and count images that cannot be read, and lines without one"
+    )
+    cache: str = setting(
+        "auto", "where decoded images lie; auto: on disk where memory is too small", CACHES
     )
     mirror: bool = setting(True, "mirror half of the training images")
     shift: int = setting(4, "shift training images by up to so many pixels each way")
@@ -173,4 +179,6 @@ class DataConfig:
 
 
 def _absolute(path: str) -> str:
-    return str(user_path(path).absolute()) if path else ""
+    if not path or is_address(path):
+        return path
+    return str(user_path(path).absolute())

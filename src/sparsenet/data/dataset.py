@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 from sparsenet.data.errors import DataError
+
+PART = 1 << 24  # bytes of pixels that are looked at together
 
 
 class Example(NamedTuple):
@@ -47,6 +50,7 @@ class Source:
     places: Mapping[str, str] = field(default_factory=dict)
     empty: tuple[str, ...] = ()
     is_table: bool = False  # which has columns
+    held: object = None  # what keeps files that were fetched from being removed
 
 
 @dataclass(frozen=True)
@@ -60,12 +64,45 @@ class Images:
         return len(self.labels)
 
     def __iter__(self) -> Iterator[Example]:
-        pairs = zip(self.pixels.numpy(), self.labels.tolist(), strict=True)
-        for number, (image, label) in enumerate(pairs):
+        images = (image for part in self.parts() for image in part.numpy())
+        for number, (image, label) in enumerate(zip(images, self.labels.tolist(), strict=True)):
             yield Example(f"image {number}", image, label)
 
     def __getitem__(self, index: Tensor | slice) -> Images:
         return Images(self.pixels[index], self.labels[index])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(C, H, W)`` of each image."""
+        return tuple(self.pixels.shape[1:])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pixels lie, or where they come to when they are read."""
+        return self.pixels.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pixels."""
+        return len(self) * math.prod(self.shape)
+
+    def parts(self) -> Iterator[Tensor]:
+        """The pixels, few enough images at a time that they need little memory."""
+        count = max(1, PART // math.prod(self.shape))
+        for first in range(0, len(self), count):
+            yield self[first : first + count].pixels
+
+    def labelled(self, labels: Tensor) -> Images:
+        """The same images with other labels."""
+        return Images(self.pixels, labels)
+
+    def like(self, size: int) -> Images:
+        """Room for the same images with *size* pixels a side, where these lie."""
+        return Images(self.pixels.new_empty(len(self), self.shape[0], size, size), self.labels)
+
+    def write(self, first: int, pixels: Tensor) -> None:
+        """Puts *pixels* in the place of those of images *first* and following."""
+        self.pixels[first : first + len(pixels)] = pixels
 
     def to(self, device: torch.device) -> Images:
         """The same images on *device*."""
@@ -123,7 +160,7 @@ class Dataset:
     @property
     def nbytes(self) -> int:
         """Bytes of all pixels."""
-        return sum(images.pixels.nbytes for images in (self.train, self.val, self.test) if images)
+        return sum(images.nbytes for images in (self.train, self.val, self.test) if images)
 
     def to(self, device: torch.device) -> Dataset:
         """The same images on *device*."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -27,10 +27,12 @@ from sparsenet.data.pixels import (
     opened,
 )
 from sparsenet.data.preprocessing import FULL_RANGE
+from sparsenet.events import drained
 
 T = TypeVar("T")
-READ_AHEAD = 1 << 26  # bytes of files that a table holds
+READ_AHEAD = 1 << 26  # bytes of files that a table holds, and of pixels
 TASK = 8  # images that a thread reads at a time, and that are waited for when reading is stopped
+TASKS = 128  # that are begun before the first of them is needed
 
 
 def read_image(
@@ -54,8 +56,11 @@ def read_image(
         content = file_content(example)
         found = decode(example._replace(source=content), size, channels, grey_range, max_megapixels)
     if isinstance(found, Greys):
-        found = found.pixels(_settled(grey_range, [found]) or FULL_RANGE, channels).copy()
+        found = found.pixels(settled_range(grey_range, [found]) or FULL_RANGE, channels).copy()
     return found
+
+
+Read = tuple[np.ndarray | Greys, int]  # an image, and its id
 
 
 class Decoded(NamedTuple):
@@ -105,7 +110,7 @@ def reading_images(
     smaller. Raises ``BadImage`` for the first image that cannot be read, unless *skip_corrupt*,
     and where a range must be stated to be known.
     """
-    if isinstance(split, Images) and split.pixels.shape[1:] == (channels, size, size):
+    if isinstance(split, Images) and split.shape == (channels, size, size):
         ids = [_image_id(image) for image in split.pixels.numpy()]
         return Decoded(split, torch.tensor(ids, dtype=torch.int64), (), grey_range or ())
     pixels = np.empty((len(split), channels, size, size), np.uint8)
@@ -117,8 +122,8 @@ def reading_images(
     decoded = partial(
         decode, size=size, channels=channels, grey_range=grey_range, max_megapixels=max_megapixels
     )
-    with limits_of_our_own(), ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for example, image in _read_all(pool, split, decoded):
+    with limits_of_our_own():
+        for example, image in read_all(split, decoded, pixels[:1].nbytes):
             if isinstance(image, BadImage):
                 if not skip_corrupt:
                     raise BadImage(f"{image}; --skip_corrupt leaves such images out")
@@ -135,7 +140,7 @@ def reading_images(
                 labels.append(example.label)
                 ids.append(number)
             yield len(labels) + len(skipped)
-    settled = _settled(grey_range, greys.values())
+    settled = settled_range(grey_range, greys.values())
     clipped += sum(grey.exceeds(settled or FULL_RANGE) for grey in greys.values())
     while greys:  # frees their memory
         index, grey = greys.popitem()
@@ -144,20 +149,13 @@ def reading_images(
     return Decoded(images, torch.tensor(ids, dtype=torch.int64), tuple(skipped), settled, clipped)
 
 
-def _settled(grey_range: tuple[float, ...] | None, greys: Collection[Greys]) -> tuple[float, ...]:
+def settled_range(
+    grey_range: tuple[float, ...] | None, greys: Collection[Greys]
+) -> tuple[float, ...]:
+    """*grey_range*, or where it is ``None`` what it is measured to be; empty where nobody says."""
     if grey_range is None:
         return measured_range(greys) if greys else ()
     return grey_range
-
-
-def drained(work: Generator[Any, None, T]) -> T:
-    """What a generator returns once all that it yields was taken."""
-    while True:
-        try:
-            next(work)
-        except StopIteration as end:
-            result: T = end.value
-            return result
 
 
 def _image_id(content: bytes | np.ndarray) -> int:
@@ -167,37 +165,62 @@ def _image_id(content: bytes | np.ndarray) -> int:
     return int.from_bytes(digest, "big", signed=True)
 
 
-def _read_all(
-    pool: ThreadPoolExecutor, split: Split, decoded: Callable[[Example], np.ndarray | Greys]
-) -> Iterator[tuple[Example, tuple[np.ndarray | Greys, int] | BadImage]]:
-    def read(example: Example) -> tuple[np.ndarray | Greys, int] | BadImage:
+def read_all(
+    examples: Iterable[Example],
+    decoded: Callable[[Example], np.ndarray | Greys],
+    image_bytes: int,
+) -> Iterator[tuple[Example, Read | BadImage]]:
+    """What *decoded* makes of *examples* in several threads, and their ids, in their order.
+
+    So much is read ahead as fits into ``READ_AHEAD`` bytes, an image taking *image_bytes* of them.
+    """
+
+    def read(example: Example) -> Read | BadImage:
         try:
             content = file_content(example)
             return decoded(example._replace(source=content)), _image_id(content)
         except BadImage as error:
             return error
 
-    def read_part(part: list[Example]) -> list[tuple[np.ndarray | Greys, int] | BadImage]:
+    def read_part(part: list[Example]) -> list[Read | BadImage]:
         return [read(example) for example in part]
 
-    for wave in _waves(split):
-        # A task costs more than a small image, so that each has several of them.
-        parts = [wave[first : first + TASK] for first in range(0, len(wave), TASK)]
-        yield from zip(wave, chain.from_iterable(pool.map(read_part, parts)), strict=True)
-
-
-def _waves(split: Split) -> Iterator[list[Example]]:
-    """Examples in lists of what is read ahead: of 1024, or of fewer that hold much themselves."""
-    wave: list[Example] = []
+    threads = torch.get_num_threads()
+    ahead: deque[tuple[list[Example], int, Future[list[Read | BadImage]]]] = deque()
     held = 0
-    for example in split:
-        wave.append(example)
-        held += len(example.source) if isinstance(example.source, bytes) else 0
-        if len(wave) == 1024 or held > READ_AHEAD:
-            yield wave
-            wave, held = [], 0
-    if wave:
-        yield wave
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for part, taken in _parts(examples, image_bytes):
+                ahead.append((part, taken, pool.submit(read_part, part)))
+                held += taken
+                while len(ahead) > threads and (held > READ_AHEAD or len(ahead) > TASKS):
+                    first, taken, result = ahead.popleft()
+                    held -= taken
+                    yield from zip(first, result.result(), strict=True)
+            while ahead:
+                first, _, result = ahead.popleft()
+                yield from zip(first, result.result(), strict=True)
+        finally:
+            for _, _, result in ahead:
+                result.cancel()
+
+
+def _parts(examples: Iterable[Example], image_bytes: int) -> Iterator[tuple[list[Example], int]]:
+    """Examples in lists that are a thread's task, and how many bytes they take.
+
+    A task costs more than a small image, so that each has several of them.
+    """
+    part: list[Example] = []
+    taken = 0
+    for example in examples:
+        part.append(example)
+        taken += image_bytes
+        taken += len(example.source) if isinstance(example.source, bytes) else 0
+        if len(part) == TASK or taken > READ_AHEAD // TASKS:
+            yield part, taken
+            part, taken = [], 0
+    if part:
+        yield part, taken
 
 
 def common_size(split: Split) -> Generator[int, None, int]:

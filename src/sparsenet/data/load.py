@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import os
 import pkgutil
 import time
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
+from sparsenet.data.cache import reading_stored
 from sparsenet.data.config import DataConfig
-from sparsenet.data.dataset import Dataset, Labelled, Source
+from sparsenet.data.dataset import Dataset, Images, Labelled, Source, Split
 from sparsenet.data.errors import DataError, count_images, reason, shortened
 from sparsenet.data.identity import copies, repeated
-from sparsenet.data.images import Decoded, common_size, drained, reading_images
+from sparsenet.data.images import Decoded, common_size, reading_images
 from sparsenet.data.registry import KINDS, DatasetKind, resolve
+from sparsenet.data.remote import fetching
 from sparsenet.data.sampling import hold_out
 from sparsenet.data.splits import IMAGES_OF
-from sparsenet.events import Reading
-from sparsenet.files import user_path
+from sparsenet.events import Message, Reading, drained
+from sparsenet.files import cache_folder, is_address, size_text, user_path
+from sparsenet.memory import available_memory
 from sparsenet.validation import LONGEST_NAME, printable
 
 T = TypeVar("T")
@@ -38,10 +43,10 @@ def load_dataset(config: DataConfig) -> Dataset:
     return drained(loading_dataset(config))
 
 
-def loading_dataset(config: DataConfig) -> Generator[Reading, None, Dataset]:
-    """Does what ``load_dataset`` does, and yields how far the reading has come."""
+def loading_dataset(config: DataConfig) -> Generator[Reading | Message, None, Dataset]:
+    """Does what ``load_dataset`` does, and yields how far the reading has come, and messages."""
     with one_line():
-        source = find(config)
+        source = yield from finding(config)
         _check_training(source)
         train = source.splits["train"]
         size = config.image_size or (yield from told("sizes", len(train), common_size(train)))
@@ -49,13 +54,18 @@ def loading_dataset(config: DataConfig) -> Generator[Reading, None, Dataset]:
         kept = config.stored_size or size
         channels = config.in_chans or source.channels
         names = sorted(source.splits, key="train".__ne__)  # whose greys set the scale, first
+        sides = {name: kept if name == "train" else size for name in names}
+        on_disk, message = where_pixels_lie(config.cache, source.splits, channels, sides)
+        if message:
+            yield Message(message)
         parts: dict[str, Labelled] = {}
         skipped: tuple[str, ...] = ()
         clipped: tuple[str, ...] = ()
         grey_range = config.grey_range or None
         for name in names:
-            side = kept if name == "train" else size
-            decoded = yield from read_split(source, name, config, side, channels, grey_range)
+            decoded = yield from read_split(
+                source, name, config, sides[name], channels, grey_range, on_disk
+            )
             parts[name] = Labelled(decoded.images, decoded.ids)
             skipped += decoded.skipped
             clipped += clipping(decoded, name)
@@ -74,7 +84,9 @@ def loading_dataset(config: DataConfig) -> Generator[Reading, None, Dataset]:
         parts |= draw(parts["train"], config.val_fraction, "val")
     if drawn and kept != size:  # what is tested on is read from the files, as all test images are
         with one_line():
-            decoded = yield from read_split(source, "train", config, size, channels, grey_range)
+            decoded = yield from read_split(
+                source, "train", config, size, channels, grey_range, on_disk
+            )
         again = Labelled(decoded.images, decoded.ids)
         for name in drawn:
             parts[name] = again.pick(torch.isin(again.ids, parts[name].ids))
@@ -108,8 +120,21 @@ def one_line() -> Iterator[None]:
         raise DataError(f"--dataset_dir: expected {expected}, found {reason(error)}") from error
 
 
+def finding(config: DataConfig) -> Generator[Reading | Message, None, Source]:
+    """Returns the data that *config* names, not yet decoded; what has an address is fetched first.
+
+    Raises ``DataError``.
+    """
+    if not is_address(config.dataset_dir):
+        return find(config)
+    root, held = yield from fetching(config.dataset_dir)
+    source = find(replace(config, dataset_dir=str(root)))
+    places = dict.fromkeys(source.splits, config.dataset_dir)
+    return replace(source, places=places, held=held)
+
+
 def find(config: DataConfig) -> Source:
-    """The data that *config* names, not yet decoded. Raises ``DataError``."""
+    """The data in the folder that *config* names, not yet decoded. Raises ``DataError``."""
     name = resolve(config.dataset, config.dataset_dir, config.labels)
     kinds = [KINDS[name]] if name != "auto" else [k for k in KINDS.values() if k.in_folder]
     if kinds[0].in_folder and not config.dataset_dir:
@@ -173,10 +198,12 @@ def read_split(
     size: int,
     channels: int,
     grey_range: tuple[float, ...] | None,
-) -> Generator[Reading, None, Decoded]:
+    on_disk: bool,
+) -> Generator[Reading | Message, None, Decoded]:
     """Reads a split of *source*, with *grey_range* as for ``reading_images``."""
     split = source.splits[name]
-    reading = reading_images(
+    on_disk = on_disk and not _is_decoded(split, channels, size)
+    reading = (reading_stored if on_disk else reading_images)(
         split, size, channels, config.skip_corrupt, grey_range, config.max_megapixels
     )
     decoded = yield from told(name, len(split), reading)
@@ -188,7 +215,41 @@ def read_split(
     return decoded
 
 
-def told(what: str, total: int, work: Generator[int, None, T]) -> Generator[Reading, None, T]:
+def where_pixels_lie(
+    cache: str, splits: Mapping[str, Split], channels: int, sides: Mapping[str, int]
+) -> tuple[bool, str]:
+    """Whether decoded images come to lie on the disk, and a line that says so and how much it is.
+
+    *sides* are those of the images of each split, in pixels.
+
+    For ``auto`` they do where they would fill more than half of the memory that is free: holding
+    images out copies them. The line is empty where nothing has to be decoded.
+    """
+    counts = {
+        name: len(split)
+        for name, split in splits.items()
+        if not _is_decoded(split, channels, sides[name])
+    }
+    count, free = sum(counts.values()), available_memory()
+    needed = sum(channels * sides[name] ** 2 * each for name, each in counts.items())
+    free //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes that torchrun has started
+    on_disk = cache == "disk" or (cache == "auto" and 2 * needed > free)
+    place = f"on disk in {cache_folder() / 'images'}" if on_disk else "in memory"
+    shapes = " and ".join(sorted({f"{sides[name]}x{sides[name]}" for name in counts}))
+    line = (
+        f"{count_images(count)} of {shapes} pixels are {size_text(needed)} decoded, with "
+        f"{size_text(free)} of memory free: they lie {place} (--cache {cache})"
+    )
+    return on_disk, line * bool(count)
+
+
+def _is_decoded(split: Split, channels: int, size: int) -> bool:
+    return isinstance(split, Images) and split.shape == (channels, size, size)
+
+
+def told(
+    what: str, total: int, work: Generator[int | Message, None, T]
+) -> Generator[Reading | Message, None, T]:
     """Does *work*, which yields how many images are done, and yields now and then how far it is."""
     last = time.monotonic()
     while True:
@@ -197,7 +258,9 @@ def told(what: str, total: int, work: Generator[int, None, T]) -> Generator[Read
         except StopIteration as end:
             result: T = end.value
             return result
-        if time.monotonic() - last >= TELL_EVERY:
+        if isinstance(done, Message):
+            yield done
+        elif time.monotonic() - last >= TELL_EVERY:
             last = time.monotonic()
             yield Reading(what, done, total)
 

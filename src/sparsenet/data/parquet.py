@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -19,9 +18,11 @@ import numpy as np
 from sparsenet.data.config import DataConfig
 from sparsenet.data.dataset import Example, Source, check_labels
 from sparsenet.data.errors import DataError, decoding, shortened
-from sparsenet.data.splits import SPLIT_COLUMNS, SPLITS, find_splits, split_of
-from sparsenet.data.tree import SUFFIXES, is_folder, is_visible, list_folder
+from sparsenet.data.shards import find_files, left_out, missing_parts
+from sparsenet.data.splits import SPLIT_COLUMNS, split_of
+from sparsenet.data.tree import SUFFIXES
 from sparsenet.extras import require
+from sparsenet.files import file_state
 
 IMAGES = ("image", "img")  # the column that is meant where several hold images
 LABELS = ("label", "labels", "fine_label", "class", "category", "target")
@@ -38,8 +39,6 @@ MAX_METADATA = 1 << 24  # bytes; the names of ImageNet-21k's classes have 1 MB
 ALWAYS_UNPACKED, MAX_RATIO = 1 << 24, 100
 AT_ONCE = 1 << 30  # bytes of images read at once, where each may be as large as its column
 IMAGE_ROWS, LABEL_ROWS = 64, 1 << 16  # read at once; more are not faster
-# What ends the name of one of several files: train-00000-of-00002-a09b74b3ef9c3b56, train_1.
-PART = re.compile(r"[-_. ]?\d+(-of-\d+)?(-[0-9a-f]{8,})?$")
 
 
 def read_parquet(root: Path, config: DataConfig) -> Source | None:
@@ -51,116 +50,31 @@ def read_parquet(root: Path, config: DataConfig) -> Source | None:
     ``huggingface`` metadata may have the names, booleans or strings. Files that number the same
     names otherwise are brought to one order. Raises ``DataError`` naming file, column or row.
     """
-    files = _find_files(root)
+    files = find_files(root, ".parquet")
     if not files:
         return None
     image, label, notes = _columns(next(iter(files.values()))[0], config)
-    notes += (*_left_out(root, files), *_missing_parts(files))
+    notes += (*left_out(root, files, ".parquet"), *missing_parts(files))
     _check_rows(files)
     columns: dict[str, list[Labels]] = {}
     for split, paths in files.items():
         columns[split] = [_read_labels(path, image, label, split) for path in paths]
-        if not _have_labels(split, columns[split]):
+        if not have_labels(split, columns[split]):
             count = sum(len(column.labels) for column in columns.pop(split))
             notes += (f"{split}: {count} images without labels, left out",)
     if not columns:
         raise DataError(f"--dataset_dir: expected images with labels in {root}, found none")
-    classes, more = _classes(columns)
+    classes, more = joint_classes(columns)
     folder = root if root.is_dir() else root.parent
     splits = {
         split: ParquetSplit(
-            tuple((part.path, _numbers(part, classes)) for part in parts), folder, image
+            tuple((part.path, numbers_in(part, classes)) for part in parts), folder, image
         )
         for split, parts in columns.items()
     }
     name = root.resolve()
     title = name.stem if root.is_file() else name.name
     return Source(title, classes, 3, splits, notes + more, is_table=True)
-
-
-# --- which files ----------------------------------------------------------------------------------
-
-
-def _find_files(root: Path) -> dict[str, list[Path]]:
-    """The files of each split, in the order of ``SPLITS``; nothing where there are none."""
-    if not root.is_dir():
-        return {"train": [root]} if _is_parquet(root) else {}
-    for folder in (root, root / "data"):
-        entries = _entries(folder)
-        plain = [path for name, paths in entries.items() if name[-1:] != "/" for path in paths]
-        if found := _splits(folder, entries) or ({"train": sorted(plain)} if plain else {}):
-            return found
-    folders = _look_into(root)[1]
-    configs = {path: found for path in folders if (found := _splits(path, _entries(path)))}
-    if len(configs) > 1:
-        names = ", ".join(path.name for path in configs)
-        raise DataError(
-            f"--dataset_dir: expected one data set in {root}, found {names}; "
-            f"--dataset_dir {next(iter(configs))} takes the first"
-        )
-    return next(iter(configs.values()), {})
-
-
-def _is_parquet(path: Path) -> bool:
-    return path.suffix.lower() == ".parquet" and is_visible(path.name) and path.is_file()
-
-
-def _look_into(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The parquet files and the folders straight in *folder*, which may hold many others; sorted.
-
-    There are none where it may not be read, which other readers report.
-    """
-    files, folders = [], []
-    with suppress(OSError), os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.lower().endswith(".parquet") and _is_parquet(folder / entry.name):
-                files.append(folder / entry.name)
-            elif is_visible(entry.name) and is_folder(entry):
-                folders.append(folder / entry.name)
-    return sorted(files), sorted(folders)
-
-
-def _entries(folder: Path) -> dict[str, list[Path]]:
-    """The parquet files in *folder* by their names without numbers, and in folders, as ``NAME/``"""
-    entries: dict[str, list[Path]] = {}
-    files, folders = _look_into(folder)
-    for path in files:
-        entries.setdefault(PART.sub("", path.stem), []).append(path)
-    entries |= {f"{path.name}/": _look_into(path)[0] for path in folders}
-    return {name: files for name, files in entries.items() if files}
-
-
-def _splits(folder: Path, entries: Mapping[str, list[Path]]) -> dict[str, list[Path]]:
-    names = find_splits(entries, f"--dataset_dir {folder}", "name")
-    for split, name in names.items():
-        for path in entries[name]:
-            meaning = split_of(path.stem)
-            if meaning and meaning[0] != split:
-                raise DataError(
-                    f"--dataset_dir: expected the files of {split} in {path.parent}, found "
-                    f"{path.name}; --dataset_dir {path.parent} takes the splits in it"
-                )
-    return {split: entries[names[split]] for split in SPLITS if split in names}
-
-
-def _left_out(root: Path, files: Mapping[str, list[Path]]) -> tuple[str, ...]:
-    if root.is_file():
-        return ()
-    used = {path for paths in files.values() for path in paths}
-    others = [path for path in list_folder(root).others if _is_parquet(path) and path not in used]
-    if not others:
-        return ()
-    names = shortened(path.relative_to(root).as_posix() for path in others)
-    count = f"{len(others)} parquet file{'s' * (len(others) > 1)}"
-    return (f"{count} beside those of {' and '.join(files)} left out: {names}",)
-
-
-def _missing_parts(files: Mapping[str, list[Path]]) -> Iterator[str]:
-    """Lines about files whose names say that there are more of them than there are."""
-    for split, paths in files.items():
-        parts = [found for path in paths if (found := re.search(r"-of-0*(\d+)", path.stem))]
-        if parts and len(parts) < (total := int(parts[0][1])):
-            yield f"warning: {split} has {len(parts)} of {total} files, as their names say"
 
 
 # --- which columns --------------------------------------------------------------------------------
@@ -416,7 +330,7 @@ def _class_names(path: Path, names: Any) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _have_labels(split: str, parts: list[Labels]) -> bool:
+def have_labels(split: str, parts: list[Labels]) -> bool:
     """Whether the images of *split* have labels; ``DataError`` where only some have."""
     absent = [(part, row) for part in parts for row in np.flatnonzero(part.labels < 0)[:1]]
     if not absent:
@@ -430,7 +344,7 @@ def _have_labels(split: str, parts: list[Labels]) -> bool:
     raise DataError(f"{part.path} row {row}: expected {expected}, found {found}")
 
 
-def _classes(columns: Mapping[str, list[Labels]]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def joint_classes(columns: Mapping[str, list[Labels]]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The classes of all files, and notes on how their labels were taken."""
     parts = [(split, part) for split, column in columns.items() for part in column]
     first = parts[0][1]
@@ -482,7 +396,7 @@ def _largest(parts: Iterable[Labels]) -> int:
     return max(int(part.labels.max(initial=0)) for part in known)
 
 
-def _numbers(part: Labels, classes: tuple[str, ...]) -> np.ndarray:
+def numbers_in(part: Labels, classes: tuple[str, ...]) -> np.ndarray:
     """The labels of a file as numbers in *classes*, int64 ``(N,)``."""
     if not part.names:
         return check_labels(part.labels, len(classes), f"{part.path} row")
@@ -508,6 +422,16 @@ class ParquetSplit:
     def __len__(self) -> int:
         return sum(len(labels) for _, labels in self.files)
 
+    def labels(self) -> np.ndarray:
+        """int64 ``(N,)``."""
+        return np.concatenate([labels for _, labels in self.files])
+
+    def identity(self) -> list[str] | None:
+        """What changes when an image does; ``None`` where images may lie in other files."""
+        if any(_may_have_paths(path, self.column) for path, _ in self.files):
+            return None
+        return [f"{self.column} in {file_state(path)}" for path, _ in self.files]
+
     def __iter__(self) -> Iterator[Example]:
         roots = tuple(dict.fromkeys((self.root.absolute(), self.root.resolve())))
         for path, labels in self.files:
@@ -530,6 +454,20 @@ def _images(path: Path, column: str) -> Iterator[bytes | str | None]:
             parts = [fields[name] for name in ("bytes", "path") if name in fields]
         for row in zip(*(part.to_pylist() for part in parts), strict=True):
             yield next(filter(None, row), None)
+
+
+def _may_have_paths(path: Path, column: str) -> bool:
+    """Whether the file does not say that each row has the bytes of an image."""
+    with _opened(path) as file:
+        leaves = _leaves(file, column)
+        if len(leaves) == 1:
+            return leaves[0] == f"{column}.path" or _contents(file)[column] == "string"
+        for group in map(file.metadata.row_group, range(file.metadata.num_row_groups)):
+            for chunk in map(group.column, range(group.num_columns)):
+                known = chunk.statistics if chunk.is_stats_set else None
+                if chunk.path_in_schema == leaves[0] and (known is None or known.null_count != 0):
+                    return True
+    return False
 
 
 def _file(

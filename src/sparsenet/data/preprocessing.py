@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Generator
 from dataclasses import dataclass
 from functools import cache
 
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from sparsenet.data.config import MAX_IMAGE_SIZE
 from sparsenet.data.dataset import Images
+from sparsenet.events import drained
+
+ChannelStatistics = tuple[tuple[float, ...], tuple[float, ...]]  # means, standard deviations
 
 # A pixel of one grey level more must stay another number in fp32, and no number may come near its
 # ends: means of pixels / 255 are from 0 to 1, and deviations at most 0.5.
@@ -103,15 +107,24 @@ def _scale_and_offset(
     return (1 / (255 * deviations)).to(device, dtype), (-means / deviations).to(device, dtype)
 
 
-def channel_statistics(images: Images) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def channel_statistics(images: Images) -> ChannelStatistics:
+    """Does what ``measuring_channels`` does, at once."""
+    return drained(measuring_channels(images))
+
+
+def measuring_channels(images: Images) -> Generator[int, None, ChannelStatistics]:
     """Mean and standard deviation of each channel of ``pixels / 255``, from histograms in fp64.
 
     A deviation is at least 1/255, one grey level, so that a constant channel can be divided by it.
+    It yields how many images it has looked at, as those on disk take their time.
     """
-    counts = torch.zeros(images.pixels.shape[1], 256, dtype=torch.float64)
-    for part in images.pixels.split(4096):
+    done = 0
+    counts = torch.zeros(images.shape[0], 256, dtype=torch.float64)
+    for part in images.parts():
         for channel, pixels in enumerate(part.unbind(1)):
             counts[channel] += torch.bincount(pixels.flatten(), minlength=256).cpu()
+        done += len(part)
+        yield done
     share = counts / counts.sum(1, keepdim=True)  # (C, 256)
     levels = torch.arange(256, dtype=torch.float64) / 255
     mean = share @ levels

@@ -42,6 +42,7 @@ KINDS = {
         downloader="sparsenet.data.cifar:download_cifar100",
     ),
     "parquet": DatasetKind("sparsenet.data.parquet:read_parquet", "short", "train*.parquet"),
+    "tar": DatasetKind("sparsenet.data.tar:read_tar", "short", "*.tar with KEY.jpg and KEY.cls"),
     "csv": DatasetKind("sparsenet.data.csv_labels:read_csv_labels", "short"),
     "folder": DatasetKind("sparsenet.data.folder:read_folder", "short"),
 }

@@ -14,10 +14,10 @@ from sparsenet.data.config import DataConfig
 from sparsenet.data.dataset import Images, Labelled, Source
 from sparsenet.data.errors import DataError, count_images, shortened, unreadable
 from sparsenet.data.identity import DataRecord, differences, digest
-from sparsenet.data.images import drained
-from sparsenet.data.load import clipping, draw, find, one_line, read_split
+from sparsenet.data.load import clipping, draw, finding, one_line, read_split, where_pixels_lie
 from sparsenet.data.sampling import stratified_split
 from sparsenet.data.splits import IMAGES_OF
+from sparsenet.events import drained
 from sparsenet.validation import printable
 
 
@@ -35,7 +35,7 @@ class Selection:
     def description(self) -> str:
         """How many images of what, and where: ``photos: 20 test images in photos/test``."""
         place, here = Path(self.place), Path.cwd()
-        shown = place.relative_to(here) if place.is_relative_to(here) else place
+        shown = place.relative_to(here) if place.is_relative_to(here) else self.place
         where = f" in {shown}" if self.place else ""
         return f"{self.name}: {count_images(len(self.images), self.kind)}{where}"
 
@@ -107,7 +107,7 @@ def select_images(
     there are none, or where there is a class that the network does not know.
     """
     with one_line():
-        source = find(config)
+        source = drained(finding(config))
     name = _split_of_source(source, split, known)
     part, notes = _decoded(source, name, config, classes)
     kind = IMAGES_OF[name]
@@ -155,10 +155,14 @@ def _decoded(
     """A split, with labels that are numbers of *classes*, and notes about it."""
     size, channels = config.image_size, config.in_chans
     with one_line():
-        decoded = drained(read_split(source, name, config, size, channels, config.grey_range))
+        on_disk, _ = where_pixels_lie(
+            config.cache, {name: source.splits[name]}, channels, {name: size}
+        )
+        work = read_split(source, name, config, size, channels, config.grey_range, on_disk)
+        decoded = drained(work)
     notes = (*clipping(decoded, name), *unreadable(decoded.skipped))
     labels = _labels(decoded.images.labels, source, classes)
-    return Labelled(Images(decoded.images.pixels, labels), decoded.ids), notes
+    return Labelled(decoded.images.labelled(labels), decoded.ids), notes
 
 
 def _part_of_training(

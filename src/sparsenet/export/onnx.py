@@ -51,7 +51,7 @@ class ExportReport:
 
 def export(trained: Trained, target: Path, data: Selection | None, opset: int | None) -> str:
     """Does what ``sparsenet export --format onnx`` asks for."""
-    some_images = None if data is None else data.images.pixels[:64]
+    some_images = None if data is None else data.images[:64].pixels
     return export_onnx(trained, target, some_images, opset).summary()
 
 

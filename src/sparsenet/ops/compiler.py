@@ -15,14 +15,13 @@ import re
 import shlex
 import shutil
 import signal
-import stat
 import subprocess
 import tempfile
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-from sparsenet.files import cache_folder, write_atomic
+from sparsenet.files import cache_folder, is_ours, write_atomic
 
 FOLDER = Path(__file__).with_name("kernels")
 SOURCE = FOLDER / "native.c"
@@ -84,12 +83,12 @@ def _cached(key: str) -> ctypes.CDLL | None:
     """The library that an earlier process kept; a file that is not as it should be is removed."""
     try:
         folder = _folder()
-        candidates = sorted(folder.glob(f"native-{key}-*.so")) if _is_ours(folder) else []
+        candidates = sorted(folder.glob(f"native-{key}-*.so")) if is_ours(folder) else []
     except (OSError, RuntimeError):  # RuntimeError: no home
         return None
     for path in candidates:
         with suppress(OSError, RuntimeError):  # RuntimeError: without the functions
-            if _is_ours(path) and path.name == _name(key, path.read_bytes()):
+            if is_ours(path) and path.name == _name(key, path.read_bytes()):
                 return _open(path)
         with suppress(OSError):
             path.unlink()
@@ -101,7 +100,7 @@ def _keep(content: bytes, key: str) -> Path | None:
     try:
         folder = _folder()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not _is_ours(folder):
+        if not is_ours(folder):
             return None
         path = folder / _name(key, content)
         write_atomic(path, content)
@@ -118,19 +117,6 @@ def _folder() -> Path:
 
 def _name(key: str, content: bytes) -> str:
     return f"native-{key}-{hashlib.sha256(content).hexdigest()}.so"
-
-
-def _is_ours(path: Path) -> bool:
-    """Whether a regular file or a folder is this user's or root's, and no one else's to change."""
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
-        return False
-    if os.name != "posix":
-        return True
-    for_others = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    # In a sticky folder, such as /tmp, others cannot put a file in the place of ours.
-    sticky = stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX
-    return found.st_uid in (0, os.geteuid()) and (not for_others or bool(sticky))
 
 
 def _open(path: Path) -> ctypes.CDLL:

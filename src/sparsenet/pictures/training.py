@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsenet.data.dataset import Images
 from sparsenet.extras import require
 from sparsenet.pictures.figure import FAINT, INK, drawable, measured_points, picture, shorten
 from sparsenet.results import EpochMetrics
@@ -180,8 +181,7 @@ def _write_percent(axis: Any, percent: Tensor) -> None:
 
 
 def draw_samples(
-    pixels: Tensor,
-    labels: Tensor,
+    images: Images,
     predicted: Tensor,
     confidence: Tensor,
     classes: Sequence[str],
@@ -189,9 +189,10 @@ def draw_samples(
 ) -> None:
     """Draws a PNG of the images that the network gets wrong with the most confidence, at most 32.
 
-    All tensors are on the CPU: *pixels* uint8 ``(N, C, H, W)``, *labels* and *predicted* int64
-    ``(N,)``, *confidence* (0 to 1) ``(N,)``. Classes are named as in ``draw_confusion``.
+    On the CPU are *predicted*, int64 ``(N,)``, and *confidence* (0 to 1), ``(N,)``. Classes are
+    named as in ``draw_confusion``.
     """
+    labels = images.labels.cpu()
     wrong = (predicted != labels).nonzero()[:, 0]
     if not len(wrong):
         with picture(target, 8, 2.4) as figure:
@@ -206,11 +207,12 @@ def draw_samples(
     names = drawable(classes)
     with picture(target, max(1.5 * columns, 6), 1.85 * rows + 0.6, title, names) as figure:
         axis = figure.subplots()  # one for all images: to make 32 takes longer than all else
-        for place, i in enumerate(worst):
+        shown = images[torch.tensor(worst).to(images.device)].pixels.cpu()
+        for place, (i, image) in enumerate(zip(worst, shown, strict=True)):
             x, y = place % columns * 1.25, place // columns * 1.55  # in sides of an image
             prediction = shorten(names[int(predicted[i])], 12)
             truth = shorten(names[int(labels[i])], 12)
-            _draw_image(axis, x, y, pixels[i])
+            _draw_image(axis, x, y, image)
             _write_below(axis, x, y, 4, f"{prediction} · {100 * confidence[i]:.0f} %", "test")
             _write_below(axis, x, y, 16, f"true: {truth}", "train")
         axis.set(xlim=(0, columns * 1.25 - 0.25), ylim=(rows * 1.55 - 0.2, 0))
