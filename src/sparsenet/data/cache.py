@@ -16,7 +16,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -51,7 +51,10 @@ class Table(Split, Protocol):
         """int64 ``(N,)``."""
 
     def identity(self) -> Iterable[str] | None:
-        """What changes when an image does; ``None`` where only the images themselves say it."""
+        """What changes when an image does; ``None`` where only the images themselves say it.
+
+        Otherwise no image may lie in a file of its own.
+        """
 
 
 class Key(msgspec.Struct, frozen=True):
@@ -234,7 +237,8 @@ class Entry:
             if os.fstat(file.fileno()).st_size != self.nbytes:
                 return None
             last = self.rows()
-            os.utime(self.file("whole"))  # used now
+            with suppress(OSError):  # where it can be read only
+                os.utime(self.file("whole"))  # used now
         except (OSError, ValueError):
             return None
         rows = [last[row] for row in sorted(last)]
@@ -288,13 +292,14 @@ def _write(entry: Entry, split: Split, skip_corrupt: bool) -> Generator[int, Non
         while missing := _missing(entry.key, rows):
             greys = [row.grey for row in rows.values() if row.grey]
             highest = max((grey.highest for grey in greys), default=0.0)
-            for row in _decoded(entry.key, split, missing, pixels, highest):
-                _refuse_problems([row], skip_corrupt)
-                rows[row.row] = row
-                lines.write(msgspec.json.encode(row) + b"\n")
-                if len(rows) % LINES == 0:  # never before the pixels
-                    lines.flush()
-                yield len(rows)
+            with closing(_decoded(entry.key, split, missing, pixels, highest)) as decoded:
+                for row in decoded:
+                    _refuse_problems([row], skip_corrupt)
+                    rows[row.row] = row
+                    lines.write(msgspec.json.encode(row) + b"\n")
+                    if len(rows) % LINES == 0:  # never before the pixels
+                        lines.flush()
+                    yield len(rows)
         os.fsync(file.fileno())
         lines.flush()
         os.fsync(lines.fileno())
@@ -331,7 +336,7 @@ def _missing(key: Key, rows: Mapping[int, Row]) -> set[int]:
 
 def _decoded(
     key: Key, split: Split, places: set[int], pixels: PixelFile, highest: float
-) -> Iterator[Row]:
+) -> Generator[Row, None, None]:
     """Decodes the images at *places* into *pixels*, where greys so far reach up to *highest*."""
     decoder = partial(
         decode,
@@ -340,9 +345,11 @@ def _decoded(
         grey_range=key.grey_range,
         max_megapixels=key.max_megapixels,
     )
-    examples = (example for place, example in enumerate(split) if place in places)
-    with limits_of_our_own():
-        found = read_all(examples, decoder, math.prod(key.shape))
+    examples = _examples(split, places)
+    with (
+        limits_of_our_own(),
+        closing(read_all(examples, decoder, math.prod(key.shape))) as found,
+    ):
         for place, (_, image) in zip(sorted(places), found, strict=True):
             if isinstance(image, BadImage):
                 yield Row(place, 0, 0, printable(str(image))).checked(key, b"")
@@ -358,6 +365,20 @@ def _decoded(
                 content = np.ascontiguousarray(content.pixels(scale, key.shape[0]))
             pixels.write(place, content)
             yield Row(place, number, 0, "", grey).checked(key, content.data)
+
+
+def _examples(split: Split, places: set[int]) -> Iterator[Example]:
+    """Those at *places*; ``DataError`` for a file that the key of a table does not know."""
+    by_files = isinstance(split, Table) and split.identity() is not None
+    for place, example in enumerate(split):
+        if place not in places:
+            continue
+        if by_files and isinstance(example.source, Path):
+            raise DataError(
+                f"{example.name}: expected an image as in the first row, where its bytes are, "
+                "found the path of one; --cache memory takes both"
+            )
+        yield example
 
 
 def make_room(folder: Path, nbytes: int, what: str) -> None:
