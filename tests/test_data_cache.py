@@ -319,11 +319,14 @@ def test_what_was_used_longest_ago_makes_room(
     with pytest.raises(DataError, match=r"--cache: expected room .* XDG_CACHE_HOME"):
         stored(examples(200, 3))  # all others are in use
     assert set(places) <= folders()
+    others = empty_cache / "holidays"
+    others.mkdir()
+    os.utime(others, (0, 0))
     still = kept.pop()
     kept.clear()
     allowed(20000)
     stored(examples(200, 4))
-    assert not places[0].exists() and places[2].exists()
+    assert not places[0].exists() and places[2].exists() and others.exists()
     assert len(still.pixels) == 200
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping
@@ -38,6 +39,7 @@ from sparsenet.files import cache_folder, file_state, is_ours, read_json, size_t
 from sparsenet.validation import printable
 
 FORMAT = 1  # another where what is decoded to what changes
+OURS = re.compile(r"[0-9a-f]{32}")  # names of folders
 PATIENCE = 0.1  # seconds between looks at a lock
 HELD = ("pixels", "held")  # what is open while a folder is used
 LINES = 64  # rows between writes of their lines
@@ -387,7 +389,8 @@ def make_room(folder: Path, nbytes: int, what: str) -> None:
     Raises ``DataError`` where that is not enough.
     """
     root = folder.parent
-    sizes = {each: _taken(each) for each in root.iterdir() if each.is_dir()}
+    ours = [each for each in root.iterdir() if OURS.fullmatch(each.name) and each.is_dir()]
+    sizes = {each: _taken(each) for each in ours}
     needed, free = nbytes - sizes.get(folder, 0), shutil.disk_usage(root).free
     most = (sum(sizes.values()) + free) // 2
     for each in sorted(sizes.keys() - {folder}, key=_last_used):
