@@ -7,6 +7,8 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +20,7 @@ import torch
 from conftest import TINY, Call, newest, write_classes, write_image
 from PIL import Image
 
+from sparsenet import memory
 from sparsenet.data import cache, load
 from sparsenet.data.config import DataConfig
 from sparsenet.data.dataset import Example, Images
@@ -94,23 +97,23 @@ def test_what_is_computed_from_the_disk_is_what_memory_gives(tmp_path: Path) -> 
         cache="memory",
         trivial_augment=True,
     )
-    memory = load_dataset(config)
+    held = load_dataset(config)
     first, again = (load_dataset(replace(config, cache="disk")) for _ in range(2))
     for disk in (first, again):
         for field in ("notes", "skipped", "grey_range", "classes", "nbytes"):
-            assert getattr(disk, field) == getattr(memory, field)
+            assert getattr(disk, field) == getattr(held, field)
         for split in SPLITS:
-            one, other = getattr(memory, split), getattr(disk, split)
+            one, other = getattr(held, split), getattr(disk, split)
             assert isinstance(other, StoredImages) and one.shape == other.shape
-            assert torch.equal(memory.ids[split], disk.ids[split])
+            assert torch.equal(held.ids[split], disk.ids[split])
             for small, same in ((one, other), (resized(one, 4), resized(other, 4))):
                 assert isinstance(same, StoredImages)
                 assert torch.equal(small.pixels, same.pixels)
                 assert torch.equal(small.labels, same.labels)
-        assert channel_statistics(memory.train) == channel_statistics(disk.train)
-        plan = plan_epoch(0, 1, len(memory.train), config)
+        assert channel_statistics(held.train) == channel_statistics(disk.train)
+        plan = plan_epoch(0, 1, len(held.train), config)
         for part in (None, plan):
-            batches = (Batches(each.train, 7, part, 2) for each in (memory, disk))
+            batches = (Batches(each.train, 7, part, 2) for each in (held, disk))
             for one, other in zip(*batches, strict=True):
                 assert all(map(torch.equal, one, other))
 
@@ -154,9 +157,9 @@ def test_a_table_is_known_by_its_file_or_by_the_images_it_names(
     columns = {"image": pa.array(images, kind), "label": [i % 2 for i in range(10)]}
     pq.write_table(pa.table(columns), table)
     config = DataConfig(dataset_dir=str(table.parent), image_size=4)
-    disk, memory = (load_dataset(replace(config, cache=each)) for each in ("disk", "memory"))
-    assert torch.equal(disk.train.pixels, memory.train.pixels)
-    assert torch.equal(disk.train.labels, memory.train.labels)
+    disk, held = (load_dataset(replace(config, cache=each)) for each in ("disk", "memory"))
+    assert torch.equal(disk.train.pixels, held.train.pixels)
+    assert torch.equal(disk.train.labels, held.train.labels)
     load_dataset(replace(config, cache="disk"))
     assert len(decoded) == 10
     write_image(files[3], 99)
@@ -167,11 +170,21 @@ def test_a_table_is_known_by_its_file_or_by_the_images_it_names(
     assert len(decoded) == 20
 
 
+def test_a_path_among_bytes_is_refused_on_disk(tmp_path: Path) -> None:
+    file = write_image(tmp_path / "data" / "0.png")
+    cells = [{"bytes": file.read_bytes(), "path": None}] * 5 + [{"bytes": None, "path": "0.png"}]
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    columns = {"image": pa.array(cells, kind), "label": [0, 1] * 3}
+    pq.write_table(pa.table(columns), tmp_path / "data" / "train.parquet")
+    with pytest.raises(DataError, match=r"row 5: expected .* found the path of one; --cache"):
+        load_dataset(DataConfig(dataset_dir=str(tmp_path / "data"), cache="disk"))
+
+
 def test_digits_of_another_size_lie_on_disk(decoded: list[str]) -> None:
     config = DataConfig(dataset="digits", image_size=10)
-    disk, memory = (load_dataset(replace(config, cache=each)) for each in ("disk", "memory"))
+    disk, held = (load_dataset(replace(config, cache=each)) for each in ("disk", "memory"))
     assert isinstance(disk.test, StoredImages) and len(decoded) == 1797
-    assert torch.equal(disk.test.pixels, memory.test.pixels)
+    assert torch.equal(disk.test.pixels, held.test.pixels)
     own = load_dataset(DataConfig(dataset="digits", cache="disk"))
     assert not isinstance(own.train, StoredImages)  # nothing is to be decoded
 
@@ -260,8 +273,10 @@ def test_the_pixels_of_another_split_are_not_taken(empty_cache: Path) -> None:
 def test_a_damaged_image_ends_it_or_is_left_out_whoever_wrote(decoded: list[str]) -> None:
     split = examples(9)
     split[4] = split[4]._replace(source=b"?")
-    with pytest.raises(BadImage, match=r"^no 4: .*; --skip_corrupt"):
+    filters, threads = warnings.filters[:], threading.active_count()
+    with pytest.raises(BadImage, match=r"^no 4: .*; --skip_corrupt") as caught:
         stored(split)
+    assert (warnings.filters, threading.active_count()) == (filters, threads), caught
     assert len(stored(split, skip_corrupt=True).skipped) == 1
     decoded.clear()
     assert stored(split, skip_corrupt=True).images.labels.tolist() == [0, 1, 2, 3, 5, 6, 0, 1]
@@ -304,12 +319,32 @@ def test_what_was_used_longest_ago_makes_room(
     with pytest.raises(DataError, match=r"--cache: expected room .* XDG_CACHE_HOME"):
         stored(examples(200, 3))  # all others are in use
     assert set(places) <= folders()
+    others = empty_cache / "holidays"
+    others.mkdir()
+    os.utime(others, (0, 0))
     still = kept.pop()
     kept.clear()
     allowed(20000)
     stored(examples(200, 4))
-    assert not places[0].exists() and places[2].exists()
+    assert not places[0].exists() and places[2].exists() and others.exists()
     assert len(still.pixels) == 200
+
+
+def test_memory_that_a_group_has_in_files_it_can_drop_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in (
+        ("memory.max", "900000"),
+        ("memory.current", "800000"),
+        ("memory.stat", "anon 100000\ninactive_file 300000\nactive_file 5"),
+    ):
+        (tmp_path / name).write_text(text)
+    limits = list(memory._group_limits(tmp_path))
+    assert limits == [(900_000, 500_000)]
+    (tmp_path / "memory.max").write_text("max")
+    assert not list(memory._group_limits(tmp_path))
+    monkeypatch.setattr(memory, "_group_limits", lambda: limits)
+    assert memory.available_memory() == 400_000 and memory.total_memory() == 900_000
 
 
 def test_auto_goes_by_the_memory_that_is_free(

@@ -56,9 +56,8 @@ def _address_limit() -> list[int]:
     return [limit] if limit != resource.RLIM_INFINITY else []
 
 
-def _group_limits() -> Iterator[tuple[int, int]]:
+def _group_limits(folder: Path = Path("/sys/fs/cgroup")) -> Iterator[tuple[int, int]]:
     """The bytes that a control group may have, and those that it has beside files it can drop."""
-    folder = Path("/sys/fs/cgroup")
     for limit, used, statistics, dropped in (
         ("memory.max", "memory.current", "memory.stat", "inactive_file"),
         (

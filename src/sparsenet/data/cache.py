@@ -13,10 +13,11 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -38,6 +39,7 @@ from sparsenet.files import cache_folder, file_state, is_ours, read_json, size_t
 from sparsenet.validation import printable
 
 FORMAT = 1  # another where what is decoded to what changes
+OURS = re.compile(r"[0-9a-f]{32}")  # names of folders
 PATIENCE = 0.1  # seconds between looks at a lock
 HELD = ("pixels", "held")  # what is open while a folder is used
 LINES = 64  # rows between writes of their lines
@@ -51,7 +53,10 @@ class Table(Split, Protocol):
         """int64 ``(N,)``."""
 
     def identity(self) -> Iterable[str] | None:
-        """What changes when an image does; ``None`` where only the images themselves say it."""
+        """What changes when an image does; ``None`` where only the images themselves say it.
+
+        Otherwise no image may lie in a file of its own.
+        """
 
 
 class Key(msgspec.Struct, frozen=True):
@@ -234,7 +239,8 @@ class Entry:
             if os.fstat(file.fileno()).st_size != self.nbytes:
                 return None
             last = self.rows()
-            os.utime(self.file("whole"))  # used now
+            with suppress(OSError):  # where it can be read only
+                os.utime(self.file("whole"))  # used now
         except (OSError, ValueError):
             return None
         rows = [last[row] for row in sorted(last)]
@@ -288,13 +294,14 @@ def _write(entry: Entry, split: Split, skip_corrupt: bool) -> Generator[int, Non
         while missing := _missing(entry.key, rows):
             greys = [row.grey for row in rows.values() if row.grey]
             highest = max((grey.highest for grey in greys), default=0.0)
-            for row in _decoded(entry.key, split, missing, pixels, highest):
-                _refuse_problems([row], skip_corrupt)
-                rows[row.row] = row
-                lines.write(msgspec.json.encode(row) + b"\n")
-                if len(rows) % LINES == 0:  # never before the pixels
-                    lines.flush()
-                yield len(rows)
+            with closing(_decoded(entry.key, split, missing, pixels, highest)) as decoded:
+                for row in decoded:
+                    _refuse_problems([row], skip_corrupt)
+                    rows[row.row] = row
+                    lines.write(msgspec.json.encode(row) + b"\n")
+                    if len(rows) % LINES == 0:  # never before the pixels
+                        lines.flush()
+                    yield len(rows)
         os.fsync(file.fileno())
         lines.flush()
         os.fsync(lines.fileno())
@@ -331,7 +338,7 @@ def _missing(key: Key, rows: Mapping[int, Row]) -> set[int]:
 
 def _decoded(
     key: Key, split: Split, places: set[int], pixels: PixelFile, highest: float
-) -> Iterator[Row]:
+) -> Generator[Row, None, None]:
     """Decodes the images at *places* into *pixels*, where greys so far reach up to *highest*."""
     decoder = partial(
         decode,
@@ -340,9 +347,11 @@ def _decoded(
         grey_range=key.grey_range,
         max_megapixels=key.max_megapixels,
     )
-    examples = (example for place, example in enumerate(split) if place in places)
-    with limits_of_our_own():
-        found = read_all(examples, decoder, math.prod(key.shape))
+    examples = _examples(split, places)
+    with (
+        limits_of_our_own(),
+        closing(read_all(examples, decoder, math.prod(key.shape))) as found,
+    ):
         for place, (_, image) in zip(sorted(places), found, strict=True):
             if isinstance(image, BadImage):
                 yield Row(place, 0, 0, printable(str(image))).checked(key, b"")
@@ -360,13 +369,28 @@ def _decoded(
             yield Row(place, number, 0, "", grey).checked(key, content.data)
 
 
+def _examples(split: Split, places: set[int]) -> Iterator[Example]:
+    """Those at *places*; ``DataError`` for a file that the key of a table does not know."""
+    by_files = isinstance(split, Table) and split.identity() is not None
+    for place, example in enumerate(split):
+        if place not in places:
+            continue
+        if by_files and isinstance(example.source, Path):
+            raise DataError(
+                f"{example.name}: expected an image as in the first row, where its bytes are, "
+                "found the path of one; --cache memory takes both"
+            )
+        yield example
+
+
 def make_room(folder: Path, nbytes: int, what: str) -> None:
     """Makes room for *nbytes* of *what* in *folder*, by removing what was used longest ago.
 
     Raises ``DataError`` where that is not enough.
     """
     root = folder.parent
-    sizes = {each: _taken(each) for each in root.iterdir() if each.is_dir()}
+    ours = [each for each in root.iterdir() if OURS.fullmatch(each.name) and each.is_dir()]
+    sizes = {each: _taken(each) for each in ours}
     needed, free = nbytes - sizes.get(folder, 0), shutil.disk_usage(root).free
     most = (sum(sizes.values()) + free) // 2
     for each in sorted(sizes.keys() - {folder}, key=_last_used):

@@ -6,7 +6,7 @@ import hashlib
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -122,8 +122,8 @@ def reading_images(
     decoded = partial(
         decode, size=size, channels=channels, grey_range=grey_range, max_megapixels=max_megapixels
     )
-    with limits_of_our_own():
-        for example, image in read_all(split, decoded, pixels[:1].nbytes):
+    with limits_of_our_own(), closing(read_all(split, decoded, pixels[:1].nbytes)) as work:
+        for example, image in work:
             if isinstance(image, BadImage):
                 if not skip_corrupt:
                     raise BadImage(f"{image}; --skip_corrupt leaves such images out")
@@ -169,7 +169,7 @@ def read_all(
     examples: Iterable[Example],
     decoded: Callable[[Example], np.ndarray | Greys],
     image_bytes: int,
-) -> Iterator[tuple[Example, Read | BadImage]]:
+) -> Generator[tuple[Example, Read | BadImage], None, None]:
     """What *decoded* makes of *examples* in several threads, and their ids, in their order.
 
     So much is read ahead as fits into ``READ_AHEAD`` bytes, an image taking *image_bytes* of them.

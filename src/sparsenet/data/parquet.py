@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 from typing import Any, NoReturn
 from unicodedata import normalize
@@ -427,8 +427,8 @@ class ParquetSplit:
         return np.concatenate([labels for _, labels in self.files])
 
     def identity(self) -> list[str] | None:
-        """What changes when an image does; ``None`` where images may lie in other files."""
-        if any(_may_have_paths(path, self.column) for path, _ in self.files):
+        """What changes when an image does; ``None`` where the first lies in a file of its own."""
+        if any(isinstance(example.source, Path) for example in islice(self, 1)):
             return None
         return [f"{self.column} in {file_state(path)}" for path, _ in self.files]
 
@@ -454,20 +454,6 @@ def _images(path: Path, column: str) -> Iterator[bytes | str | None]:
             parts = [fields[name] for name in ("bytes", "path") if name in fields]
         for row in zip(*(part.to_pylist() for part in parts), strict=True):
             yield next(filter(None, row), None)
-
-
-def _may_have_paths(path: Path, column: str) -> bool:
-    """Whether the file does not say that each row has the bytes of an image."""
-    with _opened(path) as file:
-        leaves = _leaves(file, column)
-        if len(leaves) == 1:
-            return leaves[0] == f"{column}.path" or _contents(file)[column] == "string"
-        for group in map(file.metadata.row_group, range(file.metadata.num_row_groups)):
-            for chunk in map(group.column, range(group.num_columns)):
-                known = chunk.statistics if chunk.is_stats_set else None
-                if chunk.path_in_schema == leaves[0] and (known is None or known.null_count != 0):
-                    return True
-    return False
 
 
 def _file(
