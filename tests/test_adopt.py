@@ -495,7 +495,7 @@ def test_old_torchvision_names_and_those_of_wrappers(prefix):
     [
         ({}, dict.clear, r"expected 'features\.conv0\.weight'"),
         ({}, lambda state: state.update({"features.conv9.weight": 0}), "no place for"),
-        ({}, lambda state: state.update({f"module.{n}": 0 for n in state}), "two names of one"),
+        ({}, lambda state: state.update({f"module.{n}": 0 for n in state}), "found two for"),
         ({"num_classes": 7}, len, r"of shape \[7, 16\], found \[3, 16\]"),
         ({"fetch": "sparse"}, len, "densely concatenating"),
         ({"fetch": lambda i: range(i - 1, -1, -1)}, len, "densely concatenating"),

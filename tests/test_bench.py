@@ -144,22 +144,22 @@ def test_an_error_by_chance_varies_as_much_as_is_derived(share):
     assert errors.std() <= derived <= 1.3 * errors.std()  # 1.2 for 0.2: 1 / (1 - share)**.5
 
 
-def _without_a_gradient(plan, x, readers, statistics, training):
+def _without_a_gradient(plan, x, readers, statistics, training, group=None):
     readers = [reader._replace(scale=reader.scale.detach().requires_grad_()) for reader in readers]
     return dispatch.reference.aggregate(plan, x, readers, statistics, training)
 
 
-def _without_shifts(plan, x, readers, statistics, training):
+def _without_shifts(plan, x, readers, statistics, training, group=None):
     readers = [reader._replace(shift=0 * reader.shift) for reader in readers]
     return dispatch.reference.aggregate(plan, x, readers, statistics, training)
 
 
-def _with_another_order(plan, x, readers, statistics, training):
+def _with_another_order(plan, x, readers, statistics, training, group=None):
     plan = Plan(tuple(read[::-1] for read in plan.reads))
     return dispatch.reference.aggregate(plan, x, readers, statistics, training)
 
 
-def _always_as_in_training(plan, x, readers, statistics, training):
+def _always_as_in_training(plan, x, readers, statistics, training, group=None):
     return dispatch.reference.aggregate(plan, x, readers, statistics, True)
 
 
@@ -217,7 +217,7 @@ def _times(factor, tensor):
 def _with_gradients(**factors):
     """Of the first stage's parameters; the others' are right."""
 
-    def aggregate(plan, x, readers, statistics, training):
+    def aggregate(plan, x, readers, statistics, training, group=None):
         if x.shape[-1] == 16:
             changed = [
                 {
@@ -235,11 +235,11 @@ def _with_gradients(**factors):
     return aggregate
 
 
-def _as_if_statistics_had_no_gradient(plan, x, readers, statistics, training):
+def _as_if_statistics_had_no_gradient(plan, x, readers, statistics, training, group=None):
     right = dispatch.reference._batch_norm
 
-    def wrong(plan, r, joined, reader, statistics, training):
-        normed = right(plan, r, joined.detach(), reader, statistics, training)
+    def wrong(plan, r, joined, reader, statistics, training, group):
+        normed = right(plan, r, joined.detach(), reader, statistics, training, group)
         slope = reader.scale / (joined.detach().float().var((0, 2, 3), correction=0) + EPS).sqrt()
         return normed + (slope.view(-1, 1, 1) * (joined - joined.detach())).to(normed.dtype)
 

@@ -618,7 +618,9 @@ def test_a_bar_fits_the_terminal_and_says_at_last_what_the_run_took(
     monkeypatch.delenv("COLUMNS", raising=False)
     drawn_each_time = partialmethod(Progress.update, refresh=True)
     monkeypatch.setattr(Progress, "update", drawn_each_time)
-    seen = printed_at_terminal(columns, lambda: display(events, Run(tmp_path)))
+    run = Run(tmp_path)
+    monkeypatch.setattr(run, "_began", True)  # its lines are written, as where it is described
+    seen = printed_at_terminal(columns, lambda: display(events, run))
     lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen).replace("\r", "\n").split("\n")
     bars = [line for line in lines if re.search(r"(left|took) (-|\d):", line)]
     assert bars and max(map(len, bars)) <= columns

@@ -71,10 +71,9 @@ def _end_of_a_run(error: Exception) -> str | None:
     """What *error* says, if it is a known end of a run and not a fault of the program."""
     if said := shortage(error):  # before anything that takes memory
         return said
-    from sparsenet.ranks import LostError
-
     if "backend extension" in str(error):  # a plug-in of PyTorch, without which it is not loaded
         return f"{error} It said: {error.__cause__}"
+    from sparsenet.ranks import LostError
     from sparsenet.train import DivergedError
 
     return str(error) if isinstance(error, DivergedError | LostError) else None
