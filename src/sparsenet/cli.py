@@ -62,6 +62,11 @@ def _is_said(message: str) -> bool:
     return bool(ranks and ranks.is_said(message))
 
 
+def _is_one_of_several() -> bool:
+    ranks = sys.modules.get("sparsenet.ranks")
+    return bool(ranks and ranks.have_joined())
+
+
 def _complain(message: str) -> None:
     with suppress(OSError):  # the exit code says it where stderr cannot be written
         print(f"sparsenet: {one_line(' '.join(message.split()))}", file=sys.stderr, flush=True)
@@ -102,6 +107,11 @@ def main() -> NoReturn:
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     gc.freeze()
+    if _is_one_of_several():
+        # The threads by which PyTorch reaches other processes outlive Python now and then, which
+        # then aborts: nothing is left to do but to end.
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 

@@ -183,6 +183,11 @@ _lost: set[str] = set()  # what ``LostError`` said
 _joined = ALONE  # for ``is_said``, which is asked when the run has ended
 
 
+def have_joined() -> bool:
+    """Whether this process has met others."""
+    return _joined.size > 1
+
+
 def started_by_others() -> bool:
     """Whether this process is one of several, as its environment says."""
     return int(os.environ.get("WORLD_SIZE", 1)) > 1
