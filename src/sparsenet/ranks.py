@@ -66,9 +66,10 @@ class Ranks:
 
     def shares(self, count: int) -> tuple[float, float]:
         """What means and sums over this process's part count in those over *count* images."""
-        part = len(self.part(count))
+        if self.size == 1:
+            return 1.0, 1.0
         copies = self.size if count // 2 < self.size else 1
-        return part / count / copies, 1 / copies
+        return len(self.part(count)) / count / copies, 1 / copies
 
     def piece(self, count: int) -> slice:
         """The images of this process in a pass over *count* that are evaluated once each."""

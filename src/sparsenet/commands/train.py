@@ -46,9 +46,8 @@ def _follow(joined: Ranks) -> int:
 
 
 def _run(args: argparse.Namespace, joined: Ranks) -> int:
-    if previous := ranks.previous_out(
-        args.out
-    ):  # of this command, before torchrun started it again
+    # Of this command, before a launcher started it again.
+    if previous := ranks.previous_out(args.out):
         args.resume = previous if (Path(previous) / "config.json").exists() else None
     run, config = _resumed_run(args) if args.resume else _new_run(args)
     ranks.remember_out(str(run.path.resolve()))
