@@ -115,7 +115,7 @@ def maps_of(model: SparseNet, features: Tensor, classes: Tensor) -> Tensor:
     """As ``heat_maps``, given what ``forward_features`` makes of the images."""
     exact = torch.promote_types(features.dtype, torch.float32)
     weights = _classifier(model).weight[classes.to(features.device)].to(exact)  # (N, C)
-    return torch.einsum("nchw,nc->nhw", features.to(exact), weights)
+    return (features.to(exact) * weights[:, :, None, None]).sum(1)  # autocast rounds products
 
 
 def _classifier(model: SparseNet) -> nn.Linear:
