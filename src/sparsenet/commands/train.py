@@ -22,6 +22,7 @@ from sparsenet.flags import from_flags
 from sparsenet.memory import shortage
 from sparsenet.ranks import Ranks
 from sparsenet.run import Run
+from sparsenet.tracking import require_all, tracked
 from sparsenet.train import train
 
 
@@ -55,7 +56,7 @@ def _run(args: argparse.Namespace, joined: Ranks) -> int:
     try:
         with run.locked(), _Signals() as signals:
             events = train(config, run, bool(args.resume), signals.received, joined)
-            stopped = display(events, run)
+            stopped = display(tracked(events, run, config.train.trackers), run)
     except BrokenPipeError:
         raise
     except OSError as error:  # such as a full disk; those of the data are a ``DataError``
@@ -135,6 +136,7 @@ def _new_run(args: argparse.Namespace) -> tuple[Run, RunConfig]:
         labelled = getattr(args, "labels", "")
         base = presets.preset("short" if labelled else presets.preset_for(*data))
     config = _with_settings(args, base)
+    require_all(config.train.trackers)
     if args.out:
         return Run.create(Path(args.out)), config
     return Run.create_one_of_its_own(Path("runs") / _name(config)), config
@@ -152,6 +154,7 @@ def _resumed_run(args: argparse.Namespace) -> tuple[Run, RunConfig]:
         raise ValueError(
             f"--resume {run.path}: settings differ from the run's: {'; '.join(changed)}"
         )
+    require_all(new.train.trackers)
     return run, new
 
 
