@@ -108,8 +108,9 @@ class Trackio:
         os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
         os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
         self.module = import_module("trackio")
-        for module in (self.module, import_module("trackio.run")):
-            vars(module)["print"] = _silent  # into the lines of the run
+        for name, module in list(sys.modules.items()):
+            if name.partition(".")[0] == "trackio":
+                vars(module)["print"] = _silent  # not into the lines of the run
         self.id = start.id or f"{start.name}-{secrets.token_hex(3)}"
         given = {"config": start.settings, "resume": "allow", "embed": False}
         quiet = {"auto_log_gpu": False, "auto_log_cpu": False}
@@ -273,7 +274,7 @@ def _told(feeds: Iterable[_Feed]) -> Iterator[Message]:
 def _finish(feeds: Iterable[_Feed], status: str) -> None:
     end = time.monotonic() + AT_THE_END[status]
     for feed in feeds:
-        feed.close(status, end)
+        feed.close(status)
     for feed in feeds:
         feed.wait(end)
 
@@ -339,7 +340,7 @@ class _Feed:
         self.left_out, self.last_step = 0, 0
         self.status = "FAILED"
         self.lines: list[str] = []
-        self.is_off = False
+        self.is_off = self.is_closed = False
         self.thread = threading.Thread(target=self._work, name=f"track {name}", daemon=True)
         self.thread.start()
 
@@ -373,10 +374,11 @@ class _Feed:
         except queue.Full:
             self.left_out += not self.is_off
 
-    def close(self, status: str, end: float) -> None:
-        self.status = status
-        with suppress(queue.Full):
-            self.queue.put(None, timeout=max(0.0, end - time.monotonic()))
+    def close(self, status: str) -> None:
+        """Has the tracker finish once it has done what waits."""
+        self.status, self.is_closed = status, True
+        with suppress(queue.Full):  # where it sees that it is closed after what waits
+            self.queue.put_nowait(None)
 
     def wait(self, end: float) -> None:
         self.thread.join(max(0.0, end - time.monotonic()))
@@ -407,13 +409,14 @@ class _Feed:
             tracker = TRACKERS[self.name](start)
             sent.id = tracker.id
             sent.write(sent.reading)
-            while True:
+            while not (self.is_closed and self.queue.empty()):
                 self.since = None
                 send = self.queue.get()
                 self.since = time.monotonic()
-                if send is None:
-                    break
-                send(tracker, sent)
+                if send:
+                    send(tracker, sent)
+                if self.trouble:  # it was given up
+                    return
             tracker.finish(self.status)
             self.since = None
         except BaseException as error:  # noqa: BLE001  somebody else's code can raise anything
