@@ -285,6 +285,9 @@ def test_what_is_asked_for_must_be_there_and_nothing_else_is_imported(
     assert outcome.code == 2 and "--track wandb: expected the package wandb" in outcome.error
     assert "pip install" in outcome.error
     assert not Path("run").exists()
+    folder = SimpleNamespace(origin=None)  # as of one that is named wandb and lies here
+    monkeypatch.setattr(tracking, "util", SimpleNamespace(find_spec=lambda name: folder))
+    assert call("train", *TINY, "--track", "wandb", "--out", "run") == outcome
     outcome = call("train", *TINY, "--track", "wandb,tensorbord", "--out", "run")
     assert outcome.code == 2 and "track: expected none, or with commas some of" in outcome.error
     for name in (*TRACKERS, "torch.utils.tensorboard"):

@@ -224,7 +224,8 @@ def _plain(value: Any) -> bool | int | float | str:
 def require_all(names: Iterable[str]) -> None:
     """Raises ``MissingExtra`` where a tracker is not installed; imports none."""
     for name in names:
-        if name not in sys.modules and not util.find_spec(name):
+        found = name in sys.modules or util.find_spec(name)
+        if not found or not getattr(found, "origin", True):  # a folder that a tracker wrote
             hint = install_hint(name)
             raise MissingExtra(f"--track {name}: expected the package {name}, found none: {hint}")
 
