@@ -132,7 +132,7 @@ def steps(sent: Sent, name: str) -> list[int]:
 
 @pytest.mark.parametrize("name", ["wandb", "trackio", "mlflow"])
 def test_a_resumed_run_goes_on_in_what_was_tracked(fakes: Fakes, copied: Path, name: str) -> None:
-    run = Run(copied)
+    run = Run(copied.rename(copied.with_name("my 1st run")))
     assert list(tracked(events(1, 6, ends=False), run, [name])) == [*events(1, 6, ends=False)]
     assert fakes.sent.pop() == ("finish", 0)
     [*tracked(events(5, 8), run, [name])]  # from a checkpoint before the last step
@@ -182,7 +182,7 @@ def test_a_tracker_that_fails_is_told_once_and_is_off(
         if hasattr(owner, broken) and broken != "summary":
             setattr(owner, broken, fail)
     found = list(tracked(events(1, 8), Run(copied), ["wandb"]))
-    expected = "tracking: wandb failed (SystemExit: gone for good); it is off, the run goes on"
+    expected = "tracking: wandb failed (SystemExit: gone for good); the run does without it"
     assert lines(found) == [expected]
     assert [event for event in found if not isinstance(event, Message)] == [*events(1, 8)]
 
@@ -196,7 +196,7 @@ def test_a_tracker_that_hangs_is_left_behind(
     monkeypatch.setattr(tracking, "WAITING", 2)
     given = [*events(1, 8)]
     found = list(tracked(given, Run(copied), ["wandb"]))
-    told = "tracking: wandb has not finished within 0.05 s; it is off, the run goes on"
+    told = "tracking: wandb has not finished within 0.05 s; the run does without it"
     assert found == [*given, Message(told)]
     monkeypatch.setattr(tracking, "PATIENCE", 0.0)
 
@@ -207,7 +207,7 @@ def test_a_tracker_that_hangs_is_left_behind(
 
     shutil.rmtree(copied / "tracking")
     found = list(tracked(slowly(), Run(copied), ["wandb"]))
-    told = "tracking: wandb has not answered for 0 s; it is off, the run goes on"
+    told = "tracking: wandb has not answered for 0 s; the run does without it"
     assert lines(found) == [told]
     # What hangs may keep Python from ending, so the program does not let it.
     ended: list[int] = []

@@ -29,6 +29,7 @@ from sparsenet.extras import MissingExtra, install_hint, require
 from sparsenet.files import read_json
 from sparsenet.run import WRITTEN, Run
 from sparsenet.schedule import OptimConfig, learning_rate
+from sparsenet.validation import printable
 
 POINTS = 100  # of an epoch, at most, from its steps
 WAITING = 1000  # readings that wait for a tracker; further ones are left out
@@ -319,15 +320,15 @@ class _Sent:
     """
 
     def __init__(self, file: Path):
-        found = file.read_text().split() if file.exists() else []
+        reading, _, self.id = (file.read_text() if file.exists() else "").strip().partition(" ")
+        self.reading = int(reading) if reading.isdecimal() else -1
         self.file = file
-        self.reading = int(found[0]) if found and found[0].isdecimal() else -1
-        self.id = found[1] if len(found) == 2 else ""
 
     def write(self, reading: int) -> None:
         self.reading = reading
         with self.file.open("r+" if self.file.exists() else "w") as file:
-            file.write(f"{reading:020d} {self.id}\n")  # of one length, so that no part is left
+            file.write(f"{reading:020d} {self.id}\n")  # over the last one, which is as long
+            file.truncate()
 
 
 class _Feed:
@@ -396,7 +397,7 @@ class _Feed:
             self.trouble = f"has not answered for {PATIENCE:g} s"
         if self.trouble:
             self.is_off = True
-            yield f"{self.trouble}; it is off, the run goes on"
+            yield f"{self.trouble}; the run does without it"
         elif self.left_out and not self.thread.is_alive():
             yield f"was slower than the run: {self.left_out} readings were left out"
 
@@ -405,8 +406,8 @@ class _Feed:
             folder = self.run.file("tracking")
             folder.mkdir(exist_ok=True)
             sent = _Sent(folder / f"{self.name}.sent")
-            own = folder / self.name
-            start = Start(own, self.run.path.resolve().name, sent.id, _settings(self.run))
+            name = printable(self.run.path.resolve().name)
+            start = Start(folder / self.name, name, sent.id, _settings(self.run))
             tracker = TRACKERS[self.name](start)
             sent.id = tracker.id
             sent.write(sent.reading)
