@@ -79,7 +79,7 @@ def test_the_preset_follows_the_data():
     assert preset_for("auto", "") == "digits"
     assert preset_for("c10", "somewhere") == "paper"
     assert preset_for("auto", "photos") == "short"
-    with pytest.raises(ValueError, match="expected one of paper, digits, imagenet, short, found"):
+    with pytest.raises(ValueError, match="expected one of paper, digits, imagenet, finetune, short, found"):
         preset("fast")
 
 

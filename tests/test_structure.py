@@ -19,7 +19,7 @@ FLOORS = [
     data optim
     weights zoo adoption timm
     config presets arithmetic
-    checkpoints run trained
+    checkpoints run trained start
     preparation state step evaluate
     summary pictures records conclusion
     train predict export report check

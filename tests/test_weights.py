@@ -291,9 +291,9 @@ def test_what_is_there_goes_before_a_name(
         ("sparsenet_7_5", r"did you mean sparsenet_7_4\?"),
         (
             "http://127.0.0.1/x.safetensors",
-            "expected an address that begins with https://, found http://",
+            "expected an address that begins with https:// or hf://, found http://",
         ),
-        ("ftp://127.0.0.1/x.safetensors", "begins with https://, found ftp://"),
+        ("ftp://127.0.0.1/x.safetensors", "begins with https:// or hf://, found ftp://"),
         ("https://127.0.0.1/x#sha256=12ab", "64 hexadecimal digits"),
         ("https://127.0.0.1/x#main", "64 hexadecimal digits"),
         ("https://[::1/x", "expected a weights file"),

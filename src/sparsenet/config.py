@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -24,6 +25,12 @@ MOST_EPOCHS = 100_000
 class TrainConfig:
     """How a run is driven. Raises ``ValueError`` naming the field."""
 
+    weights: str = setting(
+        "",
+        "trained weights to start from: a run; a weights file, or that of a DenseNet of "
+        "torchvision, timm or MONAI (.pth, .safetensors), also by an address (https://, hf://); or "
+        "a name (sparsenet models)",
+    )
     seed: int = setting(0, "all randomness is a function of (seed, epoch, position)")
     batch_size: int = setting(0, "images a step; 0: 64, or a quarter of fewer than 256 images")
     max_epoch: int = setting(300, "epochs in all, resumed ones included")
@@ -191,7 +198,9 @@ def differences(old: RunConfig, new: RunConfig) -> list[str]:
 def recipe(config: RunConfig) -> dict[str, dict[str, Any]]:
     """Returns how a network was trained, as a JSON value: what matters for the result alone."""
     left_out = MAY_CHANGE - {"max_epoch"}
-    components = config.to_dict()
+    name = re.split(r"[/\\]", config.train.weights)[-1]  # not where it lies on this machine
+    train = dataclasses.replace(config.train, weights=name)
+    components = dataclasses.replace(config, train=train).to_dict()
     del components["network"]
     return {
         component: {name: value for name, value in fields.items() if name not in left_out}

@@ -106,14 +106,15 @@ def recompute_statistics(
     After few steps, running ones still are mostly what they began with, and averaged weights have
     statistics of other weights.
     """
-    running = [
-        buffer
-        for name, buffer in model.named_buffers()
-        if name.endswith(("running_mean", "running_var"))
-    ]
-    sums = [torch.zeros_like(buffer) for buffer in running]
     was_training = model.training
     model.train()
+    running = [
+        buffer
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name.startswith("running_") and module.training  # and not frozen
+    ]
+    sums = [torch.zeros_like(buffer) for buffer in running]
     sizes = [end - first for first, end in pairwise([0, *batch_ends(len(images), batch_size)])]
     batches = Batches(images, batch_size, device=device, ranks=ranks)
     for (pixels, _), size in zip(batches, sizes, strict=True):

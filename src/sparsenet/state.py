@@ -28,6 +28,7 @@ from sparsenet.results import EpochMetrics
 from sparsenet.run import Run
 from sparsenet.schedule import learning_rate
 from sparsenet.stage import synchronise_statistics
+from sparsenet.start import Start
 from sparsenet.validation import shown
 from sparsenet.weights import Description
 
@@ -171,14 +172,20 @@ def check_finite(tensors: Mapping[str, Tensor], step: int) -> None:
         raise DivergedError(f"the weights of step {step} are")
 
 
-def new_state(setup: Setup) -> TrainingState:
-    """The state before the first step."""
+def new_state(setup: Setup, start: Start | None = None) -> TrainingState:
+    """The state before the first step, with the weights of *start* where there is one."""
     config, device = setup.config, setup.device
     torch.manual_seed(stream(config.train.seed, "weights").initial_seed())
     implementation = setup.arithmetic.implementation
     model = place(SparseNet(config.network, implementation, config.train.memory), device)
     if setup.synchronised:
         synchronise_statistics(model)
+    if start:
+        start.load_into(model, setup.data.classes)
+    try:
+        model.freeze(config.optim.freeze)
+    except ValueError as error:
+        raise ValueError(f"--{error}") from None
     average = copy.deepcopy(model) if config.optim.ema else None
     steps = len(batch_ends(len(setup.data.train), config.train.batch_size))
     losses = torch.zeros(steps, device=device)

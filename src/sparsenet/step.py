@@ -36,8 +36,8 @@ class TrainingStep:
 
     @cached_property
     def statistics(self) -> list[Tensor]:
-        """Running statistics that differ from process to process: not those in common."""
-        norms = [m for m in self.model.modules() if type(m) is nn.BatchNorm2d]
+        """Running statistics that differ from process to process: not common or frozen ones."""
+        norms = [m for m in self.model.modules() if type(m) is nn.BatchNorm2d and m.training]
         buffers: list[Tensor | None] = []
         for norm in norms:
             buffers += [norm.running_mean, norm.running_var]
@@ -46,7 +46,7 @@ class TrainingStep:
     @cached_property
     def fill(self) -> Tensor:
         """The mean colour, uint8 ``(C,)``, for what lies beyond an image or is cut out."""
-        mean = (torch.tensor(self.preprocessing.mean) * 255).round().to(torch.uint8)
+        mean = (torch.tensor(self.preprocessing.mean) * 255).round().clamp(0, 255).to(torch.uint8)
         return mean.to(next(self.model.parameters()).device)
 
     def __call__(
@@ -84,7 +84,7 @@ class TrainingStep:
         if optim.grad_clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), optim.grad_clip)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate if group["share"] == 1 else rate * group["share"]
         self.optimizer.step()
         if self.average is not None:
             update_average(self.average, self.model, ema_rate)

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sparsenet import optim, pictures
+from sparsenet import checkpoints, optim, pictures
 from sparsenet.arithmetic import Arithmetic
 from sparsenet.capture import Captures
 from sparsenet.conclusion import conclude
@@ -36,6 +36,7 @@ from sparsenet.ranks import ALONE, Ranks
 from sparsenet.results import EpochMetrics
 from sparsenet.run import Run
 from sparsenet.schedule import learning_rate
+from sparsenet.start import read_start
 from sparsenet.state import DivergedError as DivergedError
 from sparsenet.state import TrainingState, has_own_best, new_state, restore
 from sparsenet.step import TrainingStep
@@ -116,11 +117,16 @@ def _begun(
     setup = yield from _prepared(preparing(config, previous, images, ranks), should_stop)
     if setup is None:
         return None
-    state = new_state(setup)
+    begins = not (resume and checkpoints.saved(run.checkpoints, "last"))
+    weights = config.train.weights if ranks.is_first and begins else ""
+    start = read_start(weights) if weights else None
+    state = new_state(setup, start)
     if ranks.is_first:
         restored = restore(state, setup, run) if resume else []  # refused before writing
         _describe(run, setup)
         yield from map(Message, introduce(setup, previous))
+        if start:
+            yield from map(Message, start.describe(state.model, setup.data.classes))
         yield from map(Message, restored)
         if state.rows and not has_own_best(state, setup, run):
             state.best = None  # of what was, nothing is left

@@ -122,8 +122,8 @@ def create_model(
     tensors, stem = file.tensors, file.tensors.get("stem.0.weight")
     if stored.in_chans == 3 != in_chans and stem is not None and stem.dim() == 4:
         stored = dataclasses.replace(stored, in_chans=in_chans)
-        tensors = tensors | {"stem.0.weight": _for_channels(stem, in_chans)}
-    _check_same_network(wanted, stored, file.source)
+        tensors = tensors | {"stem.0.weight": for_channels(stem, in_chans)}
+    check_same_network(wanted, stored, file.source)
     wanted = dataclasses.replace(wanted, num_classes=stored.num_classes)
     model = build(wanted, tensors, file.source, implementation, memory)
     if num_classes is not None and num_classes != model.num_classes:
@@ -131,12 +131,16 @@ def create_model(
     return model
 
 
-def _for_channels(weight: Tensor, channels: int) -> Tensor:
-    """The *weight* of a convolution of colours for images of other *channels*."""
+def for_channels(weight: Tensor, channels: int) -> Tensor:
+    """The *weight* of a convolution for images of other *channels*: a sum for one, else repeated.
+
+    It gives as much, in sum, as before for channels that are alike.
+    """
     if channels == 1:
         return weight.sum(1, keepdim=True)
-    repeated = weight.repeat(1, math.ceil(channels / 3), 1, 1)[:, :channels]
-    return repeated * 3 / channels
+    before = weight.shape[1]
+    repeated = weight.repeat(1, math.ceil(channels / before), 1, 1)[:, :channels]
+    return repeated * before / channels
 
 
 def stored_architecture(
@@ -181,7 +185,8 @@ def _unknown_architecture(source: str, problem: object) -> ValueError:
     return ValueError(f"{source}: expected {expected}, found: {first_line}")
 
 
-def _check_same_network(wanted: Architecture, stored: Architecture, source: str) -> None:
+def check_same_network(wanted: Architecture, stored: Architecture, source: str) -> None:
+    """Raises ``ValueError`` where the weights of *source* are of another network than *wanted*."""
     network = attrgetter("stages", "stem", "in_chans")
     if network(wanted) == network(stored):
         return

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 from sparsenet import config as settings
-from sparsenet import presets, ranks
+from sparsenet import presets, ranks, zoo
 from sparsenet.config import RunConfig, TrainConfig
 from sparsenet.data.config import POINTERS
 from sparsenet.display import display, say
@@ -22,6 +22,7 @@ from sparsenet.flags import from_flags
 from sparsenet.memory import shortage
 from sparsenet.ranks import Ranks
 from sparsenet.run import Run
+from sparsenet.start import located, read_start
 from sparsenet.train import train
 
 
@@ -130,6 +131,8 @@ def _new_run(args: argparse.Namespace) -> tuple[Run, RunConfig]:
     base = RunConfig()
     if args.preset:
         base = presets.preset(args.preset)
+    elif "weights" in vars(args):
+        base = presets.preset("finetune")
     elif not args.config:
         data = getattr(args, "dataset", "auto"), getattr(args, "dataset_dir", "")
         labelled = getattr(args, "labels", "")
@@ -162,7 +165,22 @@ def _with_settings(args: argparse.Namespace, base: RunConfig) -> RunConfig:
         base = settings.load(path / "config.json" if path.is_dir() else path, base)
         given = {name: vars(args)[name] for name in POINTERS if name in vars(args)}
         base = dataclasses.replace(base, data=base.data.pointed_at(given))
-    return from_flags(vars(args), base)
+    source = vars(args).get("weights", "")
+    start = read_start(source) if source and not args.resume else None
+    if start:
+        base = start.settings(base)
+    if args.model:
+        base = dataclasses.replace(base, network=zoo.architecture(args.model))
+    config = from_flags(vars(args), base)
+    if source:
+        train = dataclasses.replace(config.train, weights=located(source))
+        config = dataclasses.replace(config, train=train)
+    if start:
+        start.check(config)
+        if "in_chans" in vars(args) and "mean" not in vars(args):  # those of other channels
+            data = dataclasses.replace(config.data, mean=(), std=())
+            config = dataclasses.replace(config, data=data)
+    return config
 
 
 def _name(config: RunConfig) -> str:
