@@ -19,11 +19,11 @@ FLOORS = [
     data optim
     weights zoo adoption timm
     config presets arithmetic
-    checkpoints run trained start
+    checkpoints run trained start composition
     preparation state step evaluate
     summary pictures records conclusion
     train predict export report check
-    display flags commands
+    display signals flags library commands
     cli __main__
     """.strip().splitlines()
 ]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sparsenet.adoption import adopt, load_torchvision
     from sparsenet.architecture import Architecture
+    from sparsenet.library import fit, load
     from sparsenet.model import SparseNet
     from sparsenet.topology import Topology
     from sparsenet.zoo import create_model, list_models
@@ -23,7 +24,9 @@ __all__ = [
     "Topology",
     "adopt",
     "create_model",
+    "fit",
     "list_models",
+    "load",
     "load_torchvision",
 ]
 
@@ -33,6 +36,8 @@ _MODULES = {
     "Topology": "sparsenet.topology",
     "adopt": "sparsenet.adoption",
     "create_model": "sparsenet.zoo",
+    "fit": "sparsenet.library",
+    "load": "sparsenet.library",
     "list_models": "sparsenet.zoo",
     "load_torchvision": "sparsenet.adoption",
 }

@@ -154,6 +154,20 @@ def replace(base: RunConfig, changes: Mapping[str, Mapping[str, Any]]) -> RunCon
     return RunConfig(**components)
 
 
+def changed(base: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+    """Returns *base* with single settings replaced, by their names: ``{"lr": 0.2}``.
+
+    Raises ``ValueError`` for a name that no setting has.
+    """
+    owners = {each.name: each.component for each in settings()}
+    changes: dict[str, dict[str, Any]] = {component: {} for component in COMPONENTS}
+    for name, value in values.items():
+        if name not in owners:
+            raise ValueError(f"{name}: expected a setting{nearest(name, owners) or ', found none'}")
+        changes[owners[name]][name] = value
+    return replace(base, changes)
+
+
 def from_dict(value: Any, source: str, base: RunConfig) -> RunConfig:
     """Returns *base* with what a JSON value sets.
 

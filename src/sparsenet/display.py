@@ -29,13 +29,13 @@ def warn(line: str) -> None:
     print(one_line(line), file=sys.stderr)
 
 
-def display(events: Iterable[Event], run: Run) -> str | None:
-    """Shows the events of a run as they come and writes their lines to train.log.
+def display(events: Iterable[Event], run: Run, quiet: bool = False) -> str | None:
+    """Shows the events of a run as they come, unless *quiet*, and writes lines to train.log.
 
     Returns the reason why the run stopped early, if it did.
     """
     reason = None
-    bar = _Bar() if sys.stdout.isatty() else None
+    bar = _Bar() if sys.stdout.isatty() and not quiet else None
     with bar.progress if bar else nullcontext():
         for event in events:
             if isinstance(event, Stopped):
@@ -47,7 +47,7 @@ def display(events: Iterable[Event], run: Run) -> str | None:
             line = one_line(_line(event))
             if bar:
                 bar.print(line)
-            else:
+            elif not quiet:
                 say(line)
                 sys.stdout.flush()
             if not isinstance(event, Stopped) or event.saved:

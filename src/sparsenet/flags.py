@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NoReturn
 
 from sparsenet import __version__, presets
-from sparsenet.config import COMPONENTS, RunConfig, Setting, replace, settings
+from sparsenet.config import COMPONENTS, Setting, settings
 from sparsenet.data.config import POINTERS
 from sparsenet.data.splits import split_of
 from sparsenet.export import FORMATS, RUNTIMES
@@ -184,13 +184,10 @@ def _add_setting(group: Any, setting: Setting) -> None:
     )
 
 
-def from_flags(flags: Mapping[str, str], base: RunConfig) -> RunConfig:
-    """Returns *base* with the settings in *flags* (name to command-line text) replaced."""
-    changes: dict[str, dict[str, Any]] = {component: {} for component in COMPONENTS}
-    for each in settings():
-        if each.name in flags:
-            changes[each.component][each.name] = _value_of(each, flags[each.name])
-    return replace(base, changes)
+def values(flags: Mapping[str, str]) -> dict[str, Any]:
+    """The settings that *flags*, names to texts of the command line, give, by their names."""
+    known = {each.name: each for each in settings()}
+    return {name: _value_of(known[name], flags[name]) for name in known if name in flags}
 
 
 def _value_of(setting: Setting, text: str) -> Any:

@@ -24,6 +24,7 @@ PAPER = preset("paper")
 RECIPE = (  # the settings that a recipe names where they are not the paper's
     ("train", "batch_size"),
     *(("optim", field.name) for field in dataclasses.fields(PAPER.optim)),
+    ("train", "weights"),
     ("network", "dropout"),
     ("data", "image_size"),
     ("data", "mirror"),
@@ -194,4 +195,7 @@ def _describe_setting(name: str, value: Any) -> str:
     words = name.replace("_", " ")
     if isinstance(value, bool):
         return words if value else f"no {words}"
-    return value if isinstance(value, str) else f"{words} {value:g}"
+    if isinstance(value, str):
+        texts = {"weights": f"from {Path(value).name}", "freeze": f"{value} frozen"}
+        return texts.get(name, value)
+    return f"{words} {value:g}"

@@ -112,14 +112,16 @@ def _begun(
     ranks: Ranks,
 ) -> Generator[Event, None, tuple[Setup, TrainingState] | None]:
     """What a run begins or goes on with; ``None`` where it was stopped before."""
+    begins = not (resume and checkpoints.saved(run.checkpoints, "last"))
+    weights = config.train.weights if ranks.is_first and begins else ""
+    start = read_start(weights) if weights else None
+    if start:
+        start.check(config)
     known = (run.arithmetic(), run.images()) if resume and ranks.is_first else (Arithmetic(), {})
     previous, images = ranks.tell(known)
     setup = yield from _prepared(preparing(config, previous, images, ranks), should_stop)
     if setup is None:
         return None
-    begins = not (resume and checkpoints.saved(run.checkpoints, "last"))
-    weights = config.train.weights if ranks.is_first and begins else ""
-    start = read_start(weights) if weights else None
     state = new_state(setup, start)
     if ranks.is_first:
         restored = restore(state, setup, run) if resume else []  # refused before writing

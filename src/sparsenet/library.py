@@ -1,0 +1,109 @@
+"""What a program or a notebook calls: train, load, evaluate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparsenet import presets
+from sparsenet.composition import check_resumed, compose, name_of
+from sparsenet.config import RunConfig, changed
+from sparsenet.device import choose_device
+from sparsenet.display import display
+from sparsenet.events import Concluded, Event
+from sparsenet.files import user_path
+from sparsenet.ranks import started_by_others
+from sparsenet.results import EpochMetrics, TrainingResult
+from sparsenet.run import Run
+from sparsenet.signals import Signals
+from sparsenet.train import train
+from sparsenet.trained import Trained, load_trained
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A run that has ended."""
+
+    path: Path  # the run folder
+    metrics: tuple[EpochMetrics, ...]  # a row for each epoch
+    result: TrainingResult | None  # of the best weights on the test images; ``None`` where stopped
+    stopped: str | None = None  # why it ended before its last epoch: a signal, or the time limit
+
+    @property
+    def error(self) -> float | None:
+        """Wrong test images in percent."""
+        return self.result.error if self.result else None
+
+    def load(self, device: str = "auto") -> Trained:
+        """The network with its best weights."""
+        return load(self.path, device=device)
+
+
+def fit(
+    config: RunConfig | None = None,
+    *,
+    out: Path | str | None = None,
+    resume: Path | str | None = None,
+    preset: str = "",
+    model: str = "",
+    events: Callable[[Event], object] | None = None,
+    quiet: bool = False,
+    **settings: Any,
+) -> Fit:
+    """Trains a network as ``sparsenet train`` does, and writes the same run folder.
+
+    *config* is the whole of the settings, by default those of a *preset*, which is chosen by the
+    data; *model* is a network of ``sparsenet.list_models``; *settings* are single ones by the names
+    that flags have: ``fit(dataset_dir="photos", max_epoch=10)``. The run is written to *out*, by
+    default a new folder in ``runs``; *resume* goes on with one. *events* is called with all that
+    ``sparsenet.events`` has, as it happens; what it raises ends the run, which can be resumed from
+    its last checkpoint. Unless *quiet*, lines are printed as on the command line.
+
+    Ctrl-C (in a notebook: interrupt) saves and ends the run. Raises ``ValueError`` in one line for
+    settings and data that do not fit, ``sparsenet.train.DivergedError`` for a loss that is no
+    number.
+    """
+    if started_by_others():
+        expected = "one process; sparsenet train runs under torchrun"
+        raise ValueError(f"fit: expected {expected}, found several")
+    if resume is not None:
+        if out is not None or preset or model:
+            raise ValueError("fit: expected resume without out, preset and model, found them")
+        run = Run.open(user_path(str(resume)))
+        config = changed(config or run.config(), settings)
+        check_resumed(run, config)
+    else:
+        base = presets.preset(preset) if preset else config
+        config = compose(settings, base, model)
+        own = Path("runs") / name_of(config)
+        run = Run.create(user_path(str(out))) if out else Run.create_one_of_its_own(own)
+    results: list[TrainingResult] = []
+
+    def watched(signals: Signals) -> Iterator[Event]:
+        for event in train(config, run, resume is not None, signals.received):
+            if isinstance(event, Concluded):
+                results.append(event.result)
+            if events:
+                events(event)
+            yield event
+
+    with run.locked(), Signals() as signals:
+        stopped = display(watched(signals), run, quiet)
+    return Fit(run.path, tuple(run.metrics()), results[0] if results else None, stopped)
+
+
+def load(
+    source: Path | str,
+    checkpoint: str = "best",
+    device: str = "auto",
+    implementation: str = "auto",
+) -> Trained:
+    """A trained network: its ``model``, ``classes`` and ``preprocessing``, and ``predict``.
+
+    *source* is a run folder, of which *checkpoint* is ``best`` or ``last``, or weights: a file, an
+    address (``https://``, ``hf://``) or a name of ``sparsenet.list_models`` that has some. *device*
+    is ``auto`` or one that PyTorch knows. Raises ``ValueError`` in one line.
+    """
+    return load_trained(source, checkpoint, choose_device(device), implementation)
