@@ -157,14 +157,17 @@ def replace(base: RunConfig, changes: Mapping[str, Mapping[str, Any]]) -> RunCon
 def changed(base: RunConfig, values: Mapping[str, Any]) -> RunConfig:
     """Returns *base* with single settings replaced, by their names: ``{"lr": 0.2}``.
 
-    Raises ``ValueError`` for a name that no setting has.
+    Raises ``ValueError`` for a name that no setting has, and for a value of another type.
     """
-    owners = {each.name: each.component for each in settings()}
+    known = {each.name: each for each in settings()}
     changes: dict[str, dict[str, Any]] = {component: {} for component in COMPONENTS}
     for name, value in values.items():
-        if name not in owners:
-            raise ValueError(f"{name}: expected a setting{nearest(name, owners) or ', found none'}")
-        changes[owners[name]][name] = value
+        if name not in known:
+            hint = nearest(name, known)
+            raise ValueError(f"{name}: expected a setting, found none of that name{hint}")
+        if not callable(value):  # as a topology may be
+            check_type(name, value, known[name].kind)
+        changes[known[name].component][name] = value
     return replace(base, changes)
 
 

@@ -65,6 +65,7 @@ def fit(
     settings and data that do not fit, ``sparsenet.train.DivergedError`` for a loss that is no
     number.
     """
+    settings = {n: str(v) if isinstance(v, Path) else v for n, v in settings.items()}
     if started_by_others():
         expected = "one process; sparsenet train runs under torchrun"
         raise ValueError(f"fit: expected {expected}, found several")

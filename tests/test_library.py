@@ -1,0 +1,111 @@
+"""What programs and notebooks call gives what the command line gives."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Call, newest, signals_put_back, write_classes
+
+import sparsenet
+from sparsenet.config import load as load_config
+from sparsenet.events import EpochDone, Event, Step
+from sparsenet.run import Run
+
+SETTINGS = {"depth": 7, "growth_rate": 4, "max_epoch": 2, "batch_size": 4, "precision": "fp32"}
+FLAGS = [text for name, value in SETTINGS.items() for text in (f"--{name}", value)]
+
+
+def test_fit_trains_the_run_that_the_command_trains(call: Call) -> None:
+    write_classes(Path("data"))
+    outcome = call("train", "--dataset_dir", "data", *FLAGS, "--out", "command")
+    seen: list[Event] = []
+    with signals_put_back():
+        fit = sparsenet.fit(dataset_dir=Path("data"), out="program", events=seen.append, **SETTINGS)
+        quiet = sparsenet.fit(Run(fit.path).config(), out=Path("quiet"), quiet=True)
+    assert fit.path == Path("program") and fit.stopped is None
+    assert [event.metrics for event in seen if isinstance(event, EpochDone)] == list(fit.metrics)
+    assert any(isinstance(event, Step) for event in seen)
+    assert fit.result is not None and fit.error == fit.result.error == quiet.error
+    runs = [
+        newest(Path(name) / "checkpoints", "last")[0] for name in ("command", "program", "quiet")
+    ]
+    for other in runs[1:]:
+        assert all(torch.equal(t, other.tensors[name]) for name, t in runs[0].tensors.items())
+    said = call("models", "sparsenet_40_12")  # takes what was printed meanwhile
+    assert said.code == 0
+    assert outcome.lines[-2] in Path("program/train.log").read_text()
+    network = fit.load("cpu")
+    assert network.classes == ("ant", "bee") and not network.model.training
+
+
+def test_fit_prints_as_the_command_does_unless_quiet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_classes(Path("data"))
+    with signals_put_back():
+        sparsenet.fit(dataset_dir="data", **(SETTINGS | {"max_epoch": 1}), out="loud")
+        assert "epoch 1/1" in capsys.readouterr().out
+        sparsenet.fit(resume="loud", quiet=True, max_epoch=2)
+        assert capsys.readouterr().out == ""
+    assert "epoch 2/2" in Path("loud/train.log").read_text()
+    assert load_config(Path("loud/config.json"), Run(Path("loud")).config()).train.max_epoch == 2
+
+
+def test_a_signal_saves_and_what_a_callback_raises_can_be_gone_on_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_classes(Path("data"))
+
+    def interrupt(event: Event) -> None:
+        if isinstance(event, Step):
+            signal.raise_signal(signal.SIGINT)
+
+    def fail(event: Event) -> None:
+        if isinstance(event, EpochDone):
+            raise KeyError("mine")
+
+    with signals_put_back():
+        before = signal.getsignal(signal.SIGINT)
+        fit = sparsenet.fit(dataset_dir="data", out="run", events=interrupt, quiet=True, **SETTINGS)
+        assert (fit.stopped, fit.result, fit.error) == ("SIGINT", None, None)
+        assert signal.getsignal(signal.SIGINT) == before
+        with pytest.raises(KeyError, match="mine"):
+            sparsenet.fit(resume="run", events=fail, quiet=True)
+        fit = sparsenet.fit(resume=Path("run"), quiet=True)
+    assert [row.epoch for row in fit.metrics] == [1, 2] and fit.result is not None
+
+
+def test_wrong_words_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_classes(Path("data"))
+    for settings, words in (
+        ({"epochs": 3}, "epochs: expected a setting"),
+        ({"max_epochs": 3}, "max_epochs: expected a setting.* did you mean '?max_epoch"),
+        ({"max_epoch": "3"}, "max_epoch: expected"),
+        ({"max_epoch": 0}, "max_epoch: expected at least 1"),
+        ({"preset": "fast"}, "--preset: expected one of"),
+        ({"model": "resnet18"}, "model: expected a name"),
+        ({"resume": "data"}, "data: expected a run folder"),
+        ({"resume": "data", "out": "x"}, "expected resume without"),
+    ):
+        with pytest.raises(ValueError, match=words) as caught:
+            sparsenet.fit(dataset_dir="data", **settings)  # type: ignore[arg-type]
+        assert "\n" not in str(caught.value)
+    assert not Path("runs").exists()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="sparsenet train runs under torchrun"):
+        sparsenet.fit(dataset_dir="data")
+
+
+def test_load_takes_whatever_names_a_network(trained_on_folder: Path) -> None:
+    for source in (trained_on_folder, str(trained_on_folder), "sparsenet_40_12"):
+        network = sparsenet.load(source, device="cpu")
+        images = torch.zeros(2, 3, network.preprocessing.size, network.preprocessing.size)
+        assert network.model(images).shape == (2, len(network.classes))
+    with pytest.raises(ValueError, match="device"):
+        sparsenet.load(trained_on_folder, device="gpu")
