@@ -22,7 +22,7 @@ FLOORS = [
     checkpoints run trained start composition
     preparation state step evaluate
     summary pictures records conclusion
-    train predict export report check
+    explain train predict export report check tracking
     display signals flags library commands
     cli __main__
     """.strip().splitlines()

@@ -19,6 +19,7 @@ from sparsenet.validation import check_settings, check_type, nearest, setting
 
 MOST_BYTES = 2**24  # of a JSON file of settings, of which a topology may be a table
 MOST_EPOCHS = 100_000
+TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow")
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class TrainConfig:
     capture: bool = setting(True, "replay the step as a CUDA graph where the device can")
     time_limit: float = setting(0.0, "seconds after which the run ends and saves; 0: none")
     save_every: float = setting(120.0, "seconds between checkpoints within an epoch")
+    track: str = setting("none", f"where to follow the run: some of {','.join(TRACKERS)}")
 
     def __post_init__(self) -> None:
         ranges = {
@@ -65,7 +67,14 @@ class TrainConfig:
             (name, least <= getattr(self, name) <= most, f"at least {least} and at most {most:,}")
             for name, (least, most) in ranges.items()
         ]
-        check_settings(self, *rules)
+        known = self.track == "none" or not set(self.trackers) - set(TRACKERS)
+        expected = f"none, or with commas some of {', '.join(TRACKERS)}"
+        check_settings(self, *rules, ("track", known, expected))
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """The names in *track*, each once."""
+        return () if self.track == "none" else tuple(dict.fromkeys(self.track.split(",")))
 
 
 @dataclass(frozen=True)
@@ -93,6 +102,7 @@ MAY_CHANGE = {  # settings that a resumed run may have other values of
     "max_epoch",
     "time_limit",
     "save_every",
+    "track",
     "device",
     "memory",
     "capture",

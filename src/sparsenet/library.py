@@ -18,6 +18,7 @@ from sparsenet.ranks import started_by_others
 from sparsenet.results import EpochMetrics, TrainingResult
 from sparsenet.run import Run
 from sparsenet.signals import Signals
+from sparsenet.tracking import require_all, tracked
 from sparsenet.train import train
 from sparsenet.trained import Trained, load_trained
 
@@ -75,9 +76,11 @@ def fit(
         run = Run.open(user_path(str(resume)))
         config = changed(config or run.config(), settings)
         check_resumed(run, config)
+        require_all(config.train.trackers)
     else:
         base = presets.preset(preset) if preset else config
         config = compose(settings, base, model)
+        require_all(config.train.trackers)
         own = Path("runs") / name_of(config)
         run = Run.create(user_path(str(out))) if out else Run.create_one_of_its_own(own)
     results: list[TrainingResult] = []
@@ -91,7 +94,7 @@ def fit(
             yield event
 
     with run.locked(), Signals() as signals:
-        stopped = display(watched(signals), run, quiet)
+        stopped = display(tracked(watched(signals), run, config.train.trackers), run, quiet)
     return Fit(run.path, tuple(run.metrics()), results[0] if results else None, stopped)
 
 

@@ -23,6 +23,7 @@ from sparsenet.memory import shortage
 from sparsenet.ranks import Ranks
 from sparsenet.run import Run
 from sparsenet.signals import Signals
+from sparsenet.tracking import require_all, tracked
 from sparsenet.train import train
 
 
@@ -56,7 +57,7 @@ def _run(args: argparse.Namespace, joined: Ranks) -> int:
     try:
         with run.locked(), Signals() as signals:
             events = train(config, run, bool(args.resume), signals.received, joined)
-            stopped = display(events, run)
+            stopped = display(tracked(events, run, config.train.trackers), run)
     except BrokenPipeError:
         raise
     except OSError as error:  # such as a full disk; those of the data are a ``DataError``
@@ -94,6 +95,7 @@ def _new_run(args: argparse.Namespace) -> tuple[Run, RunConfig]:
     if args.config:
         base = _from_file(args.config, base or RunConfig(), given)
     config = compose(given, base, args.model or "")
+    require_all(config.train.trackers)
     if args.out:
         return Run.create(Path(args.out)), config
     return Run.create_one_of_its_own(Path("runs") / name_of(config)), config
@@ -113,6 +115,7 @@ def _resumed_run(args: argparse.Namespace) -> tuple[Run, RunConfig]:
         new = dataclasses.replace(new, network=zoo.architecture(args.model))
     new = settings.changed(new, given)
     check_resumed(run, new)
+    require_all(new.train.trackers)
     return run, new
 
 
