@@ -5,11 +5,14 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import Call, newest, signals_put_back, write_classes
+from PIL import Image
 
 import sparsenet
+import sparsenet.library
 from sparsenet.config import load as load_config
 from sparsenet.events import EpochDone, Event, Step
 from sparsenet.run import Run
@@ -109,3 +112,77 @@ def test_load_takes_whatever_names_a_network(trained_on_folder: Path) -> None:
         assert network.model(images).shape == (2, len(network.classes))
     with pytest.raises(ValueError, match="device"):
         sparsenet.load(trained_on_folder, device="gpu")
+
+
+@pytest.fixture(scope="module")
+def network(trained_on_folder: Path) -> sparsenet.library.Network:
+    return sparsenet.load(trained_on_folder, device="cpu")
+
+
+def turned_and_transparent(folder: Path) -> Path:
+    """A picture that only the whole of the rule makes right: turned, and transparent in places."""
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 14, 4), dtype=np.uint8)
+    image = Image.fromarray(pixels, "RGBA")
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save(folder / "turned.png", exif=exif)
+    return folder / "turned.png"
+
+
+def test_a_picture_is_the_same_whatever_holds_it(
+    network: sparsenet.library.Network, tmp_path: Path
+) -> None:
+    turned = turned_and_transparent(tmp_path)
+    levels = np.random.default_rng(1).integers(0, 60000, (9, 8)).astype(np.uint16)
+    levels[0, 0] = 60000
+    deep = tmp_path / "deep.png"
+    Image.fromarray(levels).save(deep)
+    for path in (turned, deep):
+        with Image.open(path) as image:
+            before = image.tobytes()
+            by = [network.transform(each) for each in (path, str(path), path.read_bytes(), image)]
+            assert image.tobytes() == before  # it is the caller's
+            found = network.predict([path, path.read_bytes(), image])
+        assert all(torch.equal(by[0], each) for each in by)
+        assert by[0].dtype == torch.float32 and by[0].shape == (3, 8, 8)
+        assert len({each.probabilities for each in found}) == 1
+        assert [each.path for each in found] == [str(path), "image 1", "image 2"]
+    array = np.asarray(Image.open(turned))
+    plain = Image.fromarray(array)
+    assert torch.equal(network.transform(array), network.transform(plain))
+    grey = array[..., 0]
+    assert torch.equal(network.transform(grey), network.transform(grey[..., None]))
+
+
+def test_the_transform_is_what_the_network_is_evaluated_with(
+    network: sparsenet.library.Network, folder_data: Path
+) -> None:
+    paths = sorted(folder_data.rglob("*.png"))
+    with torch.inference_mode():
+        logits = network.model(torch.stack([network.transform(path) for path in paths]))
+    best = logits.softmax(1).max(1)
+    found = network.predict(folder_data, top=1)
+    assert [each.path for each in found] == [str(path) for path in paths]
+    for prediction, label, probability in zip(found, best.indices, best.values, strict=True):
+        assert prediction.classes == (network.classes[label],)
+        assert prediction.probabilities[0] == pytest.approx(float(probability), abs=1e-6)
+    assert network.predict(str(paths[0])) == network.predict([paths[0]])
+    assert len(network.predict(str(folder_data / "*" / "1.png"))) == 2
+
+
+def test_what_is_no_picture_is_told(network: sparsenet.library.Network, tmp_path: Path) -> None:
+    (tmp_path / "no.png").write_bytes(b"no image")
+    found = network.predict([tmp_path / "no.png", b"no image", tmp_path / "none.png"])
+    assert [each.error is not None for each in found] == [True] * 3
+    assert "image 1: expected an image (" in str(found[1].error)
+    for wrong, words in (
+        (torch.zeros(3, 8, 8), "found Tensor"),
+        (np.zeros((8, 8), np.float32), r"uint8 \(H, W\) .*, found float32 \(8, 8\)"),
+        (np.zeros((3, 8, 9), np.uint8), r"found uint8 \(3, 8, 9\)"),
+        (np.zeros((0, 8, 3), np.uint8), "found uint8"),
+        (7, "found int"),
+    ):
+        with pytest.raises(ValueError, match=rf"^image 0: expected .*{words}"):
+            network.transform(wrong)
+        with pytest.raises(ValueError, match=rf"^image 0: expected .*{words}"):
+            network.predict([wrong])

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from sparsenet import presets
 from sparsenet.composition import check_resumed, compose, name_of
 from sparsenet.config import RunConfig, changed
+from sparsenet.data.images import read_image
 from sparsenet.device import choose_device
 from sparsenet.display import display
 from sparsenet.events import Concluded, Event
 from sparsenet.files import user_path
+from sparsenet.predict import Prediction, as_example, find_images, predict
 from sparsenet.ranks import started_by_others
 from sparsenet.results import EpochMetrics, TrainingResult
 from sparsenet.run import Run
@@ -37,7 +42,7 @@ class Fit:
         """Wrong test images in percent."""
         return self.result.error if self.result else None
 
-    def load(self, device: str = "auto") -> Trained:
+    def load(self, device: str = "auto") -> Network:
         """The network with its best weights."""
         return load(self.path, device=device)
 
@@ -98,16 +103,53 @@ def fit(
     return Fit(run.path, tuple(run.metrics()), results[0] if results else None, stopped)
 
 
+class Network(Trained):
+    """A trained network, in evaluation mode, that takes pictures."""
+
+    def transform(self, picture: Any) -> Tensor:
+        """What ``model`` takes of a picture: float32 ``(channels, size, size)``, on the CPU.
+
+        Pictures are those of ``sparsenet.predict.predict``, made the size of the training images
+        and normalised as these were, to the bit. It must not run in several threads at once; the
+        workers of a DataLoader are processes. Raises ``ValueError`` for what is no image.
+        """
+        example, about = as_example(picture, 0), self.preprocessing
+        pixels = read_image(
+            example.source,
+            about.size,
+            about.channels,
+            example.name,
+            about.grey_range,
+            about.max_megapixels,
+        )
+        return about.normalise(torch.from_numpy(pixels)[None])[0]
+
+    def predict(self, pictures: Any, top: int = 5, batch_size: int = 64) -> list[Prediction]:
+        """The *top* classes of each picture with their probabilities, or what is wrong with it.
+
+        *pictures* is one or an iterable of those of ``sparsenet.predict.predict``; a folder or a
+        glob (``"photos/*.jpg"``) stands for the images that it names.
+        """
+        several = isinstance(pictures, Iterable) and not hasattr(pictures, "__array_interface__")
+        alone = not several or isinstance(pictures, str | bytes)
+        found: list[Any] = []
+        for picture in [pictures] if alone else pictures:
+            is_path = isinstance(picture, str | Path)
+            found += find_images([str(picture)]).images if is_path else [picture]
+        return list(predict(self, found, top, batch_size))
+
+
 def load(
     source: Path | str,
     checkpoint: str = "best",
     device: str = "auto",
     implementation: str = "auto",
-) -> Trained:
+) -> Network:
     """A trained network: its ``model``, ``classes`` and ``preprocessing``, and ``predict``.
 
     *source* is a run folder, of which *checkpoint* is ``best`` or ``last``, or weights: a file, an
     address (``https://``, ``hf://``) or a name of ``sparsenet.list_models`` that has some. *device*
     is ``auto`` or one that PyTorch knows. Raises ``ValueError`` in one line.
     """
-    return load_trained(source, checkpoint, choose_device(device), implementation)
+    trained = load_trained(source, checkpoint, choose_device(device), implementation)
+    return Network(**vars(trained))

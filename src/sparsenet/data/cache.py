@@ -115,7 +115,7 @@ def _identity(example: Example) -> str:
     source = example.source
     if isinstance(source, Path):
         return file_state(source)
-    content = source.tobytes() if isinstance(source, np.ndarray) else source
+    content = source if isinstance(source, bytes) else source.tobytes()
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -14,14 +14,21 @@ from torch import Tensor
 
 from sparsenet.data.errors import DataError
 
+if TYPE_CHECKING:
+    from PIL.Image import Image as PillowImage
+
+Content: TypeAlias = "bytes | np.ndarray | PillowImage"
 PART = 1 << 24  # bytes of pixels that are looked at together
 
 
 class Example(NamedTuple):
-    """An image before it is decoded: a file, a file's bytes, or an array uint8 ``(C, H, W)``."""
+    """An image before it is decoded.
+
+    That is a file, a file's bytes, an array uint8 ``(C, H, W)``, or an image of Pillow's.
+    """
 
     name: str
-    source: Path | bytes | np.ndarray
+    source: Path | Content
     label: int
 
 

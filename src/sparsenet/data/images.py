@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sparsenet.data.config import DataConfig
-from sparsenet.data.dataset import Example, Images, Split
+from sparsenet.data.dataset import Content, Example, Images, Split
 from sparsenet.data.errors import BadImage
 from sparsenet.data.pixels import (
     Greys,
@@ -38,14 +38,14 @@ TASKS = 128  # that are begun before the first of them is needed
 
 
 def read_image(
-    source: Path | bytes,
+    source: Path | Content,
     size: int,
     channels: int,
     name: str = "",
     grey_range: tuple[float, ...] | None = None,
     max_megapixels: float = DataConfig.max_megapixels,
 ) -> np.ndarray:
-    """The pixels of an image file, or of a file's bytes: uint8 ``(channels, size, size)``.
+    """The pixels of an image, what an ``Example`` may be: uint8 ``(channels, size, size)``.
 
     The shorter side is resized to *size* and the longer cropped about its centre; an image of that
     size is kept to the byte, and any image where *size* is 0. ``preprocessing.RULE`` says it all.
@@ -160,9 +160,9 @@ def settled_range(
     return grey_range
 
 
-def image_id(content: bytes | np.ndarray) -> int:
+def image_id(content: Content) -> int:
     """64 bits that are a function of an image's bytes."""
-    data = content.tobytes() if isinstance(content, np.ndarray) else content
+    data = content if isinstance(content, bytes) else content.tobytes()
     digest = hashlib.blake2b(data, digest_size=8).digest()
     return int.from_bytes(digest, "big", signed=True)
 
