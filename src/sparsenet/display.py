@@ -10,8 +10,10 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
 
+from sparsenet.data.errors import count_images
 from sparsenet.events import Concluded, EpochDone, Event, Message, Reading, Step, Stopped
 from sparsenet.extras import require
+from sparsenet.results import Scores
 from sparsenet.run import Run
 from sparsenet.validation import one_line
 
@@ -68,8 +70,15 @@ def _line(event: Message | EpochDone | Stopped | Concluded) -> str:
             top5 = f", top-5 {result.top5_error:.2f} %" if len(result.classes) > 5 else ""
             return (
                 f"{result.dataset}: {result.tested_on} error {result.error:.2f} %{top5} "
-                f"({result.checkpoint}, epoch {result.epochs})"
+                f"({result.checkpoint}, epoch {result.epochs}){_worst(result.scores)}"
             )
+
+
+def _worst(scores: Scores | None) -> str:
+    if scores is None or (name := scores.worst) is None:
+        return ""
+    one = scores.classes[name]
+    return f"; far worse than the others: {name}, {one.wrong} of {count_images(one.images)} wrong"
 
 
 def _epoch_line(event: EpochDone) -> str:

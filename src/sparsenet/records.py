@@ -35,6 +35,7 @@ RECIPE = (  # the settings that a recipe names where they are not the paper's
     ("data", "cutmix"),
     ("data", "trivial_augment"),
     ("data", "first_size"),
+    ("data", "sampler"),
     ("data", "val_fraction"),
 )
 
@@ -194,4 +195,6 @@ def _describe_setting(name: str, value: Any) -> str:
     words = name.replace("_", " ")
     if isinstance(value, bool):
         return words if value else f"no {words}"
-    return value if isinstance(value, str) else f"{words} {value:g}"
+    if isinstance(value, str):
+        return value if name == "schedule" else f"{words} {value}"
+    return f"{words} {value:g}"

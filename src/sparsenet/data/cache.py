@@ -52,6 +52,9 @@ class Table(Split, Protocol):
     def labels(self) -> np.ndarray:
         """int64 ``(N,)``."""
 
+    def names(self) -> Iterable[str]:
+        """The name of each example."""
+
     def identity(self) -> Iterable[str] | None:
         """What changes when an image does; ``None`` where only the images themselves say it.
 
@@ -147,6 +150,7 @@ def reading_stored(
     return Decoded(
         StoredImages(file, places, labels[places]),
         torch.tensor([row.id for row in kept], dtype=torch.int64),
+        places,
         tuple(row.problem for row in rows if row.problem),
         settled,
         sum(grey.exceeds(settled or FULL_RANGE) for grey in greys),
