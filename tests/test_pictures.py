@@ -101,10 +101,10 @@ def test_many_classes_share_the_rows_of_a_confusion_matrix(
     monkeypatch.setattr(training, "SQUARES", 10)
     labels, diagonal = torch.arange(95), 100 * torch.eye(10).double()
     for shift, expected in ((0, diagonal), (50, diagonal.roll(5, 1))):
-        percent, shared = training._percent(labels, (labels + shift) % 100, 100)
-        assert shared == 10 and torch.equal(percent, expected)
-    percent, shared = training._percent(labels[:10], labels[:10], 10)
-    assert shared == 1 and torch.equal(percent, diagonal)
+        counts, shared = training._counts(labels, (labels + shift) % 100, 100)
+        assert shared == 10 and torch.equal(training._percent(counts), expected)
+    counts, shared = training._counts(labels[:10], labels[:10], 10)
+    assert shared == 1 and torch.equal(training._percent(counts), diagonal)
 
 
 @pytest.mark.parametrize(("channels", "wrong"), [(1, 3), (3, 40), (3, 0)])

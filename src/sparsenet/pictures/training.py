@@ -223,7 +223,7 @@ def draw_reliability(confidence: Tensor, right: Tensor, target: Path) -> None:
         axis.grid()
         wide = {"width": 92 / CALIBRATION_BINS, "color": FAINT}
         below.bar((100 * middles).tolist(), counts.tolist(), **wide)
-        below.set(xlabel="probability of the predicted class, %", ylabel="images", yscale="symlog")
+        below.set(xlabel="probability of the predicted class, %", ylabel="images")
 
 
 def _wilson(share: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
