@@ -9,6 +9,7 @@ import warnings
 from itertools import count
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -185,7 +186,9 @@ def result(run: Path) -> dict[str, Any]:
     return found
 
 
-def test_a_rare_class_is_named_and_balancing_finds_it(call: Call, tmp_path: Path) -> None:
+def test_a_rare_class_is_named_and_balancing_finds_it(
+    call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_greys(Path("d/train"), {"dark": 80, "bright": 80, "rare": 8}, 0)
     write_greys(Path("d/test"), {"dark": 40, "bright": 40, "rare": 10}, 1)
     data = ("--dataset_dir", "d", "--max_epoch", 6, "--batch_size", 16, "--shift", 0)
@@ -195,13 +198,12 @@ def test_a_rare_class_is_named_and_balancing_finds_it(call: Call, tmp_path: Path
     found = result(Path("plain"))["scores"]
     assert found["classes"]["rare"]["recall"] == 0
     assert found["confusion"]["rare"] == {"bright": 10}
-    for flags in (("--class_weights", "balanced"), ("--sampler", "balanced")):
-        out = Path("-".join(flags).strip("-"))
-        assert call("train", *TINY, *data, *flags, "--out", out).code == 0
-        assert result(out)["scores"]["classes"]["rare"]["recall"] > 50
-        assert result(out)["images"] == 90
-        recipe = call("report", out, "--markdown").out
-        assert flags[0].strip("-").replace("_", " ") + " balanced" in recipe
+    monkeypatch.setattr(conclusion, "pictures", Mock())  # which take the longest
+    for name in ("class_weights", "sampler"):
+        assert call("train", *TINY, *data, f"--{name}", "balanced", "--out", name).code == 0
+        assert result(Path(name))["scores"]["classes"]["rare"]["recall"] > 50
+    recipes = call("report", "class_weights", "sampler", "--markdown").out
+    assert "class weights balanced" in recipes and "sampler balanced" in recipes
     said = call("eval", "plain").out
     assert "rare: 100.00 % of 10 images wrong, taken for bright (10)" in said
     assert json.loads(call("eval", "plain", "--json").out)["scores"] == found
