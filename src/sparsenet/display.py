@@ -10,10 +10,8 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
 
-from sparsenet.data.errors import count_images
 from sparsenet.events import Concluded, EpochDone, Event, Message, Reading, Step, Stopped
 from sparsenet.extras import require
-from sparsenet.results import Scores
 from sparsenet.run import Run
 from sparsenet.validation import one_line
 
@@ -67,18 +65,13 @@ def _line(event: Message | EpochDone | Stopped | Concluded) -> str:
             return f"{'saved and stopped' if saved else 'stopped before the first step'}: {reason}"
         case Concluded(result):
             # Of five classes every one is among the five most probable.
+            remark = result.scores.remark if result.scores else ""
             top5 = f", top-5 {result.top5_error:.2f} %" if len(result.classes) > 5 else ""
             return (
                 f"{result.dataset}: {result.tested_on} error {result.error:.2f} %{top5} "
-                f"({result.checkpoint}, epoch {result.epochs}){_worst(result.scores)}"
+                f"({result.checkpoint}, epoch {result.epochs})"
+                f"{f'; {remark}' * bool(remark)}"
             )
-
-
-def _worst(scores: Scores | None) -> str:
-    if scores is None or (name := scores.worst) is None:
-        return ""
-    one = scores.classes[name]
-    return f"; far worse than the others: {name}, {one.wrong} of {count_images(one.images)} wrong"
 
 
 def _epoch_line(event: EpochDone) -> str:

@@ -91,6 +91,14 @@ class Scores:
                 return name
         return None
 
+    @property
+    def remark(self) -> str:
+        """What to say of the ``worst`` class, if there is one."""
+        if (name := self.worst) is None:
+            return ""
+        one = self.classes[name]
+        return f"far worse than the others: {name}, {one.wrong} of {one.images} images wrong"
+
 
 def _tail(images: int, wrong: int, drawn: int, least: int) -> float:
     """The probability of *least* or more wrong ones among as many *images* as are *drawn*."""

@@ -177,8 +177,8 @@ def _training_step(setup: Setup, state: TrainingState) -> TrainingStep:
     precision = setup.arithmetic.precision
     weights = None
     if setup.config.optim.class_weights == "balanced":
-        labels = setup.data.train.labels
-        weights = balancing_weights(labels, len(setup.data.classes))
+        labels = setup.data.train.labels.cpu()
+        weights = balancing_weights(labels, len(setup.data.classes)).to(setup.device)
     return TrainingStep(
         *trained, setup.config, setup.preprocessing, precision, setup.ranks, weights
     )

@@ -126,6 +126,8 @@ def _lines(report: EvaluationReport, data: Selection, stated: Measured | None) -
         f"{scores.confidence:.2f} % sure on average, "
         f"expected calibration error {scores.calibration_error:.2f} %"
     )
+    if scores.remark:
+        yield scores.remark
     for name, one in scores.classes.items():
         yield f"  {name}: {_class_line(name, one, scores)}"
     if stated:
@@ -144,6 +146,8 @@ def _class_line(name: str, one: ClassScores, scores: Scores) -> str:
             said.append("taken for " + shortened(f"{other} ({taken[other]})" for other in others))
     if one.precision is not None:
         said.append(f"precision {one.precision:.2f} %")
+    if one.f1 is not None:
+        said.append(f"F1 {one.f1:.2f} %")
     return ", ".join(said)
 
 
