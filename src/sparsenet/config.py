@@ -50,6 +50,9 @@ class TrainConfig:
     rank_timeout: float = setting(600.0, "seconds to wait for another process before giving up")
     memory: str = setting("normal", "lean: bottlenecks are computed again in backward", MEMORY)
     capture: bool = setting(True, "replay the step as a CUDA graph where the device can")
+    patience: int = setting(
+        0, "epochs without a lower validation error after which the run ends; 0: all of them"
+    )
     time_limit: float = setting(0.0, "seconds after which the run ends and saves; 0: none")
     save_every: float = setting(120.0, "seconds between checkpoints within an epoch")
     track: str = setting("none", f"where to follow the run: some of {','.join(TRACKERS)}")
@@ -59,6 +62,7 @@ class TrainConfig:
             "seed": (0, 2**63 - 1),
             "batch_size": (0, 10**6),
             "max_epoch": (1, MOST_EPOCHS),
+            "patience": (0, MOST_EPOCHS),
             "time_limit": (0, 10**9),
             "save_every": (0, 10**9),
             "rank_timeout": (1, 10**6),
@@ -98,8 +102,9 @@ COMPONENTS: dict[str, type] = {
     "train": TrainConfig,
 }
 DECIDED_BY_DATA = ("in_chans", "num_classes")  # fields of the network that no flag sets
+LENGTH = {"max_epoch", "patience"}  # settings that say when a run ends, and change nothing before
 MAY_CHANGE = {  # settings that a resumed run may have other values of
-    "max_epoch",
+    *LENGTH,
     "time_limit",
     "save_every",
     "track",
@@ -224,7 +229,7 @@ def differences(old: RunConfig, new: RunConfig) -> list[str]:
 
 def recipe(config: RunConfig) -> dict[str, dict[str, Any]]:
     """Returns how a network was trained, as a JSON value: what matters for the result alone."""
-    left_out = MAY_CHANGE - {"max_epoch"}
+    left_out = MAY_CHANGE - LENGTH
     name = re.split(r"[/\\]", config.train.weights)[-1]  # not where it lies on this machine
     train = dataclasses.replace(config.train, weights=name)
     components = dataclasses.replace(config, train=train).to_dict()

@@ -65,10 +65,12 @@ def _line(event: Message | EpochDone | Stopped | Concluded) -> str:
             return f"{'saved and stopped' if saved else 'stopped before the first step'}: {reason}"
         case Concluded(result):
             # Of five classes every one is among the five most probable.
+            remark = result.scores.remark if result.scores else ""
             top5 = f", top-5 {result.top5_error:.2f} %" if len(result.classes) > 5 else ""
             return (
                 f"{result.dataset}: {result.tested_on} error {result.error:.2f} %{top5} "
                 f"({result.checkpoint}, epoch {result.epochs})"
+                f"{f'; {remark}' * bool(remark)}"
             )
 
 

@@ -231,6 +231,8 @@ def _add_eval(commands: Any) -> None:
     evaluate.add_argument(
         "--engine", default="torch", choices=engines, help="what runs the network"
     )
+    text = "write a CSV file with path, true and predicted class and all probabilities"
+    evaluate.add_argument("--predictions", type=_given, metavar="FILE", help=text)
     _add_data(evaluate)
 
 

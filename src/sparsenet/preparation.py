@@ -93,6 +93,7 @@ def preparing(
     if config.train.implementation != "auto":  # refused before the data is loaded
         dispatch.choose(config.train.implementation, device)
     data = in_order((yield from loading_dataset(config.data)), images)
+    _check_choices(config, data)
     asked = config
     settings = _with_batch_size(config.train, len(data.train), ranks)
     config = dataclasses.replace(config, train=settings)
@@ -130,6 +131,20 @@ def _for_all_channels(config: RunConfig, channels: int) -> ChannelStatistics:
         expected = f"1 number or {channels}, as images have channels"
         raise ValueError(f"--mean: expected {expected}, found {len(mean)}")
     return (mean * channels)[:channels], (std * channels)[:channels]
+
+
+def _check_choices(config: RunConfig, data: Dataset) -> None:
+    """Raises ``ValueError`` where settings do not go with each other or with the data."""
+    if config.train.patience and not data.val:
+        raise ValueError(
+            f"--patience: expected validation images, such as those of --val_fraction 0.1, found "
+            f"none; --patience {config.train.patience} never waits for the {data.tested_on} error"
+        )
+    if config.optim.class_weights == config.data.sampler == "balanced":
+        raise ValueError(
+            "--class_weights: expected none with --sampler balanced, which already makes up for "
+            "classes with few images, found balanced"
+        )
 
 
 def _with_batch_size(settings: TrainConfig, images: int, ranks: Ranks) -> TrainConfig:

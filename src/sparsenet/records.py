@@ -36,6 +36,7 @@ RECIPE = (  # the settings that a recipe names where they are not the paper's
     ("data", "cutmix"),
     ("data", "trivial_augment"),
     ("data", "first_size"),
+    ("data", "sampler"),
     ("data", "val_fraction"),
 )
 
@@ -196,6 +197,6 @@ def _describe_setting(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return words if value else f"no {words}"
     if isinstance(value, str):
-        texts = {"weights": f"from {Path(value).name}", "freeze": f"{value} frozen"}
-        return texts.get(name, value)
+        texts = {"schedule": value, "weights": f"from {Path(value).name}"}
+        return texts.get(name, f"{words} {value}")
     return f"{words} {value:g}"

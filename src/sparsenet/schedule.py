@@ -26,6 +26,11 @@ class OptimConfig:
     momentum: float = setting(0.9, "Nesterov momentum")
     weight_decay: float = setting(1e-4, "on convolution and linear weights only")
     label_smoothing: float = setting(0.0, "share of the target spread over all classes")
+    class_weights: str = setting(
+        "none",
+        "balanced: an image counts in the loss as if all classes had equally many",
+        ("none", "balanced"),
+    )
     ema: float = setting(0.0, "decay of averaged weights, used to evaluate; 0: none")
     grad_clip: float = setting(0.0, "largest gradient norm; 0: no clipping")
     backbone_lr: float = setting(

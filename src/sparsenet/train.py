@@ -18,7 +18,15 @@ from sparsenet.conclusion import conclude
 from sparsenet.config import RunConfig
 from sparsenet.data.dataset import Images
 from sparsenet.data.identity import to_tensors
-from sparsenet.data.sampling import Batches, batch_ends, plan_epoch, resized, stream, training_size
+from sparsenet.data.sampling import (
+    Batches,
+    batch_ends,
+    drawn,
+    plan_epoch,
+    resized,
+    stream,
+    training_size,
+)
 from sparsenet.device import LEAST_SECONDS, traits
 from sparsenet.environment import environment
 from sparsenet.evaluate import (
@@ -38,8 +46,8 @@ from sparsenet.run import Run
 from sparsenet.schedule import learning_rate
 from sparsenet.start import read_start
 from sparsenet.state import DivergedError as DivergedError
-from sparsenet.state import TrainingState, has_own_best, new_state, restore
-from sparsenet.step import TrainingStep
+from sparsenet.state import TrainingState, has_own_best, new_state, reasons, restore
+from sparsenet.step import TrainingStep, balancing_weights
 
 TIME_LIMIT = "the time limit"
 SAVE = "save"  # what one process says to the others that wants a checkpoint and no end
@@ -94,14 +102,16 @@ def train(
             saved = time.monotonic()
         if stop:
             break
-    if stop and (stop != TIME_LIMIT or state.epoch < config.train.max_epoch):
+    if stop and (stop != TIME_LIMIT or not state.ended(config.train)):
         yield Stopped(stop)
     if stop in (None, TIME_LIMIT):  # a signal wants out at once; everything is saved already
         if not state.rows:  # stopped within the first epoch
             _settle_statistics(setup, state)
             _save("best", run, setup, state)
         if ranks.is_first:
-            yield Concluded(conclude(run, setup, state.rows, captures))
+            result = conclude(run, setup, state.rows, captures)
+            yield from map(Message, reasons(setup, state, result.epochs))
+            yield Concluded(result)
 
 
 def _begun(
@@ -173,14 +183,20 @@ def _describe(run: Run, setup: Setup) -> None:
 def _training_step(setup: Setup, state: TrainingState) -> TrainingStep:
     trained = state.model, state.optimizer, state.average
     precision = setup.arithmetic.precision
-    return TrainingStep(*trained, setup.config, setup.preprocessing, precision, setup.ranks)
+    weights = None
+    if setup.config.optim.class_weights == "balanced":
+        labels = setup.data.train.labels.cpu()
+        weights = balancing_weights(labels, len(setup.data.classes)).to(setup.device)
+    return TrainingStep(
+        *trained, setup.config, setup.preprocessing, precision, setup.ranks, weights
+    )
 
 
 def _make_steps(setup: Setup, state: TrainingState, make_step: StepFunction) -> Iterator[Step]:
     """Makes the remaining steps, and yields those after which the loss is looked at."""
     config, full_size = setup.config, setup.preprocessing.size
     images = setup.data.train
-    while state.epoch < config.train.max_epoch:
+    while not state.ended(config.train):
         size = training_size(state.epoch, config.train.max_epoch, config.data.first_size, full_size)
         kept = round(size * setup.data.train.shape[-1] / full_size)  # larger, for crops
         if images.shape[-1] != kept:
@@ -197,6 +213,8 @@ def _make_epoch_steps(
     epoch, steps, start = state.epoch, state.steps_per_epoch, state.step % state.steps_per_epoch
     data = config.data.scaled(images.shape[-1], setup.preprocessing.size)
     plan = plan_epoch(seed, epoch, len(images), data)
+    chosen = drawn(seed, epoch, images.labels, data.sampler)
+    plan = dataclasses.replace(plan, order=chosen[plan.order])
     batches = Batches(images, batch_size, plan, start, device, ranks)
     ends = batch_ends(len(images), batch_size)
     shares = torch.tensor([ranks.shares(b - a) for a, b in pairwise([0, *ends])]).to(device)
@@ -243,6 +261,8 @@ def _settle_statistics(setup: Setup, state: TrainingState) -> None:
         return
     train, images, seed = setup.config.train, setup.data.train, setup.config.train.seed
     order = torch.randperm(len(images), generator=stream(seed, "statistics", state.step))
+    epoch = max(state.step - 1, 0) // state.steps_per_epoch
+    order = drawn(seed, epoch, images.labels, setup.config.data.sampler)[order]
     order = order[: max(state.step, FEWEST_BATCHES) * train.batch_size]  # no longer than training
     if setup.config.network.dropout:
         torch.manual_seed(_dropout_seed(setup, "statistics", state.step))

@@ -48,6 +48,9 @@ class Table(Split, Protocol):
     def labels(self) -> np.ndarray:
         """int64 ``(N,)``."""
 
+    def names(self) -> Iterable[str]:
+        """The name of each example."""
+
     def identity(self) -> Iterable[str] | None:
         """What changes when an image does; ``None`` where only the images themselves say it.
 

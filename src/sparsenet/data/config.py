@@ -66,6 +66,12 @@ class DataConfig:
     cache: str = setting(
         "auto", "where decoded images lie; auto: on disk where memory is too small", CACHES
     )
+    sampler: str = setting(
+        "shuffled",
+        "shuffled: each training image once an epoch; balanced: as many images, but equally many "
+        "of each class",
+        ("shuffled", "balanced"),
+    )
     mirror: bool = setting(True, "mirror half of the training images")
     shift: int = setting(4, "shift training images by up to so many pixels each way")
     crop: float = setting(

@@ -85,6 +85,7 @@ def reading_stored(
     return Decoded(
         StoredImages(file, places, labels[places]),
         torch.tensor([row.id for row in kept], dtype=torch.int64),
+        places,
         tuple(row.problem for row in rows if row.problem),
         settled,
         sum(grey.exceeds(settled or FULL_RANGE) for grey in greys),

@@ -68,13 +68,15 @@ Read = tuple[np.ndarray | Greys, int]  # an image, and its id
 class Decoded(NamedTuple):
     """The images of a split. Equal *ids*, int64 ``(N,)``, are images of the same bytes.
 
-    *skipped* are the lines that say what is wrong with those left out. *grey_range* are the levels
-    of deep greys that became black and white, empty where nothing says which; *clipped* images
-    have levels beyond it.
+    *places*, int64 ``(N,)``, are their places in the split, some of which were left out. *skipped*
+    are the lines that say what is wrong with those left out. *grey_range* are the levels of deep
+    greys that became black and white, empty where nothing says which; *clipped* images have levels
+    beyond it.
     """
 
     images: Images
     ids: Tensor
+    places: Tensor
     skipped: tuple[str, ...] = ()
     grey_range: tuple[float, ...] = ()
     clipped: int = 0
@@ -114,10 +116,12 @@ def reading_images(
     """
     if isinstance(split, Images) and split.shape == (channels, size, size):
         ids = [image_id(image) for image in split.pixels.numpy()]
-        return Decoded(split, torch.tensor(ids, dtype=torch.int64), (), grey_range or ())
+        numbers = torch.tensor(ids, dtype=torch.int64), torch.arange(len(split))
+        return Decoded(split, *numbers, (), grey_range or ())
     pixels = np.empty((len(split), channels, size, size), np.uint8)
     labels: list[int] = []
     ids = []
+    places: list[int] = []
     skipped: list[str] = []
     greys: dict[int, Greys] = {}  # until their range is known
     clipped = 0
@@ -139,6 +143,7 @@ def reading_images(
                     pixels[len(labels)] = found.pixels(grey_range, channels)
                 else:
                     greys[len(labels)] = found
+                places.append(len(labels) + len(skipped))
                 labels.append(example.label)
                 ids.append(number)
             yield len(labels) + len(skipped)
@@ -148,7 +153,8 @@ def reading_images(
         index, grey = greys.popitem()
         pixels[index] = grey.pixels(settled or FULL_RANGE, channels)
     images = Images(torch.from_numpy(pixels[: len(labels)]), torch.tensor(labels).long())
-    return Decoded(images, torch.tensor(ids, dtype=torch.int64), tuple(skipped), settled, clipped)
+    numbers = torch.tensor(ids, dtype=torch.int64), torch.tensor(places, dtype=torch.int64)
+    return Decoded(images, *numbers, tuple(skipped), settled, clipped)
 
 
 def settled_range(

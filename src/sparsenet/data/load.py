@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
+from sparsenet.data.cache import Table
 from sparsenet.data.config import DataConfig
 from sparsenet.data.dataset import Dataset, Images, Labelled, Source, Split
 from sparsenet.data.errors import DataError, count_images, reason, shortened
@@ -66,7 +68,7 @@ def loading_dataset(config: DataConfig) -> Generator[Reading | Message, None, Da
             decoded = yield from read_split(
                 source, name, config, sides[name], channels, grey_range, on_disk
             )
-            parts[name] = Labelled(decoded.images, decoded.ids)
+            parts[name] = Labelled(decoded.images, decoded.ids, decoded.places)
             skipped += decoded.skipped
             clipped += clipping(decoded, name)
             grey_range = decoded.grey_range
@@ -74,6 +76,7 @@ def loading_dataset(config: DataConfig) -> Generator[Reading | Message, None, Da
     tested_on = "test"
     if "test" not in parts and "val" in parts:
         parts["test"], tested_on = parts.pop("val"), "validation"
+    tested = source.splits[next(name for name in ("test", "val", "train") if name in names)]
     drawn = []
     if "test" not in parts:
         tested_on = "held-out"
@@ -87,7 +90,7 @@ def loading_dataset(config: DataConfig) -> Generator[Reading | Message, None, Da
             decoded = yield from read_split(
                 source, "train", config, size, channels, grey_range, on_disk
             )
-        again = Labelled(decoded.images, decoded.ids)
+        again = Labelled(decoded.images, decoded.ids, decoded.places)
         for name in drawn:
             parts[name] = again.pick(torch.isin(again.ids, parts[name].ids))
     if not len(parts["test"].images):
@@ -107,7 +110,17 @@ def loading_dataset(config: DataConfig) -> Generator[Reading | Message, None, Da
         ids={name: part.ids for name, part in parts.items()},
         grey_range=grey_range or (),
         notes=(*source.notes, *clipped, *_remarks(parts, source.classes, tested_on)),
+        test_names=names_at(tested, parts["test"].places),
     )
+
+
+def names_at(split: Split, places: Tensor) -> tuple[str, ...]:
+    """The names of the examples at *places*, int64 ``(N,)``. No image is read."""
+    if isinstance(split, Images | Table):
+        names = list(split.names())
+    else:
+        names = [example.name for example in split]
+    return tuple(names[place] for place in places.tolist())
 
 
 @contextmanager
