@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from pathlib import Path
 
@@ -186,3 +187,17 @@ def test_what_is_no_picture_is_told(network: sparsenet.library.Network, tmp_path
             network.transform(wrong)
         with pytest.raises(ValueError, match=rf"^image 0: expected .*{words}"):
             network.predict([wrong])
+
+
+def test_evaluate_says_what_the_command_says(
+    trained_on_folder: Path, folder_data: Path, call: Call
+) -> None:
+    outcome = call("eval", trained_on_folder, "--split", "test", "--json")
+    said = json.loads(outcome.out)
+    report = sparsenet.evaluate(trained_on_folder, split="test", predictions="out.csv")
+    assert (report.error, report.images) == (said["error"], said["images"])
+    assert len(Path("out.csv").read_text().splitlines()) == 1 + report.images
+    other = sparsenet.evaluate(trained_on_folder, dataset_dir=folder_data, split="train")
+    assert other.images == 9  # those that are not held out
+    with pytest.raises(ValueError, match=r"unknown argument .--splits=test.*--split"):
+        sparsenet.evaluate(trained_on_folder, splits="test")

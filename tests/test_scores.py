@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sparsenet import conclusion
 from sparsenet.commands.evaluate import _as_text
-from sparsenet.evaluate import CALIBRATION_BINS, Evaluation, calibration
+from sparsenet.evaluation import CALIBRATION_BINS, Evaluation, calibration
 from sparsenet.pictures import draw_reliability
 from sparsenet.pictures.training import _split_names
 from sparsenet.results import Scores, _tail

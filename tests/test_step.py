@@ -21,7 +21,7 @@ from sparsenet.data.augment import augment, mix
 from sparsenet.data.dataset import Images
 from sparsenet.data.preprocessing import Preprocessing
 from sparsenet.data.sampling import plan_epoch, training_size
-from sparsenet.evaluate import EvaluationStep, evaluate
+from sparsenet.evaluation import EvaluationStep, evaluate
 from sparsenet.events import Message
 from sparsenet.model import SparseNet
 from sparsenet.ops import dispatch, engine

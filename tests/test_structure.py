@@ -20,10 +20,10 @@ FLOORS = [
     weights zoo adoption timm
     config presets arithmetic
     checkpoints run trained start composition
-    preparation state step evaluate
+    preparation state step evaluation
     summary pictures records conclusion
     explain train predict export report check tracking
-    display signals flags library commands
+    display signals flags commands library
     cli __main__
     """.strip().splitlines()
 ]

@@ -24,7 +24,7 @@ from sparsenet import Architecture, SparseNet, conclusion, device
 from sparsenet.config import replace
 from sparsenet.data.dataset import Images
 from sparsenet.data.preprocessing import Preprocessing
-from sparsenet.evaluate import EvaluationStep, evaluate, recompute_statistics
+from sparsenet.evaluation import EvaluationStep, evaluate, recompute_statistics
 from sparsenet.events import Concluded, EpochDone, Message, Reading, Step, Stopped
 from sparsenet.presets import preset
 from sparsenet.run import Run

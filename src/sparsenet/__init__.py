@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sparsenet.adoption import adopt, load_torchvision
     from sparsenet.architecture import Architecture
-    from sparsenet.library import fit, load
+    from sparsenet.library import evaluate, fit, load
     from sparsenet.model import SparseNet
     from sparsenet.topology import Topology
     from sparsenet.zoo import create_model, list_models
@@ -24,6 +24,7 @@ __all__ = [
     "Topology",
     "adopt",
     "create_model",
+    "evaluate",
     "fit",
     "list_models",
     "load",
@@ -36,6 +37,7 @@ _MODULES = {
     "Topology": "sparsenet.topology",
     "adopt": "sparsenet.adoption",
     "create_model": "sparsenet.zoo",
+    "evaluate": "sparsenet.library",
     "fit": "sparsenet.library",
     "load": "sparsenet.library",
     "list_models": "sparsenet.zoo",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from sparsenet import pictures
 from sparsenet.capture import Captures
-from sparsenet.evaluate import EvaluationStep, NotFiniteError, evaluate
+from sparsenet.evaluation import EvaluationStep, NotFiniteError, evaluate
 from sparsenet.files import write_json
 from sparsenet.preparation import Setup
 from sparsenet.results import EpochMetrics, TrainingResult

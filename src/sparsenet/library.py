@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsenet import presets
+from sparsenet.commands.evaluate import EvaluationReport, evaluated
 from sparsenet.composition import check_resumed, compose, name_of
 from sparsenet.config import RunConfig, changed
 from sparsenet.data.images import read_image
@@ -18,6 +19,7 @@ from sparsenet.device import choose_device
 from sparsenet.display import display
 from sparsenet.events import Concluded, Event
 from sparsenet.files import user_path
+from sparsenet.flags import parser
 from sparsenet.predict import Prediction, as_example, find_images, predict
 from sparsenet.ranks import started_by_others
 from sparsenet.results import EpochMetrics, TrainingResult
@@ -153,3 +155,14 @@ def load(
     """
     trained = load_trained(source, checkpoint, choose_device(device), implementation)
     return Network(**vars(trained))
+
+
+def evaluate(source: Path | str, **options: Any) -> EvaluationReport:
+    """What ``sparsenet eval`` says of a run or of weights: errors, scores of classes, calibration.
+
+    *options* have the names of its flags: ``evaluate("runs/birds", split="val")``,
+    ``evaluate("sparsenet_40_12", dataset_dir="photos", predictions="out.csv")``. Raises
+    ``ValueError`` in one line.
+    """
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    return evaluated(parser().parse(["eval", *flags, "--", str(source)]))[0]

@@ -29,7 +29,7 @@ from sparsenet.data.sampling import (
 )
 from sparsenet.device import LEAST_SECONDS, traits
 from sparsenet.environment import environment
-from sparsenet.evaluate import (
+from sparsenet.evaluation import (
     Evaluation,
     EvaluationStep,
     NotFiniteError,

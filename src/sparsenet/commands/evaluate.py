@@ -15,7 +15,7 @@ from sparsenet.commands.common import load_images, load_network, print_result
 from sparsenet.data.errors import count_images, shortened
 from sparsenet.data.selection import Selection
 from sparsenet.device import choose_device
-from sparsenet.evaluate import Evaluation, EvaluationStep, evaluate
+from sparsenet.evaluation import Evaluation, EvaluationStep, evaluate
 from sparsenet.export.onnx import Exported
 from sparsenet.export.runtimes import Runtime
 from sparsenet.files import failure, user_path, write_atomic
@@ -49,6 +49,12 @@ class EvaluationReport:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluates a run's network on its test images."""
+    report, lines = evaluated(args)
+    return print_result(report, lines, args.json)
+
+
+def evaluated(args: argparse.Namespace) -> tuple[EvaluationReport, Iterator[str]]:
+    """What there is to say, and the lines that say it."""
     runtime = _runtime(args)
     file = user_path(args.predictions or "")
     if not file.parent.is_dir():  # said before the work is done
@@ -98,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
         scores=evaluation.scores(trained.classes),
         stated_error=stated.error if stated else None,
     )
-    return print_result(report, _lines(report, data, stated), args.json)
+    return report, _lines(report, data, stated)
 
 
 def _runtime(args: argparse.Namespace) -> Runtime | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsenet.data.dataset import Images
-from sparsenet.evaluate import CALIBRATION_BINS, calibration
+from sparsenet.evaluation import CALIBRATION_BINS, calibration
 from sparsenet.extras import require
 from sparsenet.pictures.figure import (
     FAINT,
