@@ -44,12 +44,13 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "finetune": {
         "optim": {
             "schedule": "onecycle",
-            "lr": 0.02,
+            "lr": 0.1,
+            "backbone_lr": 0.02,
             "weight_decay": 5e-4,
             "label_smoothing": 0.1,
             "ema": 0.98,
         },
-        "train": {"max_epoch": 20},
+        "train": {"max_epoch": 40},
     },
     # A short budget on images of one's own.
     "short": {
