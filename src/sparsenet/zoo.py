@@ -105,8 +105,8 @@ def create_model(
     weights file from ``sparsenet export RUN --format safetensors``, by its path or its ``https://``
     address, with ``#sha256=HEX`` at the end if it is to be checked. *num_classes* defaults to that
     of the weights, else to 10 for CIFAR networks and 1000 for ImageNet ones; with another number
-    than the weights have, the classifier is a new one. Weights for colours become those for another
-    *in_chans* as timm's do: the first convolution's are summed for 1 channel, repeated for more.
+    than the weights have, the classifier is a new one. Weights for colours or greys become those for
+    another *in_chans* as timm's do: the first convolution's are summed for 1 channel, else repeated.
     Parameters are fp32. How images of the weights' channels are normalised, and the names of the
     classes, are in ``sparsenet.weights.load(name).about``.
 
@@ -120,7 +120,8 @@ def create_model(
     file = weights.load_shipped(name) if pretrained is True else weights.load(pretrained)
     stored = stored_architecture(file.about, file.tensors, file.source)
     tensors, stem = file.tensors, file.tensors.get("stem.0.weight")
-    if stored.in_chans == 3 != in_chans and stem is not None and stem.dim() == 4:
+    greys_or_colours = stored.in_chans in (1, 3) and in_chans != stored.in_chans
+    if greys_or_colours and stem is not None and stem.dim() == 4:
         stored = dataclasses.replace(stored, in_chans=in_chans)
         tensors = tensors | {"stem.0.weight": for_channels(stem, in_chans)}
     check_same_network(wanted, stored, file.source)
