@@ -111,6 +111,7 @@ def test_load_takes_whatever_names_a_network(trained_on_folder: Path) -> None:
         network = sparsenet.load(source, device="cpu")
         images = torch.zeros(2, 3, network.preprocessing.size, network.preprocessing.size)
         assert network.model(images).shape == (2, len(network.classes))
+        assert repr(network).startswith(f"{network.path}: {len(network.classes)} classes (a")
     with pytest.raises(ValueError, match="device"):
         sparsenet.load(trained_on_folder, device="gpu")
 

@@ -14,6 +14,7 @@ from sparsenet import presets
 from sparsenet.commands.evaluate import EvaluationReport, evaluated
 from sparsenet.composition import check_resumed, compose, name_of
 from sparsenet.config import RunConfig, changed
+from sparsenet.data.errors import shortened
 from sparsenet.data.images import read_image
 from sparsenet.device import choose_device
 from sparsenet.display import display
@@ -107,6 +108,11 @@ def fit(
 
 class Network(Trained):
     """A trained network, in evaluation mode, that takes pictures."""
+
+    def __repr__(self) -> str:
+        about = self.preprocessing
+        shape = f"({about.channels}, {about.size}, {about.size})"
+        return f"{self.path}: {len(self.classes)} classes ({shortened(self.classes)}), {shape}"
 
     def transform(self, picture: Any) -> Tensor:
         """What ``model`` takes of a picture: float32 ``(channels, size, size)``, on the CPU.

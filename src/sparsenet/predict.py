@@ -8,7 +8,7 @@ import glob
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from itertools import islice
 from pathlib import Path
@@ -45,7 +45,7 @@ class Prediction:
     probabilities: tuple[float, ...] = ()  # of these classes, from 0 to 1
     error: str | None = None
     explanation: Explanation | None = None
-    drawn: bytes = b""
+    drawn: bytes = field(default=b"", repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON object: ``path`` and either ``classes`` and ``probabilities``, or ``error``.
