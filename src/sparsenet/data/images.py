@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,6 +29,7 @@ from sparsenet.data.pixels import (
 )
 from sparsenet.data.preprocessing import FULL_RANGE
 from sparsenet.events import drained
+from sparsenet.ranks import local_processes
 
 T = TypeVar("T")
 READ_AHEAD = 1 << 26  # bytes of files that a table holds, and of pixels
@@ -191,7 +193,7 @@ def read_all(
     def read_part(part: list[Example]) -> list[Read | BadImage]:
         return [read(example) for example in part]
 
-    threads = torch.get_num_threads()
+    threads = _threads()
     ahead: deque[tuple[list[Example], int, Future[list[Read | BadImage]]]] = deque()
     held = 0
     with ThreadPoolExecutor(threads) as pool:
@@ -209,6 +211,17 @@ def read_all(
         finally:
             for _, _, result in ahead:
                 result.cancel()
+
+
+def _threads() -> int:
+    """How many threads of this process decode images.
+
+    Of several processes on a machine each takes its share of the processors: torchrun lets PyTorch
+    have one thread in each, however many there are.
+    """
+    processes = local_processes()
+    threads = torch.get_num_threads()
+    return max(threads, (os.cpu_count() or 1) // processes) if processes > 1 else threads
 
 
 def _parts(examples: Iterable[Example], image_bytes: int) -> Iterator[tuple[list[Example], int]]:

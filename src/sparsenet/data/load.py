@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pkgutil
 import time
 from collections import Counter
@@ -15,10 +14,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from sparsenet.data.cache import Table, reading_stored
+from sparsenet.data.cache import Table
 from sparsenet.data.config import DataConfig
 from sparsenet.data.dataset import Dataset, Images, Labelled, Source, Split
 from sparsenet.data.errors import DataError, count_images, reason, shortened
+from sparsenet.data.filling import reading_stored
 from sparsenet.data.identity import copies, repeated
 from sparsenet.data.images import Decoded, common_size, reading_images
 from sparsenet.data.registry import KINDS, DatasetKind, resolve
@@ -28,6 +28,7 @@ from sparsenet.data.splits import IMAGES_OF
 from sparsenet.events import Message, Reading, drained
 from sparsenet.files import cache_folder, is_address, size_text, user_path
 from sparsenet.memory import available_memory
+from sparsenet.ranks import local_processes
 from sparsenet.validation import LONGEST_NAME, printable
 
 T = TypeVar("T")
@@ -234,8 +235,9 @@ def where_pixels_lie(
 
     *sides* are those of the images of each split, in pixels.
 
-    For ``auto`` they do where they would fill more than half of the memory that is free: holding
-    images out copies them. The line is empty where nothing has to be decoded.
+    For ``auto`` they do where they would fill more than half of the memory that is free, as holding
+    images out copies them, and where this is one of several processes on a machine, which then
+    share the work of decoding and the memory. The line is empty where nothing has to be decoded.
     """
     counts = {
         name: len(split)
@@ -244,8 +246,9 @@ def where_pixels_lie(
     }
     count, free = sum(counts.values()), available_memory()
     needed = sum(channels * sides[name] ** 2 * each for name, each in counts.items())
-    free //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes that torchrun has started
-    on_disk = cache == "disk" or (cache == "auto" and 2 * needed > free)
+    processes = local_processes()
+    free //= processes
+    on_disk = cache == "disk" or (cache == "auto" and (2 * needed > free or processes > 1))
     place = f"on disk in {cache_folder() / 'images'}" if on_disk else "in memory"
     shapes = " and ".join(sorted({f"{sides[name]}x{sides[name]}" for name in counts}))
     line = (
