@@ -334,7 +334,7 @@ def test_a_run_without_progress_ends_and_goes_on_with_more_patience(tmp_path, mo
     assert not any(isinstance(event, Stopped) for event in events)
     said = [event.text for event in events if isinstance(event, Message)]
     best = len(rows) - 1
-    assert f"ended after epoch {len(rows)} of 12: 1 epochs brought no lower" in said[-2]
+    assert f"ended after epoch {len(rows)} of 12: none of the last 1 had a lower" in said[-2]
     assert f"those of epoch {best} of {len(rows)}: their validation error, " in said[-1]
     assert isinstance(events[-1], Concluded) and events[-1].result.epochs == best
     assert newest(run.checkpoints, "best")[0].manifest.epoch == best

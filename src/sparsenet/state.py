@@ -70,13 +70,14 @@ class TrainingState:
         rows = [row for row in self.rows if row.val_error is not None]
         return min(rows, key=attrgetter("val_error"), default=None)
 
+    @property
     def waited(self) -> int:
         """How many epochs have brought no lower validation error."""
         return self.epoch - self.best_row.epoch if self.best_row else 0
 
     def ended(self, settings: TrainConfig) -> bool:
         """Whether no epoch is to come: all are trained, or the last ones were no better."""
-        patient = not settings.patience or self.waited() < settings.patience
+        patient = not settings.patience or self.waited < settings.patience
         return self.epoch >= settings.max_epoch or not patient
 
     @property
@@ -239,7 +240,7 @@ def restore(state: TrainingState, setup: Setup, run: Run) -> list[str]:
     if state.epoch >= epochs:
         return [*lines, f"finished: all {epochs} epochs are trained; --max_epoch N adds to them"]
     if state.ended(setup.config.train):
-        waited = f"{state.waited()} epochs were no better"
+        waited = f"no better epoch among the last {state.waited}"
         return [*lines, f"finished: {waited}; a larger --patience, or 0, goes on"]
     lines.append(f"resumed at step {state.step} (epoch {1 + state.epoch})")
     return lines + _rate_jump(state, setup.config, run.config())
@@ -250,8 +251,9 @@ def reasons(setup: Setup, state: TrainingState, best: int) -> Iterator[str]:
     settings, row = setup.config.train, state.best_row
     if state.epoch < settings.max_epoch and state.ended(settings):
         yield (
-            f"ended after epoch {state.epoch} of {settings.max_epoch}: {state.waited()} epochs "
-            f"brought no lower {setup.data.chosen_on} error (--patience {settings.patience})"
+            f"ended after epoch {state.epoch} of {settings.max_epoch}: none of the last "
+            f"{state.waited} had a lower {setup.data.chosen_on} error than before "
+            f"(--patience {settings.patience})"
         )
     if row and row.epoch == best:
         why = f"their {setup.data.chosen_on} error, {row.val_error:.2f} %, is the lowest"
