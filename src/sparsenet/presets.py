@@ -44,8 +44,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "finetune": {
         "optim": {
             "schedule": "onecycle",
-            "lr": 0.1,
-            "backbone_lr": 0.02,
+            "lr": 0.05,
             "weight_decay": 5e-4,
             "label_smoothing": 0.1,
             "ema": 0.98,
