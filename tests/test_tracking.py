@@ -138,7 +138,8 @@ def test_a_resumed_run_goes_on_in_what_was_tracked(fakes: Fakes, copied: Path, n
     [*tracked(events(5, 8), run, [name])]  # from a checkpoint before the last step
     assert steps(fakes.sent, "step/loss") == [*range(1, 9)]
     assert steps(fakes.sent, "epoch/test_error") == [4, 8]
-    assert pictures(fakes.sent) == ["curves.png", "confusion.png", "samples.png"]
+    drawn = sorted(path.name for path in run.path.glob("*.png"))
+    assert "curves.png" in drawn and sorted(pictures(fakes.sent)) == drawn
     assert fakes.sent[-1] == ("finish", 0)
     (result,) = [values for kind, *_, values in fakes.sent if kind == "result"]
     assert (result["result/error"], result["result/epochs"]) == (5.0, 2)
@@ -335,4 +336,4 @@ def test_tensorboard_reads_back_what_was_measured(call: Call) -> None:
         expected = [dataclasses.asdict(row)[column] for row in rows]
         assert [each.value for each in points] == pytest.approx(expected)
     assert found.Scalars("result/error")[-1].value == pytest.approx(rows[-1].test_error)
-    assert set(found.Tags()["images"]) == {"curves", "confusion", "samples"}
+    assert {"curves", "confusion", "samples"} <= set(found.Tags()["images"])
