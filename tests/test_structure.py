@@ -22,7 +22,7 @@ FLOORS = [
     checkpoints run trained
     preparation state step evaluate
     summary pictures records conclusion
-    explain train predict export report check
+    explain train predict serving export report check
     display flags commands
     cli __main__
     """.strip().splitlines()

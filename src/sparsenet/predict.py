@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from sparsenet.data.dataset import Example
 from sparsenet.data.errors import BadImage
@@ -146,21 +147,28 @@ def _predict_batch(
     if len(images):
         device = next(trained.model.parameters()).device
         normalised = trained.preprocessing.normalise(images.pixels.to(device))
-        logits = trained.model(normalised).float()  # (N, classes)
-        best = logits.softmax(1).topk(min(top, len(trained.classes)), 1)
-        finite = logits.isfinite().all(1)
-        columns = images.labels, finite, best.indices, best.values
-        rows = zip(*(column.tolist() for column in columns), strict=True)
-        for index, is_finite, labels, probabilities in rows:
-            if not is_finite:
-                error = f"{paths[index]}: expected finite logits, found NaN or infinity"
-                predictions[index] = Prediction(str(paths[index]), error=error)
-                continue
-            classes = tuple(trained.classes[label] for label in labels)
-            predictions[index] = Prediction(str(paths[index]), classes, tuple(probabilities))
+        indices = images.labels.tolist()
+        names = [str(paths[index]) for index in indices]
+        found = ranked(trained.model(normalised), names, trained.classes, top)
+        predictions = dict(zip(indices, found, strict=True))
     return [
         predictions.get(index) or _failure(trained, path, example, max_megapixels)
         for index, (path, example) in enumerate(zip(paths, examples, strict=True))
+    ]
+
+
+def ranked(
+    logits: Tensor, paths: Iterable[str], classes: Sequence[str], top: int
+) -> list[Prediction]:
+    """The *top* classes of each row of *logits*, ``(N, classes)``, which are of these *paths*."""
+    best = logits.float().softmax(1).topk(min(top, len(classes)), 1)
+    columns = logits.isfinite().all(1), best.indices, best.values
+    rows = zip(paths, *(column.tolist() for column in columns), strict=True)
+    return [
+        Prediction(path, tuple(classes[label] for label in labels), tuple(probabilities))
+        if is_finite
+        else Prediction(path, error=f"{path}: expected finite logits, found NaN or infinity")
+        for path, is_finite, labels, probabilities in rows
     ]
 
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import signal
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from types import FrameType
 
 from sparsenet import config as settings
 from sparsenet import presets, ranks
+from sparsenet.commands.common import Signals
 from sparsenet.config import RunConfig, TrainConfig
 from sparsenet.data.config import POINTERS
 from sparsenet.display import display, say
@@ -38,7 +37,7 @@ def _follow(joined: Ranks) -> int:
     """Trains with the first process, which has the run."""
     path, config, resumed = joined.tell(("", RunConfig(), False))
     stopped = None
-    with _Signals() as signals:
+    with Signals() as signals:
         for event in train(config, Run(Path(path)), resumed, signals.received, joined):
             if isinstance(event, Stopped):
                 stopped = event.reason
@@ -53,7 +52,7 @@ def _run(args: argparse.Namespace, joined: Ranks) -> int:
     ranks.remember_out(str(run.path.resolve()))
     joined.tell((str(run.path), config, bool(args.resume)))
     try:
-        with run.locked(), _Signals() as signals:
+        with run.locked(), Signals() as signals:
             events = train(config, run, bool(args.resume), signals.received, joined)
             stopped = display(events, run)
     except BrokenPipeError:
@@ -85,45 +84,6 @@ def _exit_code(stopped: str | None) -> int:
 
 def _go_on(run: Run) -> str:
     return f"go on with: sparsenet train --resume {run.path}"
-
-
-ASKING = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
-
-
-class _Signals:
-    """Ctrl-C, SIGTERM and a terminal that goes ask the run to save and end.
-
-    A second one ends it at once, but for the terminal's, of which shells send another. One that
-    was ignored before, as by nohup, still is.
-    """
-
-    def __init__(self) -> None:
-        self.number: int | None = None
-        self.terminals = [number for number in (1, 2) if os.isatty(number)]
-
-    def __enter__(self) -> _Signals:
-        self.before = {
-            number: signal.signal(number, self._receive)
-            for number in ASKING
-            if signal.getsignal(number) is not signal.SIG_IGN
-        }
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.number = number
-        last = number in (signal.SIGINT, signal.SIGTERM)
-        signal.signal(number, signal.SIG_DFL if last else signal.SIG_IGN)
-        for terminal in self.terminals:
-            if not os.isatty(terminal):  # it has gone, and what is printed would be an error
-                os.dup2(os.open(os.devnull, os.O_WRONLY), terminal)
-
-    def received(self) -> str | None:
-        """The name of the signal that was received, if one was."""
-        return None if self.number is None else signal.Signals(self.number).name
 
 
 def _new_run(args: argparse.Namespace) -> tuple[Run, RunConfig]:

@@ -1,0 +1,37 @@
+"""``sparsenet serve``."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+
+from sparsenet.commands.common import Signals, load_network
+from sparsenet.device import choose_device
+from sparsenet.display import say, warn
+from sparsenet.extras import require
+from sparsenet.serving.app import LOOPBACK, create_app
+from sparsenet.serving.limits import Limits
+from sparsenet.serving.server import address_of, listening, serve
+from sparsenet.serving.service import Service
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serves a network until it is asked to end; returns 0 once all is answered."""
+    for package in ("fastapi", "prometheus_client", "python_multipart", "uvicorn"):
+        require(package, "serve")  # before anything takes time
+    limits = Limits(**{each.name: getattr(args, each.name) for each in fields(Limits)})
+    with Signals() as signals, listening(args.host, args.port) as listener:
+        trained = load_network(args, choose_device(args.device))
+        service = Service(trained, limits, args.max_megapixels)
+        service.warm_up()
+        address, is_local = address_of(listener)
+        hosts = args.allowed_hosts or ((*LOOPBACK, args.host) if is_local else ("*",))
+
+        def ready() -> None:
+            say(f"{service.name} answers at {address}; Ctrl-C ends it", flush=True)
+
+        def complain(line: str) -> None:
+            warn(f"sparsenet serve: {line}")
+
+        serve(create_app(service, hosts), listener, limits, signals.received, ready, complain)
+    return 0

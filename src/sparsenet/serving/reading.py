@@ -1,0 +1,133 @@
+"""From a request's body to pictures, within limits that hold while it arrives."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from sparsenet.files import size_text
+from sparsenet.serving.limits import Limits, Refused
+from sparsenet.serving.service import Picture
+from sparsenet.validation import Name, one_line
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+
+LONGEST_NAME = 200  # characters of a picture's name that are kept
+FIELDS = 100  # of a form that are read until it is refused
+KINDS = "expected an image, multipart/form-data or application/json"
+
+
+class Named(msgspec.Struct, forbid_unknown_fields=True):
+    """A picture in JSON, ``data`` in base64."""
+
+    data: bytes
+    name: Name = ""
+
+
+class Pictures(msgspec.Struct, forbid_unknown_fields=True):
+    """A request in JSON."""
+
+    images: list[bytes | Named]
+
+
+def stated_size(request: Request, limits: Limits) -> int:
+    """The bytes that a body says it has, or the most it may have; ``Refused`` for more."""
+    size = int(request.headers.get("content-length", limits.max_bytes))
+    if size > limits.max_bytes:
+        raise _too_many_bytes(limits, f"{size:,} bytes")
+    return size
+
+
+async def read_pictures(request: Request, limits: Limits) -> list[Picture]:
+    """The pictures of a form, of JSON, or of a body that is one. Raises ``Refused``."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    body = _limited(request, limits)
+    try:
+        async with asyncio.timeout(limits.receive_seconds):
+            if kind == "multipart/form-data":
+                pictures = await _of_form(request.headers, body, limits)
+            elif kind == "application/json":
+                pictures = _of_json(await _joined(body))
+            elif kind in ("", "application/octet-stream") or kind.startswith("image/"):
+                content = await _joined(body)
+                pictures = [Picture("image", content)] if content else []
+            else:
+                hint = "; curl: -F image=@FILE, or -H 'Content-Type: image/jpeg' with --data-binary"
+                raise Refused(415, f"Content-Type: {KINDS}, found {one_line(kind)}{hint}")
+    except TimeoutError:
+        expected = f"expected a request within {limits.receive_seconds:g} s"
+        raise Refused(408, f"{expected}, found a part of one") from None
+    if not pictures:
+        raise Refused(400, "expected a picture, found none")
+    if len(pictures) > limits.max_images:
+        expected = f"expected at most {limits.max_images} pictures"
+        raise Refused(413, f"{expected}, found {len(pictures):,}; send several requests")
+    return pictures
+
+
+def _too_many_bytes(limits: Limits, found: str) -> Refused:
+    return Refused(413, f"expected at most {size_text(limits.max_bytes)}, found {found}")
+
+
+async def _limited(request: Request, limits: Limits) -> AsyncGenerator[bytes, None]:
+    size = 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > limits.max_bytes:
+            raise _too_many_bytes(limits, "more")
+        yield chunk
+
+
+async def _joined(body: AsyncIterator[bytes]) -> bytes:
+    return b"".join([chunk async for chunk in body])
+
+
+def _of_json(body: bytes) -> list[Picture]:
+    try:
+        images = msgspec.json.decode(body, type=Pictures).images
+    except (ValueError, RecursionError) as error:  # ValueError: also of half a surrogate pair
+        expected = 'expected {"images": ["base64", {"name": "a.png", "data": "base64"}, …]}'
+        status = 422 if isinstance(error, msgspec.ValidationError) else 400
+        raise Refused(status, f"{expected}, found: {one_line(str(error))}") from None
+    return [
+        Picture(_name(image.name, number), image.data)
+        if isinstance(image, Named)
+        else Picture(_name("", number), image)
+        for number, image in enumerate(images, 1)
+    ]
+
+
+async def _of_form(
+    headers: Mapping[str, str], body: AsyncGenerator[bytes, None], limits: Limits
+) -> list[Picture]:
+    from starlette.datastructures import UploadFile
+    from starlette.formparsers import MultiPartException, MultiPartParser
+
+    parser = MultiPartParser(
+        headers,  # type: ignore[arg-type]
+        body,
+        max_files=limits.max_images + FIELDS,
+        max_fields=FIELDS,
+    )
+    parser.spool_max_size = limits.max_bytes + 1  # nothing is written to a disk
+    try:
+        form = await parser.parse()
+    except MultiPartException as error:
+        raise Refused(400, f"expected a form with files, found: {error.message}") from None
+    pictures = []
+    for number, (field, value) in enumerate(form.multi_items(), 1):
+        if not isinstance(value, UploadFile):
+            expected = "expected files alone, and parameters in the address such as ?top=3"
+            raise Refused(422, f"{expected}, found the field {one_line(field)!r}")
+        pictures.append(Picture(_name(value.filename or "", number), await value.read()))
+    await form.close()
+    return pictures
+
+
+def _name(name: str, number: int) -> str:
+    """The name of a picture, for the answer and its messages; it leads to no file."""
+    return one_line(name)[:LONGEST_NAME] or f"image {number}"
