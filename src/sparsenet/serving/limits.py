@@ -18,7 +18,7 @@ class Limits:
     queue: int = setting(128, "pictures read or computed at a time; more are refused (503)")
     max_images: int = setting(16, "pictures of a request (413)")
     max_mb: float = setting(32.0, "megabytes of a request (413)")
-    connections: int = setting(512, "open at a time; more are refused (503)")
+    connections: int = setting(800, "open at a time; more are refused (503)")
     receive_seconds: float = setting(20.0, "for a request to arrive, else 408 or a closed door")
     answer_seconds: float = setting(30.0, "for its answer, else 503")
     drain_seconds: int = setting(8, "for requests that are under way when the server is to end")

@@ -33,13 +33,13 @@ FULL = (
 def listening(host: str, port: int) -> socket.socket:
     """A socket that is bound and not open yet. ``ValueError`` where the address is not free."""
     try:
-        family, *_, address = socket.getaddrinfo(
+        family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
     except OSError as error:
         expected = "--host: expected a name or address of this machine"
         raise ValueError(f"{expected}, found {host!r}: {error.strerror}") from None
-    found = socket.socket(family, socket.SOCK_STREAM)
+    found = socket.socket(family, kind, protocol)  # asyncio has TCP send at once if it is named
     try:
         if os.name == "posix":  # elsewhere it would share the address
             found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
