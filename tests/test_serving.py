@@ -699,6 +699,8 @@ def test_the_end_comes_though_a_client_never_ends(trained: Trained) -> None:
 
 
 def test_a_taken_port_is_one_line(call: Call) -> None:
+    with serving.listening("127.0.0.1", 0) as free:
+        assert free.proto == socket.IPPROTO_TCP  # asyncio turns Nagle's waiting off by that
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         outcome = call("serve", "sparsenet_40_12", "--port", port)

@@ -243,6 +243,10 @@ def _add_predict(commands: Any) -> None:
     predict.add_argument("images", nargs="+", type=_given, metavar="IMAGE", help=text)
     predict.add_argument("--top", type=_at_least_1, default=5, help="classes to show")
     predict.add_argument("--batch_size", type=_at_least_1, default=64, help="images at a time")
+    text = "say what the first class is due to, and draw a heat map beside each picture"
+    predict.add_argument("--explain", action="store_true", help=text)
+    text = "a folder for the heat maps, instead of beside the pictures; implies --explain"
+    predict.add_argument("--explain_dir", type=_given, metavar="FOLDER", help=text)
     _add_limit(predict)
 
 

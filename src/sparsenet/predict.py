@@ -8,7 +8,7 @@ import glob
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import islice
 from pathlib import Path
@@ -20,27 +20,41 @@ from torch import Tensor
 
 from sparsenet.data.dataset import Example
 from sparsenet.data.errors import BadImage
+from sparsenet.data.images import image_id as content_id
 from sparsenet.data.images import read_image, read_images
-from sparsenet.data.pixels import MAX_BYTES
-from sparsenet.data.tree import Listing, list_folder
+from sparsenet.data.pixels import MAX_BYTES, file_content
+from sparsenet.data.tree import HEAT_MAP, Listing, list_folder
+from sparsenet.explain import Explanation, draw_explanation, explain
 from sparsenet.trained import Trained
 from sparsenet.validation import printable
+
+CHANGED = "found one that changed while it was read"
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The most probable classes of an image, best first, or the one-line error that it met."""
+    """The most probable classes of an image, best first, or the one-line error that it met.
+
+    The *explanation* is that of the first class, where it was asked for, and *drawn* the bytes of
+    the PNG that shows it.
+    """
 
     path: str
     classes: tuple[str, ...] = ()
     probabilities: tuple[float, ...] = ()  # of these classes, from 0 to 1
     error: str | None = None
+    explanation: Explanation | None = None
+    drawn: bytes = b""
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON object: ``path`` and either ``classes`` and ``probabilities``, or ``error``."""
+        """A JSON object: ``path`` and either ``classes`` and ``probabilities``, or ``error``.
+
+        Where there is an explanation, it has ``explanation`` as well.
+        """
         if self.error is not None:
             return {"path": self.path, "error": self.error}
-        return {"path": self.path, "classes": self.classes, "probabilities": self.probabilities}
+        found = {"path": self.path, "classes": self.classes, "probabilities": self.probabilities}
+        return found | ({"explanation": self.explanation.to_dict()} if self.explanation else {})
 
     def summary(self) -> str:
         """One line to print."""
@@ -53,13 +67,18 @@ def find_images(patterns: Sequence[str]) -> Listing:
     """The images that files, folders and globs (``**`` goes deep) name, in the order given.
 
     A folder gives every image in it and below (``sparsenet.data.tree``), sorted, and ``**`` those
-    of them that fit. An image that is
-    named several times comes once. A pattern that names nothing stays in the list as it is, so that
-    ``predict`` reports it in its place. What folders hold besides are the listing's *others*.
+    of them that fit. An image that is named several times comes once, and what ``--explain`` has
+    drawn only where nothing else is named. A pattern that names nothing stays in the list as it
+    is, so that ``predict`` reports it in its place. What folders hold besides are the listing's
+    *others*.
     """
     images: list[Path] = []
-    others: list[Path] = []
+    others = [Path(pattern) for pattern in patterns if pattern.endswith(HEAT_MAP)]
+    if len(others) == len(patterns):  # they are meant, and no shell has found them
+        others = []
     for pattern in patterns:
+        if Path(pattern) in others:
+            continue
         path = os.path.expanduser(pattern)
         found = [_list(path)] if os.path.lexists(path) else _matches(path)
         images += [image for each in found for image in each.images] or [Path(path)]
@@ -114,8 +133,9 @@ def predict(
     top: int = 5,
     batch_size: int = 64,
     max_megapixels: float | None = None,
+    explained: bool = False,
 ) -> Iterator[Prediction]:
-    """Yields the *top* classes of each image, in the order of *paths*.
+    """Yields the *top* classes of each image, in the order of *paths*, perhaps *explained*.
 
     It computes where the model lies and holds one batch of images at a time. A file that cannot be
     read, or has more than *max_megapixels* (by default what the network was trained with), gives a
@@ -129,20 +149,22 @@ def predict(
     remaining = iter(paths)
     batches = iter(lambda: list(islice(remaining, batch_size)), [])
     return (
-        prediction for batch in batches for prediction in _predict_batch(trained, batch, top, limit)
+        prediction
+        for batch in batches
+        for prediction in _predict_batch(trained, batch, top, limit, explained)
     )
 
 
 @torch.inference_mode()
 def _predict_batch(
-    trained: Trained, paths: list[Path], top: int, max_megapixels: float
+    trained: Trained, paths: list[Path], top: int, max_megapixels: float, explained: bool
 ) -> list[Prediction]:
     # The label of an example is its index in the batch: those missing afterwards were not readable.
     examples = [Example(str(path), _source(path), index) for index, path in enumerate(paths)]
     about = trained.preprocessing
-    images = read_images(
+    images, ids, *_ = read_images(
         examples, about.size, about.channels, True, about.grey_range, max_megapixels
-    ).images
+    )
     predictions: dict[int, Prediction] = {}
     if len(images):
         device = next(trained.model.parameters()).device
@@ -151,6 +173,12 @@ def _predict_batch(
         names = [str(paths[index]) for index in indices]
         found = ranked(trained.model(normalised), names, trained.classes, top)
         predictions = dict(zip(indices, found, strict=True))
+        if explained:
+            for row, (index, image_id) in enumerate(zip(indices, ids.tolist(), strict=True)):
+                if predictions[index].error is None:
+                    given = trained, examples[index], predictions[index]
+                    seen = normalised[row : row + 1], image_id, max_megapixels
+                    predictions[index] = _explained(*given, *seen)
     return [
         predictions.get(index) or _failure(trained, path, example, max_megapixels)
         for index, (path, example) in enumerate(zip(paths, examples, strict=True))
@@ -172,6 +200,33 @@ def ranked(
     ]
 
 
+def _explained(
+    trained: Trained,
+    example: Example,
+    found: Prediction,
+    image: Tensor,
+    image_id: int,
+    max_megapixels: float,
+) -> Prediction:
+    """*found* with an explanation, drawn over the whole picture, which is read once more for it."""
+    about = trained.preprocessing
+    try:
+        content = file_content(example)
+        if content_id(content) != image_id:
+            raise BadImage(f"{example.name}: expected an image, {CHANGED}")
+        assert isinstance(content, bytes), "a file's or a pipe's"
+        whole = read_image(content, 0, 3, example.name, about.grey_range, max_megapixels)
+    except BadImage as error:
+        return Prediction(found.path, error=str(error))
+    label = torch.tensor([trained.classes.index(found.classes[0])])
+    explanation = explain(trained.model, image, label)[0]
+    name = printable(example.name if isinstance(example.source, bytes) else Path(found.path).name)
+    title = f"{name}: {found.classes[0]} {100 * found.probabilities[0]:.1f} %"
+    mark = f"{image_id % 2**64:016x}"
+    given = explanation, trained.model, about.size, f"{title}, logit {explanation.logit:.2f}", mark
+    return replace(found, explanation=explanation, drawn=draw_explanation(whole, *given))
+
+
 def _source(path: Path) -> Path | bytes:
     """What an image is read from: of a pipe that was named, such as <(curl …), its bytes, once."""
     with suppress(OSError):
@@ -183,7 +238,7 @@ def _source(path: Path) -> Path | bytes:
 
 def _failure(trained: Trained, path: Path, example: Example, max_megapixels: float) -> Prediction:
     """Reads an image once more, alone, to learn what is wrong with it."""
-    error = f"{path}: expected an image, found one that changed while it was read"
+    error = f"{path}: expected an image, {CHANGED}"
     if os.path.isdir(path):
         found = "none in it" if os.access(path, os.R_OK | os.X_OK) else "one that cannot be read"
         error = f"{path}: expected a folder with images, found {found}"

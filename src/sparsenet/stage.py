@@ -8,7 +8,7 @@ normalised features: that is the papers' BN-ReLU-Conv, with statistics computed 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import reduce
 from typing import Any
 
@@ -28,6 +28,7 @@ SLOWLY = (
     "implementation 'reference' or more"
 )
 _told: set[str] = set()  # changes that were told already
+Seen = Callable[[int, Tensor], Tensor]
 
 
 class Affine(nn.Module):
@@ -101,6 +102,10 @@ def synchronise_statistics(model: nn.Module, group: Group | None = None) -> None
             setattr(module, name, made)
 
 
+def _as_it_is(number: int, feature: Tensor) -> Tensor:
+    return feature
+
+
 PARTS = "norm", "relu", "conv"  # of a unit
 NORMS = nn.BatchNorm2d, nn.SyncBatchNorm, SyncBatchNorm
 KINDS = Unit, Affine, nn.ReLU, nn.Conv2d, *NORMS  # of the modules of a stage
@@ -157,12 +162,15 @@ class Stage(nn.Module):
             _count_batch([n for n, last in zip(norms, last_reader, strict=True) if last], x)
         return output
 
-    def call_modules(self, x: Tensor) -> Tensor:
-        """As ``forward``, by calling the modules one by one."""
-        features = {0: x}  # by number; with concatenation normalised when first read
+    def call_modules(self, x: Tensor, seen: Seen = _as_it_is) -> Tensor:
+        """As ``forward``, by calling the modules one by one.
+
+        Each feature of the ``plan`` goes through *seen*, with its number, before it is read.
+        """
+        features = {0: seen(0, x)}  # by number; with concatenation normalised when first read
         units: list[nn.Module] = [unit for layer in self.layers for unit in layer]  # type: ignore[attr-defined]
         for reader, unit in enumerate(units):
-            features[reader + 1] = unit(self._gather(reader, features))
+            features[reader + 1] = seen(reader + 1, unit(self._gather(reader, features)))
         return self.relu(self.norm(self._gather(len(units), features)))  # type: ignore[no-any-return]
 
     def _gather(self, reader: int, features: dict[int, Tensor]) -> Tensor:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import fields
+
+import torch
 
 from sparsenet.commands.common import Signals, load_network
 from sparsenet.device import choose_device
@@ -19,6 +22,7 @@ def run(args: argparse.Namespace) -> int:
     """Serves a network until it is asked to end; returns 0 once all is answered."""
     for package in ("fastapi", "prometheus_client", "python_multipart", "uvicorn"):
         require(package, "serve")  # before anything takes time
+    _leave_a_core()
     limits = Limits(**{each.name: getattr(args, each.name) for each in fields(Limits)})
     with Signals() as signals, listening(args.host, args.port) as listener:
         trained = load_network(args, choose_device(args.device))
@@ -35,3 +39,13 @@ def run(args: argparse.Namespace) -> int:
 
         serve(create_app(service, hosts), listener, limits, signals.received, ready, complain)
     return 0
+
+
+def _leave_a_core() -> None:
+    """Leaves a core to the threads that receive and decode.
+
+    Threads of one computation wait for each other: where one of them has no core, all take many
+    times as long.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() - 1))

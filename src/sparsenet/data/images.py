@@ -124,7 +124,7 @@ def reading_images(
     and where a range must be stated to be known.
     """
     if isinstance(split, Images) and split.shape == (channels, size, size):
-        ids = [_image_id(image) for image in split.pixels.numpy()]
+        ids = [image_id(image) for image in split.pixels.numpy()]
         return Decoded(split, torch.tensor(ids, dtype=torch.int64), (), grey_range or ())
     pixels = np.empty((len(split), channels, size, size), np.uint8)
     labels: list[int] = []
@@ -171,7 +171,7 @@ def settled_range(
     return grey_range
 
 
-def _image_id(content: bytes | np.ndarray) -> int:
+def image_id(content: bytes | np.ndarray) -> int:
     """64 bits that are a function of an image's bytes."""
     data = content.tobytes() if isinstance(content, np.ndarray) else content
     digest = hashlib.blake2b(data, digest_size=8).digest()
@@ -191,7 +191,7 @@ def read_all(
     def read(example: Example) -> Read | BadImage:
         try:
             content = file_content(example)
-            return decoded(example._replace(source=content)), _image_id(content)
+            return decoded(example._replace(source=content)), image_id(content)
         except BadImage as error:
             return error
 

@@ -27,6 +27,8 @@ UNREADABLE = frozenset(
 # How files of these formats begin; a file with another suffix, or with none, is known by this.
 BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*")
 MAX_FOLDERS = 200_000  # a few that are linked to each other give more paths than can be walked
+# The end of the names of what predict --explain draws beside pictures, on which nobody must train.
+HEAT_MAP = ".explained.png"
 # Folders that storage systems and archivers put beside those of people.
 CLUTTER = frozenset(["__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found"])
 
@@ -113,8 +115,10 @@ def _holds(kind: Callable[[], bool]) -> bool:
 def _is_image(entry: os.DirEntry[str]) -> bool:
     """Whether a file is an image by its suffix or, where that says nothing, by how it begins.
 
-    A pipe or a device is none.
+    A pipe or a device is none, nor is what was drawn to explain a prediction.
     """
+    if entry.name.endswith(HEAT_MAP):
+        return False
     if not _holds(entry.is_file):
         return entry.is_symlink() and not os.path.exists(entry.path)  # noqa: PTH110
     suffix = os.path.splitext(entry.name)[1].lower()  # noqa: PTH122

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -48,11 +48,13 @@ def picture(
     height: float,
     title: str = "",
     names: Sequence[str] = (),
+    metadata: Mapping[str, str] | None = None,
 ) -> Iterator[Any]:
     """Yields a figure of *width* by *height* inches to draw on, and writes it to *target* as a PNG.
 
-    The fonts are those that *title* and *names* ask for, as far as they are installed. No window
-    opens, and the caller's own settings of matplotlib stay as they are.
+    The fonts are those that *title* and *names* ask for, as far as they are installed. *metadata*
+    are texts in the file that are not seen. No window opens, and the caller's own settings of
+    matplotlib stay as they are.
     """
     figures = require("matplotlib.figure", "train")
     families, missing = _fonts(frozenset().union(title, *names))
@@ -68,7 +70,7 @@ def picture(
             figure.suptitle(shorten(written, int(12 * width)), fontsize=13)
         yield figure
         png = target if isinstance(target, io.BytesIO) else io.BytesIO()
-        figure.savefig(png, format="png", dpi=130)
+        figure.savefig(png, format="png", dpi=130, metadata=metadata)
     if isinstance(target, Path):
         write_atomic(target, png.getvalue())
 

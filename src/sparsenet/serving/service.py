@@ -248,13 +248,18 @@ class Service:
         logits = model.forward_head(features)  # (N, classes)
         names, top = [each.name for each in asked], max(each.top for each in asked)
         predictions = ranked(logits, names, self.trained.classes, top)
-        wanted = [place for place, each in enumerate(asked) if each.with_heat_map]
-        maps = maps_of(model, features[wanted], logits[wanted].argmax(1)).cpu().numpy()
-        by_place = dict(zip(wanted, maps, strict=True))
+        wanted = [
+            place
+            for place, (each, found) in enumerate(zip(asked, predictions, strict=True))
+            if each.with_heat_map and found.error is None
+        ]
+        labels = [self.trained.classes.index(predictions[place].classes[0]) for place in wanted]
+        maps = maps_of(model, features[wanted], torch.tensor(labels, dtype=torch.int64))
+        by_place = dict(zip(wanted, maps.cpu().numpy(), strict=True))
         self.measures.batches.observe(len(asked))
         self.measures.batch_seconds.observe(perf_counter() - began)
         return [
-            Seen(_answer_of(found, each), None if found.error else by_place.get(place))
+            Seen(_answer_of(found, each), by_place.get(place))
             for place, (found, each) in enumerate(zip(predictions, asked, strict=True))
         ]
 
