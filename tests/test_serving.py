@@ -40,6 +40,7 @@ for package in ("fastapi", "uvicorn", "prometheus_client", "python_multipart"):
     pytest.importorskip(package)
 
 from sparsenet.serving import server as serving  # noqa: E402
+from sparsenet.serving import service as service_module  # noqa: E402
 from sparsenet.serving.app import LOOPBACK, create_app  # noqa: E402
 from sparsenet.serving.limits import Limits  # noqa: E402
 from sparsenet.serving.service import Batches, Service  # noqa: E402
@@ -256,6 +257,15 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
     "a path": (as_json("/etc/passwd"), 422, "base64|found none"),
     "deep JSON": (raw(b'{"images":' + b"[" * 20_000, "application/json"), 422, "found: "),
     "no form": (raw(b"hello", "multipart/form-data; boundary=b"), 400, "expected a form"),
+    "a part of a form": (
+        raw(
+            b'--b\r\nContent-Disposition: form-data; name="a"; filename="a"\r\n\r\n%b\r\n--b\r\n'
+            % FINE,
+            "multipart/form-data; boundary=b",
+        ),
+        400,
+        "a part of one",
+    ),
     "no boundary": (raw(b"hello", "multipart/form-data"), 400, "boundary"),
     "a field": ({"files": {"top": (None, "3")}}, 422, r"found the field 'top'"),
     "many fields": (
@@ -268,7 +278,8 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
         413,
         "expected at most 3 pictures, found 4",
     ),
-    "many in JSON": (as_json(*["AAAA"] * 5000), 413, "expected at most 3 pictures, found 5,000"),
+    "many in JSON": (as_json(*["AAAA"] * 5000), 413, "expected at most 3 pictures, found more"),
+    "a few too many in JSON": (as_json(*["AAAA"] * 5), 413, "at most 3 pictures, found 5;"),
     "many bytes": (raw(bytes(50_001)), 413, "expected at most 48.8 KiB, found 50,001 bytes"),
     "top": (raw(FINE) | {"params": {"top": 0}}, 422, "^top: .*found '0'"),
     "no number": (raw(FINE) | {"params": {"top": "\x1b[1m"}}, 422, r"^top: .*\\x1b"),
@@ -318,6 +329,28 @@ def test_what_cannot_be_answered_is_refused_in_one_line(
     assert "\n" not in error and error.isprintable() and len(error) < 2000
     assert "access-control-allow-origin" not in answer.headers
     assert answer.headers["x-content-type-options"] == "nosniff"
+
+
+def test_large_pictures_are_decoded_one_at_a_time(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service_module, "LARGE_MEGAPIXELS", 0.01)
+    service = Service(trained, Limits())
+    lock = threading.Lock()
+    decode, found = service._decode, []
+
+    def watched(picture: Any, most: float) -> Any:
+        if most < 1:
+            return decode(picture, most)
+        assert lock.acquire(blocking=False), "two at a time"
+        time.sleep(0.01)
+        found.append(decode(picture, most))
+        lock.release()
+        return found[-1]
+
+    monkeypatch.setattr(service, "_decode", watched)
+    [answer] = asked(service, {"files": [("a", ("a.png", _png_of(110, 100)))] * 4})
+    assert answer.status_code == 200 and len(found) == 4
 
 
 def test_pictures_with_too_many_pixels_are_refused_before_they_are_decoded(

@@ -263,7 +263,8 @@ def _add_serve(commands: Any) -> None:
     serve.add_argument("--port", type=_port, default=8000, help="0: a free one (default 8000)")
     text = "names that it is called by, with commas (default: any; of this machine only its own)"
     serve.add_argument("--allowed_hosts", type=_names, default=(), metavar="NAMES", help=text)
-    _add_limit(serve)
+    text = "largest picture that is decoded, a JPEG as well (default: as for the training)"
+    serve.add_argument("--max_megapixels", type=_positive, default=None, help=text)
     for each in fields(Limits):
         kind = _at_least_1 if isinstance(each.default, int) else _positive
         text = f"{each.metadata['help']} (default {each.default})"

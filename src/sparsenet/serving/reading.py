@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -11,13 +11,16 @@ import msgspec
 from sparsenet.files import size_text
 from sparsenet.serving.limits import Limits, Refused
 from sparsenet.serving.service import Picture
+from sparsenet.validation import LONGEST_NAME as LONGEST
 from sparsenet.validation import Name, one_line
 
 if TYPE_CHECKING:
+    from starlette.datastructures import Headers
     from starlette.requests import Request
 
 LONGEST_NAME = 200  # characters of a picture's name that are kept
 FIELDS = 100  # of a form that are read until it is refused
+MOST_QUOTES = LONGEST + 10  # of a picture in JSON, with a name of nothing else
 KINDS = "expected an image, multipart/form-data or application/json"
 
 
@@ -51,7 +54,7 @@ async def read_pictures(request: Request, limits: Limits) -> list[Picture]:
             if kind == "multipart/form-data":
                 pictures = await _of_form(request.headers, body, limits)
             elif kind == "application/json":
-                pictures = _of_json(await _joined(body))
+                pictures = _of_json(await _joined(body), limits)
             elif kind in ("", "application/octet-stream") or kind.startswith("image/"):
                 content = await _joined(body)
                 pictures = [Picture("image", content)] if content else []
@@ -64,9 +67,13 @@ async def read_pictures(request: Request, limits: Limits) -> list[Picture]:
     if not pictures:
         raise Refused(400, "expected a picture, found none")
     if len(pictures) > limits.max_images:
-        expected = f"expected at most {limits.max_images} pictures"
-        raise Refused(413, f"{expected}, found {len(pictures):,}; send several requests")
+        raise _too_many_pictures(limits, f"{len(pictures):,}")
     return pictures
+
+
+def _too_many_pictures(limits: Limits, found: str) -> Refused:
+    expected = f"expected at most {limits.max_images} pictures"
+    return Refused(413, f"{expected}, found {found}; send several requests")
 
 
 def _too_many_bytes(limits: Limits, found: str) -> Refused:
@@ -86,7 +93,10 @@ async def _joined(body: AsyncIterator[bytes]) -> bytes:
     return b"".join([chunk async for chunk in body])
 
 
-def _of_json(body: bytes) -> list[Picture]:
+def _of_json(body: bytes, limits: Limits) -> list[Picture]:
+    # Some millions of short texts would take seconds.
+    if body.count(b'"') > MOST_QUOTES * (limits.max_images + 1):
+        raise _too_many_pictures(limits, "more")
     try:
         images = msgspec.json.decode(body, type=Pictures).images
     except (ValueError, RecursionError) as error:  # ValueError: also of half a surrogate pair
@@ -102,22 +112,25 @@ def _of_json(body: bytes) -> list[Picture]:
 
 
 async def _of_form(
-    headers: Mapping[str, str], body: AsyncGenerator[bytes, None], limits: Limits
+    headers: Headers, body: AsyncGenerator[bytes, None], limits: Limits
 ) -> list[Picture]:
     from starlette.datastructures import UploadFile
     from starlette.formparsers import MultiPartException, MultiPartParser
 
-    parser = MultiPartParser(
-        headers,  # type: ignore[arg-type]
-        body,
-        max_files=limits.max_images + FIELDS,
-        max_fields=FIELDS,
-    )
-    parser.spool_max_size = limits.max_bytes + 1  # nothing is written to a disk
+    class Parser(MultiPartParser):
+        spool_max_size = limits.max_bytes + 1  # nothing is written to a disk
+        has_ended = False
+
+        def on_end(self) -> None:
+            self.has_ended = True
+
+    parser = Parser(headers, body, max_files=limits.max_images + FIELDS, max_fields=FIELDS)
     try:
         form = await parser.parse()
     except MultiPartException as error:
         raise Refused(400, f"expected a form with files, found: {error.message}") from None
+    if not parser.has_ended:
+        raise Refused(400, "expected a form with files, found a part of one")
     pictures = []
     for number, (field, value) in enumerate(form.multi_items(), 1):
         if not isinstance(value, UploadFile):

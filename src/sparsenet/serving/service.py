@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
-from time import perf_counter
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -30,6 +29,8 @@ from sparsenet.trained import Trained
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 DECODERS = min(4, os.cpu_count() or 1)  # threads
+# Larger pictures are decoded one at a time: they take up to 16 bytes a pixel.
+LARGE_MEGAPIXELS = 25.0
 HEAT_MAP_PIXELS = 224  # of a side of a heat map; who shows it enlarges it
 
 
@@ -160,9 +161,10 @@ class Service:
         self.gate = Gate(limits)
         self.measures = Measures(lambda: self.gate.pictures)
         self.decoders = ThreadPoolExecutor(DECODERS)
+        self.large_decoder = ThreadPoolExecutor(1)
         self.decoding = 0  # pictures
         self.batches = Batches(
-            self._look, limits.batch_size, limits.wait_ms / 1000, lambda: self.decoding
+            self._measured_look, limits.batch_size, limits.wait_ms / 1000, lambda: self.decoding
         )
         self.grid: Grid = grid(trained.model, trained.preprocessing.size)
 
@@ -183,7 +185,7 @@ class Service:
                 yield
             finally:
                 task.cancel()
-                for threads in (self.decoders, self.batches.thread):
+                for threads in (self.decoders, self.large_decoder, self.batches.thread):
                     threads.shutdown(wait=True, cancel_futures=True)
 
     async def answers(
@@ -221,26 +223,34 @@ class Service:
     async def _pixels(self, picture: Picture) -> np.ndarray:
         self.decoding += 1
         try:
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self.decoders, self._decode, picture)
+            loop, most = asyncio.get_running_loop(), self.max_megapixels
+            with suppress(TooLarge):
+                small = min(most, LARGE_MEGAPIXELS)
+                return await loop.run_in_executor(self.decoders, self._decode, picture, small)
+            return await loop.run_in_executor(self.large_decoder, self._decode, picture, most)
         finally:
             self.decoding -= 1
 
-    def _decode(self, picture: Picture) -> np.ndarray:
+    def _decode(self, picture: Picture, max_megapixels: float) -> np.ndarray:
         about = self.trained.preprocessing
         example = Example(picture.name, picture.content, 0)
         # A JPEG that is larger still is not decoded smaller, as that may take much more memory.
         return decoded_image(
-            example, about.size, about.channels, about.grey_range, self.max_megapixels, 1
+            example, about.size, about.channels, about.grey_range, max_megapixels, 1
         )
 
     def _draw(self, heat_map: np.ndarray) -> str:
         drawn = veil(heat_map, self.grid, HEAT_MAP_PIXELS)
         return b64encode(png(drawn)).decode()
 
+    def _measured_look(self, asked: Sequence[Asked]) -> list[Seen]:
+        with self.measures.batch_seconds.time():
+            seen = self._look(asked)
+        self.measures.batches.observe(len(asked))
+        return seen
+
     @torch.inference_mode()
     def _look(self, asked: Sequence[Asked]) -> list[Seen]:
-        began = perf_counter()
         model, about = self.trained.model, self.trained.preprocessing
         pixels = torch.from_numpy(np.stack([each.pixels for each in asked]))
         images = about.normalise(pixels.to(next(model.parameters()).device))
@@ -256,8 +266,6 @@ class Service:
         labels = [self.trained.classes.index(predictions[place].classes[0]) for place in wanted]
         maps = maps_of(model, features[wanted], torch.tensor(labels, dtype=torch.int64))
         by_place = dict(zip(wanted, maps.cpu().numpy(), strict=True))
-        self.measures.batches.observe(len(asked))
-        self.measures.batch_seconds.observe(perf_counter() - began)
         return [
             Seen(_answer_of(found, each), by_place.get(place))
             for place, (found, each) in enumerate(zip(predictions, asked, strict=True))
