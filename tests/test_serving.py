@@ -39,6 +39,7 @@ httpx = pytest.importorskip("httpx")
 for package in ("fastapi", "uvicorn", "prometheus_client", "python_multipart"):
     pytest.importorskip(package)
 
+from sparsenet.commands.serve import leave_a_core  # noqa: E402
 from sparsenet.serving import server as serving  # noqa: E402
 from sparsenet.serving import service as service_module  # noqa: E402
 from sparsenet.serving.app import LOOPBACK, create_app  # noqa: E402
@@ -560,6 +561,38 @@ def test_a_lack_of_memory_is_a_refusal_and_a_fault_is_told_to_the_log_alone(
         assert "secret" not in answer.text
 
 
+def test_a_fault_is_one_line_on_stderr_and_the_server_goes_on(trained: Trained) -> None:
+    service = Service(trained, QUICK)
+    look = service.batches.work
+
+    def fail(items: Any) -> Any:
+        service.batches.work = look
+        raise RuntimeError("a\nfault")
+
+    service.batches.work = fail
+    with server_of(service) as server:
+        answers = [httpx.post(f"{server.address}/predict", content=FINE) for _ in range(2)]
+        with server.send(POST.format(1000), b"a part"):
+            pass  # a client that goes
+        deadline = time.monotonic() + 20
+        while 'code="499"' not in httpx.get(f"{server.address}/metrics").text:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    assert [each.status_code for each in answers] == [500, 200]
+    [line] = server.said
+    assert "RuntimeError: a fault" in line and "\n" not in line
+    assert (service.gate.pictures, service.gate.bytes) == (0, 0)
+
+
+def test_nothing_is_sent_to_whom_the_environment_names(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTAPI_OTEL_AUTO_CONFIGURE", "true")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
+    [answer] = asked(Service(trained, Limits()), raw(FINE))
+    assert answer.status_code == 200
+
+
 def test_the_page_needs_nothing_from_elsewhere_and_runs_no_script_of_others(
     trained: Trained,
 ) -> None:
@@ -745,6 +778,30 @@ def test_a_taken_port_is_one_line(call: Call) -> None:
     assert elsewhere.code == 2 and "203.0.113.7" in elsewhere.error
     nowhere = call("serve", "sparsenet_40_12", "--host", "no such host")
     assert nowhere.code == 2 and "--host: expected" in nowhere.error
+
+
+def test_an_address_of_ip_6_is_written_in_brackets() -> None:
+    try:
+        listener = serving.listening("::1", 0)
+    except ValueError as error:
+        pytest.skip(f"no IPv6 here: {error}")
+    with listener:
+        port = listener.getsockname()[1]
+        assert serving.address_of(listener) == (f"http://[::1]:{port}", True)
+    with serving.listening("0.0.0.0", 0) as listener:
+        assert serving.address_of(listener)[1] is False
+
+
+def test_computing_leaves_a_core_to_receiving(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    for threads in (4, 1):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        leave_a_core()
+        monkeypatch.setenv("OMP_NUM_THREADS", "3")
+        leave_a_core()
+    assert taken == [3, 1]
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
     """Serves a network until it is asked to end; returns 0 once all is answered."""
     for package in ("fastapi", "prometheus_client", "python_multipart", "uvicorn"):
         require(package, "serve")  # before anything takes time
-    _leave_a_core()
+    leave_a_core()
     limits = Limits(**{each.name: getattr(args, each.name) for each in fields(Limits)})
     with Signals() as signals, listening(args.host, args.port) as listener:
         trained = load_network(args, choose_device(args.device))
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _leave_a_core() -> None:
+def leave_a_core() -> None:
     """Leaves a core to the threads that receive and decode.
 
     Threads of one computation wait for each other: where one of them has no core, all take many
