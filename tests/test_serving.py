@@ -27,6 +27,7 @@ from conftest import Call, write_image
 from PIL import Image
 
 from sparsenet.architecture import Architecture
+from sparsenet.data import pixels
 from sparsenet.data.images import read_image
 from sparsenet.data.preprocessing import Preprocessing
 from sparsenet.explain import heat_maps
@@ -383,7 +384,7 @@ def test_a_body_that_grows_beyond_the_limit_is_not_read_further(trained: Trained
 
 
 def test_names_of_files_are_escaped(trained: Trained, pictures: list[Path]) -> None:
-    name = "../\x1b[31m\u202ea<script>" + "x" * 500
+    name = "../\x1b[31m\u202ea<script>" + "x" * 5000
     files = {"image": (name, b"no image")}
     [answer, other] = asked(
         Service(trained, Limits()),
@@ -391,7 +392,7 @@ def test_names_of_files_are_escaped(trained: Trained, pictures: list[Path]) -> N
         as_json({"name": "a\nb\x00" * 50, "data": text_of(pictures[0])}),
     )
     for text in (answer.json()["error"], other.json()["predictions"][0]["name"]):
-        assert text.isprintable() and len(text) < 500
+        assert text.isprintable() and len(text) < 1300
 
 
 def test_items_that_arrive_together_are_one_batch() -> None:
@@ -474,7 +475,7 @@ def held(trained: Trained, limits: Limits) -> Held:
 
 
 def test_beyond_the_queue_is_a_refusal_that_says_when_to_ask_again(trained: Trained) -> None:
-    network = held(trained, replace(Limits(), queue=6))
+    network = held(trained, replace(Limits(), max_images=6, queue=6))
 
     async def scenario() -> None:
         async with client_of(network.service) as client:
@@ -559,6 +560,17 @@ def test_a_lack_of_memory_is_a_refusal_and_a_fault_is_told_to_the_log_alone(
         [answer] = asked(service, raw(FINE))
         assert answer.status_code == status and line in answer.json()["error"]
         assert "secret" not in answer.text
+
+
+def test_a_lack_of_memory_for_a_picture_says_nothing_of_the_picture(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(pixels, "_fit_limit", full)
+    [answer] = asked(Service(trained, Limits()), raw(FINE))
+    assert answer.status_code == 503 and "memory" in answer.json()["error"]
 
 
 def test_a_fault_is_one_line_on_stderr_and_the_server_goes_on(trained: Trained) -> None:
@@ -762,6 +774,7 @@ def test_the_end_comes_though_a_client_never_ends(trained: Trained) -> None:
         server.thread.join(10)
         assert not server.thread.is_alive()
         slow.close()
+    assert server.said == ["Cancel 1 running task(s), timeout graceful shutdown exceeded"]
 
 
 def test_a_taken_port_is_one_line(call: Call) -> None:
@@ -805,7 +818,7 @@ def test_computing_leaves_a_core_to_receiving(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize(
-    ("flag", "value"), [("--port", "65536"), ("--queue", "0"), ("--max_mb", "-1")]
+    ("flag", "value"), [("--port", "65536"), ("--queue", "0"), ("--queue", "3"), ("--max_mb", "-1")]
 )
 def test_wrong_flags_are_one_line(call: Call, flag: str, value: str) -> None:
     outcome = call("serve", "sparsenet_40_12", flag, value)

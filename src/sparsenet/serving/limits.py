@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sparsenet.validation import setting
+from sparsenet.validation import expect, setting
 
 LARGEST_REQUESTS = 8  # as many of the largest requests are held at a time; of smaller ones more
 
@@ -22,6 +22,10 @@ class Limits:
     receive_seconds: float = setting(20.0, "for a request to arrive, else 408 or a closed door")
     answer_seconds: float = setting(30.0, "for its answer, else 503")
     drain_seconds: int = setting(8, "for requests that are under way when the server is to end")
+
+    def __post_init__(self) -> None:
+        expected = f"at least --max_images ({self.max_images})"
+        expect(self.queue >= self.max_images, "--queue", expected, self.queue)
 
     @property
     def max_bytes(self) -> int:

@@ -11,16 +11,14 @@ import msgspec
 from sparsenet.files import size_text
 from sparsenet.serving.limits import Limits, Refused
 from sparsenet.serving.service import Picture
-from sparsenet.validation import LONGEST_NAME as LONGEST
-from sparsenet.validation import Name, one_line
+from sparsenet.validation import LONGEST_NAME, Name, one_line
 
 if TYPE_CHECKING:
     from starlette.datastructures import Headers
     from starlette.requests import Request
 
-LONGEST_NAME = 200  # characters of a picture's name that are kept
 FIELDS = 100  # of a form that are read until it is refused
-MOST_QUOTES = LONGEST + 10  # of a picture in JSON, with a name of nothing else
+MOST_QUOTES = LONGEST_NAME + 10  # of a picture in JSON, with a name of nothing else
 KINDS = "expected an image, multipart/form-data or application/json"
 
 

@@ -97,7 +97,9 @@ def _log_lines(complain: Callable[[str], None]) -> Iterator[None]:
 
     class Lines(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            complain(" ".join(self.format(record).split()))
+            error = record.exc_info and record.exc_info[1]
+            if not isinstance(error, asyncio.CancelledError):  # by the end, which has its own line
+                complain(" ".join(self.format(record).split()))
 
     logger, handler = logging.getLogger("uvicorn.error"), Lines()
     before = logger.level, logger.propagate

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from sparsenet.data.dataset import Example
-from sparsenet.data.errors import BadImage
+from sparsenet.data.errors import BadImage, DataError
 from sparsenet.data.images import decoded_image
 from sparsenet.data.pixels import TooLarge, limits_of_our_own
 from sparsenet.explain import grid, maps_of
@@ -172,7 +172,7 @@ class Service:
         """Computes the largest batch and the smallest, which compiles what is compiled."""
         about = self.trained.preprocessing
         blank = np.zeros((about.channels, about.size, about.size), np.uint8)
-        for count in (self.limits.batch_size, 1):
+        for count in (min(self.limits.batch_size, self.limits.queue), 1):
             asked = [Asked("", blank, 1, True)] * count
             self.batches.thread.submit(self._look, asked).result()
 
@@ -199,7 +199,7 @@ class Service:
         except TimeoutError:
             seconds = self.limits.answer_seconds
             raise busy(f"expected an answer within {seconds:g} s, found none; ask again") from None
-        except (MemoryError, RuntimeError, OSError) as error:
+        except (DataError, MemoryError, RuntimeError, OSError) as error:
             if not shortage(error):
                 raise
             raise busy("expected more memory than is left; ask again") from error
