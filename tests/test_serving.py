@@ -573,7 +573,9 @@ def test_a_lack_of_memory_for_a_picture_says_nothing_of_the_picture(
     assert answer.status_code == 503 and "memory" in answer.json()["error"]
 
 
-def test_a_fault_is_one_line_on_stderr_and_the_server_goes_on(trained: Trained) -> None:
+def test_a_fault_is_one_line_on_stderr_and_the_server_goes_on(
+    trained: Trained, capfd: pytest.CaptureFixture[str]
+) -> None:
     service = Service(trained, QUICK)
     look = service.batches.work
 
@@ -586,6 +588,11 @@ def test_a_fault_is_one_line_on_stderr_and_the_server_goes_on(trained: Trained) 
         answers = [httpx.post(f"{server.address}/predict", content=FINE) for _ in range(2)]
         with server.send(POST.format(1000), b"a part"):
             pass  # a client that goes
+        form = {"Content-Type": "multipart/form-data; boundary=b"}
+        damaged = httpx.post(f"{server.address}/predict", content=b"--b\r\n\0", headers=form)
+        assert damaged.status_code == 400
+        slash = httpx.post(f"{server.address}/predict/", content=FINE)
+        assert slash.status_code == 404
         deadline = time.monotonic() + 20
         while 'code="499"' not in httpx.get(f"{server.address}/metrics").text:
             assert time.monotonic() < deadline
@@ -593,6 +600,7 @@ def test_a_fault_is_one_line_on_stderr_and_the_server_goes_on(trained: Trained) 
     assert [each.status_code for each in answers] == [500, 200]
     [line] = server.said
     assert "RuntimeError: a fault" in line and "\n" not in line
+    assert capfd.readouterr() == ("", "")  # what clients do wrong is not the server's to tell
     assert (service.gate.pictures, service.gate.bytes) == (0, 0)
 
 

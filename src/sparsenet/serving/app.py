@@ -81,6 +81,7 @@ def create_app(service: Service, hosts: Collection[str] = LOOPBACK) -> "FastAPI"
         description=f"Classes of pictures, by {service.name}.",
         docs_url=None,  # these pages load scripts from elsewhere
         redoc_url=None,
+        redirect_slashes=False,
         lifespan=lifespan,
         telemetry=NO_TELEMETRY,
     )

@@ -101,6 +101,8 @@ def _log_lines(complain: Callable[[str], None]) -> Iterator[None]:
             if not isinstance(error, asyncio.CancelledError):  # by the end, which has its own line
                 complain(" ".join(self.format(record).split()))
 
+    # Without a handler Python would print what this one says of damaged forms.
+    logging.getLogger("python_multipart").addHandler(logging.NullHandler())
     logger, handler = logging.getLogger("uvicorn.error"), Lines()
     before = logger.level, logger.propagate
     logger.addHandler(handler)
