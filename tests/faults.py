@@ -76,7 +76,7 @@ class Laboratory:
 
         torch.set_num_threads(1)
         device.tune_process()
-        for name in ("draw_curves", "draw_confusion", "draw_samples"):
+        for name in ("draw_curves", "draw_confusion", "draw_reliability", "draw_samples"):
             setattr(pictures, name, _draw)  # drawing takes a second; writing is the same
         installed = run.installed()
         run.installed = lambda: installed

@@ -136,8 +136,8 @@ def test_an_unknown_name_is_told_with_the_nearest_one(
         (("train", "--data=x"), "did you mean --dataset_dir?"),
         (("train", "--lr-scheduler", "cosine"), "did you mean --schedule?"),
         (("train", "--batch", "3"), "did you mean --batch_size?"),
-        (("train", "--model", "resnet18"), "--fetch, --depth, --growth_rate"),
-        (("train", "--pretrained"), "eval, predict and export take weights as RUN"),
+        (("train", "--arch", "resnet18"), "did you mean --model?"),
+        (("train", "--pretrained"), "did you mean --weights?"),
         (("train", "--workers", "4"), "no flag, images are decoded once"),
         (("train", "--dataset", "c10"), "--dataset_dir DIR --download gets it"),
     ],
@@ -295,7 +295,8 @@ def test_the_paper_command_is_the_paper_recipe(
     )
     assert dataclasses.asdict(config.optim) == {
         "lr": 0.1, "schedule": "step", "drop_1": 150, "drop_2": 225, "warmup": 0.0, "momentum": 0.9,
-        "weight_decay": 1e-4, "label_smoothing": 0.0, "ema": 0.0, "grad_clip": 0.0,
+        "weight_decay": 1e-4, "label_smoothing": 0.0, "class_weights": "none", "ema": 0.0,
+        "grad_clip": 0.0, "backbone_lr": 0.0, "freeze": "",
     }  # fmt: skip
     rates = [
         learning_rate(config.optim, epoch * 10, 10, config.train.max_epoch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import sys
 import threading
 import warnings
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,7 @@ from conftest import TINY, Call, newest, write_classes, write_image
 from PIL import Image
 
 from sparsenet import memory
-from sparsenet.data import cache, load
+from sparsenet.data import cache, filling, load
 from sparsenet.data.config import DataConfig
 from sparsenet.data.dataset import Example, Images
 from sparsenet.data.errors import BadImage, DataError
@@ -46,13 +48,13 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of images, as they are decoded into the cache."""
     names: list[str] = []
-    decode = cache.decode
+    decode = filling.decode
 
     def counted(example: Example, **options: object) -> object:
         names.append(example.name)
         return decode(example, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(cache, "decode", counted)
+    monkeypatch.setattr(filling, "decode", counted)
     return names
 
 
@@ -77,7 +79,7 @@ def examples(count: int, seed: int = 0) -> list[Example]:
 
 
 def stored(split: list[Example], skip_corrupt: bool = False) -> Decoded:
-    return drained(cache.reading_stored(split, 4, 3, skip_corrupt, None, 128.0))
+    return drained(filling.reading_stored(split, 4, 3, skip_corrupt, None, 128.0))
 
 
 def assert_same(found: Decoded, split: list[Example]) -> None:
@@ -194,7 +196,7 @@ def test_what_was_decoded_before_a_kill_is_not_decoded_again(
     after: int, decoded: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     split = examples(150)
-    work = cache.reading_stored(split, 4, 3, False, None, 128.0)
+    work = filling.reading_stored(split, 4, 3, False, None, 128.0)
     while next(work) != after:
         pass
     # A kill leaves what was written to the file, of which a line may be half.
@@ -203,11 +205,11 @@ def test_what_was_decoded_before_a_kill_is_not_decoded_again(
     work.close()
     for name, content in left.items():
         (folder / name).write_bytes(content)
-    with (folder / "rows").open("ab") as rows:
+    with (folder / "part-0").open("ab") as rows:
         rows.write(b'[3,17,"')
     decoded.clear()
     assert_same(stored(split), split)
-    written = after // cache.LINES * cache.LINES
+    written = after // filling.LINES * filling.LINES
     assert sorted(decoded) == sorted(f"no {i}" for i in range(written, 150))
 
 
@@ -287,7 +289,7 @@ def test_a_damaged_image_ends_it_or_is_left_out_whoever_wrote(decoded: list[str]
 
 def test_who_comes_second_waits_and_takes_what_the_first_has_written(decoded: list[str]) -> None:
     split = examples(40)
-    first, second = (cache.reading_stored(split, 4, 3, False, None, 128.0) for _ in range(2))
+    first, second = (filling.reading_stored(split, 4, 3, False, None, 128.0) for _ in range(2))
     assert next(first) == 1
     waiting = next(second)
     assert isinstance(waiting, Message) and "waiting for another process" in waiting.text
@@ -295,6 +297,53 @@ def test_who_comes_second_waits_and_takes_what_the_first_has_written(decoded: li
     assert_same(drained(first), split)
     assert_same(drained(second), split)
     assert len(decoded) == 40
+
+
+@pytest.mark.parametrize("end", ["both go on", "the first is killed"])
+def test_several_decode_a_part_each(
+    end: str, decoded: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(filling, "LEAST_IMAGES", 10)  # three parts
+    split = examples(30)
+    greys = [np.full((1, 5, 6), level, np.uint16) for level in (300, 4000, 200)]
+    for place, grey in zip((2, 14, 29), greys, strict=True):
+        file = io.BytesIO()
+        Image.fromarray(grey[0]).save(file, "PNG")
+        split[place] = split[place]._replace(source=file.getvalue())
+    first, second = (filling.reading_stored(split, 4, 3, False, None, 128.0) for _ in range(2))
+    assert next(first) == 1  # takes the first part
+    assert next(second) == 1 and {"no 10", "no 11"} <= set(decoded)  # the second
+    seen = list(islice(second, 19))
+    assert seen == list(range(2, 21))  # and then the third
+    assert next(second) == cache.WAITS
+    if end == "both go on":
+        assert_same(drained(first), split)
+    else:
+        first.close()
+    decoded.clear()
+    assert_same(drained(second), split)
+    again = {"no 2", "no 29"} if end == "both go on" else {f"no {place}" for place in range(10)}
+    assert set(decoded) <= again | {"no 2", "no 29"}
+    assert_same(stored(split), split)
+    (folder,) = (each for each in (cache_folder() / "images").iterdir() if each.is_dir())
+    assert {each.name for each in folder.iterdir()} == {"pixels", "filled", "rows", "whole"}
+
+
+def test_a_mark_of_a_process_that_ended_is_not_believed(
+    decoded: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(filling, "LEAST_IMAGES", 10)
+    split = examples(30)
+    work = filling.reading_stored(split, 4, 3, False, None, 128.0)
+    while next(work) < 25:
+        pass
+    work.close()
+    (folder,) = (each for each in (cache_folder() / "images").iterdir() if each.is_dir())
+    assert {path.name for path in folder.glob("*.done")} == {"part-0.done", "part-1.done"}
+    damage(folder, "a bit of a pixel")
+    decoded.clear()
+    assert_same(stored(split), split)
+    assert "no 3" in decoded and len(decoded) <= 11
 
 
 def test_what_was_used_longest_ago_makes_room(
@@ -367,7 +416,8 @@ def test_auto_goes_by_the_memory_that_is_free(
     text = said("auto", 0)[0]
     assert text.startswith("12 images of 8x8 pixels are 2.2 KiB decoded") and "on disk in" in text
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # each of two processes would hold them
-    assert said("auto", 2 * size)[1] is StoredImages
+    assert said("auto", 1 << 40)[1] is StoredImages
+    assert said("memory", 0)[1] is Images
 
 
 def test_a_run_goes_on_bit_for_bit_wherever_its_pixels_lie(call: Call, tmp_path: Path) -> None:

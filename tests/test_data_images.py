@@ -582,9 +582,10 @@ def corrupt_at(*places: int, count: int = 70) -> list[Example]:
 def test_corrupt_images_stop_or_are_skipped_and_named() -> None:
     with pytest.raises(BadImage, match=r"no 41: .*--skip_corrupt"):
         read_images(corrupt_at(41, 55), 4, 1)
-    images, _, skipped, *_ = read_images(corrupt_at(0, 41), 4, 1, skip_corrupt=True)
+    images, _, places, skipped, *_ = read_images(corrupt_at(0, 41), 4, 1, skip_corrupt=True)
     assert [line.partition(":")[0] for line in skipped] == ["no 0", "no 41"]
     assert all("expected an image" in line for line in skipped) and len(images) == 68
+    assert torch.equal(places, images.labels)
     assert torch.equal(images.pixels[:, 0, 0, 0].long(), images.labels)
 
 

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import fsspec
@@ -65,6 +71,42 @@ def test_a_run_on_data_at_an_address_goes_on_and_is_evaluated(bucket: str, call:
     assert began.code == 0, began.err
     assert call("train", "--resume", "run", "--time_limit", 0).code == 0
     assert call("eval", "run").out.startswith(f"insects: 20 test images in {bucket}, ")
+
+
+@pytest.fixture
+def server(bucket: str, tmp_path: Path) -> Iterator[str]:
+    """The same shards behind http."""
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "local"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as listening:
+        thread = threading.Thread(target=listening.serve_forever, args=(0.01,))
+        thread.start()
+        yield f"http://127.0.0.1:{listening.server_port}"
+        listening.shutdown()
+        thread.join()
+
+
+def test_a_server_gives_a_folder_or_one_file_and_again_what_has_changed(
+    server: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("aiohttp")
+    local = load_dataset(DataConfig(dataset_dir=str(tmp_path / "local")))
+    data = load_dataset(DataConfig(dataset_dir=f"{server}/"))
+    assert torch.equal(data.train.pixels, local.train.pixels)
+    address = f"{server}/train-0.tar"
+    config = DataConfig(dataset_dir=address, test_fraction=0.5)
+    assert sorted(load_dataset(config).train.pixels[:, 0, 0, 0])[-1] < 20
+    file, other = tmp_path / "local" / "train-0.tar", tmp_path / "local" / "test.tar"
+    assert file.stat().st_size == other.stat().st_size
+    shutil.copyfile(other, file)
+    os.utime(file, (0, 0))
+    assert min(load_dataset(config).train.pixels[:, 0, 0, 0]) >= 40
+    for place, words in (
+        (f"{server}/none.tar", r"found none \(404"),
+        ("http://127.0.0.1:1/a.tar", "Cannot connect"),
+    ):
+        with pytest.raises(DataError, match=words) as caught:
+            load_dataset(DataConfig(dataset_dir=place))
+        assert "\n" not in str(caught.value)
 
 
 def test_what_cannot_be_fetched_is_refused_in_one_line(

@@ -101,10 +101,10 @@ def test_many_classes_share_the_rows_of_a_confusion_matrix(
     monkeypatch.setattr(training, "SQUARES", 10)
     labels, diagonal = torch.arange(95), 100 * torch.eye(10).double()
     for shift, expected in ((0, diagonal), (50, diagonal.roll(5, 1))):
-        percent, shared = training._percent(labels, (labels + shift) % 100, 100)
-        assert shared == 10 and torch.equal(percent, expected)
-    percent, shared = training._percent(labels[:10], labels[:10], 10)
-    assert shared == 1 and torch.equal(percent, diagonal)
+        counts, shared = training._counts(labels, (labels + shift) % 100, 100)
+        assert shared == 10 and torch.equal(training._percent(counts), expected)
+    counts, shared = training._counts(labels[:10], labels[:10], 10)
+    assert shared == 1 and torch.equal(training._percent(counts), diagonal)
 
 
 @pytest.mark.parametrize(("channels", "wrong"), [(1, 3), (3, 40), (3, 0)])
@@ -120,7 +120,8 @@ def test_samples(tmp_path: Path, channels: int, wrong: int) -> None:
 def test_a_name_without_a_font_is_a_number_and_nothing_warns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(font_manager.fontManager, "ttflist", [])  # none but the usual font
+    font_manager.findfont(font_manager.FontProperties())  # the usual font, once and for all
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", [])  # there is no other
     figure._fonts.cache_clear()
     names = ["cat", "猫", "é", "고양이", "two\nlines", "half \udce9"]
     assert drawable(names) == ["cat", "#1", "é", "#3", "#4", "#5"]
@@ -130,7 +131,7 @@ def test_a_name_without_a_font_is_a_number_and_nothing_warns(
     draw_confusion(labels, labels, list("abcdef"), tmp_path / "plain.png")
     pixels = torch.zeros(6, 3, 8, 8, dtype=torch.uint8)
     images = Images(pixels, labels)
-    draw_samples(images, labels.flip(0), torch.rand(6), names, tmp_path / "samples.png")
+    draw_samples(images, labels.flip(0), torch.rand(6), names, tmp_path / "samples.png", names)
     draw_curves(train(3), tmp_path / "curves.png", "half \udce9 of 猫")
     assert all(is_picture(file) for file in tmp_path.iterdir())
     figure._fonts.cache_clear()

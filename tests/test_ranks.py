@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, Call
+from conftest import TINY, Call, write_image
 from safetensors.torch import load_file
 
 from sparsenet.ranks import Ranks
@@ -130,6 +130,19 @@ def test_two_processes_train_as_one(whole: Path, call: Call, tmp_path: Path) -> 
         assert one.train_loss == pytest.approx(other.train_loss, rel=10**-5 * 10**one.epoch)
     assert found[0].test_error == expected[0].test_error
     assert "\n2 processes, cpu, fp32" in (whole / "train.log").read_text()
+
+
+def test_processes_run_out_of_patience_together(tmp_path: Path) -> None:
+    settings = (*LONG, "--lr", 1, "--max_epoch", 12, "--val_fraction", 0.2, "--patience", 1)
+    settings += ("--class_weights", "balanced", "--mixup", 0.2, "--dataset_dir", tmp_path / "data")
+    for label, count in enumerate((40, 12)):
+        for number in range(count):
+            write_image(tmp_path / "data" / str(label) / f"{number}.png", 100 * label + number)
+    run = tmp_path / "run"
+    assert [each.end()[0] for each in two(*settings, "--out", run)] == [0, 0]
+    errors = [row.val_error for row in Run(run).metrics()]
+    assert len(errors) < 12 and len(errors) - 1 - errors.index(min(errors)) == 1
+    assert f"ended after epoch {len(errors)} of 12" in (run / "train.log").read_text()
 
 
 def test_statistics_of_each_process_are_averaged(tmp_path: Path) -> None:

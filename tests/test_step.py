@@ -21,12 +21,13 @@ from sparsenet.data.augment import augment, mix
 from sparsenet.data.dataset import Images
 from sparsenet.data.preprocessing import Preprocessing
 from sparsenet.data.sampling import plan_epoch, training_size
-from sparsenet.evaluate import EvaluationStep, evaluate
+from sparsenet.evaluation import EvaluationStep, evaluate
 from sparsenet.events import Message
 from sparsenet.model import SparseNet
 from sparsenet.ops import dispatch, engine
+from sparsenet.ranks import Ranks
 from sparsenet.run import Run
-from sparsenet.step import TrainingStep, loss_and_mistakes
+from sparsenet.step import TrainingStep, balancing_weights, loss_and_mistakes
 from sparsenet.train import train
 
 
@@ -174,7 +175,13 @@ RECIPES = {
     "plain": {},
     "everything": {
         "network": {"dropout": 0.2},
-        "optim": {"ema": 0.9, "grad_clip": 0.5, "label_smoothing": 0.1, "schedule": "onecycle"},
+        "optim": {
+            "ema": 0.9,
+            "grad_clip": 0.5,
+            "label_smoothing": 0.1,
+            "schedule": "onecycle",
+            "class_weights": "balanced",
+        },
         "data": {
             "trivial_augment": True,
             "cutout": 3,
@@ -197,7 +204,12 @@ def trained(config, precision, wrap, implementation="shared"):
     model = SparseNet(config.network, implementation).train()
     average = copy.deepcopy(model) if config.optim.ema else None
     optimizer = optim.sgd(model, config.optim)
-    act = wrap(TrainingStep(model, optimizer, average, config, PREPROCESSING, precision))
+    weights = torch.rand(10) if config.optim.class_weights == "balanced" else None
+    act = wrap(
+        TrainingStep(
+            model, optimizer, average, config, PREPROCESSING, precision, class_weights=weights
+        )
+    )
     rates, ema_rates = optim.epoch_rates(config.optim, 0, 12, 1, torch.device("cpu"))
     found = []
     for number in range(12):
@@ -254,6 +266,54 @@ def test_a_mixed_label_counts_by_its_share(count, smoothing, seed):
     assert wrong == (logits.argmax(1) != labels).sum()
     same = loss_and_mistakes(logits, labels, torch.ones(count), smoothing)
     torch.testing.assert_close(same, (loss, wrong))
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=30), st.integers(0, 999))
+def test_balancing_weights_the_loss_as_pytorch_does(classes, seed):
+    random, labels = torch.Generator().manual_seed(seed), torch.tensor(classes)
+    logits = torch.randn(len(labels), 7, generator=random)  # of two classes there is no image
+    weights = balancing_weights(labels, 7)
+    sums = torch.zeros(7).scatter_add_(0, labels, weights[labels])
+    present = labels.unique()
+    equal = torch.full_like(sums[present], len(labels) / len(present))
+    torch.testing.assert_close(sums[present], equal)
+    assert weights[labels].mean() == pytest.approx(1, rel=1e-5)
+    assert weights.isfinite().all()
+    expected = nn.functional.cross_entropy(logits, labels, weight=weights)  # over all images
+    loss, wrong = loss_and_mistakes(logits, labels, None, 0.0, weights)
+    torch.testing.assert_close(loss, expected)
+    assert wrong == (logits.argmax(1) != labels).sum()
+    shares = torch.rand(len(labels), generator=random)
+    own, other = (nn.functional.one_hot(each, 7) for each in (labels, labels.flip(0)))
+    mixture = shares[:, None] * own + (1 - shares[:, None]) * other
+    sums = nn.functional.cross_entropy(logits, mixture, weight=weights, reduction="none")
+    torch.testing.assert_close(
+        loss_and_mistakes(logits, labels, shares, 0.0, weights)[0], sums.mean()
+    )
+    alike = torch.ones(7)  # changes nothing, whatever else there is
+    for each in (None, shares):
+        torch.testing.assert_close(
+            loss_and_mistakes(logits, labels, each, 0.2, alike),
+            loss_and_mistakes(logits, labels, each, 0.2),
+        )
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("count", [3, 4, 23])
+def test_the_weighted_loss_of_processes_is_that_of_the_whole_batch(count, mixed):
+    random = torch.Generator().manual_seed(count)
+    labels = torch.randint(3, (count,), generator=random)
+    logits, shares = torch.randn(count, 3, generator=random), torch.rand(count, generator=random)
+    weights = torch.tensor([0.2, 1.0, 5.0])
+    whole, _ = loss_and_mistakes(logits, labels, shares if mixed else None, 0.1, weights)
+    total = 0.0
+    for rank in range(2):
+        ranks = Ranks(rank, 2)
+        part = ranks.part(count)
+        own = shares[part] if mixed else None
+        loss, _ = loss_and_mistakes(logits[part], labels[part], own, 0.1, weights)
+        total += loss * ranks.shares(count)[0]
+    torch.testing.assert_close(total, whole)
 
 
 AUGMENTED = {"trivial_augment": True, "cutout": 3, "mixup": 0.4, "cutmix": 1.0, "crop": 0.2}

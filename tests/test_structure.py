@@ -19,11 +19,11 @@ FLOORS = [
     data optim
     weights zoo adoption timm
     config presets arithmetic
-    checkpoints run trained
-    preparation state step evaluate
+    checkpoints run trained start composition
+    preparation state step evaluation
     summary pictures records conclusion
-    explain train predict serving export report check
-    display flags commands
+    explain train predict serving export report check tracking
+    display signals flags commands library
     cli __main__
     """.strip().splitlines()
 ]

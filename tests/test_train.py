@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 import time
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -19,11 +20,11 @@ from conftest import newest
 from PIL import Image
 from safetensors.torch import load_file
 
-from sparsenet import Architecture, SparseNet, device
+from sparsenet import Architecture, SparseNet, conclusion, device
 from sparsenet.config import replace
 from sparsenet.data.dataset import Images
 from sparsenet.data.preprocessing import Preprocessing
-from sparsenet.evaluate import EvaluationStep, evaluate, recompute_statistics
+from sparsenet.evaluation import EvaluationStep, evaluate, recompute_statistics
 from sparsenet.events import Concluded, EpochDone, Message, Reading, Step, Stopped
 from sparsenet.presets import preset
 from sparsenet.run import Run
@@ -311,6 +312,44 @@ def test_the_best_checkpoint_is_chosen_on_the_held_out_part(whole):
     rows = whole.metrics()
     best = min(range(len(rows)), key=lambda i: rows[i].val_error)
     assert load_trained(whole.path).about.epoch == rows[best].epoch
+
+
+PATIENT = {"max_epoch": 12}
+FAST = {"optim": {"lr": 1.0, "ema": 0.0}, "data": {"val_fraction": 0.1, "sampler": "balanced"}}
+
+
+def waited(rows):
+    """The number of epochs since the lowest validation error."""
+    errors = [row.val_error for row in rows]
+    return len(errors) - 1 - errors.index(min(errors))
+
+
+def test_a_run_without_progress_ends_and_goes_on_with_more_patience(tmp_path, monkeypatch):
+    monkeypatch.setattr(conclusion, "pictures", Mock())  # which take the longest
+    run = Run.create(tmp_path / "run")
+    events = list(train(tiny(**FAST, train={**PATIENT, "patience": 1}), run))
+    rows = run.metrics()
+    assert waited(rows) == 1 and len(rows) < 12
+    assert all(waited(rows[: n + 1]) == 0 for n in range(len(rows) - 1))
+    assert not any(isinstance(event, Stopped) for event in events)
+    said = [event.text for event in events if isinstance(event, Message)]
+    best = len(rows) - 1
+    assert f"ended after epoch {len(rows)} of 12: none of the last 1 had a lower" in said[-2]
+    assert f"those of epoch {best} of {len(rows)}: their validation error, " in said[-1]
+    assert isinstance(events[-1], Concluded) and events[-1].result.epochs == best
+    assert newest(run.checkpoints, "best")[0].manifest.epoch == best
+    # The same patience, or more epochs, trains nothing; more of it goes on as if it had been so.
+    more = {**PATIENT, "patience": 1, "max_epoch": 13}
+    again = list(train(tiny(**FAST, train=more), run, resume=True))
+    assert not any(isinstance(event, Step) for event in again) and run.metrics() == rows
+    assert any("a larger --patience" in e.text for e in again if isinstance(e, Message))
+    assert again[-1].result.epochs == best
+    longer = tiny(**FAST, train={**PATIENT, "patience": 2})
+    for _ in train(longer, run, resume=True):
+        pass
+    whole = finished(tmp_path / "whole", longer)
+    assert len(whole.metrics()) > len(rows) and waited(whole.metrics()) == 2
+    assert_same(outcome(run), outcome(whole))
 
 
 def test_without_one_the_last_epoch_is_reported(tmp_path):

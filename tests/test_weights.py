@@ -291,9 +291,9 @@ def test_what_is_there_goes_before_a_name(
         ("sparsenet_7_5", r"did you mean sparsenet_7_4\?"),
         (
             "http://127.0.0.1/x.safetensors",
-            "expected an address that begins with https://, found http://",
+            "expected an address that begins with https:// or hf://, found http://",
         ),
-        ("ftp://127.0.0.1/x.safetensors", "begins with https://, found ftp://"),
+        ("ftp://127.0.0.1/x.safetensors", "begins with https:// or hf://, found ftp://"),
         ("https://127.0.0.1/x#sha256=12ab", "64 hexadecimal digits"),
         ("https://127.0.0.1/x#main", "64 hexadecimal digits"),
         ("https://[::1/x", "expected a weights file"),
@@ -607,12 +607,18 @@ def test_other_classes_get_a_new_classifier_and_the_rest_stays(shipped: Path, cl
     assert model(torch.rand(2, 1, 8, 8)).shape == (2, classes or model.num_features)
 
 
+def test_weights_of_greys_give_as_much_for_colours_that_are_grey(shipped: Path) -> None:
+    grey = sparsenet.create_model(NAME, pretrained=True, **FLAGS).stem[0].weight
+    colour = sparsenet.create_model(NAME, pretrained=True, in_chans=3).stem[0].weight
+    assert colour.shape[1] == 3
+    torch.testing.assert_close(colour.sum(1, keepdim=True), grey)
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
         ({"depth": 10}, "depth 7 instead of 10"),
         ({"growth_rate": 5}, r"growth_rate \(4,\) instead of \(5,\)"),
-        ({"in_chans": 3}, "in_chans 1 instead of 3"),
         ({"fetch": lambda i: [0]}, "fetch 'sparse' instead of"),
     ],
 )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sparsenet.adoption import adopt, load_torchvision
     from sparsenet.architecture import Architecture
+    from sparsenet.library import evaluate, fit, load
     from sparsenet.model import SparseNet
     from sparsenet.topology import Topology
     from sparsenet.zoo import create_model, list_models
@@ -23,7 +24,10 @@ __all__ = [
     "Topology",
     "adopt",
     "create_model",
+    "evaluate",
+    "fit",
     "list_models",
+    "load",
     "load_torchvision",
 ]
 
@@ -33,6 +37,9 @@ _MODULES = {
     "Topology": "sparsenet.topology",
     "adopt": "sparsenet.adoption",
     "create_model": "sparsenet.zoo",
+    "evaluate": "sparsenet.library",
+    "fit": "sparsenet.library",
+    "load": "sparsenet.library",
     "list_models": "sparsenet.zoo",
     "load_torchvision": "sparsenet.adoption",
 }

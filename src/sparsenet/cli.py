@@ -62,9 +62,14 @@ def _is_said(message: str) -> bool:
     return bool(ranks and ranks.is_said(message))
 
 
-def _is_one_of_several() -> bool:
-    ranks = sys.modules.get("sparsenet.ranks")
-    return bool(ranks and ranks.have_joined())
+def _leaves_threads() -> bool:
+    """Whether threads of others outlive Python's own end, or keep it waiting.
+
+    Those by which PyTorch reaches other processes outlive it now and then, and it aborts; that of a
+    tracker that hangs may never end.
+    """
+    ranks, tracking = (sys.modules.get(f"sparsenet.{name}") for name in ("ranks", "tracking"))
+    return bool((ranks and ranks.have_joined()) or (tracking and tracking.hang()))
 
 
 def _complain(message: str) -> None:
@@ -107,9 +112,7 @@ def main() -> NoReturn:
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     gc.freeze()
-    if _is_one_of_several():
-        # The threads by which PyTorch reaches other processes outlive Python now and then, which
-        # then aborts: nothing is left to do but to end.
+    if _leaves_threads():  # nothing is left to do but to end
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)

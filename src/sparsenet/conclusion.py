@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from sparsenet import pictures
 from sparsenet.capture import Captures
-from sparsenet.evaluate import EvaluationStep, NotFiniteError, evaluate
+from sparsenet.evaluation import EvaluationStep, NotFiniteError, evaluate
 from sparsenet.files import write_json
 from sparsenet.preparation import Setup
 from sparsenet.results import EpochMetrics, TrainingResult
@@ -43,6 +43,7 @@ def conclude(
         classes=data.classes,
         class_errors=evaluation.class_errors(data.classes),
         tested_on=data.tested_on,
+        scores=evaluation.scores(data.classes),
     )
     write_json(run.file("result.json"), result)
     title = f"{run.path.name} on {data.name}"
@@ -50,11 +51,14 @@ def conclude(
     pictures.draw_curves(rows, run.path / "curves.png", title, names)
     answers = evaluation.labels, evaluation.predicted
     pictures.draw_confusion(*answers, data.classes, run.path / "confusion.png")
+    right = evaluation.predicted == evaluation.labels
+    pictures.draw_reliability(evaluation.confidence, right, run.path / "reliability.png")
     pictures.draw_samples(
         data.test,
         evaluation.predicted,
         evaluation.confidence,
         data.classes,
         run.path / "samples.png",
+        data.test_names,
     )
     return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,12 +19,19 @@ from sparsenet.validation import check_settings, check_type, nearest, setting
 
 MOST_BYTES = 2**24  # of a JSON file of settings, of which a topology may be a table
 MOST_EPOCHS = 100_000
+TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """How a run is driven. Raises ``ValueError`` naming the field."""
 
+    weights: str = setting(
+        "",
+        "trained weights to start from: a run; a weights file, or that of a DenseNet of "
+        "torchvision, timm or MONAI (.pth, .safetensors), also by an address (https://, hf://); or "
+        "a name (sparsenet models)",
+    )
     seed: int = setting(0, "all randomness is a function of (seed, epoch, position)")
     batch_size: int = setting(0, "images a step; 0: 64, or a quarter of fewer than 256 images")
     max_epoch: int = setting(300, "epochs in all, resumed ones included")
@@ -42,14 +50,19 @@ class TrainConfig:
     rank_timeout: float = setting(600.0, "seconds to wait for another process before giving up")
     memory: str = setting("normal", "lean: bottlenecks are computed again in backward", MEMORY)
     capture: bool = setting(True, "replay the step as a CUDA graph where the device can")
+    patience: int = setting(
+        0, "epochs without a lower validation error after which the run ends; 0: all of them"
+    )
     time_limit: float = setting(0.0, "seconds after which the run ends and saves; 0: none")
     save_every: float = setting(120.0, "seconds between checkpoints within an epoch")
+    track: str = setting("none", f"where to follow the run: some of {','.join(TRACKERS)}")
 
     def __post_init__(self) -> None:
         ranges = {
             "seed": (0, 2**63 - 1),
             "batch_size": (0, 10**6),
             "max_epoch": (1, MOST_EPOCHS),
+            "patience": (0, MOST_EPOCHS),
             "time_limit": (0, 10**9),
             "save_every": (0, 10**9),
             "rank_timeout": (1, 10**6),
@@ -58,7 +71,14 @@ class TrainConfig:
             (name, least <= getattr(self, name) <= most, f"at least {least} and at most {most:,}")
             for name, (least, most) in ranges.items()
         ]
-        check_settings(self, *rules)
+        known = self.track == "none" or not set(self.trackers) - set(TRACKERS)
+        expected = f"none, or with commas some of {', '.join(TRACKERS)}"
+        check_settings(self, *rules, ("track", known, expected))
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """The names in *track*, each once."""
+        return () if self.track == "none" else tuple(dict.fromkeys(self.track.split(",")))
 
 
 @dataclass(frozen=True)
@@ -82,10 +102,12 @@ COMPONENTS: dict[str, type] = {
     "train": TrainConfig,
 }
 DECIDED_BY_DATA = ("in_chans", "num_classes")  # fields of the network that no flag sets
+LENGTH = {"max_epoch", "patience"}  # settings that say when a run ends, and change nothing before
 MAY_CHANGE = {  # settings that a resumed run may have other values of
-    "max_epoch",
+    *LENGTH,
     "time_limit",
     "save_every",
+    "track",
     "device",
     "memory",
     "capture",
@@ -147,6 +169,23 @@ def replace(base: RunConfig, changes: Mapping[str, Mapping[str, Any]]) -> RunCon
     return RunConfig(**components)
 
 
+def changed(base: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+    """Returns *base* with single settings replaced, by their names: ``{"lr": 0.2}``.
+
+    Raises ``ValueError`` for a name that no setting has, and for a value of another type.
+    """
+    known = {each.name: each for each in settings()}
+    changes: dict[str, dict[str, Any]] = {component: {} for component in COMPONENTS}
+    for name, value in values.items():
+        if name not in known:
+            hint = nearest(name, known)
+            raise ValueError(f"{name}: expected a setting, found none of that name{hint}")
+        if not callable(value):  # as a topology may be
+            check_type(name, value, known[name].kind)
+        changes[known[name].component][name] = value
+    return replace(base, changes)
+
+
 def from_dict(value: Any, source: str, base: RunConfig) -> RunConfig:
     """Returns *base* with what a JSON value sets.
 
@@ -190,8 +229,10 @@ def differences(old: RunConfig, new: RunConfig) -> list[str]:
 
 def recipe(config: RunConfig) -> dict[str, dict[str, Any]]:
     """Returns how a network was trained, as a JSON value: what matters for the result alone."""
-    left_out = MAY_CHANGE - {"max_epoch"}
-    components = config.to_dict()
+    left_out = MAY_CHANGE - LENGTH
+    name = re.split(r"[/\\]", config.train.weights)[-1]  # not where it lies on this machine
+    train = dataclasses.replace(config.train, weights=name)
+    components = dataclasses.replace(config, train=train).to_dict()
     del components["network"]
     return {
         component: {name: value for name, value in fields.items() if name not in left_out}

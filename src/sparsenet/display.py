@@ -29,13 +29,13 @@ def warn(line: str) -> None:
     print(one_line(line), file=sys.stderr)
 
 
-def display(events: Iterable[Event], run: Run) -> str | None:
-    """Shows the events of a run as they come and writes their lines to train.log.
+def display(events: Iterable[Event], run: Run, quiet: bool = False) -> str | None:
+    """Shows the events of a run as they come, unless *quiet*, and writes lines to train.log.
 
     Returns the reason why the run stopped early, if it did.
     """
     reason = None
-    bar = _Bar() if sys.stdout.isatty() else None
+    bar = _Bar() if sys.stdout.isatty() and not quiet else None
     with bar.progress if bar else nullcontext():
         for event in events:
             if isinstance(event, Stopped):
@@ -47,7 +47,7 @@ def display(events: Iterable[Event], run: Run) -> str | None:
             line = one_line(_line(event))
             if bar:
                 bar.print(line)
-            else:
+            elif not quiet:
                 say(line)
                 sys.stdout.flush()
             if not isinstance(event, Stopped) or event.saved:
@@ -65,10 +65,12 @@ def _line(event: Message | EpochDone | Stopped | Concluded) -> str:
             return f"{'saved and stopped' if saved else 'stopped before the first step'}: {reason}"
         case Concluded(result):
             # Of five classes every one is among the five most probable.
+            remark = result.scores.remark if result.scores else ""
             top5 = f", top-5 {result.top5_error:.2f} %" if len(result.classes) > 5 else ""
             return (
                 f"{result.dataset}: {result.tested_on} error {result.error:.2f} %{top5} "
                 f"({result.checkpoint}, epoch {result.epochs})"
+                f"{f'; {remark}' * bool(remark)}"
             )
 
 

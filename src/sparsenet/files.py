@@ -11,6 +11,7 @@ import secrets
 import shutil
 import stat
 import tempfile
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -105,19 +106,23 @@ def failure(error: OSError) -> str:
     return f"{named}{error.strerror}"
 
 
-def write_atomic(path: Path, content: str | bytes) -> None:
+def write_atomic(path: Path, content: str | bytes | Iterable[str]) -> None:
     """Writes a whole file or nothing: temporary file, fsync, rename, fsync of the folder.
 
-    A text is written as UTF-8, and what UTF-8 does not have, such as half a surrogate pair in the
-    name of a file, as an escape. Who may read it is what the process says of new files.
+    *content* may come in parts, which are not held together in memory. A text is written as UTF-8,
+    and what UTF-8 does not have, such as half a surrogate pair in the name of a file, as an escape.
+    Who may read it is what the process says of new files.
     """
     if path.is_char_device() or path.is_block_device():  # which a file would replace
         raise OSError(errno.EINVAL, "a device", str(path))
-    data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
+    parts = [content] if isinstance(content, str | bytes) else content
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with temporary.open("xb") as file:
-            file.write(data)
+            for part in parts:
+                if isinstance(part, str):
+                    part = part.encode(errors="backslashreplace")
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

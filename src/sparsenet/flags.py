@@ -9,7 +9,7 @@ from dataclasses import fields
 from typing import Any, NoReturn
 
 from sparsenet import __version__, presets
-from sparsenet.config import COMPONENTS, RunConfig, Setting, replace, settings
+from sparsenet.config import COMPONENTS, Setting, settings
 from sparsenet.data.config import POINTERS
 from sparsenet.data.splits import split_of
 from sparsenet.export import FORMATS, RUNTIMES
@@ -18,11 +18,9 @@ from sparsenet.topology import fetch_from_file
 from sparsenet.validation import nearest
 
 # Flags of other programs whose names do not lead to ours, and what takes their place here.
-STRUCTURE = "--fetch, --depth, --growth_rate and --bottleneck, or --preset"
-ANEW = "training starts anew; eval, predict and export take weights as RUN, without a flag"
 INSTEAD = {
     "amp": "--precision bf16",
-    "arch": STRUCTURE,
+    "arch": "--model",
     "batch": "--batch_size",
     "bs": "--batch_size",
     "data": "--dataset_dir",
@@ -30,7 +28,7 @@ INSTEAD = {
     "data_path": "--dataset_dir",
     "drop": "--dropout",
     "epochs": "--max_epoch",
-    "finetune": ANEW,
+    "finetune": "--weights",
     "gpu": "--device cuda",
     "half": "--precision bf16",
     "img": "--image_size",
@@ -38,21 +36,26 @@ INSTEAD = {
     "imgsz": "--image_size",
     "learning_rate": "--lr",
     "lr_scheduler": "--schedule",
-    "model": STRUCTURE,
     "num_classes": "no flag, the data has the classes",
     "num_workers": "no flag, images are decoded once, before training",
     "opt": "no flag, the optimizer is SGD",
     "optimizer": "no flag, the optimizer is SGD",
     "output_dir": "--out",
-    "pretrained": ANEW,
+    "pretrained": "--weights",
     "project": "--out",
     "root": "--dataset_dir",
     "save_dir": "--out",
     "sched": "--schedule",
     "source": "the images without a flag",
-    "weights": ANEW,
     "wd": "--weight_decay",
     "workers": "no flag, images are decoded once, before training",
+}
+EXAMPLES: dict[str, tuple[type[int] | type[float], str]] = {  # of settings with several numbers
+    "growth_rate": (int, "16,32,64"),
+    "blocks": (int, "16,32,64"),
+    "grey_range": (float, "0,4095"),
+    "mean": (float, "0.485,0.456,0.406"),
+    "std": (float, "0.229,0.224,0.225"),
 }
 MOST = 10**6  # images at a time, classes to show
 TRUTH = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
@@ -143,13 +146,15 @@ def _add_train(commands: Any) -> None:
         help="train a network and write a run folder",
         description="Trains a network and writes a run folder, whose path is the last line. "
         "Settings come from a preset (digits without data of your own, paper for c10 and c100, "
-        "short for your images), then --config, then flags.",
+        "finetune with --weights, short for your images), then --config, then flags.",
     )
     text = "the run folder; default: a new one in runs/"
     train.add_argument("--out", type=_given, help=text)
     train.add_argument("--resume", type=_given, metavar="RUN", help="go on with a run")
     names = ", ".join(presets.PRESETS)
     train.add_argument("--preset", type=_given, help=f"settings to start from: {names}")
+    text = "a network of sparsenet models, which flags may change"
+    train.add_argument("--model", type=_given, metavar="NAME", help=text)
     text = "settings of another run: its folder or config.json"
     train.add_argument("--config", type=_given, metavar="RUN", help=text)
     for component in COMPONENTS:
@@ -177,18 +182,15 @@ def _add_setting(group: Any, setting: Setting) -> None:
         choices=choices,
         help=shown,
         metavar="VALUE",
-        type=_given if setting.name in POINTERS else None,
+        type=_given if setting.name in (*POINTERS, "weights") else None,
         **optional_value,
     )
 
 
-def from_flags(flags: Mapping[str, str], base: RunConfig) -> RunConfig:
-    """Returns *base* with the settings in *flags* (name to command-line text) replaced."""
-    changes: dict[str, dict[str, Any]] = {component: {} for component in COMPONENTS}
-    for each in settings():
-        if each.name in flags:
-            changes[each.component][each.name] = _value_of(each, flags[each.name])
-    return replace(base, changes)
+def values(flags: Mapping[str, str]) -> dict[str, Any]:
+    """The settings that *flags*, names to texts of the command line, give, by their names."""
+    known = {each.name: each for each in settings()}
+    return {name: _value_of(known[name], flags[name]) for name in known if name in flags}
 
 
 def _value_of(setting: Setting, text: str) -> Any:
@@ -199,11 +201,11 @@ def _value_of(setting: Setting, text: str) -> Any:
     elif setting.kind in (int, float):
         value = _number(setting.kind, text)
         expected = "a whole number" if setting.kind is int else "a number"
-    elif setting.name in ("growth_rate", "blocks", "grey_range"):
-        kind = float if setting.name == "grey_range" else int
+    elif setting.name in EXAMPLES:
+        kind, example = EXAMPLES[setting.name]
         numbers = [_number(kind, part) for part in text.split(",")]
         value = None if None in numbers else tuple(numbers)
-        expected = "whole numbers like 16,32,64" if kind is int else "numbers like 0,4095"
+        expected = f"{'whole numbers' if kind is int else 'numbers'} like {example}"
     elif setting.name == "fetch" and ".py:" in text:
         return fetch_from_file(text)
     else:
@@ -232,6 +234,8 @@ def _add_eval(commands: Any) -> None:
     evaluate.add_argument(
         "--engine", default="torch", choices=engines, help="what runs the network"
     )
+    text = "write a CSV file with path, true and predicted class and all probabilities"
+    evaluate.add_argument("--predictions", type=_given, metavar="FILE", help=text)
     _add_data(evaluate)
 
 

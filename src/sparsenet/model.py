@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import torch
 import torch.nn.functional as F
@@ -126,6 +126,8 @@ class SparseNet(nn.Module):
     Raises ``ValueError`` for an implementation that is not installed and for one without *memory*.
     """
 
+    frozen: Sequence[nn.Module] = ()  # what stays in evaluation mode
+
     def __init__(
         self,
         architecture: Architecture,
@@ -196,6 +198,34 @@ class SparseNet(nn.Module):
             for number, layout in enumerate(layouts)
         ]
         return [{"num_chs": c, "reduction": r, "module": module} for c, r, module in rows]
+
+    def freeze(self, part: str) -> None:
+        """Keeps the network up to and including *part* as it is while the rest is trained.
+
+        *part* is ``stem``, ``stage1`` and so on, ``all`` for all but the classifier, or empty for
+        nothing. What is frozen has no gradients, and in training normalises by its running
+        statistics, which stay.
+
+        Raises ``ValueError`` for a part that this network has not.
+        """
+        parts = ["", "stem", *(f"stage{number}" for number in range(1, 1 + len(self.stages)))]
+        if part not in (*parts, "all"):
+            expected = f"one of {', '.join(parts[1:])}, all"
+            raise ValueError(f"freeze: expected {expected}, found {part!r}")
+        self.requires_grad_()
+        stages = len(self.stages) if part == "all" else max(parts.index(part) - 1, 0)
+        stem = [self.stem] if part else []
+        self.frozen = [*stem, *self.stages[:stages], *self.transitions[: max(stages - 1, 0)]]
+        for module in self.frozen:
+            module.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """As of every module, but what ``freeze`` keeps stays in evaluation mode."""
+        super().train(mode)
+        for module in self.frozen:
+            module.eval()
+        return self
 
     def get_classifier(self) -> nn.Module:
         return self.classifier

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsenet.device import traits
+from sparsenet.model import SparseNet
 from sparsenet.schedule import OptimConfig, ema_rate, learning_rate
 
 
@@ -23,17 +24,25 @@ def epoch_rates(
     return torch.tensor(rates, device=reader), torch.tensor(ema_rates, device=reader)
 
 
-def sgd(model: nn.Module, config: OptimConfig) -> torch.optim.SGD:
+def sgd(model: SparseNet, config: OptimConfig) -> torch.optim.SGD:
     """SGD with weight decay on convolution and linear weights only, not on scales and shifts.
 
-    The *model* has to lie on its device already.
+    The *model* has to lie on its device already, and what is frozen in it is left out. A group
+    learns at a *share* of the rates of ``epoch_rates``.
     """
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    fused = traits(parameters[0].device).fused_update
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parts = [(1.0, trained)]
+    if config.backbone_lr:
+        head = set(model.classifier.parameters())
+        backbone = [parameter for parameter in trained if parameter not in head]
+        classifier = [parameter for parameter in trained if parameter in head]
+        parts = [(config.backbone_lr / config.lr, backbone), (1.0, classifier)]
+    groups = []
+    for share, part in parts:
+        matrices, vectors = ([p for p in part if (p.ndim > 1) == many] for many in (True, False))
+        for decay, chosen in ((config.weight_decay, matrices), (0.0, vectors)):
+            groups.append({"params": chosen, "weight_decay": decay, "share": share})
+    fused = traits(trained[0].device).fused_update
     return torch.optim.SGD(
         groups, lr=config.lr, momentum=config.momentum, nesterov=True, fused=fused
     )

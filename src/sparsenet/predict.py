@@ -8,7 +8,7 @@ import glob
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from itertools import islice
 from pathlib import Path
@@ -18,13 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsenet.data.dataset import Example
+from sparsenet.data.dataset import Content, Example
 from sparsenet.data.errors import BadImage
 from sparsenet.data.images import image_id as content_id
 from sparsenet.data.images import read_image, read_images
 from sparsenet.data.pixels import MAX_BYTES, file_content
 from sparsenet.data.tree import HEAT_MAP, Listing, list_folder
 from sparsenet.explain import Explanation, draw_explanation, explain
+from sparsenet.extras import require
 from sparsenet.trained import Trained
 from sparsenet.validation import printable
 
@@ -44,7 +45,7 @@ class Prediction:
     probabilities: tuple[float, ...] = ()  # of these classes, from 0 to 1
     error: str | None = None
     explanation: Explanation | None = None
-    drawn: bytes = b""
+    drawn: bytes = field(default=b"", repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON object: ``path`` and either ``classes`` and ``probabilities``, or ``error``.
@@ -129,24 +130,26 @@ def _fits(parts: Sequence[str], pattern: Sequence[str]) -> bool:
 
 def predict(
     trained: Trained,
-    paths: Iterable[Path],
+    pictures: Iterable[Path | Content],
     top: int = 5,
     batch_size: int = 64,
     max_megapixels: float | None = None,
     explained: bool = False,
 ) -> Iterator[Prediction]:
-    """Yields the *top* classes of each image, in the order of *paths*, perhaps *explained*.
+    """Yields the *top* classes of each image, in the order of *pictures*, perhaps *explained*.
 
+    A picture is a file's path or bytes, an image of Pillow's, or an array uint8 ``(H, W)`` or
+    ``(H, W, C)`` of 1, 3 or 4 channels; what has no path is called by its number, ``image 0``.
     It computes where the model lies and holds one batch of images at a time. A file that cannot be
     read, or has more than *max_megapixels* (by default what the network was trained with), gives a
     prediction with an error, and so does one whose logits are not finite. Raises ``ValueError``
-    for a *top* or *batch_size* below 1.
+    for a *top* or *batch_size* below 1, and for what is no picture.
     """
     for flag, value in (("top", top), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"--{flag}: expected at least 1, found {value}")
     limit = max_megapixels or trained.preprocessing.max_megapixels
-    remaining = iter(paths)
+    remaining = (as_example(picture, number) for number, picture in enumerate(pictures))
     batches = iter(lambda: list(islice(remaining, batch_size)), [])
     return (
         prediction
@@ -157,10 +160,13 @@ def predict(
 
 @torch.inference_mode()
 def _predict_batch(
-    trained: Trained, paths: list[Path], top: int, max_megapixels: float, explained: bool
+    trained: Trained, batch: list[Example], top: int, max_megapixels: float, explained: bool
 ) -> list[Prediction]:
     # The label of an example is its index in the batch: those missing afterwards were not readable.
-    examples = [Example(str(path), _source(path), index) for index, path in enumerate(paths)]
+    examples = [
+        example._replace(source=_source(example.source), label=index)
+        for index, example in enumerate(batch)
+    ]
     about = trained.preprocessing
     images, ids, *_ = read_images(
         examples, about.size, about.channels, True, about.grey_range, max_megapixels
@@ -170,7 +176,7 @@ def _predict_batch(
         device = next(trained.model.parameters()).device
         normalised = trained.preprocessing.normalise(images.pixels.to(device))
         indices = images.labels.tolist()
-        names = [str(paths[index]) for index in indices]
+        names = [batch[index].name for index in indices]
         found = ranked(trained.model(normalised), names, trained.classes, top)
         predictions = dict(zip(indices, found, strict=True))
         if explained:
@@ -180,8 +186,8 @@ def _predict_batch(
                     seen = normalised[row : row + 1], image_id, max_megapixels
                     predictions[index] = _explained(*given, *seen)
     return [
-        predictions.get(index) or _failure(trained, path, example, max_megapixels)
-        for index, (path, example) in enumerate(zip(paths, examples, strict=True))
+        predictions.get(index) or _failure(trained, named.source, example, max_megapixels)
+        for index, (named, example) in enumerate(zip(batch, examples, strict=True))
     ]
 
 
@@ -214,41 +220,62 @@ def _explained(
         content = file_content(example)
         if content_id(content) != image_id:
             raise BadImage(f"{example.name}: expected an image, {CHANGED}")
-        assert isinstance(content, bytes), "a file's or a pipe's"
         whole = read_image(content, 0, 3, example.name, about.grey_range, max_megapixels)
     except BadImage as error:
         return Prediction(found.path, error=str(error))
     label = torch.tensor([trained.classes.index(found.classes[0])])
     explanation = explain(trained.model, image, label)[0]
-    name = printable(example.name if isinstance(example.source, bytes) else Path(found.path).name)
+    name = Path(found.path).name if isinstance(example.source, Path) else example.name
+    name = printable(name)
     title = f"{name}: {found.classes[0]} {100 * found.probabilities[0]:.1f} %"
     mark = f"{image_id % 2**64:016x}"
     given = explanation, trained.model, about.size, f"{title}, logit {explanation.logit:.2f}", mark
     return replace(found, explanation=explanation, drawn=draw_explanation(whole, *given))
 
 
-def _source(path: Path) -> Path | bytes:
+def as_example(picture: object, number: int) -> Example:
+    """What is decoded of a *picture* of those that ``predict`` takes; ``ValueError`` for others."""
+    if isinstance(picture, str | Path):
+        return Example(str(picture), Path(picture), 0)
+    name = f"image {number}"
+    if isinstance(picture, np.ndarray):
+        channels = picture.shape[2] if picture.ndim == 3 else 1 if picture.ndim == 2 else 0
+        if picture.dtype == np.uint8 and picture.size and channels in (1, 3, 4):
+            rows = picture.reshape(*picture.shape[:2], channels)
+            return Example(name, rows.transpose(2, 0, 1), 0)
+        found = f"{picture.dtype} {picture.shape}"
+        raise ValueError(f"{name}: expected an array uint8 (H, W) or (H, W, 3), found {found}")
+    if isinstance(picture, (bytes, require("PIL.Image", "train").Image)):
+        return Example(name, picture, 0)
+    expected = "a path, the bytes of a file, an image of Pillow's or an array uint8"
+    raise ValueError(f"{name}: expected {expected}, found {type(picture).__name__}")
+
+
+def _source(source: Path | Content) -> Path | Content:
     """What an image is read from: of a pipe that was named, such as <(curl …), its bytes, once."""
-    with suppress(OSError):
-        if path.is_fifo():
-            with path.open("rb") as pipe:
-                return pipe.read(MAX_BYTES)
-    return path
+    if isinstance(source, Path):
+        with suppress(OSError):
+            if source.is_fifo():
+                with source.open("rb") as pipe:
+                    return pipe.read(MAX_BYTES)
+    return source
 
 
-def _failure(trained: Trained, path: Path, example: Example, max_megapixels: float) -> Prediction:
+def _failure(
+    trained: Trained, source: Path | Content, example: Example, max_megapixels: float
+) -> Prediction:
     """Reads an image once more, alone, to learn what is wrong with it."""
-    error = f"{path}: expected an image, {CHANGED}"
-    if os.path.isdir(path):
-        found = "none in it" if os.access(path, os.R_OK | os.X_OK) else "one that cannot be read"
-        error = f"{path}: expected a folder with images, found {found}"
-    elif not os.path.lexists(path):
+    name = example.name
+    error = f"{name}: expected an image, {CHANGED}"
+    if isinstance(source, Path) and os.path.isdir(source):
+        found = "none in it" if os.access(source, os.R_OK | os.X_OK) else "one that cannot be read"
+        error = f"{name}: expected a folder with images, found {found}"
+    elif isinstance(source, Path) and not os.path.lexists(source):
         expected = "an image, a folder or a glob that matches some"
-        error = f"{path}: expected {expected}, found nothing of that name"
+        error = f"{name}: expected {expected}, found nothing of that name"
     else:
         try:
             about = trained.preprocessing
-            assert not isinstance(example.source, np.ndarray), "a file or its bytes"
             read_image(
                 example.source,
                 about.size,
@@ -259,4 +286,4 @@ def _failure(trained: Trained, path: Path, example: Example, max_megapixels: flo
             )
         except BadImage as bad:
             error = str(bad)
-    return Prediction(str(path), error=error)
+    return Prediction(name, error=error)

@@ -20,7 +20,7 @@ from sparsenet.data.dataset import Dataset
 from sparsenet.data.errors import shortened, unreadable
 from sparsenet.data.identity import in_order, record
 from sparsenet.data.load import loading_dataset, told
-from sparsenet.data.preprocessing import Preprocessing, measuring_channels
+from sparsenet.data.preprocessing import ChannelStatistics, Preprocessing, measuring_channels
 from sparsenet.data.sampling import batch_ends
 from sparsenet.device import choose_device
 from sparsenet.events import Message, Reading
@@ -86,10 +86,14 @@ def preparing(
     (``sparsenet.data.identity.to_tensors``), and empty else. Yields how far the reading has come.
     Raises ``ValueError`` in one line where settings do not fit the data or the device.
     """
+    if config.optim.freeze and not config.train.weights:
+        expected = "--weights, which has what is to stay"
+        raise ValueError(f"--freeze: expected {expected}, found none")
     device = choose_device(config.train.device)
     if config.train.implementation != "auto":  # refused before the data is loaded
         dispatch.choose(config.train.implementation, device)
     data = in_order((yield from loading_dataset(config.data)), images)
+    _check_choices(config, data)
     asked = config
     settings = _with_batch_size(config.train, len(data.train), ranks)
     config = dataclasses.replace(config, train=settings)
@@ -97,10 +101,15 @@ def preparing(
     network = dataclasses.replace(config.network, in_chans=channels, num_classes=len(data.classes))
     config = dataclasses.replace(config, network=network)
     _check_sizes(config, size, len(data.train))
-    measuring = measuring_channels(data.train)
-    mean, std = yield from told("statistics", len(data.train), measuring)
+    if config.data.mean:
+        mean, std = _for_all_channels(config, channels)
+    else:
+        measuring = measuring_channels(data.train)
+        mean, std = yield from told("statistics", len(data.train), measuring)
     limit = config.data.max_megapixels
     preprocessing = Preprocessing(size, channels, mean, std, data.grey_range, limit)
+    if problem := preprocessing.problem():
+        raise ValueError(f"--mean, --std: expected those of images, found {problem}")
     _check_same_images(data, ranks)
     arithmetic = previous
     if ranks.is_first:
@@ -113,6 +122,29 @@ def preparing(
     if device.type == "cpu" and sys.platform == "linux":  # others say themselves what they cannot
         _check_memory(setup)
     return setup
+
+
+def _for_all_channels(config: RunConfig, channels: int) -> ChannelStatistics:
+    """The mean and standard deviation that are asked for, of each of the *channels*."""
+    mean, std = config.data.mean, config.data.std
+    if len(mean) not in (1, channels):
+        expected = f"1 number or {channels}, as images have channels"
+        raise ValueError(f"--mean: expected {expected}, found {len(mean)}")
+    return (mean * channels)[:channels], (std * channels)[:channels]
+
+
+def _check_choices(config: RunConfig, data: Dataset) -> None:
+    """Raises ``ValueError`` where settings do not go with each other or with the data."""
+    if config.train.patience and not data.val:
+        raise ValueError(
+            f"--patience: expected validation images, such as those of --val_fraction 0.1, found "
+            f"none; --patience {config.train.patience} never waits for the {data.tested_on} error"
+        )
+    if config.optim.class_weights == config.data.sampler == "balanced":
+        raise ValueError(
+            "--class_weights: expected none with --sampler balanced, which already makes up for "
+            "classes with few images, found balanced"
+        )
 
 
 def _with_batch_size(settings: TrainConfig, images: int, ranks: Ranks) -> TrainConfig:

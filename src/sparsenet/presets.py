@@ -40,6 +40,17 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "optim": {"schedule": "cosine", "label_smoothing": 0.1},
         "train": {"max_epoch": 90, "batch_size": 256},
     },
+    # Weights that were trained before, on a few images of one's own.
+    "finetune": {
+        "optim": {
+            "schedule": "onecycle",
+            "lr": 0.05,
+            "weight_decay": 5e-4,
+            "label_smoothing": 0.1,
+            "ema": 0.98,
+        },
+        "train": {"max_epoch": 40},
+    },
     # A short budget on images of one's own.
     "short": {
         "network": {"depth": 40, "growth_rate": 12},

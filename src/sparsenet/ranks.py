@@ -194,6 +194,11 @@ def started_by_others() -> bool:
     return int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
+def local_processes() -> int:
+    """How many processes torchrun has started on this machine; 1 where nobody says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 @contextmanager
 def joined(timeout: float) -> Iterator[Ranks]:
     """Meets the other processes, with a device of its own where there are accelerators.

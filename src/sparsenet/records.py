@@ -24,6 +24,7 @@ PAPER = preset("paper")
 RECIPE = (  # the settings that a recipe names where they are not the paper's
     ("train", "batch_size"),
     *(("optim", field.name) for field in dataclasses.fields(PAPER.optim)),
+    ("train", "weights"),
     ("network", "dropout"),
     ("data", "image_size"),
     ("data", "mirror"),
@@ -35,6 +36,7 @@ RECIPE = (  # the settings that a recipe names where they are not the paper's
     ("data", "cutmix"),
     ("data", "trivial_augment"),
     ("data", "first_size"),
+    ("data", "sampler"),
     ("data", "val_fraction"),
 )
 
@@ -194,4 +196,7 @@ def _describe_setting(name: str, value: Any) -> str:
     words = name.replace("_", " ")
     if isinstance(value, bool):
         return words if value else f"no {words}"
-    return value if isinstance(value, str) else f"{words} {value:g}"
+    if isinstance(value, str):
+        texts = {"schedule": value, "weights": f"from {Path(value).name}"}
+        return texts.get(name, f"{words} {value}")
+    return f"{words} {value:g}"

@@ -22,12 +22,13 @@ from sparsenet.summary import HEADINGS, NO_VALUE, RunSummary, used_columns
 PICTURES = {
     "curves.png": "Loss and error",
     "confusion.png": "Confusion matrix",
+    "reliability.png": "How sure and how right",
     "samples.png": "Most confident mistakes",
     "graph.svg": "Network",
     "filters.png": "How strongly layers weigh their sources",
 }
 WIDE = ("curves.png", "graph.svg", "filters.png")
-ON_DEMAND = ("filters.png",)  # is not missed where it was not asked for
+ON_DEMAND = ("filters.png", "reliability.png")  # not asked for, or not drawn by older versions
 TEXTS = {
     "config.json": "Command and configuration",
     "environment.json": "Environment",

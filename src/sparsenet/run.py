@@ -30,7 +30,7 @@ STARTED = {"checkpoints", "train.log", ".lock"}  # what a folder holds before it
 WRITTEN = (
     *("config.json", "graph.json", "environment.json", "result.json", "metrics.csv"),
     *("images.safetensors", "requirements.txt", "graph.svg"),
-    *("curves.png", "confusion.png", "samples.png", "filters.png"),
+    *("curves.png", "confusion.png", "reliability.png", "samples.png", "filters.png"),
 )
 # What a kill leaves of files.write_atomic.
 HALF = re.compile(rf"\.({'|'.join(map(re.escape, WRITTEN))})\.[0-9a-f]{{8}}")

@@ -26,8 +26,19 @@ class OptimConfig:
     momentum: float = setting(0.9, "Nesterov momentum")
     weight_decay: float = setting(1e-4, "on convolution and linear weights only")
     label_smoothing: float = setting(0.0, "share of the target spread over all classes")
+    class_weights: str = setting(
+        "none",
+        "balanced: an image counts in the loss as if all classes had equally many",
+        ("none", "balanced"),
+    )
     ema: float = setting(0.0, "decay of averaged weights, used to evaluate; 0: none")
     grad_clip: float = setting(0.0, "largest gradient norm; 0: no clipping")
+    backbone_lr: float = setting(
+        0.0, "peak learning rate of all but the classifier; 0: that of --lr"
+    )
+    freeze: str = setting(
+        "", "what stays as in --weights, with all before it: stem, stage1, stage2, … or all"
+    )
 
     def __post_init__(self) -> None:
         check_settings(
@@ -40,6 +51,7 @@ class OptimConfig:
             ("weight_decay", 0 <= self.weight_decay < math.inf, "a number of at least 0"),
             ("label_smoothing", 0 <= self.label_smoothing < 1, "a share below 1"),
             ("ema", 0 <= self.ema < 1, "a decay below 1"),
+            ("backbone_lr", 0 <= self.backbone_lr < math.inf, "a positive number, or 0"),
             ("grad_clip", 0 <= self.grad_clip < math.inf, "a norm of at least 0"),
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from operator import attrgetter
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sparsenet import checkpoints, optim, weights
 from sparsenet.checkpoints import Checkpoint, Manifest, RunError
-from sparsenet.config import WERE_AUTO, RunConfig
+from sparsenet.config import LENGTH, WERE_AUTO, RunConfig, TrainConfig
 from sparsenet.data.identity import differences, to_tensors
 from sparsenet.data.sampling import batch_ends, stream
 from sparsenet.device import place
@@ -28,6 +28,7 @@ from sparsenet.results import EpochMetrics
 from sparsenet.run import Run
 from sparsenet.schedule import learning_rate
 from sparsenet.stage import synchronise_statistics
+from sparsenet.start import Start
 from sparsenet.validation import shown
 from sparsenet.weights import Description
 
@@ -62,6 +63,22 @@ class TrainingState:
     def epoch(self) -> int:
         """The number of finished epochs."""
         return self.step // self.steps_per_epoch
+
+    @property
+    def best_row(self) -> EpochMetrics | None:
+        """That of the first epoch with the lowest validation error, where it was measured."""
+        rows = [row for row in self.rows if row.val_error is not None]
+        return min(rows, key=attrgetter("val_error"), default=None)
+
+    @property
+    def waited(self) -> int:
+        """How many epochs have brought no lower validation error."""
+        return self.epoch - self.best_row.epoch if self.best_row else 0
+
+    def ended(self, settings: TrainConfig) -> bool:
+        """Whether no epoch is to come: all are trained, or the last ones were no better."""
+        patient = not settings.patience or self.waited < settings.patience
+        return self.epoch >= settings.max_epoch or not patient
 
     @property
     def evaluated(self) -> nn.Module:
@@ -171,14 +188,20 @@ def check_finite(tensors: Mapping[str, Tensor], step: int) -> None:
         raise DivergedError(f"the weights of step {step} are")
 
 
-def new_state(setup: Setup) -> TrainingState:
-    """The state before the first step."""
+def new_state(setup: Setup, start: Start | None = None) -> TrainingState:
+    """The state before the first step, with the weights of *start* where there is one."""
     config, device = setup.config, setup.device
     torch.manual_seed(stream(config.train.seed, "weights").initial_seed())
     implementation = setup.arithmetic.implementation
     model = place(SparseNet(config.network, implementation, config.train.memory), device)
     if setup.synchronised:
         synchronise_statistics(model)
+    if start:
+        start.load_into(model, setup.data.classes)
+    try:
+        model.freeze(config.optim.freeze)
+    except ValueError as error:
+        raise ValueError(f"--{error}") from None
     average = copy.deepcopy(model) if config.optim.ema else None
     steps = len(batch_ends(len(setup.data.train), config.train.batch_size))
     losses = torch.zeros(steps, device=device)
@@ -216,8 +239,25 @@ def restore(state: TrainingState, setup: Setup, run: Run) -> list[str]:
         )
     if state.epoch >= epochs:
         return [*lines, f"finished: all {epochs} epochs are trained; --max_epoch N adds to them"]
+    if state.ended(setup.config.train):
+        waited = f"no better epoch among the last {state.waited}"
+        return [*lines, f"finished: {waited}; a larger --patience, or 0, goes on"]
     lines.append(f"resumed at step {state.step} (epoch {1 + state.epoch})")
     return lines + _rate_jump(state, setup.config, run.config())
+
+
+def reasons(setup: Setup, state: TrainingState, best: int) -> Iterator[str]:
+    """Why the run ended before its last epoch, and why the weights of epoch *best* are the best."""
+    settings, row = setup.config.train, state.best_row
+    if state.epoch < settings.max_epoch and state.ended(settings):
+        yield (
+            f"ended after epoch {state.epoch} of {settings.max_epoch}: none of the last "
+            f"{state.waited} had a lower {setup.data.chosen_on} error than before "
+            f"(--patience {settings.patience})"
+        )
+    if row and row.epoch == best:
+        why = f"their {setup.data.chosen_on} error, {row.val_error:.2f} %, is the lowest"
+        yield f"the best weights are those of epoch {best} of {state.epoch}: {why}"
 
 
 def has_own_best(state: TrainingState, setup: Setup, run: Run) -> bool:
@@ -293,7 +333,7 @@ def _check_settings(checkpoint: Checkpoint, asked: Description) -> None:
         for name, value in settings.items():
             found = now.get(component, {}).get(name, value)  # older versions had other settings
             was_auto = name in WERE_AUTO and value == "auto"
-            if found != value and name != "max_epoch" and not was_auto:
+            if found != value and name not in LENGTH and not was_auto:
                 changed[name] = f"{name} {shown(value)} -> {shown(found)}"
     if not changed:
         return

@@ -33,11 +33,12 @@ class TrainingStep:
     preprocessing: Preprocessing
     precision: str
     ranks: Ranks = ALONE
+    class_weights: Tensor | None = None  # of ``balancing_weights``, on the model's device
 
     @cached_property
     def statistics(self) -> list[Tensor]:
-        """Running statistics that differ from process to process: not those in common."""
-        norms = [m for m in self.model.modules() if type(m) is nn.BatchNorm2d]
+        """Running statistics that differ from process to process: not common or frozen ones."""
+        norms = [m for m in self.model.modules() if type(m) is nn.BatchNorm2d and m.training]
         buffers: list[Tensor | None] = []
         for norm in norms:
             buffers += [norm.running_mean, norm.running_var]
@@ -46,7 +47,7 @@ class TrainingStep:
     @cached_property
     def fill(self) -> Tensor:
         """The mean colour, uint8 ``(C,)``, for what lies beyond an image or is cut out."""
-        mean = (torch.tensor(self.preprocessing.mean) * 255).round().to(torch.uint8)
+        mean = (torch.tensor(self.preprocessing.mean) * 255).round().clamp(0, 255).to(torch.uint8)
         return mean.to(next(self.model.parameters()).device)
 
     def __call__(
@@ -73,7 +74,8 @@ class TrainingStep:
             images, shares = mix(images, changes)
         with autocast(pixels.device, self.precision):
             logits = self.model(images).float()
-            loss, mistakes = loss_and_mistakes(logits, labels, shares, optim.label_smoothing)
+            settings = optim.label_smoothing, self.class_weights
+            loss, mistakes = loss_and_mistakes(logits, labels, shares, *settings)
         # Here, so that gradients of a captured step have addresses of their own.
         self.optimizer.zero_grad(set_to_none=True)
         if self.ranks.size > 1:
@@ -84,7 +86,7 @@ class TrainingStep:
         if optim.grad_clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), optim.grad_clip)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate if group["share"] == 1 else rate * group["share"]
         self.optimizer.step()
         if self.average is not None:
             update_average(self.average, self.model, ema_rate)
@@ -101,21 +103,43 @@ class TrainingStep:
 
 
 def loss_and_mistakes(
-    logits: Tensor, labels: Tensor, shares: Tensor | None, smoothing: float
+    logits: Tensor,
+    labels: Tensor,
+    shares: Tensor | None,
+    smoothing: float,
+    class_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy ``()`` of logits ``(N, classes)``; the number of mistakes, int64 ``()``.
 
     Images that ``mix`` has mixed have two labels, each of which counts by its share, and the
     larger one is the right one; *shares*, float32 ``(N,)``, are those of the image's own label.
+
+    With *class_weights*, float32 ``(classes,)``, a label counts by that of its class. The sum is
+    divided by *N* and not by the weights of the batch, so that parts of a batch add up, and a
+    batch of one class counts by its weight.
     """
+
+    def losses(targets: Tensor, reduction: str) -> Tensor:
+        if class_weights is None:
+            return F.cross_entropy(logits, targets, reduction=reduction, label_smoothing=smoothing)
+        each = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
+        each = each * class_weights[targets]
+        return each.mean() if reduction == "mean" else each
+
     predicted = logits.detach().argmax(1)
     if shares is None:
-        loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
-        return loss, (predicted != labels).sum()
+        return losses(labels, "mean"), (predicted != labels).sum()
     partners = labels.flip(0)
-    own_loss, partner_loss = (
-        F.cross_entropy(logits, each, reduction="none", label_smoothing=smoothing)
-        for each in (labels, partners)
-    )
+    own_loss, partner_loss = (losses(each, "none") for each in (labels, partners))
     right = torch.where(shares < 0.5, partners, labels)
     return torch.lerp(partner_loss, own_loss, shares).mean(), (predicted != right).sum()
+
+
+def balancing_weights(labels: Tensor, classes: int) -> Tensor:
+    """Weights, float32 ``(classes,)``, by which the images of each class come to the same sum.
+
+    Their mean over the images is 1. A class without images has weight 0, which nothing counts by.
+    """
+    counts = torch.bincount(labels, minlength=classes).double()
+    shares = len(labels) / (counts * (counts > 0).sum())
+    return shares.where(counts > 0, 0).float()

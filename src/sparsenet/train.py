@@ -11,17 +11,25 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sparsenet import optim, pictures
+from sparsenet import checkpoints, optim, pictures
 from sparsenet.arithmetic import Arithmetic
 from sparsenet.capture import Captures
 from sparsenet.conclusion import conclude
 from sparsenet.config import RunConfig
 from sparsenet.data.dataset import Images
 from sparsenet.data.identity import to_tensors
-from sparsenet.data.sampling import Batches, batch_ends, plan_epoch, resized, stream, training_size
+from sparsenet.data.sampling import (
+    Batches,
+    batch_ends,
+    drawn,
+    plan_epoch,
+    resized,
+    stream,
+    training_size,
+)
 from sparsenet.device import LEAST_SECONDS, traits
 from sparsenet.environment import environment
-from sparsenet.evaluate import (
+from sparsenet.evaluation import (
     Evaluation,
     EvaluationStep,
     NotFiniteError,
@@ -36,9 +44,10 @@ from sparsenet.ranks import ALONE, Ranks
 from sparsenet.results import EpochMetrics
 from sparsenet.run import Run
 from sparsenet.schedule import learning_rate
+from sparsenet.start import read_start
 from sparsenet.state import DivergedError as DivergedError
-from sparsenet.state import TrainingState, has_own_best, new_state, restore
-from sparsenet.step import TrainingStep
+from sparsenet.state import TrainingState, has_own_best, new_state, reasons, restore
+from sparsenet.step import TrainingStep, balancing_weights
 
 TIME_LIMIT = "the time limit"
 SAVE = "save"  # what one process says to the others that wants a checkpoint and no end
@@ -93,14 +102,16 @@ def train(
             saved = time.monotonic()
         if stop:
             break
-    if stop and (stop != TIME_LIMIT or state.epoch < config.train.max_epoch):
+    if stop and (stop != TIME_LIMIT or not state.ended(config.train)):
         yield Stopped(stop)
     if stop in (None, TIME_LIMIT):  # a signal wants out at once; everything is saved already
         if not state.rows:  # stopped within the first epoch
             _settle_statistics(setup, state)
             _save("best", run, setup, state)
         if ranks.is_first:
-            yield Concluded(conclude(run, setup, state.rows, captures))
+            result = conclude(run, setup, state.rows, captures)
+            yield from map(Message, reasons(setup, state, result.epochs))
+            yield Concluded(result)
 
 
 def _begun(
@@ -111,16 +122,23 @@ def _begun(
     ranks: Ranks,
 ) -> Generator[Event, None, tuple[Setup, TrainingState] | None]:
     """What a run begins or goes on with; ``None`` where it was stopped before."""
+    begins = not (resume and checkpoints.saved(run.checkpoints, "last"))
+    weights = config.train.weights if ranks.is_first and begins else ""
+    start = read_start(weights) if weights else None
+    if start:
+        start.check(config)
     known = (run.arithmetic(), run.images()) if resume and ranks.is_first else (Arithmetic(), {})
     previous, images = ranks.tell(known)
     setup = yield from _prepared(preparing(config, previous, images, ranks), should_stop)
     if setup is None:
         return None
-    state = new_state(setup)
+    state = new_state(setup, start)
     if ranks.is_first:
         restored = restore(state, setup, run) if resume else []  # refused before writing
         _describe(run, setup)
         yield from map(Message, introduce(setup, previous))
+        if start:
+            yield from map(Message, start.describe(state.model, setup.data.classes))
         yield from map(Message, restored)
         if state.rows and not has_own_best(state, setup, run):
             state.best = None  # of what was, nothing is left
@@ -165,14 +183,20 @@ def _describe(run: Run, setup: Setup) -> None:
 def _training_step(setup: Setup, state: TrainingState) -> TrainingStep:
     trained = state.model, state.optimizer, state.average
     precision = setup.arithmetic.precision
-    return TrainingStep(*trained, setup.config, setup.preprocessing, precision, setup.ranks)
+    weights = None
+    if setup.config.optim.class_weights == "balanced":
+        labels = setup.data.train.labels.cpu()
+        weights = balancing_weights(labels, len(setup.data.classes)).to(setup.device)
+    return TrainingStep(
+        *trained, setup.config, setup.preprocessing, precision, setup.ranks, weights
+    )
 
 
 def _make_steps(setup: Setup, state: TrainingState, make_step: StepFunction) -> Iterator[Step]:
     """Makes the remaining steps, and yields those after which the loss is looked at."""
     config, full_size = setup.config, setup.preprocessing.size
     images = setup.data.train
-    while state.epoch < config.train.max_epoch:
+    while not state.ended(config.train):
         size = training_size(state.epoch, config.train.max_epoch, config.data.first_size, full_size)
         kept = round(size * setup.data.train.shape[-1] / full_size)  # larger, for crops
         if images.shape[-1] != kept:
@@ -189,6 +213,8 @@ def _make_epoch_steps(
     epoch, steps, start = state.epoch, state.steps_per_epoch, state.step % state.steps_per_epoch
     data = config.data.scaled(images.shape[-1], setup.preprocessing.size)
     plan = plan_epoch(seed, epoch, len(images), data)
+    chosen = drawn(seed, epoch, images.labels, data.sampler)
+    plan = dataclasses.replace(plan, order=chosen[plan.order])
     batches = Batches(images, batch_size, plan, start, device, ranks)
     ends = batch_ends(len(images), batch_size)
     shares = torch.tensor([ranks.shares(b - a) for a, b in pairwise([0, *ends])]).to(device)
@@ -235,6 +261,8 @@ def _settle_statistics(setup: Setup, state: TrainingState) -> None:
         return
     train, images, seed = setup.config.train, setup.data.train, setup.config.train.seed
     order = torch.randperm(len(images), generator=stream(seed, "statistics", state.step))
+    epoch = max(state.step - 1, 0) // state.steps_per_epoch
+    order = drawn(seed, epoch, images.labels, setup.config.data.sampler)[order]
     order = order[: max(state.step, FEWEST_BATCHES) * train.batch_size]  # no longer than training
     if setup.config.network.dropout:
         torch.manual_seed(_dropout_seed(setup, "statistics", state.step))

@@ -11,11 +11,11 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 import torch
@@ -30,8 +30,11 @@ from sparsenet.downloads import ChecksumError, DownloadError, download
 from sparsenet.files import cache_folder, parse_json, read_bytes, read_json
 from sparsenet.validation import LONGEST_NAME, Count, Name, Percent, Value, nearest, shown
 
+T = TypeVar("T")
+
 SHIPPED = Path(__file__).with_name("pretrained")  # NAME.safetensors; index.json: NAME to SHA-256
 SCHEME = "https://"
+HUB = "hf://"  # of the Hugging Face hub
 Key = Annotated[str, msgspec.Meta(pattern=r"^\w+$", max_length=100)]
 Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]  # SHA-256
 DTYPES = {  # of tensors that can be compared and computed with
@@ -100,7 +103,7 @@ class Weights:
 def load(source: str | Path, alternatives: str = "") -> Weights:
     """Loads what *source* names: a file that exists, else an https address, else a shipped name.
 
-    An address may end in ``#sha256=HEX``; it is downloaded once, into the user's cache. The hashes
+    An address is one that ``fetch`` takes, and may end in ``#sha256=HEX``. The hashes
     of a shipped file and of one in the cache are always checked. The error for a source that names
     nothing also lists *alternatives*, other things that the caller accepts.
 
@@ -111,10 +114,10 @@ def load(source: str | Path, alternatives: str = "") -> Weights:
     scheme, separator, _ = name.partition("://")
     if os.path.exists(name):  # noqa: PTH110 - where pathlib raises for what no file can be called
         return _load_file(Path(name), name)
-    if name.startswith(SCHEME):
+    if is_address(name):
         return _load_address(name)
     if separator:
-        expected = f"an address that begins with {SCHEME}"
+        expected = f"an address that begins with {SCHEME} or {HUB}"
         raise ValueError(f"{name}: expected {expected}, found {scheme}://")
     if name in shipped():
         return load_shipped(name)
@@ -216,8 +219,44 @@ def not_numbers(tensors: Mapping[str, Tensor]) -> str | None:
     return None
 
 
+def is_safetensors(path: Path) -> bool:
+    """Whether a file begins as one of safetensors; ``OSError`` where it cannot be read."""
+    with path.open("rb") as file:
+        begin = file.read(9)
+    return begin[8:] == b"{" and int.from_bytes(begin[:8], "little") <= MOST_HEADER
+
+
+def is_our_own(path: Path) -> bool:
+    """Whether a file says that it is of this library; ``ValueError`` where it cannot be read."""
+    try:
+        if not is_safetensors(path):
+            return False
+        with path.open("rb") as file:
+            header = file.read(8 + int.from_bytes(file.read(8), "little"))
+    except OSError as error:
+        found = error.strerror or error
+        raise ValueError(f"{path}: expected a readable weights file, found: {found}") from None
+    return b'"sparsenet"' in header
+
+
 def _load_address(address: str) -> Weights:
-    url, _, fragment = address.partition("#")
+    weights, path = fetch(address, _load_file)
+    return dataclasses.replace(weights, path=path)
+
+
+def is_address(source: str) -> bool:
+    """Whether *source* is an address that ``fetch`` takes."""
+    return source.startswith((SCHEME, HUB))
+
+
+def fetch(address: str, read: Callable[[Path, str], T]) -> tuple[T, Path]:
+    """What *read* makes of a file and its *address*, and where in the user's cache the file lies.
+
+    An address is ``https://…`` or ``hf://OWNER/NAME[@REVISION][/FILE]``, by default
+    ``model.safetensors``, and may end in ``#sha256=HEX``. It is downloaded once, and stays in the
+    cache where *read* raises nothing. Raises ``ValueError`` in one line.
+    """
+    url, _, fragment = _on_the_web(address).partition("#")
     checksum = fragment.lower()
     if not re.fullmatch(r"(sha256=[0-9a-f]{64})?", checksum):
         expected = "#sha256= and 64 hexadecimal digits at its end"
@@ -228,23 +267,38 @@ def _load_address(address: str) -> Weights:
     folder = cache_folder() / "weights"
     for cached in folder.glob(f"{key}-*.safetensors"):
         with suppress(ValueError):
-            return _load_file(cached, address, cached.stem.removeprefix(f"{key}-"))
+            content = read_bytes(cached, LIMIT)
+            if hashlib.sha256(content).hexdigest() == cached.stem.removeprefix(f"{key}-"):
+                return read(cached, address), cached
         with suppress(OSError):  # damaged meanwhile: downloaded again
             cached.unlink()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             file = download(url, Path(temporary) / "weights", checksum, LIMIT)
-            weights = _load_file(file, address)
+            found = read(file, address)
             digest = hashlib.sha256(file.read_bytes()).hexdigest()
-            cached = file.replace(folder / f"{key}-{digest}.safetensors")
+            return found, file.replace(folder / f"{key}-{digest}.safetensors")
     except ChecksumError as error:
         raise ValueError(f"{address}: {error}") from None
     except DownloadError as error:
         raise ValueError(f"{address}: expected a weights file, found: {error}") from None
     except OSError as error:
         raise ValueError(f"{address}: expected a writable cache, found: {error}") from None
-    return dataclasses.replace(weights, path=cached)
+
+
+def _on_the_web(address: str) -> str:
+    """The address of a file on the Hugging Face hub as one that is downloaded."""
+    if not address.startswith(HUB):
+        return address
+    path, _, fragment = address.removeprefix(HUB).partition("#")
+    owner, _, rest = path.partition("/")
+    name, _, file = rest.partition("/")
+    name, _, revision = name.partition("@")
+    if not (owner and name):
+        raise ValueError(f"{address}: expected {HUB}OWNER/NAME or {HUB}OWNER/NAME/FILE")
+    place = f"{owner}/{name}/resolve/{revision or 'main'}/{file or 'model.safetensors'}"
+    return f"{SCHEME}huggingface.co/{place}" + f"#{fragment}" * bool(fragment)
 
 
 def _load_file(path: Path, source: str, sha256: str = "") -> Weights:

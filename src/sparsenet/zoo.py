@@ -105,10 +105,10 @@ def create_model(
     weights file from ``sparsenet export RUN --format safetensors``, by its path or its ``https://``
     address, with ``#sha256=HEX`` at the end if it is to be checked. *num_classes* defaults to that
     of the weights, else to 10 for CIFAR networks and 1000 for ImageNet ones; with another number
-    than the weights have, the classifier is a new one. Weights for colours become those for another
-    *in_chans* as timm's do: the first convolution's are summed for 1 channel, repeated for more.
-    Parameters are fp32. How images of the weights' channels are normalised, and the names of the
-    classes, are in ``sparsenet.weights.load(name).about``.
+    than the weights have, the classifier is a new one. Weights for colours or greys become those
+    for another *in_chans* as timm's do: the first convolution's are summed for 1 channel, else
+    repeated. Parameters are fp32. How images of the weights' channels are normalised, and the names
+    of the classes, are in ``sparsenet.weights.load(name).about``.
 
     Raises ``ValueError``, also where there are no weights or they are of another network.
     """
@@ -120,10 +120,11 @@ def create_model(
     file = weights.load_shipped(name) if pretrained is True else weights.load(pretrained)
     stored = stored_architecture(file.about, file.tensors, file.source)
     tensors, stem = file.tensors, file.tensors.get("stem.0.weight")
-    if stored.in_chans == 3 != in_chans and stem is not None and stem.dim() == 4:
+    greys_or_colours = stored.in_chans in (1, 3) and in_chans != stored.in_chans
+    if greys_or_colours and stem is not None and stem.dim() == 4:
         stored = dataclasses.replace(stored, in_chans=in_chans)
-        tensors = tensors | {"stem.0.weight": _for_channels(stem, in_chans)}
-    _check_same_network(wanted, stored, file.source)
+        tensors = tensors | {"stem.0.weight": for_channels(stem, in_chans)}
+    check_same_network(wanted, stored, file.source)
     wanted = dataclasses.replace(wanted, num_classes=stored.num_classes)
     model = build(wanted, tensors, file.source, implementation, memory)
     if num_classes is not None and num_classes != model.num_classes:
@@ -131,12 +132,16 @@ def create_model(
     return model
 
 
-def _for_channels(weight: Tensor, channels: int) -> Tensor:
-    """The *weight* of a convolution of colours for images of other *channels*."""
+def for_channels(weight: Tensor, channels: int) -> Tensor:
+    """The *weight* of a convolution for images of other *channels*: a sum for one, else repeated.
+
+    It gives as much, in sum, as before for channels that are alike.
+    """
     if channels == 1:
         return weight.sum(1, keepdim=True)
-    repeated = weight.repeat(1, math.ceil(channels / 3), 1, 1)[:, :channels]
-    return repeated * 3 / channels
+    before = weight.shape[1]
+    repeated = weight.repeat(1, math.ceil(channels / before), 1, 1)[:, :channels]
+    return repeated * before / channels
 
 
 def stored_architecture(
@@ -181,7 +186,8 @@ def _unknown_architecture(source: str, problem: object) -> ValueError:
     return ValueError(f"{source}: expected {expected}, found: {first_line}")
 
 
-def _check_same_network(wanted: Architecture, stored: Architecture, source: str) -> None:
+def check_same_network(wanted: Architecture, stored: Architecture, source: str) -> None:
+    """Raises ``ValueError`` where the weights of *source* are of another network than *wanted*."""
     network = attrgetter("stages", "stem", "in_chans")
     if network(wanted) == network(stored):
         return

@@ -5,10 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
-import signal
 from collections.abc import Iterable
-from types import FrameType
 from typing import Any
 
 import msgspec
@@ -103,42 +100,3 @@ def json_text(value: Any) -> str:
     except ValueError:
         expected = "--json: expected finite numbers"
         raise ValueError(f"{expected}, found one that is NaN or infinity") from None
-
-
-ASKING = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
-
-
-class Signals:
-    """Ctrl-C, SIGTERM and a terminal that goes ask a command to end in its own way.
-
-    A second one ends it at once, but for the terminal's, of which shells send another. One that
-    was ignored before, as by nohup, still is.
-    """
-
-    def __init__(self) -> None:
-        self.number: int | None = None
-        self.terminals = [number for number in (1, 2) if os.isatty(number)]
-
-    def __enter__(self) -> Signals:
-        self.before = {
-            number: signal.signal(number, self._receive)
-            for number in ASKING
-            if signal.getsignal(number) is not signal.SIG_IGN
-        }
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.number = number
-        last = number in (signal.SIGINT, signal.SIGTERM)
-        signal.signal(number, signal.SIG_DFL if last else signal.SIG_IGN)
-        for terminal in self.terminals:
-            if not os.isatty(terminal):  # it has gone, and what is printed would be an error
-                os.dup2(os.open(os.devnull, os.O_WRONLY), terminal)
-
-    def received(self) -> str | None:
-        """The name of the signal that was received, if one was."""
-        return None if self.number is None else signal.Signals(self.number).name

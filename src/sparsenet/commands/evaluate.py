@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+import csv
+import io
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from sparsenet.capture import Captured
 from sparsenet.commands.common import load_images, load_network, print_result
-from sparsenet.data.errors import count_images
+from sparsenet.data.errors import count_images, shortened
 from sparsenet.data.selection import Selection
 from sparsenet.device import choose_device
-from sparsenet.evaluate import evaluate
+from sparsenet.evaluation import Evaluation, EvaluationStep, evaluate
 from sparsenet.export.onnx import Exported
 from sparsenet.export.runtimes import Runtime
+from sparsenet.files import failure, user_path, write_atomic
 from sparsenet.ops import dispatch
+from sparsenet.results import ClassScores, Scores
 from sparsenet.run import Run
 from sparsenet.weights import Measured
 
@@ -36,12 +43,22 @@ class EvaluationReport:
     notes: tuple[str, ...]  # about them
     seconds: float
     class_errors: dict[str, float | None]  # ``None``: no image of the class
+    scores: Scores
     stated_error: float | None  # what a weights file says of itself
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluates a run's network on its test images."""
+    report, lines = evaluated(args)
+    return print_result(report, lines, args.json)
+
+
+def evaluated(args: argparse.Namespace) -> tuple[EvaluationReport, Iterator[str]]:
+    """What there is to say, and the lines that say it."""
     runtime = _runtime(args)
+    file = user_path(args.predictions or "")
+    if not file.parent.is_dir():  # said before the work is done
+        raise ValueError(f"--predictions: expected a file in a folder, found no {file.parent}")
     device = choose_device("cpu" if runtime else args.device)
     trained = load_network(args, device)
     if runtime:
@@ -56,9 +73,18 @@ def run(args: argparse.Namespace) -> int:
     pixels = data.images[: args.batch_size].pixels
     model = Exported(trained, runtime, pixels) if runtime else trained.model
     torch_precision = "fp32" if runtime else precision  # of what PyTorch is left to do
+    step = EvaluationStep(model, trained.preprocessing, torch_precision, bool(args.predictions))
     evaluation = evaluate(
-        model, data.images, trained.preprocessing, device, args.batch_size, torch_precision
+        model,
+        data.images,
+        trained.preprocessing,
+        device,
+        args.batch_size,
+        torch_precision,
+        Captured(step),
     )
+    if args.predictions:
+        _write_predictions(file, data.names, evaluation, trained.classes)
     stated = trained.about.measured.get(precision)
     report = EvaluationReport(
         run=args.run,
@@ -75,9 +101,10 @@ def run(args: argparse.Namespace) -> int:
         notes=data.notes,
         seconds=evaluation.seconds,
         class_errors=evaluation.class_errors(trained.classes),
+        scores=evaluation.scores(trained.classes),
         stated_error=stated.error if stated else None,
     )
-    return print_result(report, _lines(report, data, stated), args.json)
+    return report, _lines(report, data, stated)
 
 
 def _runtime(args: argparse.Namespace) -> Runtime | None:
@@ -96,8 +123,70 @@ def _lines(report: EvaluationReport, data: Selection, stated: Measured | None) -
     yield f"{data.description}, {report.seconds:.2f} s{engine}"
     top5 = f"top-5 error {report.top5_error:.2f} %, " if len(report.class_errors) > 5 else ""
     yield f"error {report.error:.2f} %, {top5}loss {report.loss:.4f}"
-    for name, error in report.class_errors.items():
-        yield f"  {name}: {'no image' if error is None else f'{error:.2f} %'}"
+    scores = report.scores
+    yield (
+        f"balanced accuracy {scores.balanced_accuracy:.2f} %, over classes: "
+        f"precision {scores.macro_precision:.2f} %, F1 {scores.macro_f1:.2f} %"
+    )
+    yield (
+        f"{scores.confidence:.2f} % sure on average, "
+        f"expected calibration error {scores.calibration_error:.2f} %"
+    )
+    if scores.remark:
+        yield scores.remark
+    for name, one in scores.classes.items():
+        yield f"  {name}: {_class_line(name, one, scores)}"
     if stated:
         images = f"{count_images(stated.images, stated.split)} of {stated.dataset}"
         yield f"stated: {stated.error:.2f} % ({report.precision}), for {images}"
+
+
+def _class_line(name: str, one: ClassScores, scores: Scores) -> str:
+    """What there is to say of a class: its error, what else is taken for it and it for what."""
+    said = ["no image"]
+    if one.images:
+        said = [f"{100 * one.wrong / one.images:.2f} % of {count_images(one.images)} wrong"]
+        taken = scores.confusion[name]
+        others = sorted(taken.keys() - {name}, key=lambda other: (-taken[other], other))
+        if others:
+            said.append("taken for " + shortened(f"{other} ({taken[other]})" for other in others))
+    if one.precision is not None:
+        said.append(f"precision {one.precision:.2f} %")
+    if one.f1 is not None:
+        said.append(f"F1 {one.f1:.2f} %")
+    return ", ".join(said)
+
+
+def _write_predictions(
+    file: Path, names: Sequence[str], evaluation: Evaluation, classes: Sequence[str]
+) -> None:
+    """Writes a CSV file with a line for each image."""
+    probabilities = evaluation.probabilities
+    assert probabilities is not None, "asked for"
+    columns = names, evaluation.labels.tolist(), evaluation.predicted.tolist(), probabilities
+
+    def rows() -> Iterator[str]:
+        yield _csv_line("path", "true", "predicted", *(f"p({name})" for name in classes))
+        for path, true, predicted, row in zip(*columns, strict=True):
+            shown = (f"{each:.6g}" for each in row.tolist())
+            yield _csv_line(
+                _as_text(path), _as_text(classes[true]), _as_text(classes[predicted]), *shown
+            )
+
+    try:
+        write_atomic(file, rows())
+    except OSError as error:
+        expected = "a file that can be written"
+        raise ValueError(f"--predictions: expected {expected}, found: {failure(error)}") from None
+
+
+def _csv_line(*cells: str) -> str:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\n").writerow(cells)
+    return line.getvalue()
+
+
+def _as_text(cell: str) -> str:
+    """*cell*, with an apostrophe before what a spreadsheet would take for a formula."""
+    formula = cell.startswith(tuple("=+-@\t\r")) and not re.fullmatch(r"[+-]?[\d.]+", cell)
+    return f"'{cell}" if formula else cell

@@ -8,7 +8,7 @@ from dataclasses import fields
 
 import torch
 
-from sparsenet.commands.common import Signals, load_network
+from sparsenet.commands.common import load_network
 from sparsenet.device import choose_device
 from sparsenet.display import say, warn
 from sparsenet.extras import require
@@ -16,6 +16,7 @@ from sparsenet.serving.app import LOOPBACK, create_app
 from sparsenet.serving.limits import Limits
 from sparsenet.serving.server import address_of, listening, serve
 from sparsenet.serving.service import Service
+from sparsenet.signals import Signals
 
 
 def run(args: argparse.Namespace) -> int:

@@ -5,22 +5,25 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import signal
+from collections.abc import Mapping
 from contextlib import suppress
-from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from sparsenet import config as settings
-from sparsenet import presets, ranks
-from sparsenet.commands.common import Signals
+from sparsenet import presets, ranks, zoo
+from sparsenet.composition import check_resumed, compose, name_of
 from sparsenet.config import RunConfig, TrainConfig
 from sparsenet.data.config import POINTERS
 from sparsenet.display import display, say
 from sparsenet.events import Stopped
 from sparsenet.files import failure
-from sparsenet.flags import from_flags
+from sparsenet.flags import values
 from sparsenet.memory import shortage
 from sparsenet.ranks import Ranks
 from sparsenet.run import Run
+from sparsenet.signals import Signals
+from sparsenet.tracking import require_all, tracked
 from sparsenet.train import train
 
 
@@ -54,7 +57,7 @@ def _run(args: argparse.Namespace, joined: Ranks) -> int:
     try:
         with run.locked(), Signals() as signals:
             events = train(config, run, bool(args.resume), signals.received, joined)
-            stopped = display(events, run)
+            stopped = display(tracked(events, run, config.train.trackers), run)
     except BrokenPipeError:
         raise
     except OSError as error:  # such as a full disk; those of the data are a ``DataError``
@@ -87,17 +90,15 @@ def _go_on(run: Run) -> str:
 
 
 def _new_run(args: argparse.Namespace) -> tuple[Run, RunConfig]:
-    base = RunConfig()
-    if args.preset:
-        base = presets.preset(args.preset)
-    elif not args.config:
-        data = getattr(args, "dataset", "auto"), getattr(args, "dataset_dir", "")
-        labelled = getattr(args, "labels", "")
-        base = presets.preset("short" if labelled else presets.preset_for(*data))
-    config = _with_settings(args, base)
+    base = presets.preset(args.preset) if args.preset else None
+    given = values(vars(args))
+    if args.config:
+        base = _from_file(args.config, base or RunConfig(), given)
+    config = compose(given, base, args.model or "")
+    require_all(config.train.trackers)
     if args.out:
         return Run.create(Path(args.out)), config
-    return Run.create_one_of_its_own(Path("runs") / _name(config)), config
+    return Run.create_one_of_its_own(Path("runs") / name_of(config)), config
 
 
 def _resumed_run(args: argparse.Namespace) -> tuple[Run, RunConfig]:
@@ -106,30 +107,21 @@ def _resumed_run(args: argparse.Namespace) -> tuple[Run, RunConfig]:
             f"--out: a resumed run stays in its folder, expected {args.resume}, found {args.out}"
         )
     run = Run.open(Path(args.resume))
-    old = run.config()
-    new = _with_settings(args, presets.preset(args.preset) if args.preset else old)
-    if changed := settings.differences(old, new):
-        raise ValueError(
-            f"--resume {run.path}: settings differ from the run's: {'; '.join(changed)}"
-        )
+    new = presets.preset(args.preset) if args.preset else run.config()
+    given = values(vars(args))
+    if args.config:
+        new = _from_file(args.config, new, given)
+    if args.model:
+        new = dataclasses.replace(new, network=zoo.architecture(args.model))
+    new = settings.changed(new, given)
+    check_resumed(run, new)
+    require_all(new.train.trackers)
     return run, new
 
 
-def _with_settings(args: argparse.Namespace, base: RunConfig) -> RunConfig:
-    """*base* with the settings of ``--config`` and then of the flags."""
-    if args.config:
-        path = Path(args.config)
-        base = settings.load(path / "config.json" if path.is_dir() else path, base)
-        given = {name: vars(args)[name] for name in POINTERS if name in vars(args)}
-        base = dataclasses.replace(base, data=base.data.pointed_at(given))
-    return from_flags(vars(args), base)
-
-
-def _name(config: RunConfig) -> str:
-    """What is trained and when."""
-    net, data = config.network, config.data
-    name = data.dataset if data.dataset != "auto" else Path(data.dataset_dir).name or "digits"
-    fetch = net.fetch.replace(":", "") if isinstance(net.fetch, str) else "custom"
-    growth = "_".join(map(str, dict.fromkeys(net.growth_rates)))
-    bottleneck = "bc-" if net.bottleneck else ""
-    return f"{name}-{fetch}-{bottleneck}{net.depth}-{growth}-{datetime.now():%Y%m%d-%H%M%S}"
+def _from_file(file: str, base: RunConfig, given: Mapping[str, Any]) -> RunConfig:
+    """*base* with the settings of another run's folder or config.json, and the data of flags."""
+    path = Path(file)
+    base = settings.load(path / "config.json" if path.is_dir() else path, base)
+    pointers = {name: given[name] for name in POINTERS if name in given}
+    return dataclasses.replace(base, data=base.data.pointed_at(pointers))

@@ -1,9 +1,9 @@
 """Decoded images in the user's cache, for data that do not fit into memory.
 
 Each split has a folder, named by a digest of its key: which files its images are of, and how they
-are decoded. In it lie *pixels*, an image in each row; *rows*, a line for each image whose pixels
-were written, with a checksum of them; and *whole*, which is written last, and says when the two
-were. A folder whose *whole* does not fit is gone on with: rows with another checksum are decoded.
+are decoded. In it lie *pixels*, an image in each row; *rows*, a line for each image, with a
+checksum of its pixels; and *whole*, which is written last, and says when the two were. A folder
+whose *whole* does not fit is gone on with, by ``sparsenet.data.filling``.
 
 All folders together take at most half of what they could: those that were used last stay.
 """
@@ -16,33 +16,29 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Generator, Iterable, Iterator, Mapping
-from contextlib import ExitStack, closing, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import msgspec
 import numpy as np
-import torch
 
-from sparsenet.data.dataset import Example, Images, Split
-from sparsenet.data.errors import BadImage, DataError, count_images
-from sparsenet.data.images import Decoded, read_all, settled_range
-from sparsenet.data.pixels import Greys, decode, limits_of_our_own
-from sparsenet.data.preprocessing import FULL_RANGE
-from sparsenet.data.stored import Kept, PixelFile, StoredImages
+from sparsenet.data.dataset import Example, Split
+from sparsenet.data.errors import DataError
+from sparsenet.data.pixels import Greys
+from sparsenet.data.stored import Kept, PixelFile
 from sparsenet.events import Message
 from sparsenet.extras import require
-from sparsenet.files import cache_folder, file_state, is_ours, read_json, size_text, write_json
-from sparsenet.validation import printable
+from sparsenet.files import cache_folder, file_state, is_ours, read_json, size_text
 
 FORMAT = 1  # another where what is decoded to what changes
 OURS = re.compile(r"[0-9a-f]{32}")  # names of folders
 PATIENCE = 0.1  # seconds between looks at a lock
-HELD = ("pixels", "held")  # what is open while a folder is used
-LINES = 64  # rows between writes of their lines
+WAITS = Message("waiting for another process, which is writing the same data into the cache")
+HELD = ("pixels", "filled", "held")  # what is open while a folder is used
 
 
 @runtime_checkable
@@ -51,6 +47,9 @@ class Table(Split, Protocol):
 
     def labels(self) -> np.ndarray:
         """int64 ``(N,)``."""
+
+    def names(self) -> Iterable[str]:
+        """The name of each example."""
 
     def identity(self) -> Iterable[str] | None:
         """What changes when an image does; ``None`` where only the images themselves say it.
@@ -107,62 +106,7 @@ class Whole(msgspec.Struct, frozen=True):
     rows: tuple[int, int, int]
 
 
-def reading_stored(
-    split: Split,
-    size: int,
-    channels: int,
-    skip_corrupt: bool,
-    grey_range: tuple[float, ...] | None,
-    max_megapixels: float,
-) -> Generator[int | Message, None, Decoded]:
-    """Does what ``reading_images`` does, with pixels that come to lie in the user's cache.
-
-    What lies there already is not read again. While another process writes the same, it waits, and
-    says so. Raises ``DataError`` where there is no room.
-    """
-    pillow = require("PIL", "train").__version__
-    identity = _digest(split)
-    key = Key(identity, len(split), (channels, size, size), grey_range, max_megapixels, pillow)
-    entry = Entry(key)
-    stored = entry.opened()
-    if stored is None:
-        lock = entry.lock()
-        yield from acquired(lock)
-        try:
-            stored = entry.opened()  # which somebody else may have written meanwhile
-            if stored is None:
-                yield from _write(entry, split, skip_corrupt)
-                stored = entry.opened()
-        finally:
-            lock.release()
-    if stored is None:
-        raise DataError(f"{entry.folder}: expected what was written, found it changed")
-    file, rows = stored
-    _refuse_problems(rows, skip_corrupt)
-    labels = torch.from_numpy(_labels(split))
-    kept = [row for row in rows if not row.problem]
-    places = torch.tensor([row.row for row in kept], dtype=torch.int64)
-    greys = [row.grey.without_levels() for row in kept if row.grey]
-    settled = settled_range(grey_range, greys)
-    return Decoded(
-        StoredImages(file, places, labels[places]),
-        torch.tensor([row.id for row in kept], dtype=torch.int64),
-        tuple(row.problem for row in rows if row.problem),
-        settled,
-        sum(grey.exceeds(settled or FULL_RANGE) for grey in greys),
-    )
-
-
-def _labels(split: Split) -> np.ndarray:
-    if isinstance(split, Images):
-        labels: np.ndarray = split.labels.numpy()
-        return labels
-    if isinstance(split, Table):
-        return split.labels()
-    return np.array([example.label for example in split], np.int64)
-
-
-def _digest(split: Split) -> str:
+def digest_of(split: Split) -> str:
     digest = hashlib.blake2b(digest_size=16)
     identity = split.identity() if isinstance(split, Table) else None
     for each in map(_identity, split) if identity is None else identity:
@@ -174,7 +118,7 @@ def _identity(example: Example) -> str:
     source = example.source
     if isinstance(source, Path):
         return file_state(source)
-    content = source.tobytes() if isinstance(source, np.ndarray) else source
+    content = source if isinstance(source, bytes) else source.tobytes()
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
@@ -187,9 +131,7 @@ def acquired(lock: Any) -> Iterator[int | Message]:
             lock.acquire(timeout=PATIENCE if waits else 0)
             return
         if not waits:
-            yield Message(
-                "waiting for another process, which is writing the same data into the cache"
-            )
+            yield WAITS
         waits = True
         yield 0
 
@@ -215,10 +157,10 @@ class Entry:
     def lock(self) -> Any:
         return lock_of(self.folder)
 
-    def rows(self) -> dict[int, Row]:
-        """The last line for each image, by its number, without what is no line of this file."""
+    def rows(self, name: str = "rows") -> dict[int, Row]:
+        """The last line of a file for each image, by its number, without what is no line of it."""
         decoder, found = msgspec.json.Decoder(Row), {}
-        with self.file("rows").open("rb") as lines:
+        with self.file(name).open("rb") as lines:
             for line in lines:
                 with suppress(msgspec.DecodeError):
                     row = decoder.decode(line)
@@ -234,7 +176,7 @@ class Entry:
             hold(file)
             whole = read_json(self.file("whole"), Whole)
             found = whole.key, whole.pixels, whole.rows
-            if found != (self.key, _state(file.fileno()), _state(self.file("rows"))):
+            if found != (self.key, state_of(file.fileno()), state_of(self.file("rows"))):
                 return None
             if os.fstat(file.fileno()).st_size != self.nbytes:
                 return None
@@ -265,122 +207,9 @@ def lock_of(folder: Path) -> Any:
     return filelock.FileLock(str(folder.with_name(f"{folder.name[:2]}.lock")))
 
 
-def _state(file: Path | int) -> tuple[int, int, int]:
+def state_of(file: Path | int) -> tuple[int, int, int]:
     found = os.stat(file)  # noqa: PTH116 - also of what is open
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns
-
-
-def _refuse_problems(rows: Iterable[Row], skip_corrupt: bool) -> None:
-    problem = next((row.problem for row in rows if row.problem), "")
-    if problem and not skip_corrupt:
-        raise BadImage(f"{problem}; --skip_corrupt leaves such images out")
-
-
-def _write(entry: Entry, split: Split, skip_corrupt: bool) -> Generator[int, None, None]:
-    """Decodes what is not yet there, and makes the folder of *entry* whole."""
-    make_room(entry.folder, entry.nbytes, count_images(entry.key.count))
-    entry.folder.mkdir(mode=0o700, exist_ok=True)
-    entry.file("whole").unlink(missing_ok=True)
-    entry.file("pixels").touch(mode=0o600)
-    file = Kept(entry.file("pixels"), "r+b")
-    hold(file)
-    pixels = PixelFile(entry.file("pixels"), file, entry.key.shape)
-    file.truncate(entry.nbytes)
-    rows: dict[int, Row] = {}
-    yield from _find_intact(entry, pixels, rows)
-    _refuse_problems((rows[row] for row in sorted(rows)), skip_corrupt)
-    with entry.file("rows").open("ab") as lines:
-        lines.write(b"\n")  # after what a kill may have left of a line
-        while missing := _missing(entry.key, rows):
-            greys = [row.grey for row in rows.values() if row.grey]
-            highest = max((grey.highest for grey in greys), default=0.0)
-            with closing(_decoded(entry.key, split, missing, pixels, highest)) as decoded:
-                for row in decoded:
-                    _refuse_problems([row], skip_corrupt)
-                    rows[row.row] = row
-                    lines.write(msgspec.json.encode(row) + b"\n")
-                    if len(rows) % LINES == 0:  # never before the pixels
-                        lines.flush()
-                    yield len(rows)
-        os.fsync(file.fileno())
-        lines.flush()
-        os.fsync(lines.fileno())
-        states = _state(file.fileno()), _state(lines.fileno())
-    write_json(entry.file("whole"), Whole(entry.key, *states))
-
-
-def _find_intact(
-    entry: Entry, pixels: PixelFile, rows: dict[int, Row]
-) -> Generator[int, None, None]:
-    """Puts into *rows* those that were written and are still what they were then."""
-    if not entry.file("rows").exists():
-        return
-    last = entry.rows()
-    for place in sorted(last):
-        row = last[place]
-        found = b"" if row.problem else pixels.read(torch.tensor([place])).numpy().data
-        if row.checked(entry.key, found) == row:
-            rows[place] = row
-            yield len(rows)
-
-
-def _missing(key: Key, rows: Mapping[int, Row]) -> set[int]:
-    """What is to be decoded: what is not there, and then greys that had another black and white.
-
-    How far greys reach is known only when all of them have been seen.
-    """
-    if len(rows) < key.count:
-        return set(range(key.count)) - rows.keys()
-    greys = {place: row.grey for place, row in rows.items() if row.grey}
-    settled = settled_range(key.grey_range, [grey.without_levels() for grey in greys.values()])
-    return {place for place, grey in greys.items() if grey.scale != (settled or FULL_RANGE)}
-
-
-def _decoded(
-    key: Key, split: Split, places: set[int], pixels: PixelFile, highest: float
-) -> Generator[Row, None, None]:
-    """Decodes the images at *places* into *pixels*, where greys so far reach up to *highest*."""
-    decoder = partial(
-        decode,
-        size=key.shape[1],
-        channels=key.shape[0],
-        grey_range=key.grey_range,
-        max_megapixels=key.max_megapixels,
-    )
-    examples = _examples(split, places)
-    with (
-        limits_of_our_own(),
-        closing(read_all(examples, decoder, math.prod(key.shape))) as found,
-    ):
-        for place, (_, image) in zip(sorted(places), found, strict=True):
-            if isinstance(image, BadImage):
-                yield Row(place, 0, 0, printable(str(image))).checked(key, b"")
-                continue
-            content, number = image
-            grey = None
-            if isinstance(content, Greys):
-                highest = min(max(highest, content.highest), FULL_RANGE[1])
-                usual = content._replace(highest=highest, unusual="")
-                scale = settled_range(key.grey_range, [usual]) or FULL_RANGE
-                name, levels = printable(content.name), (content.lowest, content.highest)
-                grey = Grey(name, *levels, content.unusual, scale)
-                content = np.ascontiguousarray(content.pixels(scale, key.shape[0]))
-            pixels.write(place, content)
-            yield Row(place, number, 0, "", grey).checked(key, content.data)
-
-
-def _examples(split: Split, places: set[int]) -> Iterator[Example]:
-    """Those at *places*; ``DataError`` for a file that the key of a table does not know."""
-    by_files = isinstance(split, Table) and split.identity() is not None
-    for place, example in enumerate(split):
-        if place not in places:
-            continue
-        if by_files and isinstance(example.source, Path):
-            raise DataError(
-                f"{example.name}: expected an image as in the first row, where its bytes are, "
-                "found the path of one; --cache memory takes both"
-            )
-        yield example
 
 
 def make_room(folder: Path, nbytes: int, what: str) -> None:

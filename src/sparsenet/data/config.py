@@ -51,6 +51,12 @@ class DataConfig:
         "grey levels of 16-bit and float images that become black and white, as 0,4095; "
         "default: 0 and the smallest of 255, 1023, 4095, 16383, 65535 that holds the training set",
     )
+    mean: tuple[float, ...] = setting(
+        (),
+        "mean of pixels / 255, which is taken off, for all channels or for each, as "
+        "0.485,0.456,0.406; default: that of the training images",
+    )
+    std: tuple[float, ...] = setting((), "what they are divided by then, likewise")
     max_megapixels: float = setting(
         128.0, "largest image that is decoded; a JPEG may have 8 times as many pixels"
     )
@@ -59,6 +65,12 @@ class DataConfig:
     )
     cache: str = setting(
         "auto", "where decoded images lie; auto: on disk where memory is too small", CACHES
+    )
+    sampler: str = setting(
+        "shuffled",
+        "shuffled: each training image once an epoch; balanced: as many images, but equally many "
+        "of each class",
+        ("shuffled", "balanced"),
     )
     mirror: bool = setting(True, "mirror half of the training images")
     shift: int = setting(4, "shift training images by up to so many pixels each way")
@@ -85,7 +97,8 @@ class DataConfig:
     )
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "grey_range", tuple(self.grey_range))  # a JSON file has a list
+        for name in ("grey_range", "mean", "std"):  # a JSON file has lists
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         check_settings(
             self,
             ("image_size", 0 <= self.image_size <= MAX_IMAGE_SIZE, f"0 to {MAX_IMAGE_SIZE} pixels"),
@@ -118,6 +131,9 @@ class DataConfig:
                 f"--labels: expected --dataset auto or csv, and --dataset_dir with the images, "
                 f"found --dataset {self.dataset}"
             )
+        if len(self.mean) != len(self.std):
+            expected = f"as many numbers as --mean, {len(self.mean)}"
+            raise DataError(f"--std: expected {expected}, found {len(self.std)}")
         levels = self.grey_range
         if levels and (len(levels) != 2 or levels[0] >= levels[1]):
             shown = ",".join(f"{level:g}" for level in levels)

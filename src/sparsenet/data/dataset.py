@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -14,14 +14,21 @@ from torch import Tensor
 
 from sparsenet.data.errors import DataError
 
+if TYPE_CHECKING:
+    from PIL.Image import Image as PillowImage
+
+Content: TypeAlias = "bytes | np.ndarray | PillowImage"
 PART = 1 << 24  # bytes of pixels that are looked at together
 
 
 class Example(NamedTuple):
-    """An image before it is decoded: a file, a file's bytes, or an array uint8 ``(C, H, W)``."""
+    """An image before it is decoded.
+
+    That is a file, a file's bytes, an array uint8 ``(C, H, W)``, or an image of Pillow's.
+    """
 
     name: str
-    source: Path | bytes | np.ndarray
+    source: Path | Content
     label: int
 
 
@@ -65,8 +72,12 @@ class Images:
 
     def __iter__(self) -> Iterator[Example]:
         images = (image for part in self.parts() for image in part.numpy())
-        for number, (image, label) in enumerate(zip(images, self.labels.tolist(), strict=True)):
-            yield Example(f"image {number}", image, label)
+        for columns in zip(self.names(), images, self.labels.tolist(), strict=True):
+            yield Example(*columns)
+
+    def names(self) -> Iterator[str]:
+        """What each image is called."""
+        return (f"image {number}" for number in range(len(self)))
 
     def __getitem__(self, index: Tensor | slice) -> Images:
         return Images(self.pixels[index], self.labels[index])
@@ -110,14 +121,18 @@ class Images:
 
 
 class Labelled(NamedTuple):
-    """Images, and for each an int64 number that is a function of its bytes, *ids* ``(N,)``."""
+    """Images, and for each an int64 number that is a function of its bytes, *ids* ``(N,)``.
+
+    *places*, int64 ``(N,)``, are those among the examples that they were decoded from.
+    """
 
     images: Images
     ids: Tensor
+    places: Tensor
 
     def pick(self, index: Tensor) -> Labelled:
         """Those that *index*, a mask or numbers, chooses."""
-        return Labelled(self.images[index], self.ids[index])
+        return Labelled(self.images[index], self.ids[index], self.places[index])
 
     def missing(self, classes: Sequence[str]) -> str:
         """The names of the classes of which there is no image; of many the first five."""
@@ -133,7 +148,8 @@ class Dataset:
 
     *ids* are int64 ``(N,)`` for each split that there is (train, val, test): equal ones are images
     of the same bytes. *grey_range* are the levels of deep greys that are black and white, empty
-    where *train* has none. *notes* are lines for the user.
+    where *train* has none. *notes* are lines for the user. *test_names* are the paths of the test
+    images, or what they are called in the file that holds them.
     """
 
     name: str
@@ -146,6 +162,7 @@ class Dataset:
     ids: Mapping[str, Tensor] = field(default_factory=dict)
     grey_range: tuple[float, ...] = ()
     notes: tuple[str, ...] = ()
+    test_names: tuple[str, ...] = ()
 
     @property
     def chosen_on(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sparsenet.data.config import DataConfig
-from sparsenet.data.dataset import Example, Images, Split
+from sparsenet.data.dataset import Content, Example, Images, Split
 from sparsenet.data.errors import BadImage
 from sparsenet.data.pixels import (
     JPEG_FACTOR,
@@ -29,6 +30,7 @@ from sparsenet.data.pixels import (
 )
 from sparsenet.data.preprocessing import FULL_RANGE
 from sparsenet.events import drained
+from sparsenet.ranks import local_processes
 
 T = TypeVar("T")
 READ_AHEAD = 1 << 26  # bytes of files that a table holds, and of pixels
@@ -37,14 +39,14 @@ TASKS = 128  # that are begun before the first of them is needed
 
 
 def read_image(
-    source: Path | bytes,
+    source: Path | Content,
     size: int,
     channels: int,
     name: str = "",
     grey_range: tuple[float, ...] | None = None,
     max_megapixels: float = DataConfig.max_megapixels,
 ) -> np.ndarray:
-    """The pixels of an image file, or of a file's bytes: uint8 ``(channels, size, size)``.
+    """The pixels of an image, what an ``Example`` may be: uint8 ``(channels, size, size)``.
 
     The shorter side is resized to *size* and the longer cropped about its centre; an image of that
     size is kept to the byte, and any image where *size* is 0. ``preprocessing.RULE`` says it all.
@@ -79,13 +81,15 @@ Read = tuple[np.ndarray | Greys, int]  # an image, and its id
 class Decoded(NamedTuple):
     """The images of a split. Equal *ids*, int64 ``(N,)``, are images of the same bytes.
 
-    *skipped* are the lines that say what is wrong with those left out. *grey_range* are the levels
-    of deep greys that became black and white, empty where nothing says which; *clipped* images
-    have levels beyond it.
+    *places*, int64 ``(N,)``, are their places in the split, some of which were left out. *skipped*
+    are the lines that say what is wrong with those left out. *grey_range* are the levels of deep
+    greys that became black and white, empty where nothing says which; *clipped* images have levels
+    beyond it.
     """
 
     images: Images
     ids: Tensor
+    places: Tensor
     skipped: tuple[str, ...] = ()
     grey_range: tuple[float, ...] = ()
     clipped: int = 0
@@ -125,10 +129,12 @@ def reading_images(
     """
     if isinstance(split, Images) and split.shape == (channels, size, size):
         ids = [image_id(image) for image in split.pixels.numpy()]
-        return Decoded(split, torch.tensor(ids, dtype=torch.int64), (), grey_range or ())
+        numbers = torch.tensor(ids, dtype=torch.int64), torch.arange(len(split))
+        return Decoded(split, *numbers, (), grey_range or ())
     pixels = np.empty((len(split), channels, size, size), np.uint8)
     labels: list[int] = []
     ids = []
+    places: list[int] = []
     skipped: list[str] = []
     greys: dict[int, Greys] = {}  # until their range is known
     clipped = 0
@@ -150,6 +156,7 @@ def reading_images(
                     pixels[len(labels)] = found.pixels(grey_range, channels)
                 else:
                     greys[len(labels)] = found
+                places.append(len(labels) + len(skipped))
                 labels.append(example.label)
                 ids.append(number)
             yield len(labels) + len(skipped)
@@ -159,7 +166,8 @@ def reading_images(
         index, grey = greys.popitem()
         pixels[index] = grey.pixels(settled or FULL_RANGE, channels)
     images = Images(torch.from_numpy(pixels[: len(labels)]), torch.tensor(labels).long())
-    return Decoded(images, torch.tensor(ids, dtype=torch.int64), tuple(skipped), settled, clipped)
+    numbers = torch.tensor(ids, dtype=torch.int64), torch.tensor(places, dtype=torch.int64)
+    return Decoded(images, *numbers, tuple(skipped), settled, clipped)
 
 
 def settled_range(
@@ -171,9 +179,9 @@ def settled_range(
     return grey_range
 
 
-def image_id(content: bytes | np.ndarray) -> int:
+def image_id(content: Content) -> int:
     """64 bits that are a function of an image's bytes."""
-    data = content.tobytes() if isinstance(content, np.ndarray) else content
+    data = content if isinstance(content, bytes) else content.tobytes()
     digest = hashlib.blake2b(data, digest_size=8).digest()
     return int.from_bytes(digest, "big", signed=True)
 
@@ -198,7 +206,7 @@ def read_all(
     def read_part(part: list[Example]) -> list[Read | BadImage]:
         return [read(example) for example in part]
 
-    threads = torch.get_num_threads()
+    threads = _threads()
     ahead: deque[tuple[list[Example], int, Future[list[Read | BadImage]]]] = deque()
     held = 0
     with ThreadPoolExecutor(threads) as pool:
@@ -216,6 +224,17 @@ def read_all(
         finally:
             for _, _, result in ahead:
                 result.cancel()
+
+
+def _threads() -> int:
+    """How many threads of this process decode images.
+
+    Of several processes on a machine each takes its share of the processors: torchrun lets PyTorch
+    have one thread in each, however many there are.
+    """
+    processes = local_processes()
+    threads = torch.get_num_threads()
+    return max(threads, (os.cpu_count() or 1) // processes) if processes > 1 else threads
 
 
 def _parts(examples: Iterable[Example], image_bytes: int) -> Iterator[tuple[list[Example], int]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pkgutil
 import time
 from collections import Counter
@@ -13,11 +12,13 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
-from sparsenet.data.cache import reading_stored
+from sparsenet.data.cache import Table
 from sparsenet.data.config import DataConfig
 from sparsenet.data.dataset import Dataset, Images, Labelled, Source, Split
 from sparsenet.data.errors import DataError, count_images, reason, shortened
+from sparsenet.data.filling import reading_stored
 from sparsenet.data.identity import copies, repeated
 from sparsenet.data.images import Decoded, common_size, reading_images
 from sparsenet.data.registry import KINDS, DatasetKind, resolve
@@ -27,6 +28,7 @@ from sparsenet.data.splits import IMAGES_OF
 from sparsenet.events import Message, Reading, drained
 from sparsenet.files import cache_folder, is_address, size_text, user_path
 from sparsenet.memory import available_memory
+from sparsenet.ranks import local_processes
 from sparsenet.validation import LONGEST_NAME, printable
 
 T = TypeVar("T")
@@ -66,7 +68,7 @@ def loading_dataset(config: DataConfig) -> Generator[Reading | Message, None, Da
             decoded = yield from read_split(
                 source, name, config, sides[name], channels, grey_range, on_disk
             )
-            parts[name] = Labelled(decoded.images, decoded.ids)
+            parts[name] = Labelled(decoded.images, decoded.ids, decoded.places)
             skipped += decoded.skipped
             clipped += clipping(decoded, name)
             grey_range = decoded.grey_range
@@ -74,6 +76,7 @@ def loading_dataset(config: DataConfig) -> Generator[Reading | Message, None, Da
     tested_on = "test"
     if "test" not in parts and "val" in parts:
         parts["test"], tested_on = parts.pop("val"), "validation"
+    tested = source.splits[next(name for name in ("test", "val", "train") if name in names)]
     drawn = []
     if "test" not in parts:
         tested_on = "held-out"
@@ -87,7 +90,7 @@ def loading_dataset(config: DataConfig) -> Generator[Reading | Message, None, Da
             decoded = yield from read_split(
                 source, "train", config, size, channels, grey_range, on_disk
             )
-        again = Labelled(decoded.images, decoded.ids)
+        again = Labelled(decoded.images, decoded.ids, decoded.places)
         for name in drawn:
             parts[name] = again.pick(torch.isin(again.ids, parts[name].ids))
     if not len(parts["test"].images):
@@ -107,7 +110,17 @@ def loading_dataset(config: DataConfig) -> Generator[Reading | Message, None, Da
         ids={name: part.ids for name, part in parts.items()},
         grey_range=grey_range or (),
         notes=(*source.notes, *clipped, *_remarks(parts, source.classes, tested_on)),
+        test_names=names_at(tested, parts["test"].places),
     )
+
+
+def names_at(split: Split, places: Tensor) -> tuple[str, ...]:
+    """The names of the examples at *places*, int64 ``(N,)``. No image is read."""
+    if isinstance(split, Images | Table):
+        names = list(split.names())
+    else:
+        names = [example.name for example in split]
+    return tuple(names[place] for place in places.tolist())
 
 
 @contextmanager
@@ -222,8 +235,9 @@ def where_pixels_lie(
 
     *sides* are those of the images of each split, in pixels.
 
-    For ``auto`` they do where they would fill more than half of the memory that is free: holding
-    images out copies them. The line is empty where nothing has to be decoded.
+    For ``auto`` they do where they would fill more than half of the memory that is free, as holding
+    images out copies them, and where this is one of several processes on a machine, which then
+    share the work of decoding and the memory. The line is empty where nothing has to be decoded.
     """
     counts = {
         name: len(split)
@@ -232,8 +246,9 @@ def where_pixels_lie(
     }
     count, free = sum(counts.values()), available_memory()
     needed = sum(channels * sides[name] ** 2 * each for name, each in counts.items())
-    free //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes that torchrun has started
-    on_disk = cache == "disk" or (cache == "auto" and 2 * needed > free)
+    processes = local_processes()
+    free //= processes
+    on_disk = cache == "disk" or (cache == "auto" and (2 * needed > free or processes > 1))
     place = f"on disk in {cache_folder() / 'images'}" if on_disk else "in memory"
     shapes = " and ".join(sorted({f"{sides[name]}x{sides[name]}" for name in counts}))
     line = (

@@ -426,6 +426,10 @@ class ParquetSplit:
         """int64 ``(N,)``."""
         return np.concatenate([labels for _, labels in self.files])
 
+    def names(self) -> Iterator[str]:
+        """The file and the row of each image."""
+        return (f"{path} row {row}" for path, labels in self.files for row in range(len(labels)))
+
     def identity(self) -> list[str] | None:
         """What changes when an image does; ``None`` where the first lies in a file of its own."""
         if any(isinstance(example.source, Path) for example in islice(self, 1)):
@@ -434,12 +438,13 @@ class ParquetSplit:
 
     def __iter__(self) -> Iterator[Example]:
         roots = tuple(dict.fromkeys((self.root.absolute(), self.root.resolve())))
+        names = self.names()
         for path, labels in self.files:
             starts = tuple(dict.fromkeys((path.parent.absolute(), *roots)))
             with decoding(str(path), "an image and a label in each row"):
                 pairs = zip(_images(path, self.column), labels.tolist(), strict=True)
-                for row, (cell, label) in enumerate(pairs):
-                    name = f"{path} row {row}"
+                for cell, label in pairs:
+                    name = next(names)
                     image = _file(name, cell, starts, roots) if isinstance(cell, str) else cell
                     yield Example(name, image or b"", label)
 

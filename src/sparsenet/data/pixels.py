@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sparsenet.data.dataset import Example
+from sparsenet.data.dataset import Content, Example
 from sparsenet.data.errors import DAMAGE, BadImage, decoding
 from sparsenet.data.preprocessing import FULL_RANGE
 from sparsenet.extras import require
@@ -83,8 +83,8 @@ def measured_range(images: Collection[Greys]) -> tuple[float, ...]:
     return 0.0, next(float(largest) for largest in LARGEST_LEVELS if highest <= largest)
 
 
-def file_content(example: Example) -> bytes | np.ndarray:
-    """The bytes of an example, or its array. Raises ``BadImage``, and waits for no pipe.
+def file_content(example: Example) -> Content:
+    """The bytes of an example, or what else it is. Raises ``BadImage``, and waits for no pipe.
 
     Bytes, as Pillow maps some TIFF files into memory and then turns them wrongly.
     """
@@ -136,6 +136,9 @@ def opened(example: Example) -> Iterator[Any]:
     with decoding(name, "an image", error=BadImage):
         if isinstance(source, np.ndarray):
             yield pillow.fromarray(source[0] if len(source) == 1 else source.transpose(1, 2, 0))
+            return
+        if isinstance(source, pillow.Image):
+            yield source.copy()  # which is turned in place
             return
         if isinstance(source, Path) and _check_file(name, source) > LARGE:
             source = source.read_bytes()

@@ -37,13 +37,14 @@ def fetching(address: str) -> Generator[Reading | Message, None, tuple[Path, Kep
         system, path = require("fsspec.core", "remote").url_to_fs(address)
         there = dict(_find(system, path))
     if not there:
-        raise DataError(f"{address}: expected parquet or tar files, found none")
+        why = _why_nothing(system, path)
+        raise DataError(f"{address}: expected parquet or tar files, found none{why}")
     folder = root() / hashlib.blake2b(address.encode(), digest_size=16).hexdigest()
     lock = lock_of(folder)
     for event in acquired(lock):
         yield event if isinstance(event, Message) else Reading("files", 0, len(there))
     try:
-        total = sum(int(info["size"] or 0) for info in there.values())
+        total = sum(int(info.get("size") or 0) for info in there.values())
         make_room(folder, total, f"{len(there)} files of {address}")
         name = PurePosixPath(path).name
         inner = folder / (name or "data")
@@ -75,11 +76,20 @@ def _reaching(address: str) -> Iterator[None]:
 
 def _find(system: Any, path: str) -> Iterator[tuple[PurePosixPath, dict[str, Any]]]:
     """What there is of the kinds that are read, by their places in the folder *path*."""
-    for name, info in sorted(system.find(path, detail=True).items()):
+    for name in sorted(system.find(path)):
         inner = PurePosixPath(name).relative_to(path) if name != path else PurePosixPath()
         place = inner if inner.parts else PurePosixPath(PurePosixPath(path).name)
         if place.suffix.lower() in SUFFIXES and all(map(is_visible, place.parts)):
-            yield place, {**info, "name": name}
+            yield place, system.info(name)  # a listing may say less
+
+
+def _why_nothing(system: Any, path: str) -> str:
+    """What keeps *path* from being looked at, where that is known, such as a server's silence."""
+    try:
+        system.info(path)
+    except (OSError, RuntimeError, ValueError) as error:
+        return f" ({error.__cause__})" if error.__cause__ else ""
+    return ""
 
 
 def _fetch(
@@ -94,14 +104,16 @@ def _fetch(
         if PurePosixPath(file.relative_to(folder)) not in there:
             file.unlink()
     for number, (place, info) in enumerate(there.items(), 1):
-        file, state = folder / place, f"{info['size']} {system.ukey(info['name'])}"
+        # Not the system's own key, which for https is the address alone.
+        state = hashlib.sha256(str(info).encode()).hexdigest()
+        file = folder / place
         if fetched.get(str(place)) != state or not file.is_file():
             file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             part = file.with_name(f".{file.name}.part")
             system.get_file(info["name"], str(part))
-            size = part.stat().st_size
-            if info["size"] not in (None, size):
-                raise OSError(f"{size:,} of the {info['size']:,} bytes of {info['name']}")
+            size, expected = part.stat().st_size, info.get("size")
+            if expected not in (None, size):
+                raise OSError(f"{size:,} of the {expected:,} bytes of {info['name']}")
             part.replace(file)
             fetched[str(place)] = state
             write_json(record, fetched)

@@ -79,6 +79,34 @@ def plan_epoch(seed: int, epoch: int, count: int, config: DataConfig) -> EpochPl
     return EpochPlan(order, moves)
 
 
+def drawn(seed: int, epoch: int, labels: Tensor, sampler: str) -> Tensor:
+    """The images of an epoch, int64 ``(N,)``, before they are mixed: all, or ``balanced`` ones.
+
+    For these the epochs of a run are one row of places, which go to the classes that there are in
+    turns; so each has as many as any other, to within one. A class draws its images in an order of
+    its own, and once all have come in another, so that each has come as often as any other of the
+    class, to within one.
+    """
+    if sampler == "shuffled":
+        return torch.arange(len(labels))
+    labels = labels.cpu()
+    present, sizes = labels.unique(return_counts=True)
+    chosen = []
+    members = labels.argsort(stable=True).split(sizes.tolist())
+    for turn, (label, images) in enumerate(zip(present.tolist(), members, strict=True)):
+        size, classes = len(images), len(present)
+        # How many of the places before this epoch and before its end are this class's.
+        first, end = (-((turn - each * len(labels)) // classes) for each in (epoch, epoch + 1))
+        rounds = range(first // size, -(-end // size))
+        orders = [
+            torch.randperm(size, generator=stream(seed, "balanced", label, each)) for each in rounds
+        ]
+        if end > first:
+            row = torch.cat(orders)[first - rounds[0] * size :][: end - first]
+            chosen.append(images[row])
+    return torch.cat(chosen)
+
+
 def _crops(areas: Tensor, ratios: Tensor, places: Tensor) -> Tensor:
     """``Moves.crops``: the first of each image's areas and ratios that fit into it, else all of it.
 

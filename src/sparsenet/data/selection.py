@@ -14,7 +14,15 @@ from sparsenet.data.config import DataConfig
 from sparsenet.data.dataset import Images, Labelled, Source
 from sparsenet.data.errors import DataError, count_images, shortened, unreadable
 from sparsenet.data.identity import DataRecord, differences, digest
-from sparsenet.data.load import clipping, draw, finding, one_line, read_split, where_pixels_lie
+from sparsenet.data.load import (
+    clipping,
+    draw,
+    finding,
+    names_at,
+    one_line,
+    read_split,
+    where_pixels_lie,
+)
 from sparsenet.data.sampling import stratified_split
 from sparsenet.data.splits import IMAGES_OF
 from sparsenet.events import drained
@@ -30,6 +38,7 @@ class Selection:
     kind: str  # "training", "validation", "test", "held-out", or nothing where data has no splits
     place: str  # a folder or a file; nothing where the data lie in none
     notes: tuple[str, ...]  # lines for the user
+    names: tuple[str, ...] = ()  # of the images: paths, or what the file that holds them calls them
 
     @property
     def description(self) -> str:
@@ -126,6 +135,7 @@ def select_images(
         kind=kind,
         place=source.places.get(name, config.dataset_dir),
         notes=(*(() if known.own else source.notes), *notes, *more),
+        names=names_at(source.splits[name], part.places),
     )
 
 
@@ -162,7 +172,7 @@ def _decoded(
         decoded = drained(work)
     notes = (*clipping(decoded, name), *unreadable(decoded.skipped))
     labels = _labels(decoded.images.labels, source, classes)
-    return Labelled(decoded.images.labelled(labels), decoded.ids), notes
+    return Labelled(decoded.images.labelled(labels), decoded.ids, decoded.places), notes
 
 
 def _part_of_training(

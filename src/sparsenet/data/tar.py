@@ -31,6 +31,7 @@ MOST_CLASS = 1000  # bytes of a file with a class
 class Member(NamedTuple):
     """An image in a tar file."""
 
+    name: str  # KEY.jpg as it is written there
     key: str
     suffix: str
     offset: int
@@ -97,12 +98,12 @@ def _index(path: Path) -> Shard:
     texts: list[str] = []
     unused: set[str] = set()
     with decoding(str(path), "a tar file", tarfile.TarError), _Headers(path) as file:
-        for key, group in groupby(_members(path, file), attrgetter("key")):
+        for _, group in groupby(_members(path, file), attrgetter("key")):
             fields = {member.suffix: member for member in group}
             pictures = [member for suffix, member in fields.items() if suffix in SUFFIXES]
             unused |= fields.keys() - SUFFIXES - {CLASS}
             if len(pictures) > 1:
-                found = " and ".join(key + member.suffix for member in pictures)
+                found = " and ".join(member.name for member in pictures)
                 raise DataError(f"{path}: expected one image in a sample, found {found}")
             if pictures:
                 images += pictures
@@ -121,7 +122,7 @@ def _members(path: Path, file: FileIO) -> Iterator[Member]:
                 expected = f"members of at most {MAX_BYTES:,} bytes"
                 raise DataError(f"{path}: expected {expected}, found {name} of {member.size:,}")
             key = str(name.with_name(stem))
-            yield Member(key, f".{suffix.lower()}", member.offset_data, member.size)
+            yield Member(str(name), key, f".{suffix.lower()}", member.offset_data, member.size)
 
 
 def _text(path: Path, file: FileIO, member: Member) -> str:
@@ -160,12 +161,16 @@ class TarSplit:
         return sum(len(labels) for _, labels in self.shards)
 
     def __iter__(self) -> Iterator[Example]:
+        names = self.names()
         for shard, labels in self.shards:
             with decoding(str(shard.path), "its images"), shard.path.open("rb") as file:
                 for member, label in zip(shard.images, labels.tolist(), strict=True):
                     file.seek(member.offset)
-                    name = f"{shard.path} {member.key}{member.suffix}"
-                    yield Example(name, file.read(member.size), label)
+                    yield Example(next(names), file.read(member.size), label)
+
+    def names(self) -> Iterator[str]:
+        """The file and the name in it of each image."""
+        return (f"{shard.path} {each.name}" for shard, _ in self.shards for each in shard.images)
 
     def labels(self) -> np.ndarray:
         """int64 ``(N,)``."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from sparsenet import weights
 from sparsenet.data.selection import Selection
 from sparsenet.device import computes_in_bf16
-from sparsenet.evaluate import evaluate
+from sparsenet.evaluation import evaluate
 from sparsenet.export import check_target
 from sparsenet.files import size_text, write_atomic
 from sparsenet.trained import Trained

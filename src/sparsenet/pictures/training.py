@@ -1,7 +1,8 @@
-"""How training went: loss and error over the epochs, the confusion matrix, the worst mistakes."""
+"""How training went: loss and error, the confusion matrix, confidence, the worst mistakes."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -11,8 +12,17 @@ import torch
 from torch import Tensor
 
 from sparsenet.data.dataset import Images
+from sparsenet.evaluation import CALIBRATION_BINS, calibration
 from sparsenet.extras import require
-from sparsenet.pictures.figure import FAINT, INK, drawable, measured_points, picture, shorten
+from sparsenet.pictures.figure import (
+    FAINT,
+    INK,
+    drawable,
+    escaped,
+    measured_points,
+    picture,
+    shorten,
+)
 from sparsenet.results import EpochMetrics
 
 SPLITS = {"train": "train", "val": "val", "test": "test"}  # and what pictures call them
@@ -112,11 +122,13 @@ def draw_confusion(labels: Tensor, predicted: Tensor, classes: Sequence[str], ta
     """Draws a PNG of the confusion matrix, whose rows are the true classes.
 
     *labels* and *predicted* are int64 ``(N,)``, on the CPU. Each row is drawn in percent of its own
-    images. Of more than ``SQUARES`` classes, as many neighbouring ones share a row as it takes. A
-    class whose name no installed font can write is a number, from 0.
+    images, and where there is room their numbers are written below. Of more than ``SQUARES``
+    classes, as many neighbouring ones share a row as it takes. A class whose name no installed font
+    can write is a number, from 0.
     """
     images, wrong = len(labels), int((labels != predicted).sum())
-    percent, shared = _percent(labels, predicted, len(classes))
+    counts, shared = _counts(labels, predicted, len(classes))
+    percent = _percent(counts)
     side = min(max(6.0, 1.5 + 0.62 * len(classes)), 14.0)
     title = f"Confusion: {100 * wrong / max(images, 1):.2f} % of {images:,} images wrong"
     names = drawable(classes)
@@ -137,24 +149,28 @@ def draw_confusion(labels: Tensor, predicted: Tensor, classes: Sequence[str], ta
         _name_classes(axis, names)
         _explain_numbers(figure, names, classes)
         if len(classes) <= 20:
-            _write_percent(axis, percent)
+            _write_cells(axis, percent, counts)
 
 
-def _percent(labels: Tensor, predicted: Tensor, classes: int) -> tuple[Tensor, int]:
-    """The rows of a confusion matrix, and how many classes share each.
-
-    The row of classes without images is NaN, which is drawn blank.
-    """
+def _counts(labels: Tensor, predicted: Tensor, classes: int) -> tuple[Tensor, int]:
+    """A confusion matrix, and how many classes share each of its rows."""
     shared = -(-classes // SQUARES)
     rows = -(-classes // shared)
     pairs = labels // shared * rows + predicted // shared
-    counts = torch.bincount(pairs, minlength=rows * rows).view(rows, rows)
-    return 100 * counts.double() / counts.sum(1, keepdim=True), shared
+    return torch.bincount(pairs, minlength=rows * rows).view(rows, rows), shared
 
 
-def _explain_numbers(figure: Any, names: Sequence[str], classes: Sequence[str]) -> None:
-    if list(names) != list(classes):
-        figure.supxlabel(NUMBERED, fontsize=8.5)
+def _percent(counts: Tensor) -> Tensor:
+    """The same in percent of each row; that of classes without images is NaN, drawn blank."""
+    return 100 * counts.double() / counts.sum(1, keepdim=True)
+
+
+def _explain_numbers(
+    figure: Any, names: Sequence[str], classes: Sequence[str], more: str = ""
+) -> None:
+    lines = [more] * bool(more) + [NUMBERED] * (list(names) != list(classes))
+    if lines:
+        figure.supxlabel("\n".join(lines), fontsize=8.5)
 
 
 def _name_classes(axis: Any, classes: Sequence[str]) -> None:
@@ -171,13 +187,51 @@ def _name_classes(axis: Any, classes: Sequence[str]) -> None:
     axis.set_yticks(places, names, fontsize=size)
 
 
-def _write_percent(axis: Any, percent: Tensor) -> None:
-    for y, row in enumerate(percent.tolist()):
-        for x, share in enumerate(row):
-            if share > 0:
-                text = f"{share:.0f}" if share >= 9.95 else f"{share:.1f}"
-                colour = "white" if share > 30 else INK
-                axis.text(x, y, text, ha="center", va="center", fontsize=8, color=colour)
+def _write_cells(axis: Any, percent: Tensor, counts: Tensor) -> None:
+    for y, x in counts.nonzero().tolist():
+        share, count = percent[y, x].item(), int(counts[y, x])
+        colour = "white" if share > 30 else INK
+        style = {"ha": "center", "color": colour}
+        text = f"{share:.0f}" if share >= 9.95 else f"{share:.1f}"
+        axis.text(x, y, text, va="bottom", fontsize=8, **style)
+        axis.text(x, y + 0.08, f"{count:,}", va="top", fontsize=6, **style)
+
+
+def draw_reliability(confidence: Tensor, right: Tensor, target: Path) -> None:
+    """Draws a PNG that compares how sure the network is with how often it is right.
+
+    *confidence* (0 to 1) and *right*, bool, are ``(N,)``, on the CPU. The bins are those of the
+    expected calibration error. Bars reach over the accuracies that fit a bin in 95 of 100 cases
+    (Wilson's interval), which is wide where it has few images.
+    """
+    bins = calibration(confidence, right)
+    counts = bins[0]
+    middles = (torch.arange(CALIBRATION_BINS) + 0.5) / CALIBRATION_BINS
+    there = counts > 0
+    n, sure, accuracy = counts[there], *(bins[1:, there] / counts[there])
+    gap = 100 * (n * (accuracy - sure).abs()).sum().item() / len(right)
+    mean, share = (100 * each.double().mean().item() for each in (confidence, right))
+    title = f"{mean:.1f} % sure, {share:.1f} % right; expected calibration error {gap:.2f} %"
+    with picture(target, 6.5, 6.5, title) as figure:
+        axis, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+        axis.plot((0, 100), (0, 100), "--", color=FAINT, linewidth=1)
+        low, high = _wilson(accuracy, n)
+        bars = 100 * torch.stack([accuracy - low, high - accuracy]).clamp(min=0)
+        style = {"color": SPLIT_COLOURS["train"], "fmt": "o-", "capsize": 2, "elinewidth": 1}
+        axis.errorbar((100 * sure).tolist(), (100 * accuracy).tolist(), bars.tolist(), **style)
+        axis.set(xlim=(0, 100), ylim=(0, 102), ylabel="right, % of the images")
+        axis.grid()
+        wide = {"width": 92 / CALIBRATION_BINS, "color": FAINT}
+        below.bar((100 * middles).tolist(), counts.tolist(), **wide)
+        below.set(xlabel="probability of the predicted class, %", ylabel="images")
+
+
+def _wilson(share: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    z = 1.96  # standard deviations
+    middle = share + z * z / (2 * count)
+    reach = z * (share * (1 - share) / count + (z / (2 * count)) ** 2).sqrt()
+    low, high = ((middle + sign * reach) / (1 + z * z / count) for sign in (-1, 1))
+    return low, high
 
 
 def draw_samples(
@@ -186,11 +240,13 @@ def draw_samples(
     confidence: Tensor,
     classes: Sequence[str],
     target: Path,
+    image_names: Sequence[str] = (),
 ) -> None:
     """Draws a PNG of the images that the network gets wrong with the most confidence, at most 32.
 
     On the CPU are *predicted*, int64 ``(N,)``, and *confidence* (0 to 1), ``(N,)``. Classes are
-    named as in ``draw_confusion``.
+    named as in ``draw_confusion``. Of *image_names*, which are paths or what images are called
+    where they lie, the common folder is written once, below, and of each the end that has room.
     """
     labels = images.labels.cpu()
     wrong = (predicted != labels).nonzero()[:, 0]
@@ -205,23 +261,38 @@ def draw_samples(
     rows = -(-len(worst) // columns)
     title = f"{len(wrong):,} of {len(labels):,} images wrong; the most confident first"
     names = drawable(classes)
-    with picture(target, max(1.5 * columns, 6), 1.85 * rows + 0.6, title, names) as figure:
+    below, place_names = _split_names([image_names[i] for i in worst] if image_names else [])
+    written = [*names, below, *place_names]
+    with picture(target, max(1.5 * columns, 6), 1.95 * rows + 0.7, title, written) as figure:
         axis = figure.subplots()  # one for all images: to make 32 takes longer than all else
         shown = images[torch.tensor(worst).to(images.device)].pixels.cpu()
         for place, (i, image) in enumerate(zip(worst, shown, strict=True)):
-            x, y = place % columns * 1.25, place // columns * 1.55  # in sides of an image
+            x, y = place % columns * 1.25, place // columns * 1.65  # in sides of an image
             prediction = shorten(names[int(predicted[i])], 12)
             truth = shorten(names[int(labels[i])], 12)
             _draw_image(axis, x, y, image)
             _write_below(axis, x, y, 4, f"{prediction} · {100 * confidence[i]:.0f} %", "test")
             _write_below(axis, x, y, 16, f"true: {truth}", "train")
-        axis.set(xlim=(0, columns * 1.25 - 0.25), ylim=(rows * 1.55 - 0.2, 0))
+            if place_names:
+                _write_below(axis, x, y, 28, place_names[place], "", 6)
+        axis.set(xlim=(0, columns * 1.25 - 0.25), ylim=(rows * 1.65 - 0.2, 0))
         axis.axis("off")
-        _explain_numbers(figure, names, classes)
+        _explain_numbers(figure, names, classes, f"in {below}" * bool(below))
 
 
-def _write_below(axis: Any, x: float, y: float, distance: int, text: str, split: str) -> None:
-    style = {"ha": "center", "va": "top", "fontsize": 8.5, "color": SPLIT_COLOURS[split]}
+def _split_names(names: Sequence[str]) -> tuple[str, list[str]]:
+    """The folder that all *names* begin with, and the end of what is left of each."""
+    # Of characters, as what follows the path of a file may be the name of an image in it.
+    folder = os.path.commonprefix(names).rpartition("/")[0]  # noqa: RUF071
+    rests = [escaped(name.removeprefix(folder).lstrip("/")) for name in names]
+    return escaped(folder), [f"…{rest[-28:]}" if len(rest) > 30 else rest for rest in rests]
+
+
+def _write_below(
+    axis: Any, x: float, y: float, distance: int, text: str, split: str, size: float = 8.5
+) -> None:
+    colour = SPLIT_COLOURS.get(split, FAINT)
+    style = {"ha": "center", "va": "top", "fontsize": size, "color": colour}
     axis.annotate(text, (x + 0.5, y + 1), (0, -distance), textcoords="offset points", **style)
 
 

@@ -1,4 +1,4 @@
-"""One pass over labelled images: error, top-5 error, loss, the error of each class."""
+"""One pass over labelled images: errors, loss, scores of each class, calibration."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from statistics import fmean
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,9 @@ from sparsenet.data.sampling import Batches, batch_ends
 from sparsenet.device import autocast
 from sparsenet.ops.plan import MOMENTUM
 from sparsenet.ranks import ALONE, Ranks
+from sparsenet.results import ClassScores, Scores
 
+CALIBRATION_BINS = 15  # as usual since arXiv:1706.04599
 Scorer = Callable[[Tensor, Tensor], tuple[Tensor, ...]]  # an EvaluationStep, captured or not
 
 
@@ -36,6 +39,7 @@ class Evaluation:
     predicted: Tensor  # (N,) int64
     confidence: Tensor  # (N,) float32: probability of the predicted class
     in_top5: Tensor  # (N,) bool
+    probabilities: Tensor | None = None  # (N, classes) float32, where they were asked for
 
     @property
     def images(self) -> int:
@@ -63,6 +67,54 @@ class Evaluation:
             for name, error, total in zip(names, errors, totals.tolist(), strict=True)
         }
 
+    def scores(self, names: Sequence[str]) -> Scores:
+        """What *names*, those of the classes, come to."""
+        right = self.labels[self.predicted == self.labels]
+        counts = [
+            torch.bincount(each, minlength=len(names)).tolist()
+            for each in (self.labels, self.predicted, right)
+        ]
+        classes = dict(zip(names, map(_class_scores, *counts), strict=True))
+        there = [each for each in classes.values() if each.images]
+        pairs, numbers = torch.stack([self.labels, self.predicted], 1).unique(
+            dim=0, return_counts=True
+        )
+        confusion: dict[str, dict[str, int]] = {}
+        for (label, predicted), number in zip(pairs.tolist(), numbers.tolist(), strict=True):
+            confusion.setdefault(names[label], {})[names[predicted]] = number
+        bins = calibration(self.confidence, self.predicted == self.labels)
+        return Scores(
+            balanced_accuracy=fmean(each.recall or 0.0 for each in there),
+            macro_precision=fmean(each.precision or 0.0 for each in there),
+            macro_f1=fmean(each.f1 or 0.0 for each in there),
+            confidence=100 * self.confidence.double().mean().item(),
+            calibration_error=100 * (bins[1] - bins[2]).abs().sum().item() / self.images,
+            classes=classes,
+            confusion=confusion,
+        )
+
+
+def _class_scores(images: int, predicted: int, correct: int) -> ClassScores:
+    def percent(count: int) -> float | None:
+        return 100 * correct / count if count else None
+
+    f1 = percent(images + predicted)
+    precision, recall = percent(predicted), percent(images)
+    return ClassScores(images, predicted, correct, precision, recall, f1 and 2 * f1)
+
+
+def calibration(confidence: Tensor, right: Tensor) -> Tensor:
+    """Sums over bins of confidence, float64 ``(3, bins)``: images, their confidence, right ones.
+
+    Bin *i* of the ``CALIBRATION_BINS`` of equal width holds a *confidence* ``(N,)`` above
+    *i*/bins and up to (*i* + 1)/bins; *right* ``(N,)`` is whether the prediction is true.
+    """
+    inner = torch.arange(1, CALIBRATION_BINS, dtype=torch.float64) / CALIBRATION_BINS
+    exact = confidence.double()
+    places = torch.bucketize(exact, inner)
+    values = torch.stack([torch.ones_like(exact), exact, right.double()])
+    return torch.zeros(3, CALIBRATION_BINS, dtype=torch.float64).index_add_(1, places, values)
+
 
 @dataclass(frozen=True)
 class EvaluationStep:
@@ -71,21 +123,25 @@ class EvaluationStep:
     model: nn.Module
     preprocessing: Preprocessing
     precision: str
+    tell_all: bool = False
 
     def __call__(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         """Losses, predicted classes, confidences and top-5 hits, ``(N,)`` each.
 
-        The loss of an image with a logit that is not finite is NaN, whatever its class is.
-        *pixels* are uint8 ``(N, C, S, S)`` and *labels* int64 ``(N,)``.
+        With *tell_all* the probabilities of all classes, ``(N, classes)``, come last. The loss of
+        an image with a logit that is not finite is NaN, whatever its class is. *pixels* are uint8
+        ``(N, C, S, S)`` and *labels* int64 ``(N,)``.
         """
         with autocast(pixels.device, self.precision):
             logits = self.model(self.preprocessing.normalise(pixels))
         logits = logits.float()
-        confidence, predicted = logits.softmax(1).max(1)
+        probabilities = logits.softmax(1)
+        confidence, predicted = probabilities.max(1)
         top5 = logits.topk(min(5, logits.shape[1]), 1).indices
         losses = F.cross_entropy(logits, labels, reduction="none")
         losses = losses.where(logits.isfinite().all(1), torch.nan)
-        return losses, predicted, confidence, (top5 == labels[:, None]).any(1)
+        found = losses, predicted, confidence, (top5 == labels[:, None]).any(1)
+        return (*found, probabilities) if self.tell_all else found
 
 
 @torch.no_grad()
@@ -106,14 +162,15 @@ def recompute_statistics(
     After few steps, running ones still are mostly what they began with, and averaged weights have
     statistics of other weights.
     """
-    running = [
-        buffer
-        for name, buffer in model.named_buffers()
-        if name.endswith(("running_mean", "running_var"))
-    ]
-    sums = [torch.zeros_like(buffer) for buffer in running]
     was_training = model.training
     model.train()
+    running = [
+        buffer
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name.startswith("running_") and module.training  # and not frozen
+    ]
+    sums = [torch.zeros_like(buffer) for buffer in running]
     sizes = [end - first for first, end in pairwise([0, *batch_ends(len(images), batch_size)])]
     batches = Batches(images, batch_size, device=device, ranks=ranks)
     for (pixels, _), size in zip(batches, sizes, strict=True):

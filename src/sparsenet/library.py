@@ -1,0 +1,174 @@
+"""What a program or a notebook calls: train, load, evaluate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsenet import presets
+from sparsenet.commands.evaluate import EvaluationReport, evaluated
+from sparsenet.composition import check_resumed, compose, name_of
+from sparsenet.config import RunConfig, changed
+from sparsenet.data.errors import shortened
+from sparsenet.data.images import read_image
+from sparsenet.device import choose_device
+from sparsenet.display import display
+from sparsenet.events import Concluded, Event
+from sparsenet.files import user_path
+from sparsenet.flags import parser
+from sparsenet.predict import Prediction, as_example, find_images, predict
+from sparsenet.ranks import started_by_others
+from sparsenet.results import EpochMetrics, TrainingResult
+from sparsenet.run import Run
+from sparsenet.signals import Signals
+from sparsenet.tracking import require_all, tracked
+from sparsenet.train import train
+from sparsenet.trained import Trained, load_trained
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A run that has ended."""
+
+    path: Path  # the run folder
+    metrics: tuple[EpochMetrics, ...]  # a row for each epoch
+    result: TrainingResult | None  # of the best weights on the test images; ``None`` where stopped
+    stopped: str | None = None  # why it ended before its last epoch: a signal, or the time limit
+
+    @property
+    def error(self) -> float | None:
+        """Wrong test images in percent."""
+        return self.result.error if self.result else None
+
+    def load(self, device: str = "auto") -> Network:
+        """The network with its best weights."""
+        return load(self.path, device=device)
+
+
+def fit(
+    config: RunConfig | None = None,
+    *,
+    out: Path | str | None = None,
+    resume: Path | str | None = None,
+    preset: str = "",
+    model: str = "",
+    events: Callable[[Event], object] | None = None,
+    quiet: bool = False,
+    **settings: Any,
+) -> Fit:
+    """Trains a network as ``sparsenet train`` does, and writes the same run folder.
+
+    *config* is the whole of the settings, by default those of a *preset*, which is chosen by the
+    data; *model* is a network of ``sparsenet.list_models``; *settings* are single ones by the names
+    that flags have: ``fit(dataset_dir="photos", max_epoch=10)``. The run is written to *out*, by
+    default a new folder in ``runs``; *resume* goes on with one. *events* is called with all that
+    ``sparsenet.events`` has, as it happens; what it raises ends the run, which can be resumed from
+    its last checkpoint. Unless *quiet*, lines are printed as on the command line.
+
+    Ctrl-C (in a notebook: interrupt) saves and ends the run. Raises ``ValueError`` in one line for
+    settings and data that do not fit, ``sparsenet.train.DivergedError`` for a loss that is no
+    number.
+    """
+    settings = {n: str(v) if isinstance(v, Path) else v for n, v in settings.items()}
+    if started_by_others():
+        expected = "one process; sparsenet train runs under torchrun"
+        raise ValueError(f"fit: expected {expected}, found several")
+    if resume is not None:
+        if out is not None or preset or model:
+            raise ValueError("fit: expected resume without out, preset and model, found them")
+        run = Run.open(user_path(str(resume)))
+        config = changed(config or run.config(), settings)
+        check_resumed(run, config)
+        require_all(config.train.trackers)
+    else:
+        base = presets.preset(preset) if preset else config
+        config = compose(settings, base, model)
+        require_all(config.train.trackers)
+        own = Path("runs") / name_of(config)
+        run = Run.create(user_path(str(out))) if out else Run.create_one_of_its_own(own)
+    results: list[TrainingResult] = []
+
+    def watched(signals: Signals) -> Iterator[Event]:
+        for event in train(config, run, resume is not None, signals.received):
+            if isinstance(event, Concluded):
+                results.append(event.result)
+            if events:
+                events(event)
+            yield event
+
+    with run.locked(), Signals() as signals:
+        stopped = display(tracked(watched(signals), run, config.train.trackers), run, quiet)
+    return Fit(run.path, tuple(run.metrics()), results[0] if results else None, stopped)
+
+
+class Network(Trained):
+    """A trained network, in evaluation mode, that takes pictures."""
+
+    def __repr__(self) -> str:
+        about = self.preprocessing
+        shape = f"({about.channels}, {about.size}, {about.size})"
+        return f"{self.path}: {len(self.classes)} classes ({shortened(self.classes)}), {shape}"
+
+    def transform(self, picture: Any) -> Tensor:
+        """What ``model`` takes of a picture: float32 ``(channels, size, size)``, on the CPU.
+
+        Pictures are those of ``sparsenet.predict.predict``, made the size of the training images
+        and normalised as these were, to the bit. It must not run in several threads at once; the
+        workers of a DataLoader are processes. Raises ``ValueError`` for what is no image.
+        """
+        example, about = as_example(picture, 0), self.preprocessing
+        pixels = read_image(
+            example.source,
+            about.size,
+            about.channels,
+            example.name,
+            about.grey_range,
+            about.max_megapixels,
+        )
+        return about.normalise(torch.from_numpy(pixels)[None])[0]
+
+    def predict(self, pictures: Any, top: int = 5, batch_size: int = 64) -> list[Prediction]:
+        """The *top* classes of each picture with their probabilities, or what is wrong with it.
+
+        *pictures* is one or an iterable of those of ``sparsenet.predict.predict``; a folder or a
+        glob (``"photos/*.jpg"``) stands for the images that it names.
+        """
+        several = isinstance(pictures, Iterable) and not hasattr(pictures, "__array_interface__")
+        alone = not several or isinstance(pictures, str | bytes)
+        found: list[Any] = []
+        for picture in [pictures] if alone else pictures:
+            is_path = isinstance(picture, str | Path)
+            found += find_images([str(picture)]).images if is_path else [picture]
+        return list(predict(self, found, top, batch_size))
+
+
+def load(
+    source: Path | str,
+    checkpoint: str = "best",
+    device: str = "auto",
+    implementation: str = "auto",
+) -> Network:
+    """A trained network: its ``model``, ``classes`` and ``preprocessing``, and ``predict``.
+
+    *source* is a run folder, of which *checkpoint* is ``best`` or ``last``, or weights: a file, an
+    address (``https://``, ``hf://``) or a name of ``sparsenet.list_models`` that has some. *device*
+    is ``auto`` or one that PyTorch knows. Raises ``ValueError`` in one line.
+    """
+    trained = load_trained(source, checkpoint, choose_device(device), implementation)
+    return Network(**vars(trained))
+
+
+def evaluate(source: Path | str, **options: Any) -> EvaluationReport:
+    """What ``sparsenet eval`` says of a run or of weights: errors, scores of classes, calibration.
+
+    *options* have the names of its flags: ``evaluate("runs/birds", split="val")``,
+    ``evaluate("sparsenet_40_12", dataset_dir="photos", predictions="out.csv")``. Raises
+    ``ValueError`` in one line.
+    """
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    return evaluated(parser().parse(["eval", *flags, "--", str(source)]))[0]

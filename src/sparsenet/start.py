@@ -1,0 +1,129 @@
+"""Trained weights that a run starts from, and the settings that come with them."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sparsenet import weights, zoo
+from sparsenet.adoption.files import read_densenet
+from sparsenet.architecture import Architecture
+from sparsenet.config import RunConfig
+from sparsenet.data.errors import shortened
+from sparsenet.data.preprocessing import Preprocessing
+from sparsenet.model import SparseNet
+from sparsenet.trained import load_trained
+
+# That torchvision's and timm's DenseNets were trained with, of ImageNet.
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SIZE = 224
+
+
+@dataclass(frozen=True)
+class Start:
+    """A trained network as a run starts from it."""
+
+    source: str  # what names it
+    architecture: Architecture
+    tensors: dict[str, Tensor]  # a state dict
+    preprocessing: Preprocessing | None  # ``None`` where the file does not say
+    classes: tuple[str, ...]  # empty where it does not
+
+    def settings(self, config: RunConfig) -> RunConfig:
+        """*config* for this network and for images as it takes them."""
+        network = dataclasses.replace(self.architecture, dropout=config.network.dropout)
+        known, colours = self.preprocessing, self.architecture.in_chans == 3
+        data = dataclasses.replace(
+            config.data,
+            image_size=known.size if known else SIZE,
+            in_chans=3 if colours else 0,  # greys are colours, but colours are no greys
+            mean=known.mean if known else MEAN * colours,
+            std=known.std if known else STD * colours,
+            grey_range=known.grey_range if known else (),
+        )
+        train = dataclasses.replace(config.train, weights=located(self.source))
+        return dataclasses.replace(config, network=network, data=data, train=train)
+
+    def check(self, config: RunConfig) -> None:
+        """Raises ``ValueError`` where *config* is of another network."""
+        wanted = dataclasses.replace(config.network, in_chans=self.architecture.in_chans)
+        zoo.check_same_network(wanted, self.architecture, f"--weights {self.source}")
+
+    def load_into(self, model: SparseNet, classes: tuple[str, ...]) -> None:
+        """Gives *model* these weights.
+
+        The classifier is that of the file where its *classes* are the same in any order, or as many
+        where it does not name them, and else stays as it is, a new one.
+        """
+        tensors = dict(self.tensors)
+        channels = model.architecture.in_chans
+        if channels != self.architecture.in_chans:
+            tensors["stem.0.weight"] = zoo.for_channels(tensors["stem.0.weight"], channels)
+        rows = self._rows(classes)
+        for name in ("classifier.weight", "classifier.bias"):
+            tensor = tensors.pop(name, None)
+            own = model.get_parameter(name)
+            tensors[name] = own if rows is None or tensor is None else tensor[rows]
+        model.load_state_dict(tensors)
+
+    def describe(self, model: SparseNet, classes: tuple[str, ...]) -> Iterator[str]:
+        """Lines for the user on what *model* starts with."""
+        before = f" instead of {len(self.classes)}" if self.classes else ""
+        classifier = f"a new classifier for {len(classes)} classes{before}"
+        if self._rows(classes) is not None:
+            classifier = f"with its classifier for {len(classes)} classes ({shortened(classes)})"
+        yield f"starts from {self.source}: {classifier}"
+        if self.preprocessing is None and self.architecture.in_chans == 3:
+            yield "images are normalised as ImageNet's, as the file does not say (--mean, --std)"
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        if frozen := sum(p.numel() for p in model.parameters()) - trained:
+            yield f"{trained:,} parameters are trained and {frozen:,} are frozen (--freeze)"
+
+    def _rows(self, classes: tuple[str, ...]) -> Tensor | None:
+        """The rows of the classifier for *classes*; ``None`` where it is of others."""
+        if sorted(self.classes) == sorted(classes):
+            return torch.tensor([self.classes.index(name) for name in classes])
+        if not self.classes and self.architecture.num_classes == len(classes):
+            return torch.arange(len(classes))
+        return None
+
+
+def read_start(source: str) -> Start:
+    """The trained network that *source* names.
+
+    Besides what ``load_trained`` takes, that is a DenseNet's file of torchvision, timm or MONAI, or
+    its address. Raises ``ValueError`` in one line.
+    """
+    path = Path(source)
+    if weights.is_address(source):
+        found, path = weights.fetch(source, _foreign)
+    else:
+        found = _foreign(path, source) if os.path.isfile(source) else None  # noqa: PTH113
+    if found:
+        return Start(source, *found, None, ())
+    trained = load_trained(source)
+    return Start(
+        source,
+        trained.model.architecture,
+        dict(trained.model.state_dict()),
+        trained.preprocessing,
+        trained.classes,
+    )
+
+
+def _foreign(path: Path, source: str) -> tuple[Architecture, dict[str, Tensor]] | None:
+    """Another library's network in a file; ``None`` where it is one of this library's."""
+    if weights.is_our_own(path):
+        return None
+    return read_densenet(path, source)
+
+
+def located(source: str) -> str:
+    """*source*, as an absolute path where it is a path that exists."""
+    return str(Path(source).absolute()) if os.path.lexists(source) else source

@@ -1,0 +1,204 @@
+"""What programs and notebooks call gives what the command line gives."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import Call, newest, signals_put_back, write_classes
+from PIL import Image
+
+import sparsenet
+import sparsenet.library
+from sparsenet.config import load as load_config
+from sparsenet.events import EpochDone, Event, Step
+from sparsenet.run import Run
+
+SETTINGS = {"depth": 7, "growth_rate": 4, "max_epoch": 2, "batch_size": 4, "precision": "fp32"}
+FLAGS = [text for name, value in SETTINGS.items() for text in (f"--{name}", value)]
+
+
+def test_fit_trains_the_run_that_the_command_trains(call: Call) -> None:
+    write_classes(Path("data"))
+    outcome = call("train", "--dataset_dir", "data", *FLAGS, "--out", "command")
+    seen: list[Event] = []
+    with signals_put_back():
+        fit = sparsenet.fit(dataset_dir=Path("data"), out="program", events=seen.append, **SETTINGS)
+        quiet = sparsenet.fit(Run(fit.path).config(), out=Path("quiet"), quiet=True)
+    assert fit.path == Path("program") and fit.stopped is None
+    assert [event.metrics for event in seen if isinstance(event, EpochDone)] == list(fit.metrics)
+    assert any(isinstance(event, Step) for event in seen)
+    assert fit.result is not None and fit.error == fit.result.error == quiet.error
+    runs = [
+        newest(Path(name) / "checkpoints", "last")[0] for name in ("command", "program", "quiet")
+    ]
+    for other in runs[1:]:
+        assert all(torch.equal(t, other.tensors[name]) for name, t in runs[0].tensors.items())
+    said = call("models", "sparsenet_40_12")  # takes what was printed meanwhile
+    assert said.code == 0
+    assert outcome.lines[-2] in Path("program/train.log").read_text()
+    network = fit.load("cpu")
+    assert network.classes == ("ant", "bee") and not network.model.training
+
+
+def test_fit_prints_as_the_command_does_unless_quiet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_classes(Path("data"))
+    with signals_put_back():
+        sparsenet.fit(dataset_dir="data", **(SETTINGS | {"max_epoch": 1}), out="loud")
+        assert "epoch 1/1" in capsys.readouterr().out
+        sparsenet.fit(resume="loud", quiet=True, max_epoch=2)
+        assert capsys.readouterr().out == ""
+    assert "epoch 2/2" in Path("loud/train.log").read_text()
+    assert load_config(Path("loud/config.json"), Run(Path("loud")).config()).train.max_epoch == 2
+
+
+def test_a_signal_saves_and_what_a_callback_raises_can_be_gone_on_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_classes(Path("data"))
+
+    def interrupt(event: Event) -> None:
+        if isinstance(event, Step):
+            signal.raise_signal(signal.SIGINT)
+
+    def fail(event: Event) -> None:
+        if isinstance(event, EpochDone):
+            raise KeyError("mine")
+
+    with signals_put_back():
+        before = signal.getsignal(signal.SIGINT)
+        fit = sparsenet.fit(dataset_dir="data", out="run", events=interrupt, quiet=True, **SETTINGS)
+        assert (fit.stopped, fit.result, fit.error) == ("SIGINT", None, None)
+        assert signal.getsignal(signal.SIGINT) == before
+        with pytest.raises(KeyError, match="mine"):
+            sparsenet.fit(resume="run", events=fail, quiet=True)
+        fit = sparsenet.fit(resume=Path("run"), quiet=True)
+    assert [row.epoch for row in fit.metrics] == [1, 2] and fit.result is not None
+
+
+def test_wrong_words_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_classes(Path("data"))
+    for settings, words in (
+        ({"epochs": 3}, "epochs: expected a setting"),
+        ({"max_epochs": 3}, "max_epochs: expected a setting.* did you mean '?max_epoch"),
+        ({"max_epoch": "3"}, "max_epoch: expected"),
+        ({"max_epoch": 0}, "max_epoch: expected at least 1"),
+        ({"preset": "fast"}, "--preset: expected one of"),
+        ({"model": "resnet18"}, "model: expected a name"),
+        ({"resume": "data"}, "data: expected a run folder"),
+        ({"resume": "data", "out": "x"}, "expected resume without"),
+    ):
+        with pytest.raises(ValueError, match=words) as caught:
+            sparsenet.fit(dataset_dir="data", **settings)  # type: ignore[arg-type]
+        assert "\n" not in str(caught.value)
+    assert not Path("runs").exists()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="sparsenet train runs under torchrun"):
+        sparsenet.fit(dataset_dir="data")
+
+
+def test_load_takes_whatever_names_a_network(trained_on_folder: Path) -> None:
+    for source in (trained_on_folder, str(trained_on_folder), "sparsenet_40_12"):
+        network = sparsenet.load(source, device="cpu")
+        images = torch.zeros(2, 3, network.preprocessing.size, network.preprocessing.size)
+        assert network.model(images).shape == (2, len(network.classes))
+        assert repr(network).startswith(f"{network.path}: {len(network.classes)} classes (a")
+    with pytest.raises(ValueError, match="device"):
+        sparsenet.load(trained_on_folder, device="gpu")
+
+
+@pytest.fixture(scope="module")
+def network(trained_on_folder: Path) -> sparsenet.library.Network:
+    return sparsenet.load(trained_on_folder, device="cpu")
+
+
+def turned_and_transparent(folder: Path) -> Path:
+    """A picture that only the whole of the rule makes right: turned, and transparent in places."""
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 14, 4), dtype=np.uint8)
+    image = Image.fromarray(pixels, "RGBA")
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save(folder / "turned.png", exif=exif)
+    return folder / "turned.png"
+
+
+def test_a_picture_is_the_same_whatever_holds_it(
+    network: sparsenet.library.Network, tmp_path: Path
+) -> None:
+    turned = turned_and_transparent(tmp_path)
+    levels = np.random.default_rng(1).integers(0, 60000, (9, 8)).astype(np.uint16)
+    levels[0, 0] = 60000
+    deep = tmp_path / "deep.png"
+    Image.fromarray(levels).save(deep)
+    for path in (turned, deep):
+        with Image.open(path) as image:
+            before = image.tobytes()
+            by = [network.transform(each) for each in (path, str(path), path.read_bytes(), image)]
+            assert image.tobytes() == before  # it is the caller's
+            found = network.predict([path, path.read_bytes(), image])
+        assert all(torch.equal(by[0], each) for each in by)
+        assert by[0].dtype == torch.float32 and by[0].shape == (3, 8, 8)
+        assert len({each.probabilities for each in found}) == 1
+        assert [each.path for each in found] == [str(path), "image 1", "image 2"]
+    array = np.asarray(Image.open(turned))
+    plain = Image.fromarray(array)
+    assert torch.equal(network.transform(array), network.transform(plain))
+    grey = array[..., 0]
+    assert torch.equal(network.transform(grey), network.transform(grey[..., None]))
+
+
+def test_the_transform_is_what_the_network_is_evaluated_with(
+    network: sparsenet.library.Network, folder_data: Path
+) -> None:
+    paths = sorted(folder_data.rglob("*.png"))
+    with torch.inference_mode():
+        logits = network.model(torch.stack([network.transform(path) for path in paths]))
+    best = logits.softmax(1).max(1)
+    found = network.predict(folder_data, top=1)
+    assert [each.path for each in found] == [str(path) for path in paths]
+    for prediction, label, probability in zip(found, best.indices, best.values, strict=True):
+        assert prediction.classes == (network.classes[label],)
+        assert prediction.probabilities[0] == pytest.approx(float(probability), abs=1e-6)
+    assert network.predict(str(paths[0])) == network.predict([paths[0]])
+    assert len(network.predict(str(folder_data / "*" / "1.png"))) == 2
+
+
+def test_what_is_no_picture_is_told(network: sparsenet.library.Network, tmp_path: Path) -> None:
+    (tmp_path / "no.png").write_bytes(b"no image")
+    found = network.predict([tmp_path / "no.png", b"no image", tmp_path / "none.png"])
+    assert [each.error is not None for each in found] == [True] * 3
+    assert "image 1: expected an image (" in str(found[1].error)
+    for wrong, words in (
+        (torch.zeros(3, 8, 8), "found Tensor"),
+        (np.zeros((8, 8), np.float32), r"uint8 \(H, W\) .*, found float32 \(8, 8\)"),
+        (np.zeros((3, 8, 9), np.uint8), r"found uint8 \(3, 8, 9\)"),
+        (np.zeros((0, 8, 3), np.uint8), "found uint8"),
+        (7, "found int"),
+    ):
+        with pytest.raises(ValueError, match=rf"^image 0: expected .*{words}"):
+            network.transform(wrong)
+        with pytest.raises(ValueError, match=rf"^image 0: expected .*{words}"):
+            network.predict([wrong])
+
+
+def test_evaluate_says_what_the_command_says(
+    trained_on_folder: Path, folder_data: Path, call: Call
+) -> None:
+    outcome = call("eval", trained_on_folder, "--split", "test", "--json")
+    said = json.loads(outcome.out)
+    report = sparsenet.evaluate(trained_on_folder, split="test", predictions="out.csv")
+    assert (report.error, report.images) == (said["error"], said["images"])
+    assert len(Path("out.csv").read_text().splitlines()) == 1 + report.images
+    other = sparsenet.evaluate(trained_on_folder, dataset_dir=folder_data, split="train")
+    assert other.images == 9  # those that are not held out
+    with pytest.raises(ValueError, match=r"unknown argument .--splits=test.*--split"):
+        sparsenet.evaluate(trained_on_folder, splits="test")
