@@ -278,7 +278,7 @@ def table(record: Record) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serving")
-    parser.add_argument("--model", default="sparsenet_100_24", help="what is served")
+    parser.add_argument("--model", default="sparsenet_40_12", help="what is served")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=10, help="of a round")
     parser.add_argument("--out", type=Path, help="a folder for serving.json and serving.md")
