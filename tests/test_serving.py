@@ -41,15 +41,21 @@ for package in ("fastapi", "uvicorn", "prometheus_client", "python_multipart"):
     pytest.importorskip(package)
 
 from sparsenet.commands.serve import leave_a_core  # noqa: E402
+from sparsenet.serving import app as app_module  # noqa: E402
 from sparsenet.serving import server as serving  # noqa: E402
 from sparsenet.serving import service as service_module  # noqa: E402
 from sparsenet.serving.app import LOOPBACK, create_app  # noqa: E402
-from sparsenet.serving.limits import Limits  # noqa: E402
+from sparsenet.serving.limits import Limits, Refused  # noqa: E402
 from sparsenet.serving.service import Batches, Service  # noqa: E402
 
 CLASSES = ("ant", "bee", "<b>cat</b>", "d\u202eog", "emu", "fox")
 QUICK = Limits(drain_seconds=5, receive_seconds=1, answer_seconds=5)
 HERE = "http://127.0.0.1"
+
+
+@pytest.fixture(autouse=True)
+def without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app_module, "PAUSE_SECONDS", 0)
 
 
 @pytest.fixture(scope="module")
@@ -508,6 +514,32 @@ def test_beyond_the_queue_is_a_refusal_that_says_when_to_ask_again(trained: Trai
 
     asyncio.run(scenario())
     assert network.batches[:2] == [1, 3]  # those that came meanwhile are one batch
+
+
+def test_a_client_that_is_refused_waits_while_others_are_answered(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusals: list[str] = []
+
+    def busy(line: str) -> Refused:
+        refusals.append(line)
+        return Refused(503, line)
+
+    monkeypatch.setattr(app_module, "PAUSE_SECONDS", 60)
+    monkeypatch.setattr(service_module, "busy", busy)
+    service = Service(trained, Limits())
+
+    async def scenario() -> None:
+        async with client_of(service) as client:
+            with service.gate.room(service.limits.queue, 0):
+                refused = asyncio.ensure_future(client.post("/predict", content=FINE))
+                await until(lambda: bool(refusals))
+                assert (await client.get("/healthz")).status_code == 200
+            assert (await client.post("/predict", content=FINE)).status_code == 200
+            assert not refused.done() and service.gate.pictures == 0
+            refused.cancel()
+
+    asyncio.run(scenario())
 
 
 def test_bytes_that_are_announced_need_room_before_they_are_read(trained: Trained) -> None:

@@ -2,6 +2,7 @@
 
 # Annotations are evaluated, as FastAPI looks at those of functions that are made within another.
 
+import asyncio
 import re
 from base64 import b64encode
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, MutableMapping
@@ -32,6 +33,8 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+# Before a refusal: clients that ask again at once would take the time of all others.
+PAUSE_SECONDS = 0.5
 HINTS = {408: {"Connection": "close"}, 503: {"Retry-After": "1"}}  # seconds
 PATHS = ("/", "/predict", "/healthz", "/metrics", "/openapi.json")
 HEADERS = [
@@ -105,6 +108,8 @@ def _add_errors(app: "FastAPI") -> None:
 
     @app.exception_handler(Refused)
     async def refused(_: Request, error: Refused) -> Response:
+        if error.status == 503:
+            await asyncio.sleep(PAUSE_SECONDS)
         return failed(error.status, error.line)
 
     @app.exception_handler(HTTPException)
