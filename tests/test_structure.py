@@ -22,7 +22,7 @@ FLOORS = [
     checkpoints run trained start composition
     preparation state step evaluation
     summary pictures records conclusion
-    explain train predict export report check tracking
+    explain train predict serving export report check tracking
     display signals flags commands library
     cli __main__
     """.strip().splitlines()

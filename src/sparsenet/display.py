@@ -19,9 +19,9 @@ from sparsenet.validation import one_line
 NARROW, WIDE = 60, 84
 
 
-def say(*lines: str) -> None:
+def say(*lines: str, flush: bool = False) -> None:
     """Prints lines, with escapes for what a terminal would obey."""
-    print("\n".join(map(one_line, lines)))
+    print("\n".join(map(one_line, lines)), flush=flush)
 
 
 def warn(line: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import fields
 from typing import Any, NoReturn
 
 from sparsenet import __version__, presets
@@ -12,6 +13,7 @@ from sparsenet.config import COMPONENTS, Setting, settings
 from sparsenet.data.config import POINTERS
 from sparsenet.data.splits import split_of
 from sparsenet.export import FORMATS, RUNTIMES
+from sparsenet.serving.limits import Limits
 from sparsenet.topology import fetch_from_file
 from sparsenet.validation import nearest
 
@@ -130,6 +132,7 @@ def parser() -> Parser:
     _add_train(commands)
     _add_eval(commands)
     _add_predict(commands)
+    _add_serve(commands)
     _add_export(commands)
     _add_models(commands)
     _add_report(commands)
@@ -251,6 +254,27 @@ def _add_predict(commands: Any) -> None:
     _add_limit(predict)
 
 
+def _add_serve(commands: Any) -> None:
+    serve = commands.add_parser(
+        "serve",
+        help="answer over HTTP, with a page for pictures",
+        description="Answers requests for the classes of pictures until it is stopped. "
+        "Its address is the first line.",
+    )
+    _add_run(serve)
+    text = "address to listen at (default: this machine only)"
+    serve.add_argument("--host", type=_given, default="127.0.0.1", help=text)
+    serve.add_argument("--port", type=_port, default=8000, help="0: a free one (default 8000)")
+    text = "names that it is called by, with commas (default: any; of this machine only its own)"
+    serve.add_argument("--allowed_hosts", type=_names, default=(), metavar="NAMES", help=text)
+    text = "largest picture that is decoded, a JPEG as well (default: as for the training)"
+    serve.add_argument("--max_megapixels", type=_positive, default=None, help=text)
+    for each in fields(Limits):
+        kind = _at_least_1 if isinstance(each.default, int) else _positive
+        text = f"{each.metadata['help']} (default {each.default})"
+        serve.add_argument(f"--{each.name}", type=kind, default=each.default, help=text)
+
+
 def _add_export(commands: Any) -> None:
     export = commands.add_parser(
         "export", help="write one file that runs elsewhere, or weights to give away"
@@ -326,6 +350,17 @@ def _given(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("expected a value, found an empty one")
     return text
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip().lower() for name in text.split(","))
+
+
+def _port(text: str) -> int:
+    number = _number(int, text)
+    if number is None or not 0 <= number <= 65535:
+        raise argparse.ArgumentTypeError(f"expected a port from 0 to 65535, found {text!r}")
+    return int(number)
 
 
 def _positive(text: str) -> float:

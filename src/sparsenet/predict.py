@@ -175,25 +175,34 @@ def _predict_batch(
     if len(images):
         device = next(trained.model.parameters()).device
         normalised = trained.preprocessing.normalise(images.pixels.to(device))
-        logits = trained.model(normalised).float()  # (N, classes)
-        best = logits.softmax(1).topk(min(top, len(trained.classes)), 1)
-        finite = logits.isfinite().all(1)
-        columns = images.labels, finite, best.indices, best.values, ids
-        rows = zip(*(column.tolist() for column in columns), strict=True)
-        for row, (index, is_finite, labels, probabilities, image_id) in enumerate(rows):
-            if not is_finite:
-                error = f"{batch[index].name}: expected finite logits, found NaN or infinity"
-                predictions[index] = Prediction(batch[index].name, error=error)
-                continue
-            classes = tuple(trained.classes[label] for label in labels)
-            found = Prediction(batch[index].name, classes, tuple(probabilities))
-            if explained:
-                seen = normalised[row : row + 1], best.indices[row, :1]
-                found = _explained(trained, examples[index], found, *seen, image_id, max_megapixels)
-            predictions[index] = found
+        indices = images.labels.tolist()
+        names = [batch[index].name for index in indices]
+        found = ranked(trained.model(normalised), names, trained.classes, top)
+        predictions = dict(zip(indices, found, strict=True))
+        if explained:
+            for row, (index, image_id) in enumerate(zip(indices, ids.tolist(), strict=True)):
+                if predictions[index].error is None:
+                    given = trained, examples[index], predictions[index]
+                    seen = normalised[row : row + 1], image_id, max_megapixels
+                    predictions[index] = _explained(*given, *seen)
     return [
         predictions.get(index) or _failure(trained, named.source, example, max_megapixels)
         for index, (named, example) in enumerate(zip(batch, examples, strict=True))
+    ]
+
+
+def ranked(
+    logits: Tensor, paths: Iterable[str], classes: Sequence[str], top: int
+) -> list[Prediction]:
+    """The *top* classes of each row of *logits*, ``(N, classes)``, which are of these *paths*."""
+    best = logits.float().softmax(1).topk(min(top, len(classes)), 1)
+    columns = logits.isfinite().all(1), best.indices, best.values
+    rows = zip(paths, *(column.tolist() for column in columns), strict=True)
+    return [
+        Prediction(path, tuple(classes[label] for label in labels), tuple(probabilities))
+        if is_finite
+        else Prediction(path, error=f"{path}: expected finite logits, found NaN or infinity")
+        for path, is_finite, labels, probabilities in rows
     ]
 
 
@@ -202,7 +211,6 @@ def _explained(
     example: Example,
     found: Prediction,
     image: Tensor,
-    label: Tensor,
     image_id: int,
     max_megapixels: float,
 ) -> Prediction:
@@ -215,6 +223,7 @@ def _explained(
         whole = read_image(content, 0, 3, example.name, about.grey_range, max_megapixels)
     except BadImage as error:
         return Prediction(found.path, error=str(error))
+    label = torch.tensor([trained.classes.index(found.classes[0])])
     explanation = explain(trained.model, image, label)[0]
     name = Path(found.path).name if isinstance(example.source, Path) else example.name
     name = printable(name)

@@ -4,6 +4,7 @@ MODULES = {
     "train": "sparsenet.commands.train",
     "eval": "sparsenet.commands.evaluate",
     "predict": "sparsenet.commands.predict",
+    "serve": "sparsenet.commands.serve",
     "export": "sparsenet.commands.export",
     "models": "sparsenet.commands.models",
     "report": "sparsenet.commands.report",

@@ -20,6 +20,7 @@ from sparsenet.data.config import DataConfig
 from sparsenet.data.dataset import Content, Example, Images, Split
 from sparsenet.data.errors import BadImage
 from sparsenet.data.pixels import (
+    JPEG_FACTOR,
     Greys,
     decode,
     file_content,
@@ -55,8 +56,20 @@ def read_image(
     """
     example = Example(name or (str(source) if isinstance(source, Path) else "image"), source, 0)
     with limits_of_our_own():
-        content = file_content(example)
-        found = decode(example._replace(source=content), size, channels, grey_range, max_megapixels)
+        example = example._replace(source=file_content(example))
+        return decoded_image(example, size, channels, grey_range, max_megapixels)
+
+
+def decoded_image(
+    example: Example,
+    size: int,
+    channels: int,
+    grey_range: tuple[float, ...] | None,
+    max_megapixels: float,
+    jpeg_factor: int = JPEG_FACTOR,
+) -> np.ndarray:
+    """As ``read_image``, in any thread, within the caller's ``limits_of_our_own``."""
+    found = decode(example, size, channels, grey_range, max_megapixels, jpeg_factor)
     if isinstance(found, Greys):
         found = found.pixels(settled_range(grey_range, [found]) or FULL_RANGE, channels).copy()
     return found

@@ -35,6 +35,10 @@ NOMINAL_SHARE = 1 / 16  # of its scale, below which a picture of 16 bits has the
 LARGEST_LEVELS = (255, 1023, 4095, 16383, 65535)
 
 
+class TooLarge(BadImage):
+    """An image of more pixels than are decoded."""
+
+
 class Greys(NamedTuple):
     """A grey image of more than 8 bits before it is known which levels are black and white."""
 
@@ -159,14 +163,16 @@ def decode(
     channels: int,
     grey_range: tuple[float, ...] | None,
     max_megapixels: float,
+    jpeg_factor: int = JPEG_FACTOR,
 ) -> np.ndarray | Greys:
     """The pixels, uint8 ``(channels, size, size)``, or the levels of a deep grey.
 
-    The arguments are those of ``images.reading_images``. Raises ``BadImage``.
+    The arguments are those of ``images.reading_images``; a JPEG may have *jpeg_factor* times as
+    many pixels. Raises ``BadImage``, for too many pixels ``TooLarge``.
     """
     operations = require("PIL.ImageOps", "train")
     with opened(example) as image:
-        _fit_limit(image, example.name, max_megapixels)
+        _fit_limit(image, example.name, max_megapixels, jpeg_factor)
         is_deep_grey = image.mode[0] in "IF"
         if not is_deep_grey:
             _check_colours(image, example.name)
@@ -184,13 +190,13 @@ def decode(
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-def _fit_limit(image: Any, name: str, max_megapixels: float) -> None:
+def _fit_limit(image: Any, name: str, max_megapixels: float, jpeg_factor: int) -> None:
     """Has a large JPEG decoded at 1/2, 1/4 or 1/8 of its size, and refuses what is too large."""
     pixels, largest = image.width * image.height, max_megapixels * 1e6
-    is_jpeg = image.format in ("JPEG", "MPO")
-    allowed = largest * JPEG_FACTOR if is_jpeg else largest
+    is_jpeg = jpeg_factor > 1 and image.format in ("JPEG", "MPO")
+    allowed = largest * jpeg_factor if is_jpeg else largest
     if pixels > allowed:
-        raise BadImage(
+        raise TooLarge(
             f"{name}: too large: {pixels / 1e6:,.1f} megapixels, "
             f"at most {allowed / 1e6:,g}{' of a JPEG' * is_jpeg}; --max_megapixels"
         )

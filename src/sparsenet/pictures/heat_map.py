@@ -32,6 +32,15 @@ class Grid(NamedTuple):
     size: int
 
 
+def veil(heat_map: np.ndarray, grid: Grid, pixels: int) -> np.ndarray:
+    """The *heat_map* alone, to be laid over the central square: uint8 ``(pixels, pixels, 4)``."""
+    positions = _positions(pixels, pixels)
+    weights = _interpolation(positions, heat_map.shape[0], grid)
+    strength, colour = _coloured(heat_map, weights, weights)
+    drawn: np.ndarray = np.rint(np.concatenate([colour, 255 * strength], 2)).astype(np.uint8)
+    return drawn
+
+
 def overlay(image: np.ndarray, heat_map: np.ndarray, grid: Grid) -> np.ndarray:
     """The whole *image*, uint8 ``(C, H, W)``, in greys under its *heat_map*: uint8 ``(h, w, 3)``.
 
@@ -44,14 +53,20 @@ def overlay(image: np.ndarray, heat_map: np.ndarray, grid: Grid) -> np.ndarray:
     rows, columns = _positions(height, min(height, width)), _positions(width, min(height, width))
     down = _interpolation(rows, heat_map.shape[0], grid)  # (height, cells)
     across = _interpolation(columns, heat_map.shape[1], grid)  # (width, cells)
-    values = down @ heat_map.astype(np.float64) @ across.T
-    largest = _largest(heat_map)
-    strength = STRENGTH * np.abs(values / largest).clip(0, 1)[..., None]
-    colour = np.where(values[..., None] > 0, FOR, AGAINST)
+    strength, colour = _coloured(heat_map, down, across)
     drawn = grey[..., None] * (1 - strength) + colour * strength
     seen = _within(rows)[:, None] & _within(columns)[None, :]
     faded = grey[..., None] * (1 - FADED) + 255 * FADED
     return np.rint(np.where(seen[..., None], drawn, faded)).astype(np.uint8)
+
+
+def _coloured(
+    heat_map: np.ndarray, down: np.ndarray, across: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """How strongly each pixel is coloured, ``(H, W, 1)``, and its colour, ``(H, W, 3)``."""
+    values = (down @ heat_map.astype(np.float64) @ across.T)[..., None]
+    shares = values / _largest(heat_map)
+    return STRENGTH * np.abs(shares).clip(0, 1), np.where(values > 0, FOR, AGAINST)
 
 
 def _largest(heat_map: np.ndarray) -> float:
@@ -119,7 +134,7 @@ def _draw_effects(axis: Any, effects: Sequence[Sequence[float]]) -> None:
 
 
 def png(pixels: np.ndarray) -> bytes:
-    """The bytes of a PNG of *pixels*, uint8 ``(H, W, 3)``."""
+    """The bytes of a PNG of *pixels*, uint8 ``(H, W, 3)``, or 4 with transparency."""
     file = io.BytesIO()
     require("PIL.Image", "train").fromarray(pixels).save(file, "PNG")
     return file.getvalue()

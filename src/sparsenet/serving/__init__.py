@@ -1,0 +1,1 @@
+"""A trained network that is asked over HTTP: ``sparsenet serve``."""
