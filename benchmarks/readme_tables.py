@@ -33,7 +33,8 @@ from sparsenet.summary import HEADINGS, RunSummary, format_seconds, markdown_tab
 
 BENCH = "bench.json"
 TABLE = re.compile(
-    r"(<!-- (report|defaults) ([^\n]*?) -->\n)(?:(?!<!-- \2 ).)*?(<!-- /\2 -->)", re.DOTALL
+    r"(<!-- (report|defaults) ([^\n]*?) -->\n)(?:(?!<!-- (?:report|defaults) ).)*?(<!-- /\2 -->)",
+    re.DOTALL,
 )
 STEP = {"step_seconds": "training step, benchmarked (s)"}
 COLUMNS = {"network": "network", "epochs": "epochs", **HEADINGS, **STEP}

@@ -96,9 +96,11 @@ class Speeds:
         text = str(plan.candidate.measured)
         key = f"{text} at {plan.side}"
         if key not in self.known:
-            self.known[key] = run_alone(measure, text, plan.side, self.seconds)
+            found = self.known[key] = run_alone(measure, text, plan.side, self.seconds)
             write_json(self.file, self.known)
-            print(f"{key}: {self.known[key].images_per_second:.0f} images/s", flush=True)
+            step = found.step_seconds[plan.side]
+            spread = f"{step.median:.3f} s a step ({step.min:.3f} to {step.max:.3f})"
+            print(f"{key}: {found.images_per_second:.0f} images/s, {spread}", flush=True)
         return self.known[key]
 
 

@@ -13,6 +13,7 @@ from sparsenet.files import read_json
 from sparsenet.summary import markdown_table
 
 DIVERGED = "diverged"
+TRIALS = "*@*.json"  # the names of their files
 COSTS = {
     "network": "network",
     "parameters": "parameters",
@@ -71,10 +72,8 @@ def trial_name(data: str, network: str, minutes: float, seed: int) -> str:
 
 def read_trials(paths: Iterable[Path]) -> list[Trial]:
     """The trials in files and in folders of such; ``ValueError`` where a file is damaged."""
-    files = [
-        file for path in paths for file in ([path] if path.is_file() else path.rglob("*@*.json"))
-    ]
-    return [read_json(file, Trial) for file in sorted(set(files))]
+    files = {file for path in paths for file in ([path] if path.is_file() else path.rglob(TRIALS))}
+    return [read_json(file, Trial) for file in sorted(files)]
 
 
 def table(trials: Sequence[Trial]) -> str:
@@ -135,4 +134,5 @@ def _mean(errors: Sequence[float | None]) -> float | None:
 
 
 def _machine(environment: Environment) -> str:
-    return f"{environment.device_name}, {environment.threads} threads, torch {environment.torch}"
+    threads = f"{environment.threads} thread{'' if environment.threads == 1 else 's'}"
+    return f"{environment.device_name}, {threads}, torch {environment.torch}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
@@ -216,17 +216,13 @@ def length_of(candidate: Candidate, seconds: float, images: int, costs: Costs) -
     """
     per_epoch = len(batch_ends(images, costs.batch_size))
     step = {side: spread.median for side, spread in costs.step_seconds.items()}
-    fewest = int(seconds / (per_epoch * step[costs.side]))  # as small images take less
-    for epochs in count(max(fewest, 1)):
-        before = _seconds(candidate.sizes(epochs, costs.side)[:-1], per_epoch, step)
-        last = round((seconds - before) / step[costs.side])
+    epochs = 1
+    while True:
+        before = sum(per_epoch * step[side] for side in candidate.sizes(epochs, costs.side)[:-1])
+        last = round((seconds - before) / step[costs.side])  # steps, of whole images
         if last <= per_epoch:
             return Length(epochs, (epochs - 1) * per_epoch + max(last, 1))
-    raise AssertionError
-
-
-def _seconds(sides: list[int], per_epoch: int, step: Mapping[int, float]) -> float:
-    return sum(per_epoch * step[side] for side in sides)
+        epochs += max((last - 1) // per_epoch, 1)
 
 
 def train(
