@@ -58,7 +58,7 @@ def test_a_candidate_is_what_its_text_says(text: str) -> None:
     candidate = Candidate.parse(text)
     assert Candidate.parse(str(candidate)) == candidate
     assert candidate.config.optim.schedule == "onecycle"
-    if "lr=" in text:
+    if text.startswith(TINY):
         assert candidate.config.optim.lr == 0.4
         assert candidate.measured == Candidate.parse(f"{TINY}+batch_size=8+first_size=16")
         assert candidate.config.network.depth == 10
