@@ -7,6 +7,9 @@ A table of a Markdown page stands between ``<!-- report FOLDER... [OPTION...] --
 ``sparsenet report``; where a record of ``python -m benchmarks.bench`` lies among the runs, they
 have the seconds of a training step from it. The options are ``columns=KEY,...``, by default all
 that have values, and ``picture=FILE``, where ``--pictures`` draws error against costs.
+
+Between ``<!-- defaults PATH... -->`` and ``<!-- /defaults -->`` stands the table of the records of
+``python -m benchmarks.defaults`` on one data set: files, folders or globs.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from pathlib import Path
 from shlex import split
 from statistics import fmean
 
+from benchmarks.defaults import record as defaults
 from sparsenet.files import read_json, write_atomic
 from sparsenet.pictures.comparison import COSTS, draw_comparison
 from sparsenet.records import Environment, read_summaries, run_folders
@@ -29,7 +33,8 @@ from sparsenet.summary import HEADINGS, RunSummary, format_seconds, markdown_tab
 
 BENCH = "bench.json"
 TABLE = re.compile(
-    r"(<!-- report ([^\n]*?) -->\n)(?:(?!<!-- report ).)*?(<!-- /report -->)", re.DOTALL
+    r"(<!-- (report|defaults) ([^\n]*?) -->\n)(?:(?!<!-- (?:report|defaults) ).)*?(<!-- /\2 -->)",
+    re.DOTALL,
 )
 STEP = {"step_seconds": "training step, benchmarked (s)"}
 COLUMNS = {"network": "network", "epochs": "epochs", **HEADINGS, **STEP}
@@ -118,8 +123,7 @@ class Marker:
             elif option == "picture":
                 picture = page.parent / value
             else:
-                matches = [] if Path(word).is_absolute() else sorted(page.parent.glob(word))
-                paths += matches or [page.parent / word]
+                paths += _paths(page, word)
         if unknown := [key for key in columns if key not in COLUMNS]:
             expected = f"columns of {', '.join(COLUMNS)}"
             raise ValueError(f"{page}: expected {expected}, found {unknown[0]!r}")
@@ -136,10 +140,24 @@ def table(marker: Marker) -> str:
     return markdown_table(rows, headings)
 
 
+def _paths(page: Path, word: str) -> list[Path]:
+    """What a *word* of a marker names: a path relative to the *page*, or a glob."""
+    matches = [] if Path(word).is_absolute() else sorted(page.parent.glob(word))
+    return matches or [page.parent / word]
+
+
+def _content(page: Path, kind: str, text: str) -> str:
+    """The table that a marker of a *kind* asks for by its *text*."""
+    if kind == "report":
+        return table(Marker.parse(page, text))
+    paths = [path for word in split(text) for path in _paths(page, word)]
+    return defaults.table(defaults.read_trials(paths))
+
+
 def update(page: Path) -> int:
     """Writes the tables of a *page* anew, and return how many there are. Raises ``ValueError``."""
     updated, count = TABLE.subn(
-        lambda match: f"{match[1]}\n{table(Marker.parse(page, match[2]))}\n{match[3]}", _read(page)
+        lambda match: f"{match[1]}\n{_content(page, match[2], match[3])}\n{match[4]}", _read(page)
     )
     if not count:
         expected = "a table between <!-- report RUN... --> and <!-- /report -->"
@@ -152,8 +170,8 @@ def draw(page: Path) -> Iterator[Path]:
     """Draws the pictures that the tables of a *page* name, and yield their files."""
     costs = {**COSTS, "step_seconds": ("a training step, benchmarked (ms)", 1e-3)}
     for match in TABLE.finditer(_read(page)):
-        marker = Marker.parse(page, match[2])
-        if marker.picture:
+        marker = Marker.parse(page, match[3]) if match[2] == "report" else None
+        if marker and marker.picture:
             draw_comparison(read_runs(marker.paths), marker.picture, costs)
             yield marker.picture
 

@@ -81,6 +81,15 @@ def test_shares_of_what_the_classifier_reads_add_up_to_the_logit(name: str) -> N
         assert bool(each.shift) == (name == "sum")
 
 
+def test_a_model_in_training_is_refused() -> None:
+    model, images, classes = scene("sparse")
+    with pytest.raises(ValueError, match="expected one in evaluation mode"):
+        explain(model.train(), images, classes)
+    model.reset_classifier(0)
+    with pytest.raises(ValueError, match="expected a Linear layer"):
+        heat_maps(model.eval(), images, classes)
+
+
 def without(model: SparseNet, stage: int, layers: list[int], images: Tensor) -> Tensor:
     """The logits where hooks replace the outputs of *layers* (0: what the stage reads)."""
     layout, handles = model.architecture.stages[stage], []

@@ -148,6 +148,8 @@ def test_a_picture_is_the_same_whatever_holds_it(
         assert all(torch.equal(by[0], each) for each in by)
         assert by[0].dtype == torch.float32 and by[0].shape == (3, 8, 8)
         assert len({each.probabilities for each in found}) == 1
+        seen = network.predict(path.read_bytes(), explained=True)[0]
+        assert seen.explanation is not None and seen.drawn.startswith(b"\x89PNG")
         assert [each.path for each in found] == [str(path), "image 1", "image 2"]
     array = np.asarray(Image.open(turned))
     plain = Image.fromarray(array)

@@ -3,8 +3,7 @@
 What is said is either an identity or a measurement, never an estimate. A heat map and the shares of
 the features that the classifier reads add up to the logit. What a layer further back does has no
 such share, since other layers compute with it; it is told by how much the logit falls without it.
-(The gradient times the activation, which one pass would give, was compared with that: it has the
-wrong sign for a third of the layers; see docs/LOG.md.)
+(Gradients, which one pass would give, were compared with that: docs/how-to/explain.md.)
 """
 
 from __future__ import annotations
@@ -134,9 +133,12 @@ def explain(model: SparseNet, images: Tensor, classes: Tensor) -> list[Explanati
 
     "Without" a feature means that it is everywhere its mean over the training images, as the
     network's statistics have it; where features are summed, which have no statistics of their own,
-    that it is left out of the sums. Raises ``ValueError`` as ``heat_maps`` does.
+    that it is left out of the sums. Raises ``ValueError`` as ``heat_maps`` does, and for a model in
+    training.
     """
-    bias = _classifier(model).bias[classes.to(images.device)].double().tolist()
+    if model.training:
+        raise ValueError("model: expected one in evaluation mode, found training; model.eval()")
+    bias = _exact(_classifier(model).bias)[classes.cpu()].tolist()
     inputs, features = _stages(model, images)
     maps = maps_of(model, features, classes)
     shares, shifts = _shares(model, inputs[-1], features, classes)
@@ -149,6 +151,10 @@ def explain(model: SparseNet, images: Tensor, classes: Tensor) -> list[Explanati
         given = bias[image], shifts[image], shares[image], tuple(effects), maps[image].cpu()
         explanations.append(Explanation(logit, *given))
     return explanations
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().double()  # which not every device has
 
 
 def _stages(model: SparseNet, images: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -171,7 +177,7 @@ def _shares(
     """
     layout = model.architecture.stages[-1]
     read = layout.topology.sources[-1]
-    weights = _classifier(model).weight[classes.to(x.device)].double()  # (N, C)
+    weights = _exact(_classifier(model).weight)[classes.cpu()]  # (N, C)
     if layout.aggregation == "concat":
         parts = (features.double().mean((2, 3)) * weights).split(
             [layout.widths[j] for j in read], 1
@@ -179,14 +185,14 @@ def _shares(
         return _by_image(read, [part.sum(1) for part in parts]), [0.0] * len(classes)
     stage: Any = model.stages[-1]
     norm, affine, unit = stage.statistics[-1], stage.norm, len(layout.branch)
-    scale = affine.weight.double() / (norm.running_var.double() + norm.eps).sqrt()  # (C,)
-    shift = affine.bias.double() - scale * norm.running_mean.double()
-    passed = (features > 0).double()
+    scale = _exact(affine.weight) / (_exact(norm.running_var) + norm.eps).sqrt()  # (C,)
+    shift = _exact(affine.bias) - scale * _exact(norm.running_mean)
+    passed = _exact(features > 0)
     found: dict[int, Tensor] = {}
 
     def seen(number: int, feature: Tensor) -> Tensor:
         if number % unit == 0 and number // unit in read:
-            mean = (feature.double() * passed).mean((2, 3))  # (N, C)
+            mean = (_exact(feature) * passed).mean((2, 3))  # (N, C)
             found[number // unit] = (mean * scale * weights).sum(1)
         return feature
 
@@ -277,4 +283,5 @@ def draw_explanation(
 
 
 def _array(heat_map: Tensor) -> np.ndarray:
-    return heat_map.detach().cpu().double().numpy()
+    array: np.ndarray = _exact(heat_map).numpy()
+    return array

@@ -132,8 +132,13 @@ class Network(Trained):
         )
         return about.normalise(torch.from_numpy(pixels)[None])[0]
 
-    def predict(self, pictures: Any, top: int = 5, batch_size: int = 64) -> list[Prediction]:
+    def predict(
+        self, pictures: Any, top: int = 5, batch_size: int = 64, explained: bool = False
+    ) -> list[Prediction]:
         """The *top* classes of each picture with their probabilities, or what is wrong with it.
+
+        Those that are *explained* say what speaks for the first class, and ``drawn`` are the bytes
+        of a PNG that shows where.
 
         *pictures* is one or an iterable of those of ``sparsenet.predict.predict``; a folder or a
         glob (``"photos/*.jpg"``) stands for the images that it names.
@@ -144,7 +149,7 @@ class Network(Trained):
         for picture in [pictures] if alone else pictures:
             is_path = isinstance(picture, str | Path)
             found += find_images([str(picture)]).images if is_path else [picture]
-        return list(predict(self, found, top, batch_size))
+        return list(predict(self, found, top, batch_size, explained=explained))
 
 
 def load(

@@ -29,6 +29,7 @@ from sparsenet.extras import MissingExtra, install_hint, require
 from sparsenet.files import read_json
 from sparsenet.run import WRITTEN, Run
 from sparsenet.schedule import OptimConfig, learning_rate
+from sparsenet.validation import printable
 
 POINTS = 100  # of an epoch, at most, from its steps
 WAITING = 1000  # readings that wait for a tracker; further ones are left out
@@ -108,8 +109,9 @@ class Trackio:
         os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
         os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
         self.module = import_module("trackio")
-        for module in (self.module, import_module("trackio.run")):
-            vars(module)["print"] = _silent  # into the lines of the run
+        for name, module in list(sys.modules.items()):
+            if name.partition(".")[0] == "trackio":
+                vars(module)["print"] = _silent  # not into the lines of the run
         self.id = start.id or f"{start.name}-{secrets.token_hex(3)}"
         given = {"config": start.settings, "resume": "allow", "embed": False}
         quiet = {"auto_log_gpu": False, "auto_log_cpu": False}
@@ -223,7 +225,8 @@ def _plain(value: Any) -> bool | int | float | str:
 def require_all(names: Iterable[str]) -> None:
     """Raises ``MissingExtra`` where a tracker is not installed; imports none."""
     for name in names:
-        if name not in sys.modules and not util.find_spec(name):
+        found = name in sys.modules or util.find_spec(name)
+        if not found or not getattr(found, "origin", True):  # a folder that a tracker wrote
             hint = install_hint(name)
             raise MissingExtra(f"--track {name}: expected the package {name}, found none: {hint}")
 
@@ -273,7 +276,7 @@ def _told(feeds: Iterable[_Feed]) -> Iterator[Message]:
 def _finish(feeds: Iterable[_Feed], status: str) -> None:
     end = time.monotonic() + AT_THE_END[status]
     for feed in feeds:
-        feed.close(status, end)
+        feed.close(status)
     for feed in feeds:
         feed.wait(end)
 
@@ -317,15 +320,15 @@ class _Sent:
     """
 
     def __init__(self, file: Path):
-        found = file.read_text().split() if file.exists() else []
+        reading, _, self.id = (file.read_text() if file.exists() else "").strip().partition(" ")
+        self.reading = int(reading) if reading.isdecimal() else -1
         self.file = file
-        self.reading = int(found[0]) if found and found[0].isdecimal() else -1
-        self.id = found[1] if len(found) == 2 else ""
 
     def write(self, reading: int) -> None:
         self.reading = reading
         with self.file.open("r+" if self.file.exists() else "w") as file:
-            file.write(f"{reading:020d} {self.id}\n")  # of one length, so that no part is left
+            file.write(f"{reading:020d} {self.id}\n")  # over the last one, which is as long
+            file.truncate()
 
 
 class _Feed:
@@ -339,7 +342,7 @@ class _Feed:
         self.left_out, self.last_step = 0, 0
         self.status = "FAILED"
         self.lines: list[str] = []
-        self.is_off = False
+        self.is_off = self.is_closed = False
         self.thread = threading.Thread(target=self._work, name=f"track {name}", daemon=True)
         self.thread.start()
 
@@ -373,10 +376,11 @@ class _Feed:
         except queue.Full:
             self.left_out += not self.is_off
 
-    def close(self, status: str, end: float) -> None:
-        self.status = status
-        with suppress(queue.Full):
-            self.queue.put(None, timeout=max(0.0, end - time.monotonic()))
+    def close(self, status: str) -> None:
+        """Has the tracker finish once it has done what waits."""
+        self.status, self.is_closed = status, True
+        with suppress(queue.Full):  # where it sees that it is closed after what waits
+            self.queue.put_nowait(None)
 
     def wait(self, end: float) -> None:
         self.thread.join(max(0.0, end - time.monotonic()))
@@ -393,7 +397,7 @@ class _Feed:
             self.trouble = f"has not answered for {PATIENCE:g} s"
         if self.trouble:
             self.is_off = True
-            yield f"{self.trouble}; it is off, the run goes on"
+            yield f"{self.trouble}; the run does without it"
         elif self.left_out and not self.thread.is_alive():
             yield f"was slower than the run: {self.left_out} readings were left out"
 
@@ -402,18 +406,19 @@ class _Feed:
             folder = self.run.file("tracking")
             folder.mkdir(exist_ok=True)
             sent = _Sent(folder / f"{self.name}.sent")
-            own = folder / self.name
-            start = Start(own, self.run.path.resolve().name, sent.id, _settings(self.run))
+            name = printable(self.run.path.resolve().name)
+            start = Start(folder / self.name, name, sent.id, _settings(self.run))
             tracker = TRACKERS[self.name](start)
             sent.id = tracker.id
             sent.write(sent.reading)
-            while True:
+            while not (self.is_closed and self.queue.empty()):
                 self.since = None
                 send = self.queue.get()
                 self.since = time.monotonic()
-                if send is None:
-                    break
-                send(tracker, sent)
+                if send:
+                    send(tracker, sent)
+                if self.trouble:  # it was given up
+                    return
             tracker.finish(self.status)
             self.since = None
         except BaseException as error:  # noqa: BLE001  somebody else's code can raise anything

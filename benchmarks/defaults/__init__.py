@@ -1,0 +1,1 @@
+"""Which network and recipe suit images and time: trainings of equal time, beside plain networks."""
