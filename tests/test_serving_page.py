@@ -70,6 +70,7 @@ def test_a_dropped_picture_shows_its_classes_and_its_heat_map(
         page.on("request", lambda request, asked=asked: asked.append(request.url))
         page.on("pageerror", lambda error, complaints=complaints: complaints.append(str(error)))
         page.on("console", lambda said, complaints=complaints: complaints.append(said.text))
+        page.on("filechooser", lambda _: None)  # Playwright catches them from now on
         page.goto(address)
         background = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert (int(background.split("(")[1].split(",")[0]) < 128) == (scheme == "dark")
