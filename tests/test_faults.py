@@ -194,12 +194,22 @@ class Hostile:
 
 
 def test_no_pickle_is_read_but_by_the_reader_that_calls_nothing() -> None:
-    """As checkpoints, weights and settings are read: ``test_a_malicious_pickle_...`` has data."""
+    """As checkpoints, weights and settings are read: ``test_a_malicious_pickle_...`` has data.
+
+    And by PyTorch's reader of tensors alone, of other libraries' files: test_finetune.py.
+    """
     unsafe = re.compile(
         r"\b(import|from) (pickle|marshal|shelve|dill|joblib)|torch\.load|allow_pickle"
     )
+    safe = re.compile(r"torch\.load\([^()]*, weights_only=True\)|import pickle\b")
     package = Path(faults.__file__).parents[1] / "src" / "sparsenet"
-    found = [path.name for path in package.rglob("*.py") if unsafe.search(path.read_text())]
+    found = []
+    for path in package.rglob("*.py"):
+        text = path.read_text()
+        other = path.relative_to(package).as_posix() == "adoption/files.py"
+        if unsafe.search(safe.sub("", text) if other else text):
+            found.append(path.name)
+        assert "pickle.load" not in text or path.name == "unpickle.py"
     assert found == ["unpickle.py"]
 
 
