@@ -12,15 +12,18 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import TINY, Call, write_image
 from safetensors.torch import load_file
 
-from sparsenet.ranks import Ranks
+from sparsenet import train
+from sparsenet.events import Reading
+from sparsenet.ranks import LostError, Ranks
 from sparsenet.run import Run
 
 TESTS = Path(__file__).parent
@@ -219,11 +222,28 @@ cli.main()
 )
 def test_the_cause_is_said_last(failing: str, cause: str, tmp_path: Path) -> None:
     both = two(*LONG, "--out", tmp_path / "run", by=("-c", FAILING, failing))
+    if failing.startswith("1"):
+        both[1].wait(PATIENT)
+        both[0].send_signal(signal.SIGTERM)  # as torchrun does when another process has ended
     (first, last), (second, silent) = [each.end() for each in both]
     assert first == second == 1
     assert cause in last and last.startswith("sparsenet: ")
     assert ("rank 1: " in last) == failing.startswith("1")
     assert silent == ""
+
+
+def test_the_cause_is_said_where_the_first_process_reads_images() -> None:
+    """And torchrun has told it to stop, since the other one has ended."""
+    store = torch.distributed.HashStore()
+    store.set("error/1", "of a test")
+    store.set("failed", "")
+
+    def work() -> Generator[Reading, None, Any]:
+        yield Reading("train", 1, 2)
+
+    events = train._prepared(work(), lambda: "SIGTERM", Ranks(0, 2, store))
+    with pytest.raises(LostError, match="rank 1: of a test"):
+        list(events)
 
 
 def test_other_images_in_one_process_are_refused(tmp_path: Path) -> None:

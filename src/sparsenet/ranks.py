@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -119,6 +120,14 @@ class Ranks:
         with self.talking(RuntimeError):
             torch.distributed.all_reduce(flag, group=self.control)
         return [each for each in self.gather(word) if each] if flag.item() else []
+
+    def look(self) -> None:
+        """Raises ``LostError`` where another process says that it failed."""
+        if self.size == 1:
+            return
+        with self.talking(RuntimeError):
+            if self.store.check(["failed"]):
+                raise RuntimeError("it failed")
 
     @contextmanager
     def talking(self, kind: type[Exception] = UnreachableError) -> Iterator[None]:
@@ -234,6 +243,8 @@ def joined(timeout: float) -> Iterator[Ranks]:
     try:
         yield _joined
     finally:  # so that others that wait for this one learn that it ended
+        # That torchrun sends when another has ended: this one may be about to say why.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         with suppress(RuntimeError):
             dist.destroy_process_group()
 
@@ -262,6 +273,7 @@ def is_said(message: str) -> bool:
 def _tell_and_ask(joined: Ranks, message: str) -> bool:
     if joined.is_first:
         joined.store.set(f"error/{joined.rank}", message)
+        joined.store.set("failed", "")
         joined.store.set("said", "")
         others = [f"heard/{other}" for other in range(1, joined.size)]
         _wait_for(lambda: joined.store.check(others))  # this process may hold the store
@@ -269,6 +281,7 @@ def _tell_and_ask(joined: Ranks, message: str) -> bool:
     if message in _lost:
         return _wait_for(_heard.is_set)
     joined.store.set(f"error/{joined.rank}", message)
+    joined.store.set("failed", "")
     return True
 
 
