@@ -246,6 +246,30 @@ def test_the_cause_is_said_where_the_first_process_reads_images() -> None:
         list(events)
 
 
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE: expected a number of 1 or more"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK: expected one below WORLD_SIZE, 2, found 2"),
+        ({"WORLD_SIZE": "2", "LOCAL_RANK": "-1"}, "LOCAL_RANK: expected a number of 0 or more"),
+        ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE: expected a number of 1 or more"),
+    ],
+)
+def test_variables_that_no_launcher_sets_are_refused(
+    variables: dict[str, str],
+    expected: str,
+    call: Call,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    write_image(tmp_path / "data" / "a" / "1.png")
+    write_image(tmp_path / "data" / "b" / "2.png")
+    outcome = call("train", *TINY, "--dataset_dir", tmp_path / "data", "--out", tmp_path / "run")
+    assert outcome.code == 2 and expected in outcome.err
+
+
 def test_other_images_in_one_process_are_refused(tmp_path: Path) -> None:
     port, arguments = free_port(), ["-m", "sparsenet", *LONG, "--out", tmp_path / "run"]
     other = ["-c", OTHER_IMAGES, *arguments[2:]]

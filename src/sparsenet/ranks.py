@@ -200,12 +200,21 @@ def have_joined() -> bool:
 
 def started_by_others() -> bool:
     """Whether this process is one of several, as its environment says."""
-    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+    return _number("WORLD_SIZE", 1) > 1
 
 
 def local_processes() -> int:
     """How many processes torchrun has started on this machine; 1 where nobody says."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return _number("LOCAL_WORLD_SIZE", 1)
+
+
+def _number(name: str, least: int) -> int:
+    """What a launcher says by the variable *name*; *least* where it says nothing."""
+    found = os.environ.get(name, str(least))
+    if not found.isdecimal() or int(found) < least:
+        expected = f"{name}: expected a number of {least} or more, which launchers set"
+        raise ValueError(f"{expected}, found {found!r}; unset it for one process")
+    return int(found)
 
 
 @contextmanager
@@ -219,14 +228,16 @@ def joined(timeout: float) -> Iterator[Ranks]:
     if not started_by_others():
         yield ALONE
         return
-    _choose_accelerator(int(os.environ.get("LOCAL_RANK", 0)))
+    size, rank = _number("WORLD_SIZE", 1), _number("RANK", 0)
+    if rank >= size:
+        raise ValueError(f"RANK: expected one below WORLD_SIZE, {size}, found {rank}")
+    _choose_accelerator(_number("LOCAL_RANK", 0))
     from torch.distributed import distributed_c10d
 
     dist = torch.distributed
     store, restarts = _agent_store(), os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
     known: dict[str, Any] = {}
     if store is not None:  # which still holds the addresses of processes that were killed
-        size, rank = (int(os.environ[name]) for name in ("WORLD_SIZE", "RANK"))
         own = distributed_c10d.PrefixStore(f"{restarts}/{size}", store)
         known = {"store": own, "world_size": size, "rank": rank}
     try:
@@ -234,7 +245,7 @@ def joined(timeout: float) -> Iterator[Ranks]:
         control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
         patient = dist.new_group(backend="gloo", timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
-        expected = f"expected {os.environ['WORLD_SIZE']} processes that reach each other"
+        expected = f"expected {size} processes that reach each other"
         raise LostError(f"{expected}, found: {_first_words(error)}") from None
     store = distributed_c10d.PrefixStore("sparsenet", distributed_c10d._get_default_store())
     _joined = Ranks(dist.get_rank(), dist.get_world_size(), store, control, patient)
