@@ -5,6 +5,7 @@ They are started as launchers do it, by variables of the environment, and once b
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import signal
@@ -22,9 +23,19 @@ from conftest import TINY, Call, write_image
 from safetensors.torch import load_file
 
 from sparsenet import train
+from sparsenet.config import RunConfig, replace
+from sparsenet.data.dataset import Images
+from sparsenet.data.preprocessing import Preprocessing
+from sparsenet.data.sampling import plan_epoch
+from sparsenet.evaluation import recompute_statistics
 from sparsenet.events import Reading
+from sparsenet.model import SparseNet
+from sparsenet.ops import synchronised
+from sparsenet.optim import sgd
 from sparsenet.ranks import LostError, Ranks
 from sparsenet.run import Run
+from sparsenet.stage import synchronise_statistics
+from sparsenet.step import TrainingStep
 
 TESTS = Path(__file__).parent
 LONG = ("train", *TINY, "--max_epoch", "4", "--precision", "fp32", "--sync_statistics", "on")
@@ -123,6 +134,35 @@ def test_parts_are_the_whole_batch(size: int) -> None:
         assert total == pytest.approx(count)
         pieces = [list(range(count))[each.piece(count)] for each in ranks]
         assert [image for piece in pieces for image in piece] == list(range(count))
+
+
+def test_images_that_all_processes_have_count_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch with fewer pairs than processes is computed whole by each; here both are this one."""
+
+    def both(tensor: torch.Tensor, **_: object) -> None:
+        tensor.mul_(2)
+
+    network = {"depth": 7, "growth_rate": 4, "in_chans": 1, "num_classes": 3}
+    config = replace(RunConfig(), {"network": network})
+    torch.manual_seed(0)
+    alone = SparseNet(config.network, "reference")
+    ours = copy.deepcopy(alone)
+    synchronise_statistics(ours)
+    monkeypatch.setattr(torch.distributed, "all_reduce", both)
+    monkeypatch.setattr(synchronised, "group_of", lambda module: object())
+    pixels = torch.randint(256, (3, 1, 8, 8), dtype=torch.uint8)
+    moves = plan_epoch(0, 0, 3, config.data).moves
+    preprocessing = Preprocessing(8, 1, (0.5,), (0.25,))
+    images, rate = Images(pixels, torch.arange(3)), torch.tensor(0.1)
+    for model, size in ((alone, 1), (ours, 2)):
+        ranks, optimizer = Ranks(0, size), sgd(model, config.optim)
+        step = TrainingStep(model, optimizer, None, config, preprocessing, "fp32", ranks)
+        step(pixels, images.labels, rate, rate, torch.tensor(ranks.shares(3)), *moves)
+    torch.testing.assert_close(ours.state_dict(), alone.state_dict())
+    for model, size in ((alone, 1), (ours, 2)):
+        device = torch.device("cpu")
+        recompute_statistics(model, images, preprocessing, device, 3, ranks=Ranks(0, size))
+    torch.testing.assert_close(ours.state_dict(), alone.state_dict())
 
 
 def test_two_processes_train_as_one(whole: Path, call: Call, tmp_path: Path) -> None:
