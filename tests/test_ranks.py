@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from sparsenet.events import Reading
 from sparsenet.model import SparseNet
 from sparsenet.ops import synchronised
 from sparsenet.optim import sgd
-from sparsenet.ranks import LostError, Ranks
+from sparsenet.ranks import ALONE, LostError, Ranks
 from sparsenet.run import Run
 from sparsenet.stage import synchronise_statistics
 from sparsenet.step import TrainingStep
@@ -308,6 +309,22 @@ def test_variables_that_no_launcher_sets_are_refused(
     write_image(tmp_path / "data" / "b" / "2.png")
     outcome = call("train", *TINY, "--dataset_dir", tmp_path / "data", "--out", tmp_path / "run")
     assert outcome.code == 2 and expected in outcome.err
+
+
+@pytest.mark.parametrize("value", ["nan", "1e300", "0", "long"])
+def test_a_wait_that_is_none_is_refused_by_the_first_process(
+    value: str, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits = []
+
+    def joined(timeout: float) -> nullcontext[Ranks]:
+        waits.append(timeout)
+        return nullcontext(ALONE)
+
+    monkeypatch.setattr("sparsenet.ranks.joined", joined)
+    outcome = call(*LONG, "--rank_timeout", value, "--out", tmp_path / "run")
+    assert outcome.code == 2 and "rank_timeout: expected" in outcome.err
+    assert waits == [RunConfig().train.rank_timeout]  # by which the others get there
 
 
 def test_other_images_in_one_process_are_refused(tmp_path: Path) -> None:
