@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import re
@@ -297,6 +298,31 @@ def test_who_comes_second_waits_and_takes_what_the_first_has_written(decoded: li
     assert_same(drained(first), split)
     assert_same(drained(second), split)
     assert len(decoded) == 40
+
+
+@pytest.mark.parametrize("kind", ["no folder", "read only", "full", "data"])
+def test_a_cache_that_cannot_be_written_is_named(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = DataConfig(dataset_dir=str(write_classes(tmp_path / "data")), cache="disk")
+
+    def fails(*_: object) -> None:
+        raise {
+            "read only": OSError(errno.EACCES, "refused", str(cache.root() / "a file")),
+            "full": OSError(errno.ENOSPC, "no space"),
+            "data": OSError(errno.EIO, "a broken disk"),
+        }[kind]
+
+    if kind == "no folder":
+        write_image(tmp_path / "file.png")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file.png"))
+    else:
+        monkeypatch.setattr(filling.PixelFile, "write", fails)
+    named = "--dataset_dir: .* a broken disk$"
+    if kind != "data":
+        named = r"^--cache: expected a folder that can be written, .*sparsenet.images, found"
+    with pytest.raises(DataError, match=named):
+        load_dataset(config)
 
 
 @pytest.mark.parametrize("end", ["both go on", "the first is killed"])

@@ -5,6 +5,7 @@ They are started as launchers do it, by variables of the environment, and once b
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import signal
@@ -12,16 +13,30 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import TINY, Call, write_image
 from safetensors.torch import load_file
 
-from sparsenet.ranks import Ranks
+from sparsenet import train
+from sparsenet.config import RunConfig, replace
+from sparsenet.data.dataset import Images
+from sparsenet.data.preprocessing import Preprocessing
+from sparsenet.data.sampling import plan_epoch
+from sparsenet.evaluation import recompute_statistics
+from sparsenet.events import Reading
+from sparsenet.model import SparseNet
+from sparsenet.ops import synchronised
+from sparsenet.optim import sgd
+from sparsenet.ranks import ALONE, LostError, Ranks
 from sparsenet.run import Run
+from sparsenet.stage import synchronise_statistics
+from sparsenet.step import TrainingStep
 
 TESTS = Path(__file__).parent
 LONG = ("train", *TINY, "--max_epoch", "4", "--precision", "fp32", "--sync_statistics", "on")
@@ -122,6 +137,35 @@ def test_parts_are_the_whole_batch(size: int) -> None:
         assert [image for piece in pieces for image in piece] == list(range(count))
 
 
+def test_images_that_all_processes_have_count_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch with fewer pairs than processes is computed whole by each; here both are this one."""
+
+    def both(tensor: torch.Tensor, **_: object) -> None:
+        tensor.mul_(2)
+
+    network = {"depth": 7, "growth_rate": 4, "in_chans": 1, "num_classes": 3}
+    config = replace(RunConfig(), {"network": network})
+    torch.manual_seed(0)
+    alone = SparseNet(config.network, "reference")
+    ours = copy.deepcopy(alone)
+    synchronise_statistics(ours)
+    monkeypatch.setattr(torch.distributed, "all_reduce", both)
+    monkeypatch.setattr(synchronised, "group_of", lambda module: object())
+    pixels = torch.randint(256, (3, 1, 8, 8), dtype=torch.uint8)
+    moves = plan_epoch(0, 0, 3, config.data).moves
+    preprocessing = Preprocessing(8, 1, (0.5,), (0.25,))
+    images, rate = Images(pixels, torch.arange(3)), torch.tensor(0.1)
+    for model, size in ((alone, 1), (ours, 2)):
+        ranks, optimizer = Ranks(0, size), sgd(model, config.optim)
+        step = TrainingStep(model, optimizer, None, config, preprocessing, "fp32", ranks)
+        step(pixels, images.labels, rate, rate, torch.tensor(ranks.shares(3)), *moves)
+    torch.testing.assert_close(ours.state_dict(), alone.state_dict())
+    for model, size in ((alone, 1), (ours, 2)):
+        device = torch.device("cpu")
+        recompute_statistics(model, images, preprocessing, device, 3, ranks=Ranks(0, size))
+    torch.testing.assert_close(ours.state_dict(), alone.state_dict())
+
+
 def test_two_processes_train_as_one(whole: Path, call: Call, tmp_path: Path) -> None:
     """Sums are rounded in another order, which grows from step to step."""
     assert call(*LONG, "--out", tmp_path / "alone").code == 0
@@ -219,11 +263,68 @@ cli.main()
 )
 def test_the_cause_is_said_last(failing: str, cause: str, tmp_path: Path) -> None:
     both = two(*LONG, "--out", tmp_path / "run", by=("-c", FAILING, failing))
+    if failing.startswith("1"):
+        both[1].wait(PATIENT)
+        both[0].send_signal(signal.SIGTERM)  # as torchrun does when another process has ended
     (first, last), (second, silent) = [each.end() for each in both]
     assert first == second == 1
     assert cause in last and last.startswith("sparsenet: ")
     assert ("rank 1: " in last) == failing.startswith("1")
     assert silent == ""
+
+
+def test_the_cause_is_said_where_the_first_process_reads_images() -> None:
+    """And torchrun has told it to stop, since the other one has ended."""
+    store = torch.distributed.HashStore()
+    store.set("error/1", "of a test")
+    store.set("failed", "")
+
+    def work() -> Generator[Reading, None, Any]:
+        yield Reading("train", 1, 2)
+
+    events = train._prepared(work(), lambda: "SIGTERM", Ranks(0, 2, store))
+    with pytest.raises(LostError, match="rank 1: of a test"):
+        list(events)
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE: expected a number of 1 or more"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK: expected one below WORLD_SIZE, 2, found 2"),
+        ({"WORLD_SIZE": "2", "LOCAL_RANK": "-1"}, "LOCAL_RANK: expected a number of 0 or more"),
+        ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE: expected a number of 1 or more"),
+    ],
+)
+def test_variables_that_no_launcher_sets_are_refused(
+    variables: dict[str, str],
+    expected: str,
+    call: Call,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    write_image(tmp_path / "data" / "a" / "1.png")
+    write_image(tmp_path / "data" / "b" / "2.png")
+    outcome = call("train", *TINY, "--dataset_dir", tmp_path / "data", "--out", tmp_path / "run")
+    assert outcome.code == 2 and expected in outcome.err
+
+
+@pytest.mark.parametrize("value", ["nan", "1e300", "0", "long"])
+def test_a_wait_that_is_none_is_refused_by_the_first_process(
+    value: str, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits = []
+
+    def joined(timeout: float) -> nullcontext[Ranks]:
+        waits.append(timeout)
+        return nullcontext(ALONE)
+
+    monkeypatch.setattr("sparsenet.ranks.joined", joined)
+    outcome = call(*LONG, "--rank_timeout", value, "--out", tmp_path / "run")
+    assert outcome.code == 2 and "rank_timeout: expected" in outcome.err
+    assert waits == [RunConfig().train.rank_timeout]  # by which the others get there
 
 
 def test_other_images_in_one_process_are_refused(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from sparsenet.data.preprocessing import Preprocessing
 from sparsenet.data.sampling import Batches, batch_ends
 from sparsenet.device import autocast
 from sparsenet.ops.plan import MOMENTUM
+from sparsenet.ops.synchronised import counted
 from sparsenet.ranks import ALONE, Ranks
 from sparsenet.results import ClassScores, Scores
 
@@ -176,9 +177,10 @@ def recompute_statistics(
     for (pixels, _), size in zip(batches, sizes, strict=True):
         for buffer in running:
             buffer.zero_()  # so that it becomes MOMENTUM times that of the batch
-        with autocast(device, precision):
+        share, count = ranks.shares(size)
+        with autocast(device, precision), counted(count):
             model(preprocessing.normalise(pixels))
-        share = ranks.shares(size)[0] * size / (MOMENTUM * len(images))
+        share *= size / (MOMENTUM * len(images))
         for total, buffer in zip(sums, running, strict=True):
             total.add_(buffer, alpha=share)
     ranks.add(sums)

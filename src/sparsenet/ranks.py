@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -120,6 +121,14 @@ class Ranks:
             torch.distributed.all_reduce(flag, group=self.control)
         return [each for each in self.gather(word) if each] if flag.item() else []
 
+    def look(self) -> None:
+        """Raises ``LostError`` where another process says that it failed."""
+        if self.size == 1:
+            return
+        with self.talking(RuntimeError):
+            if self.store.check(["failed"]):
+                raise RuntimeError("it failed")
+
     @contextmanager
     def talking(self, kind: type[Exception] = UnreachableError) -> Iterator[None]:
         """Raises ``LostError`` for errors of this *kind*: another process does not answer."""
@@ -191,12 +200,21 @@ def have_joined() -> bool:
 
 def started_by_others() -> bool:
     """Whether this process is one of several, as its environment says."""
-    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+    return _number("WORLD_SIZE", 1) > 1
 
 
 def local_processes() -> int:
     """How many processes torchrun has started on this machine; 1 where nobody says."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return _number("LOCAL_WORLD_SIZE", 1)
+
+
+def _number(name: str, least: int) -> int:
+    """What a launcher says by the variable *name*; *least* where it says nothing."""
+    found = os.environ.get(name, str(least))
+    if not found.isdecimal() or int(found) < least:
+        expected = f"{name}: expected a number of {least} or more, which launchers set"
+        raise ValueError(f"{expected}, found {found!r}; unset it for one process")
+    return int(found)
 
 
 @contextmanager
@@ -210,14 +228,16 @@ def joined(timeout: float) -> Iterator[Ranks]:
     if not started_by_others():
         yield ALONE
         return
-    _choose_accelerator(int(os.environ.get("LOCAL_RANK", 0)))
+    size, rank = _number("WORLD_SIZE", 1), _number("RANK", 0)
+    if rank >= size:
+        raise ValueError(f"RANK: expected one below WORLD_SIZE, {size}, found {rank}")
+    _choose_accelerator(_number("LOCAL_RANK", 0))
     from torch.distributed import distributed_c10d
 
     dist = torch.distributed
     store, restarts = _agent_store(), os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
     known: dict[str, Any] = {}
     if store is not None:  # which still holds the addresses of processes that were killed
-        size, rank = (int(os.environ[name]) for name in ("WORLD_SIZE", "RANK"))
         own = distributed_c10d.PrefixStore(f"{restarts}/{size}", store)
         known = {"store": own, "world_size": size, "rank": rank}
     try:
@@ -225,7 +245,7 @@ def joined(timeout: float) -> Iterator[Ranks]:
         control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
         patient = dist.new_group(backend="gloo", timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
-        expected = f"expected {os.environ['WORLD_SIZE']} processes that reach each other"
+        expected = f"expected {size} processes that reach each other"
         raise LostError(f"{expected}, found: {_first_words(error)}") from None
     store = distributed_c10d.PrefixStore("sparsenet", distributed_c10d._get_default_store())
     _joined = Ranks(dist.get_rank(), dist.get_world_size(), store, control, patient)
@@ -234,6 +254,8 @@ def joined(timeout: float) -> Iterator[Ranks]:
     try:
         yield _joined
     finally:  # so that others that wait for this one learn that it ended
+        # That torchrun sends when another has ended: this one may be about to say why.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         with suppress(RuntimeError):
             dist.destroy_process_group()
 
@@ -262,6 +284,7 @@ def is_said(message: str) -> bool:
 def _tell_and_ask(joined: Ranks, message: str) -> bool:
     if joined.is_first:
         joined.store.set(f"error/{joined.rank}", message)
+        joined.store.set("failed", "")
         joined.store.set("said", "")
         others = [f"heard/{other}" for other in range(1, joined.size)]
         _wait_for(lambda: joined.store.check(others))  # this process may hold the store
@@ -269,6 +292,7 @@ def _tell_and_ask(joined: Ranks, message: str) -> bool:
     if message in _lost:
         return _wait_for(_heard.is_set)
     joined.store.set(f"error/{joined.rank}", message)
+    joined.store.set("failed", "")
     return True
 
 

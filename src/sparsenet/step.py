@@ -13,6 +13,7 @@ from sparsenet.config import RunConfig
 from sparsenet.data.augment import Moves, augment, mix
 from sparsenet.data.preprocessing import Preprocessing
 from sparsenet.device import autocast
+from sparsenet.ops.synchronised import counted
 from sparsenet.optim import update_average
 from sparsenet.ranks import ALONE, Ranks
 
@@ -72,7 +73,7 @@ class TrainingStep:
         images = self.preprocessing.normalise(augment(pixels, changes, data, self.fill))
         if data.mixup or data.cutmix:
             images, shares = mix(images, changes)
-        with autocast(pixels.device, self.precision):
+        with autocast(pixels.device, self.precision), counted(weights[1]):
             logits = self.model(images).float()
             settings = optim.label_smoothing, self.class_weights
             loss, mistakes = loss_and_mistakes(logits, labels, shares, *settings)

@@ -129,7 +129,7 @@ def _begun(
         start.check(config)
     known = (run.arithmetic(), run.images()) if resume and ranks.is_first else (Arithmetic(), {})
     previous, images = ranks.tell(known)
-    setup = yield from _prepared(preparing(config, previous, images, ranks), should_stop)
+    setup = yield from _prepared(preparing(config, previous, images, ranks), should_stop, ranks)
     if setup is None:
         return None
     state = new_state(setup, start)
@@ -158,12 +158,15 @@ def _save(kind: Literal["last", "best"], run: Run, setup: Setup, state: Training
 
 
 def _prepared(
-    work: Generator[Reading | Message, None, Setup], should_stop: Callable[[], str | None]
+    work: Generator[Reading | Message, None, Setup],
+    should_stop: Callable[[], str | None],
+    ranks: Ranks,
 ) -> Generator[Event, None, Setup | None]:
     """The setup of a run, or ``None`` where it was stopped while the images were read."""
     try:
         while True:
             yield next(work)
+            ranks.look()  # first, as torchrun stops the others when one fails
             if stop := should_stop():
                 yield Stopped(stop, saved=False)
                 return None

@@ -31,7 +31,8 @@ def run(args: argparse.Namespace) -> int:
     """Trains a new run or goes on with one; returns 128 + the signal that stopped it, else 0."""
     timeout = TrainConfig.rank_timeout
     with suppress(ValueError):  # which the first process refuses
-        timeout = float(vars(args).get("rank_timeout", timeout))
+        asked = float(vars(args).get("rank_timeout", timeout))
+        timeout = TrainConfig(rank_timeout=asked).rank_timeout
     with ranks.joined(timeout) as joined:
         return _run(args, joined) if joined.is_first else _follow(joined)
 

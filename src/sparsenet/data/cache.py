@@ -27,7 +27,7 @@ import msgspec
 import numpy as np
 
 from sparsenet.data.dataset import Example, Split
-from sparsenet.data.errors import DataError
+from sparsenet.data.errors import DataError, reason
 from sparsenet.data.pixels import Greys
 from sparsenet.data.stored import Kept, PixelFile
 from sparsenet.events import Message
@@ -192,13 +192,23 @@ class Entry:
 def root() -> Path:
     """The folder of all that is decoded, which is this user's alone."""
     folder = cache_folder() / "images"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise no_writing(folder, error) from error
     if not is_ours(folder):
         raise DataError(
             f"{folder}: expected a folder that only this user can change, found another; "
             "XDG_CACHE_HOME can name one elsewhere, --cache memory needs none"
         )
     return folder
+
+
+def no_writing(folder: Path, error: OSError) -> DataError:
+    return DataError(
+        f"--cache: expected a folder that can be written, {folder}, found {reason(error)}; "
+        "XDG_CACHE_HOME can name one elsewhere, --cache memory needs none"
+    )
 
 
 def lock_of(folder: Path) -> Any:

@@ -7,6 +7,7 @@ is gone on with: images whose pixels do not have their checksum are decoded agai
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import time
@@ -33,6 +34,7 @@ from sparsenet.data.cache import (
     digest_of,
     hold,
     make_room,
+    no_writing,
     state_of,
 )
 from sparsenet.data.dataset import Example, Images, Split
@@ -48,6 +50,7 @@ from sparsenet.validation import printable
 
 MOST_PARTS = 64
 LEAST_IMAGES = 256  # of a part: at its end threads wait for the last of them
+FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS
 LINES = 64  # rows between writes of their lines
 
 
@@ -109,6 +112,18 @@ def _refuse_problems(rows: Iterable[Row], skip_corrupt: bool) -> None:
 
 def _fill(entry: Entry, split: Split, skip_corrupt: bool) -> Generator[int | Message, None, None]:
     """Decodes what is not there and what nobody else decodes, until the folder is whole."""
+    try:
+        yield from _fill_together(entry, split, skip_corrupt)
+    except OSError as error:
+        root, file = entry.folder.parent, Path(str(error.filename))
+        if error.errno in FULL or root.absolute() in file.absolute().parents:
+            raise no_writing(root, error) from error
+        raise  # of the data
+
+
+def _fill_together(
+    entry: Entry, split: Split, skip_corrupt: bool
+) -> Generator[int | Message, None, None]:
     lock = entry.lock()
     yield from acquired(lock)
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
@@ -17,6 +19,20 @@ def group_of(module: torch.nn.SyncBatchNorm) -> Group | None:
         return None
     group = module.process_group or dist.group.WORLD
     return group if dist.get_world_size(group) > 1 else None
+
+
+_share: float | Tensor = 1.0  # that the images of this process count by
+
+
+@contextmanager
+def counted(share: float | Tensor) -> Iterator[None]:
+    """Lets images count by *share*, ``()``, where several processes have the same ones."""
+    global _share
+    before, _share = _share, share
+    try:
+        yield
+    finally:
+        _share = before
 
 
 class UnreachableError(RuntimeError):
@@ -54,8 +70,8 @@ def moments(
     """
     around = around.detach().to(mean.dtype)
     distance = mean - around
-    number = mean.new_full((1,), count)
-    sums = torch.cat([count * distance, count * (var + distance.square()), number])
+    number = mean.new_full((1,), count) * _share
+    sums = torch.cat([number * distance, number * (var + distance.square()), number])
     total: Tensor = _Sum.apply(sums, group)  # type: ignore[no-untyped-call]
     offset, square = (total[:-1] / total[-1]).chunk(2)
     return around + offset, (square - offset.square()).clamp_min(0), total[-1]
