@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY, Call, newest, write_classes, write_image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_adopt import TWO_STAGES, close, disagree, images, peer, torchvision_state
 from torch import Tensor, nn
 
@@ -277,6 +277,30 @@ def test_a_run_goes_on_without_the_weights_that_it_started_from(animals: Path, c
     assert outcome.code == 2 and "before: expected" in outcome.error
 
 
+@pytest.mark.parametrize("source", ["run", "weights file"])
+def test_images_that_the_weights_were_trained_on_are_no_test(
+    source: str, animals: Path, call: Call
+) -> None:
+    weights = animals / "run"
+    if source == "weights file":
+        call("export", animals / "run", "--format", "safetensors", "--out", "w.safetensors")
+        weights = Path("w.safetensors")
+    flags = ("--weights", weights, "--dataset_dir", animals / "data", *STILL, *FP32)
+    trained = animals / "run" / "images.safetensors"
+    known = set(load_file(trained)["train.ids"].tolist())
+    for number, fractions in enumerate((("0.2", "0"), ("0.5", "0"), ("0.2", "0.3"))):
+        run = Path(f"again{number}")
+        held_out = ("--test_fraction", fractions[0], "--val_fraction", fractions[1])
+        said = call("train", *flags, *held_out, "--out", run).out
+        now = load_file(run / "images.safetensors")
+        for split, name in (("test", "held-out"), ("val", "validation")):
+            ids = now.get(f"{split}.ids", torch.empty(0)).tolist()
+            count = len(known.intersection(ids))
+            line = f"was trained on {count} of the {len(ids)} {name} images"
+            assert (line in said) == bool(count), said
+        assert ("was trained on" in said) == (number > 0)
+
+
 # --- other libraries' files -----------------------------------------------------------------------
 
 
@@ -314,6 +338,8 @@ def test_densenets_of_other_libraries_are_read_for_what_they_are(kind: str, tmp_
     assert start.preprocessing is None and start.classes == ()
     model = SparseNet(start.architecture).double().eval()
     start.load_into(model, ("a", "b", "c"))
+    assert not torch.equal(model.classifier.weight, start.tensors["classifier.weight"])  # whose?
+    dataclasses.replace(start, classes=("a", "b", "c")).load_into(model, ("a", "b", "c"))
     batch = images(theirs)
     close(model(batch), theirs(batch), 1e-5)  # the file is fp32
 

@@ -11,9 +11,11 @@ import pytest
 import torch
 from conftest import Call, newest, signals_put_back, write_classes
 from PIL import Image
+from test_data_images import TAG, deep
 
 import sparsenet
 import sparsenet.library
+from sparsenet.config import RunConfig
 from sparsenet.config import load as load_config
 from sparsenet.events import EpochDone, Event, Step
 from sparsenet.run import Run
@@ -111,7 +113,7 @@ def test_load_takes_whatever_names_a_network(trained_on_folder: Path) -> None:
         network = sparsenet.load(source, device="cpu")
         images = torch.zeros(2, 3, network.preprocessing.size, network.preprocessing.size)
         assert network.model(images).shape == (2, len(network.classes))
-        assert repr(network).startswith(f"{network.path}: {len(network.classes)} classes (a")
+        assert repr(network).startswith(f"{network.name}: {len(network.classes)} classes (a")
     with pytest.raises(ValueError, match="device"):
         sparsenet.load(trained_on_folder, device="gpu")
 
@@ -204,3 +206,32 @@ def test_evaluate_says_what_the_command_says(
     assert other.images == 9  # those that are not held out
     with pytest.raises(ValueError, match=r"unknown argument .--splits=test.*--split"):
         sparsenet.evaluate(trained_on_folder, splits="test")
+
+
+def test_a_picture_of_pillows_is_refused_for_what_its_file_is_refused_for(
+    network: sparsenet.library.Network, tmp_path: Path
+) -> None:
+    path = tmp_path / "inverted.tif"
+    path.write_bytes(deep(1).replace(TAG.pack(262, 3, 1, 1), TAG.pack(262, 3, 1, 0)))
+    with Image.open(path) as image:
+        for picture in (path, path.read_bytes(), image):
+            with pytest.raises(ValueError, match="white to black"):
+                network.transform(picture)
+    with pytest.raises(ValueError, match="expected config or preset"):
+        sparsenet.fit(RunConfig(), preset="short")
+
+
+def test_a_second_interrupt_does_what_it_did_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_classes(Path("data"))
+
+    def interrupt_twice(event: Event) -> None:
+        if isinstance(event, Step):
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    with signals_put_back(), pytest.raises(KeyboardInterrupt):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sparsenet.fit(dataset_dir="data", events=interrupt_twice, quiet=True, **SETTINGS)

@@ -69,7 +69,7 @@ def _leaves_threads() -> bool:
     tracker that hangs may never end.
     """
     ranks, tracking = (sys.modules.get(f"sparsenet.{name}") for name in ("ranks", "tracking"))
-    return bool((ranks and ranks.have_joined()) or (tracking and tracking.hang()))
+    return bool((ranks and ranks.have_joined()) or (tracking and tracking.any_hangs()))
 
 
 def _complain(message: str) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from sparsenet import presets, zoo
-from sparsenet.config import RunConfig, changed, differences
+from sparsenet.config import RunConfig, changed, differences, located
 from sparsenet.run import Run
-from sparsenet.start import located, read_start
+from sparsenet.start import read_start
 
 
 def compose(
@@ -22,7 +22,7 @@ def compose(
     Without a *base* it is the preset for the data. Trained weights in *settings* come with their
     network and the size and normalisation of their images. Raises ``ValueError`` in one line.
     """
-    source = settings.get("weights", "")
+    source = located(settings.get("weights", ""))
     if base is None:
         base = _base(settings)
     if source:
@@ -36,8 +36,7 @@ def compose(
     if settings.get("in_chans") and "mean" not in settings:  # those of the weights may be others
         fitting = len(data.mean) in (1, data.in_chans)
         data = data if fitting else dataclasses.replace(data, mean=(), std=())
-    train = dataclasses.replace(config.train, weights=located(source))
-    return dataclasses.replace(config, data=data, train=train)
+    return dataclasses.replace(config, data=data)
 
 
 def check_resumed(run: Run, asked: RunConfig) -> None:

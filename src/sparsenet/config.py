@@ -12,7 +12,7 @@ from typing import Any
 
 from sparsenet.architecture import WRITTEN, Architecture
 from sparsenet.data.config import DataConfig
-from sparsenet.files import read_json
+from sparsenet.files import read_json, user_path
 from sparsenet.ops.implementations import IMPLEMENTATIONS, MEMORY
 from sparsenet.schedule import OptimConfig
 from sparsenet.validation import check_settings, check_type, nearest, setting
@@ -182,8 +182,16 @@ def changed(base: RunConfig, values: Mapping[str, Any]) -> RunConfig:
             raise ValueError(f"{name}: expected a setting, found none of that name{hint}")
         if not callable(value):  # as a topology may be
             check_type(name, value, known[name].kind)
+        if name == "weights":
+            value = located(value)
         changes[known[name].component][name] = value
     return replace(base, changes)
+
+
+def located(source: str) -> str:
+    """*source*, as an absolute path where it is a path that exists."""
+    path = user_path(source)
+    return str(path.absolute()) if source and path.exists() else source
 
 
 def from_dict(value: Any, source: str, base: RunConfig) -> RunConfig:
@@ -230,7 +238,9 @@ def differences(old: RunConfig, new: RunConfig) -> list[str]:
 def recipe(config: RunConfig) -> dict[str, dict[str, Any]]:
     """Returns how a network was trained, as a JSON value: what matters for the result alone."""
     left_out = MAY_CHANGE - LENGTH
-    name = re.split(r"[/\\]", config.train.weights)[-1]  # not where it lies on this machine
+    # Neither where it lies on this machine nor what lets somebody read an address.
+    name = re.split(r"[?#]", config.train.weights)[0]
+    name = name if name.startswith("hf://") else re.split(r"[/\\]", name)[-1]
     train = dataclasses.replace(config.train, weights=name)
     components = dataclasses.replace(config, train=train).to_dict()
     del components["network"]

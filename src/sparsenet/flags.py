@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, NoReturn
@@ -353,7 +354,11 @@ def _given(text: str) -> str:
 
 
 def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip().lower() for name in text.split(","))
+    names = tuple(name.strip().lower() for name in text.split(","))
+    if not all(re.fullmatch(r"\*|[^\s:/]+|\[[0-9a-f:.]+\]", name) for name in names):
+        expected = "names as photos.example.org, without ports"
+        raise argparse.ArgumentTypeError(f"expected {expected}, found {text!r}")
+    return names
 
 
 def _port(text: str) -> int:

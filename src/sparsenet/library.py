@@ -86,6 +86,8 @@ def fit(
         check_resumed(run, config)
         require_all(config.train.trackers)
     else:
+        if preset and config is not None:
+            raise ValueError("fit: expected config or preset, found both")
         base = presets.preset(preset) if preset else config
         config = compose(settings, base, model)
         require_all(config.train.trackers)
@@ -101,7 +103,7 @@ def fit(
                 events(event)
             yield event
 
-    with run.locked(), Signals() as signals:
+    with run.locked(), Signals(ends_program=False) as signals:
         stopped = display(tracked(watched(signals), run, config.train.trackers), run, quiet)
     return Fit(run.path, tuple(run.metrics()), results[0] if results else None, stopped)
 
@@ -112,7 +114,7 @@ class Network(Trained):
     def __repr__(self) -> str:
         about = self.preprocessing
         shape = f"({about.channels}, {about.size}, {about.size})"
-        return f"{self.path}: {len(self.classes)} classes ({shortened(self.classes)}), {shape}"
+        return f"{self.name}: {len(self.classes)} classes ({shortened(self.classes)}), {shape}"
 
     def transform(self, picture: Any) -> Tensor:
         """What ``model`` takes of a picture: float32 ``(channels, size, size)``, on the CPU.
@@ -175,5 +177,5 @@ def evaluate(source: Path | str, **options: Any) -> EvaluationReport:
     ``evaluate("sparsenet_40_12", dataset_dir="photos", predictions="out.csv")``. Raises
     ``ValueError`` in one line.
     """
-    flags = [f"--{name}={value}" for name, value in options.items()]
+    flags = [f"--{name}={value}" for name, value in options.items() if value is not None]
     return evaluated(parser().parse(["eval", *flags, "--", str(source)]))[0]

@@ -89,6 +89,8 @@ def preparing(
     if config.optim.freeze and not config.train.weights:
         expected = "--weights, which has what is to stay"
         raise ValueError(f"--freeze: expected {expected}, found none")
+    if config.optim.backbone_lr and config.optim.freeze == "all":
+        raise ValueError("--backbone_lr: expected a part that learns, found --freeze all")
     device = choose_device(config.train.device)
     if config.train.implementation != "auto":  # refused before the data is loaded
         dispatch.choose(config.train.implementation, device)

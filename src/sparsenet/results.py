@@ -71,7 +71,7 @@ class Scores:
 
     @property
     def worst(self) -> str | None:
-        """The class with the highest error, if that is far above the error of all other images.
+        """The worst class whose error is far above that of all other images.
 
         It is far at twice that error and 10 points above it, and where chance would not do this to
         any class in 99 of 100 cases: Fisher's exact test of it against the others, for as many

@@ -17,7 +17,9 @@ class Signals:
     was ignored before, as by nohup, still is.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ends_program: bool = True) -> None:
+        """With *ends_program* the second signal ends the process, else it does what it did."""
+        self.ends_program = ends_program
         self.number: int | None = None
         self.terminals = [number for number in (1, 2) if os.isatty(number)]
 
@@ -38,7 +40,8 @@ class Signals:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.number = number
         last = number in (signal.SIGINT, signal.SIGTERM)
-        signal.signal(number, signal.SIG_DFL if last else signal.SIG_IGN)
+        second = signal.SIG_DFL if self.ends_program else self.before[number]
+        signal.signal(number, second if last else signal.SIG_IGN)
         for terminal in self.terminals:
             if not os.isatty(terminal):  # it has gone, and what is printed would be an error
                 os.dup2(os.open(os.devnull, os.O_WRONLY), terminal)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,10 +16,16 @@ from sparsenet import weights, zoo
 from sparsenet.adoption.files import read_densenet
 from sparsenet.architecture import Architecture
 from sparsenet.config import RunConfig
+from sparsenet.data.config import DataConfig
+from sparsenet.data.dataset import Dataset, Images, Labelled
 from sparsenet.data.errors import shortened
 from sparsenet.data.preprocessing import Preprocessing
+from sparsenet.data.selection import Known
+from sparsenet.data.splits import IMAGES_OF
 from sparsenet.model import SparseNet
+from sparsenet.run import Run
 from sparsenet.trained import load_trained
+from sparsenet.weights import About
 
 # That torchvision's and timm's DenseNets were trained with, of ImageNet.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -34,6 +41,8 @@ class Start:
     tensors: dict[str, Tensor]  # a state dict
     preprocessing: Preprocessing | None  # ``None`` where the file does not say
     classes: tuple[str, ...]  # empty where it does not
+    images: Mapping[str, Tensor] = field(default_factory=dict)  # of a run: ``Run.images``
+    about: About | None = None  # what a file or a run of this library says of it
 
     def settings(self, config: RunConfig) -> RunConfig:
         """*config* for this network and for images as it takes them."""
@@ -47,7 +56,7 @@ class Start:
             std=known.std if known else STD * colours,
             grey_range=known.grey_range if known else (),
         )
-        train = dataclasses.replace(config.train, weights=located(self.source))
+        train = dataclasses.replace(config.train, weights=self.source)
         return dataclasses.replace(config, network=network, data=data, train=train)
 
     def check(self, config: RunConfig) -> None:
@@ -58,8 +67,8 @@ class Start:
     def load_into(self, model: SparseNet, classes: tuple[str, ...]) -> None:
         """Gives *model* these weights.
 
-        The classifier is that of the file where its *classes* are the same in any order, or as many
-        where it does not name them, and else stays as it is, a new one.
+        The classifier is that of the file where its *classes* are the same in any order, and else
+        stays as it is, a new one.
         """
         tensors = dict(self.tensors)
         channels = model.architecture.in_chans
@@ -71,6 +80,36 @@ class Start:
             own = model.get_parameter(name)
             tensors[name] = own if rows is None or tensor is None else tensor[rows]
         model.load_state_dict(tensors)
+
+    def warnings(self, data: Dataset) -> Iterator[str]:
+        """Lines on images of *data* that are tested on, and that these weights were trained on.
+
+        Of a weights file they are known where *data* are what it was trained on, perhaps with other
+        images held out.
+        """
+        known = Known(self.images, self.about.data if self.about else None)
+        if self.about and not self.images and data.tested_on == "held-out":
+            names = list(data.ids)
+            ids = torch.cat([data.ids[name] for name in names])
+            labels = torch.cat([data.labels(name).cpu() for name in names])
+            whole = Labelled(Images(torch.empty(len(ids), 0), labels), ids, torch.arange(len(ids)))
+            fractions: dict[str, Any] = {
+                "test_fraction": 0.2,
+                "val_fraction": 0.0,
+                **self.about.recipe["data"],
+            }
+            shares = {name: fractions[name] for name in ("test_fraction", "val_fraction")}
+            known = known.with_drawn(whole, DataConfig(**shares))
+        called = {**IMAGES_OF, "val": data.chosen_on, "test": data.tested_on}
+        for name in ("val", "test"):
+            if name not in data.ids or "train.ids" not in known.images:
+                continue
+            count = int(torch.isin(data.ids[name], known.images["train.ids"]).sum())
+            if count:
+                yield (
+                    f"warning: {self.source} was trained on {count} of the {len(data.ids[name])} "
+                    f"{called[name]} images: their error is lower than that of others will be"
+                )
 
     def describe(self, model: SparseNet, classes: tuple[str, ...]) -> Iterator[str]:
         """Lines for the user on what *model* starts with."""
@@ -87,11 +126,9 @@ class Start:
 
     def _rows(self, classes: tuple[str, ...]) -> Tensor | None:
         """The rows of the classifier for *classes*; ``None`` where it is of others."""
-        if sorted(self.classes) == sorted(classes):
-            return torch.tensor([self.classes.index(name) for name in classes])
-        if not self.classes and self.architecture.num_classes == len(classes):
-            return torch.arange(len(classes))
-        return None
+        if sorted(self.classes) != sorted(classes):
+            return None
+        return torch.tensor([self.classes.index(name) for name in classes])
 
 
 def read_start(source: str) -> Start:
@@ -114,6 +151,8 @@ def read_start(source: str) -> Start:
         dict(trained.model.state_dict()),
         trained.preprocessing,
         trained.classes,
+        Run.open(trained.path).images() if trained.path.is_dir() else {},
+        trained.about,
     )
 
 
@@ -122,8 +161,3 @@ def _foreign(path: Path, source: str) -> tuple[Architecture, dict[str, Tensor]] 
     if weights.is_our_own(path):
         return None
     return read_densenet(path, source)
-
-
-def located(source: str) -> str:
-    """*source*, as an absolute path where it is a path that exists."""
-    return str(Path(source).absolute()) if os.path.lexists(source) else source

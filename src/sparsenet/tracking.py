@@ -246,8 +246,10 @@ def tracked(events: Iterable[Event], run: Run, names: Sequence[str]) -> Iterator
             if isinstance(event, Step | EpochDone | Concluded) and not feeds:
                 feeds += [_Feed(name, run) for name in names]  # now there is a run folder
                 optim = run.config().optim
-            if isinstance(event, Stopped | Concluded):
-                status = "KILLED" if isinstance(event, Stopped) else "FINISHED"
+            if isinstance(event, Stopped):
+                status = "KILLED"
+            elif isinstance(event, Concluded) and status != "KILLED":  # by the time limit
+                status = "FINISHED"
             if isinstance(event, EpochDone) or (isinstance(event, Step) and last != _point(event)):
                 last = _point(event) if isinstance(event, Step) else last
                 for feed in feeds:
@@ -262,7 +264,7 @@ def tracked(events: Iterable[Event], run: Run, names: Sequence[str]) -> Iterator
     yield from _told(feeds)
 
 
-def hang() -> bool:
+def any_hangs() -> bool:
     """Whether a tracker works on that was given up, and may keep the process from ending."""
     return any(thread.is_alive() for thread in _threads)
 
@@ -383,7 +385,8 @@ class _Feed:
             self.queue.put_nowait(None)
 
     def wait(self, end: float) -> None:
-        self.thread.join(max(0.0, end - time.monotonic()))
+        if not self.is_off:  # given up long ago
+            self.thread.join(max(0.0, end - time.monotonic()))
         if self.thread.is_alive():
             seconds = AT_THE_END[self.status]
             self.trouble = self.trouble or f"has not finished within {seconds:g} s"

@@ -139,6 +139,7 @@ def _begun(
         yield from map(Message, introduce(setup, previous))
         if start:
             yield from map(Message, start.describe(state.model, setup.data.classes))
+            yield from map(Message, start.warnings(setup.data))
         yield from map(Message, restored)
         if state.rows and not has_own_best(state, setup, run):
             state.best = None  # of what was, nothing is left

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -28,6 +29,14 @@ class Trained:
     about: About
     step: int | None = None  # of a run: optimizer steps that led to these weights
     warnings: tuple[str, ...] = ()  # damaged checkpoints that were passed over
+    source: str = ""  # what named the weights, such as an address
+
+    @property
+    def name(self) -> str:
+        """What people call it: the folder of the run, or the file without its suffix."""
+        source = re.split(r"[?#]", self.source)[0] if self.source else str(self.path)
+        last = re.split(r"[/\\]", source)[-1]
+        return last if self.path.is_dir() else last.removesuffix(".safetensors")
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -46,8 +55,8 @@ def load_trained(
 ) -> Trained:
     """The network of a run folder, from its ``best`` or ``last`` checkpoint, or of weights.
 
-    *source* is, in this order: a folder or file that exists, an ``https://`` address, a name of
-    ``sparsenet.list_models`` that has weights. Raises ``ValueError`` in one line
+    *source* is, in this order: a folder or file that exists, an address (``https://``, ``hf://``),
+    a name of ``sparsenet.list_models`` that has weights. Raises ``ValueError`` in one line
     (``RunError`` for a run folder).
     """
     if os.path.isdir(source):  # noqa: PTH112 - where pathlib raises for what none can be called
@@ -58,7 +67,7 @@ def load_trained(
         raise ValueError(f"--checkpoint: expected {expected}, found {kind!r}")
     stored = zoo.stored_architecture(file.about, file.tensors, file.source)
     model = zoo.build(stored, file.tensors, file.source, implementation)
-    return Trained(file.path, place(model.eval(), device), file.about)
+    return Trained(file.path, place(model.eval(), device), file.about, source=file.source)
 
 
 def _load_run(path: Path, kind: str, device: torch.device | str, implementation: str) -> Trained:

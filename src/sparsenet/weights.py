@@ -266,7 +266,7 @@ def fetch(address: str, read: Callable[[Path, str], T]) -> tuple[T, Path]:
     key = hashlib.sha256(address.encode()).hexdigest()[:32]
     folder = cache_folder() / "weights"
     for cached in folder.glob(f"{key}-*.safetensors"):
-        with suppress(ValueError):
+        with suppress(ValueError, OSError):
             content = read_bytes(cached, LIMIT)
             if hashlib.sha256(content).hexdigest() == cached.stem.removeprefix(f"{key}-"):
                 return read(cached, address), cached

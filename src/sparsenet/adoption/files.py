@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import pickle
 import re
+import struct
+import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Mapping
@@ -28,7 +30,10 @@ from sparsenet.validation import shown
 STEM = "features.conv0.weight"
 WRAPPED = ("state_dict", "model_state_dict", "model", "net", "network", "params", "module")
 # What reading a damaged file raises.
-DAMAGE = (OSError, ValueError, RuntimeError, EOFError, LookupError, TypeError, zipfile.BadZipFile)
+DAMAGE = (
+    *(OSError, ValueError, RuntimeError, EOFError, LookupError, TypeError, AssertionError),
+    *(zipfile.BadZipFile, struct.error),
+)
 MOST_WRAPPERS = 4  # of a state dict in each other
 LAYER = re.compile(r"features\.denseblock(\d+)\.denselayer\d+\.conv2\.weight")
 SPELLINGS = (
@@ -64,7 +69,8 @@ def _read_tensors(path: Path, source: str) -> dict[str, Tensor]:
         if weights.is_safetensors(path):
             return dict(weights.parse(read_bytes(path, weights.LIMIT))[0])
         _check_size(path)
-        found: Any = torch.load(path, "cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):
+            found: Any = torch.load(path, "cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         unsafe = re.search(r"GLOBAL (\S+)", str(error))
         what = f"{unsafe[1]} in it" if unsafe else "another kind or damage"

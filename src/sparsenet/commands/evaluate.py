@@ -59,6 +59,8 @@ def evaluated(args: argparse.Namespace) -> tuple[EvaluationReport, Iterator[str]
     file = user_path(args.predictions or "")
     if not file.parent.is_dir():  # said before the work is done
         raise ValueError(f"--predictions: expected a file in a folder, found no {file.parent}")
+    if args.predictions and file.is_dir():
+        raise ValueError(f"--predictions: expected a file, found the folder {file}")
     device = choose_device("cpu" if runtime else args.device)
     trained = load_network(args, device)
     if runtime:

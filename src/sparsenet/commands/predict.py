@@ -93,5 +93,11 @@ def _write(drawn: bytes, picture: Path) -> Path:
             with path.open("rb") as file:
                 if mark_of(file.read(4096)) == mark_of(drawn):
                     break
-    write_atomic(path, drawn)
+    try:
+        write_atomic(path, drawn)
+    except OSError:
+        with suppress(OSError):  # an empty one would be taken for somebody else's
+            if not path.stat().st_size:
+                path.unlink()
+        raise
     return path

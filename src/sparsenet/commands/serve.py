@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from dataclasses import fields
+from urllib.parse import urlsplit
 
 import torch
 
@@ -30,7 +31,8 @@ def run(args: argparse.Namespace) -> int:
         service = Service(trained, limits, args.max_megapixels)
         service.warm_up()
         address, is_local = address_of(listener)
-        hosts = args.allowed_hosts or ((*LOOPBACK, args.host) if is_local else ("*",))
+        own = (*LOOPBACK, args.host.lower(), urlsplit(address).netloc.rpartition(":")[0])
+        hosts = args.allowed_hosts or (own if is_local else ("*",))
 
         def ready() -> None:
             say(f"{service.name} answers at {address}; Ctrl-C ends it", flush=True)

@@ -138,7 +138,7 @@ def opened(example: Example) -> Iterator[Any]:
             yield pillow.fromarray(source[0] if len(source) == 1 else source.transpose(1, 2, 0))
             return
         if isinstance(source, pillow.Image):
-            yield source.copy()  # which is turned in place
+            yield source
             return
         if isinstance(source, Path) and _check_file(name, source) > LARGE:
             source = source.read_bytes()
@@ -172,12 +172,15 @@ def decode(
     """
     operations = require("PIL.ImageOps", "train")
     with opened(example) as image:
-        _fit_limit(image, example.name, max_megapixels, jpeg_factor)
+        is_callers = image is example.source  # and so stays as it is
+        _fit_limit(image, example.name, max_megapixels, 1 if is_callers else jpeg_factor)
         is_deep_grey = image.mode[0] in "IF"
         if not is_deep_grey:
             _check_colours(image, example.name)
         _check_signs(image, example.name)
         image.load()
+        if is_callers:
+            image = image.copy()
         with suppress(*DAMAGE):  # damaged metadata must not spoil the image
             operations.exif_transpose(image, in_place=True)
         if is_deep_grey:

@@ -283,6 +283,7 @@ def draw_samples(
 def _split_names(names: Sequence[str]) -> tuple[str, list[str]]:
     """The folder that all *names* begin with, and the end of what is left of each."""
     # Of characters, as what follows the path of a file may be the name of an image in it.
+    names = [name.replace("\\", "/") if os.name == "nt" else name for name in names]
     folder = os.path.commonprefix(names).rpartition("/")[0]  # noqa: RUF071
     rests = [escaped(name.removeprefix(folder).lstrip("/")) for name in names]
     return escaped(folder), [f"…{rest[-28:]}" if len(rest) > 30 else rest for rest in rests]

@@ -116,7 +116,8 @@ async def _of_form(
     from starlette.formparsers import MultiPartException, MultiPartParser
 
     class Parser(MultiPartParser):
-        spool_max_size = limits.max_bytes + 1  # nothing is written to a disk
+        # Nothing is written to a disk; the second name is that of older versions.
+        spool_max_size = max_file_size = limits.max_bytes + 1
         has_ended = False
 
         def on_end(self) -> None:

@@ -156,7 +156,7 @@ class Service:
         self, trained: Trained, limits: Limits, max_megapixels: float | None = None
     ) -> None:
         self.trained, self.limits = trained, limits
-        self.name = trained.path.stem
+        self.name = trained.name
         self.max_megapixels = max_megapixels or trained.preprocessing.max_megapixels
         self.gate = Gate(limits)
         self.measures = Measures(lambda: self.gate.pictures)
@@ -195,7 +195,12 @@ class Service:
         try:
             async with asyncio.timeout(self.limits.answer_seconds):
                 work = [self._answer(picture, top, with_heat_map) for picture in pictures]
-                return await asyncio.gather(*work)
+                tasks = [*map(asyncio.ensure_future, work)]
+                try:
+                    return await asyncio.gather(*tasks)
+                finally:
+                    for task in tasks:  # where one has failed, the others are of no use
+                        task.cancel()
         except TimeoutError:
             seconds = self.limits.answer_seconds
             raise busy(f"expected an answer within {seconds:g} s, found none; ask again") from None
