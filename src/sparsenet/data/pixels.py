@@ -180,7 +180,9 @@ def decode(
         _check_signs(image, example.name)
         image.load()
         if is_callers:
+            tags = getattr(image, "tag_v2", {})
             image = image.copy()
+            image.tag_v2 = tags  # which a copy has not, and which say what its levels mean
         with suppress(*DAMAGE):  # damaged metadata must not spoil the image
             operations.exif_transpose(image, in_place=True)
         if is_deep_grey:
