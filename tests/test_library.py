@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 from pathlib import Path
@@ -235,3 +236,14 @@ def test_a_second_interrupt_does_what_it_did_before(
     with signals_put_back(), pytest.raises(KeyboardInterrupt):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         sparsenet.fit(dataset_dir="data", events=interrupt_twice, quiet=True, **SETTINGS)
+
+
+def test_an_open_file_is_one_picture(network: sparsenet.library.Network, folder_data: Path) -> None:
+    path = next(folder_data.rglob("*.png"))
+    expected = network.predict(path)[0].probabilities
+    for held in (bytearray(path.read_bytes()), io.BytesIO(path.read_bytes())):
+        assert [each.probabilities for each in network.predict(held)] == [expected]
+    with path.open("rb") as file:
+        assert [each.probabilities for each in network.predict([file])] == [expected]
+    with pytest.raises(ValueError, match="weights: expected"):
+        sparsenet.fit(weights="")

@@ -171,6 +171,9 @@ def recompute_statistics(
         for name, buffer in module.named_buffers(recurse=False)
         if name.startswith("running_") and module.training  # and not frozen
     ]
+    if not running:
+        model.train(was_training)
+        return
     sums = [torch.zeros_like(buffer) for buffer in running]
     sizes = [end - first for first, end in pairwise([0, *batch_ends(len(images), batch_size)])]
     batches = Batches(images, batch_size, device=device, ranks=ranks)

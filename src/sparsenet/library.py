@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,13 @@ def fit(
     settings and data that do not fit, ``sparsenet.train.DivergedError`` for a loss that is no
     number.
     """
-    settings = {n: str(v) if isinstance(v, Path) else v for n, v in settings.items()}
+    if settings.get("weights") == "":
+        raise ValueError("weights: expected what names trained weights, found an empty text")
+    settings = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in settings.items()
+        if value is not None
+    }
     if started_by_others():
         expected = "one process; sparsenet train runs under torchrun"
         raise ValueError(f"fit: expected {expected}, found several")
@@ -143,15 +150,21 @@ class Network(Trained):
         of a PNG that shows where.
 
         *pictures* is one or an iterable of those of ``sparsenet.predict.predict``; a folder or a
-        glob (``"photos/*.jpg"``) stands for the images that it names.
+        glob (``"photos/*.jpg"``) stands for the images that it names, an open file for what it
+        holds. What cannot be read raises nothing: its prediction has an ``error``.
         """
         several = isinstance(pictures, Iterable) and not hasattr(pictures, "__array_interface__")
-        alone = not several or isinstance(pictures, str | bytes)
+        alone = not several or isinstance(pictures, str | bytes | bytearray) or _is_file(pictures)
         found: list[Any] = []
         for picture in [pictures] if alone else pictures:
+            picture = picture.read() if _is_file(picture) else picture
             is_path = isinstance(picture, str | Path)
             found += find_images([str(picture)]).images if is_path else [picture]
         return list(predict(self, found, top, batch_size, explained=explained))
+
+
+def _is_file(picture: object) -> bool:
+    return isinstance(picture, io.IOBase)
 
 
 def load(

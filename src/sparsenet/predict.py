@@ -245,7 +245,9 @@ def as_example(picture: object, number: int) -> Example:
             return Example(name, rows.transpose(2, 0, 1), 0)
         found = f"{picture.dtype} {picture.shape}"
         raise ValueError(f"{name}: expected an array uint8 (H, W) or (H, W, 3), found {found}")
-    if isinstance(picture, (bytes, require("PIL.Image", "train").Image)):
+    if isinstance(picture, bytes | bytearray | memoryview):
+        return Example(name, bytes(picture), 0)
+    if isinstance(picture, require("PIL.Image", "train").Image):
         return Example(name, picture, 0)
     expected = "a path, the bytes of a file, an image of Pillow's or an array uint8"
     raise ValueError(f"{name}: expected {expected}, found {type(picture).__name__}")

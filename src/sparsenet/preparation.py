@@ -129,9 +129,10 @@ def preparing(
 def _for_all_channels(config: RunConfig, channels: int) -> ChannelStatistics:
     """The mean and standard deviation that are asked for, of each of the *channels*."""
     mean, std = config.data.mean, config.data.std
-    if len(mean) not in (1, channels):
-        expected = f"1 number or {channels}, as images have channels"
-        raise ValueError(f"--mean: expected {expected}, found {len(mean)}")
+    for name, given in (("mean", mean), ("std", std)):
+        if len(given) not in (1, channels):
+            expected = f"1 number or {channels}, as images have channels"
+            raise ValueError(f"--{name}: expected {expected}, found {len(given)}")
     return (mean * channels)[:channels], (std * channels)[:channels]
 
 

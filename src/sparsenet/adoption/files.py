@@ -25,7 +25,6 @@ from sparsenet.adoption.state_dict import load_torchvision
 from sparsenet.architecture import Architecture
 from sparsenet.files import read_bytes
 from sparsenet.model import SparseNet
-from sparsenet.validation import shown
 
 STEM = "features.conv0.weight"
 WRAPPED = ("state_dict", "model_state_dict", "model", "net", "network", "params", "module")
@@ -76,7 +75,7 @@ def _read_tensors(path: Path, source: str) -> dict[str, Tensor]:
         what = f"{unsafe[1]} in it" if unsafe else "another kind or damage"
         raise ValueError(f"{source}: expected a file of tensors alone, found {what}") from None
     except DAMAGE as error:
-        reason = str(error).partition("\n")[0][:200]
+        reason = str(error).partition("\n")[0][:200] or type(error).__name__
         raise ValueError(f"{source}: expected a readable weights file, found: {reason}") from None
     for _ in range(MOST_WRAPPERS):
         keys = [key for key in WRAPPED if isinstance(found, Mapping) and key in found]
@@ -85,7 +84,7 @@ def _read_tensors(path: Path, source: str) -> dict[str, Tensor]:
         found = found[keys[0]]
     if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
         expected = "the names and tensors of a network"
-        raise ValueError(f"{source}: expected {expected}, found {shown(found)}")
+        raise ValueError(f"{source}: expected {expected}, found {type(found).__name__}")
     return dict(found)
 
 

@@ -131,9 +131,9 @@ class DataConfig:
                 f"--labels: expected --dataset auto or csv, and --dataset_dir with the images, "
                 f"found --dataset {self.dataset}"
             )
-        if len(self.mean) != len(self.std):
-            expected = f"as many numbers as --mean, {len(self.mean)}"
-            raise DataError(f"--std: expected {expected}, found {len(self.std)}")
+        if bool(self.mean) != bool(self.std):
+            there, other = ("mean", "std") if self.mean else ("std", "mean")
+            raise DataError(f"--{other}: expected numbers, as --{there} has some, found none")
         levels = self.grey_range
         if levels and (len(levels) != 2 or levels[0] >= levels[1]):
             shown = ",".join(f"{level:g}" for level in levels)

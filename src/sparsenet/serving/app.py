@@ -148,6 +148,8 @@ def _add_addresses(app: "FastAPI", service: Service) -> None:
         heat_map: Annotated[bool, Query(description="a PNG of what speaks for the class")] = False,
     ) -> Response:
         """Classes of one picture or several, best first."""
+        if unknown := sorted(set(request.query_params) - {"top", "heat_map"}):
+            raise Refused(422, f"expected the parameters top and heat_map, found {unknown[0]!r}")
         with service.gate.room(1, stated_size(request, service.limits)):
             pictures = await read_pictures(request, service.limits)
             with service.gate.room(len(pictures) - 1, 0):
