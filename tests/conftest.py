@@ -13,18 +13,21 @@ import signal
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import hypothesis
 import numpy as np
 import pytest
 import torch
 
-from sparsenet import capture, checkpoints, device, stage
+from sparsenet import capture, checkpoints, conclusion, device, pictures, stage
 from sparsenet.data import load
 from sparsenet.data.preprocessing import Preprocessing
-from sparsenet.files import cache_folder
+from sparsenet.files import cache_folder, write_atomic
 from sparsenet.ops import dispatch, measured
 from sparsenet.weights import Description
 
@@ -107,6 +110,32 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def nothing_told() -> None:
     """What a stage tells once is told again in each test."""
     stage._told.clear()
+
+
+# What a run draws at its end, and the tests that look at it.
+DRAWN = {
+    name: getattr(pictures, name)
+    for name in ("draw_curves", "draw_confusion", "draw_reliability", "draw_samples")
+}
+LOOKING = {"test_pictures", "test_docs", "test_scores", "test_data_names", "test_tracking"}
+_drawn: dict[str, bytes] = {}
+
+
+@pytest.fixture(autouse=True)
+def drawn_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most runs get the pictures of the first: to draw takes longer than to train."""
+
+    def draw(name: str, *given: Any) -> None:
+        (target,) = (each for each in given if isinstance(each, Path))
+        if name not in _drawn or getattr(pictures, name) is not DRAWN[name]:
+            getattr(pictures, name)(*given)
+            _drawn.setdefault(name, target.read_bytes())
+        else:
+            write_atomic(target, _drawn[name])
+
+    if request.module.__name__ not in LOOKING:
+        drawing = {name: partial(draw, name) for name in DRAWN}
+        monkeypatch.setattr(conclusion, "pictures", SimpleNamespace(**drawing))
 
 
 @dataclass(frozen=True)
