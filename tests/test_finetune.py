@@ -379,6 +379,10 @@ def test_other_files_are_refused_in_one_line(call: Call, tmp_path: Path) -> None
             {n: t for n, t in whole.items() if "conv2" not in n},
             "expected .*denselayer1.conv2.weight.*found no such",
         ),
+        "twice.pth": (
+            {**whole, "features.denseblock1.denselayer1.conv.2.weight": torch.ones(1)},
+            "found two for features.denseblock1.denselayer1.conv2.weight",
+        ),
         "more.pth": ({**whole, "features.x": torch.ones(1)}, "no place for 'features.x'"),
     }
     for name, (content, expected) in files.items():

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from sparsenet import weights
-from sparsenet.adoption.state_dict import load_torchvision
+from sparsenet.adoption.state_dict import SPELLINGS, load_torchvision, respelled
 from sparsenet.architecture import Architecture
 from sparsenet.files import read_bytes
 from sparsenet.model import SparseNet
@@ -35,11 +35,7 @@ DAMAGE = (
 )
 MOST_WRAPPERS = 4  # of a state dict in each other
 LAYER = re.compile(r"features\.denseblock(\d+)\.denselayer\d+\.conv2\.weight")
-SPELLINGS = (
-    (re.compile(r"(norm|conv)\.(\d)\."), r"\1\2."),
-    (re.compile(r"(denselayer\d+)\.layers\."), r"\1."),
-    (re.compile(r"^class_layers\.out\."), "classifier."),
-)
+OF_MONAI = ((r"(denselayer\d+)\.layers\.", r"\1."), (r"^class_layers\.out\.", "classifier."))
 
 
 def read_densenet(path: Path, source: str) -> tuple[Architecture, dict[str, Tensor]]:
@@ -109,14 +105,8 @@ def _named_alike(found: Mapping[str, Any], source: str) -> dict[str, Tensor]:
             f"MONAI, found {names if not stems else ' and '.join(stems)}"
         )
     prefix = stems[0].removesuffix(STEM)
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in found.items():
-        own = name.removeprefix(prefix)
-        for spelling, ours in SPELLINGS:
-            own = spelling.sub(ours, own)
-        if name.startswith(prefix):
-            tensors[own] = tensor
-    return tensors
+    inner = {name.removeprefix(prefix): found[name] for name in found if name.startswith(prefix)}
+    return respelled(inner, (*SPELLINGS, *OF_MONAI), source)
 
 
 def _architecture(tensors: Mapping[str, Tensor], source: str) -> Architecture:

@@ -8,7 +8,7 @@ absorb the difference, exactly.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -21,6 +21,10 @@ from sparsenet.validation import shown
 
 FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}  # that are computed with
 BATCHES = "num_batches_tracked"  # of a batch norm; its momentum does not depend on it
+
+Spelling = tuple[str, str]  # a pattern in names, and what stands here in its place
+# Of wrapped networks, and of old files, which say norm.1 and conv.2 for norm1 and conv2.
+SPELLINGS: tuple[Spelling, ...] = ((r"^module\.", ""), (r"(norm|conv)\.(\d)\.", r"\1\2."))
 
 
 class UnitNames(NamedTuple):
@@ -143,6 +147,25 @@ def _share_statistics(
     state[f"{norm}.bias"] = shift + scale * (shared_mean - mean) * (var + EPS).rsqrt()
 
 
+def respelled(
+    tensors: Mapping[str, Tensor], spellings: Iterable[Spelling], source: str
+) -> dict[str, Tensor]:
+    """*tensors* under the names that *spellings* make of theirs.
+
+    Raises ``ValueError``, which begins with *source*, where two come to the same name.
+    """
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        own = name
+        for pattern, ours in spellings:
+            own = re.sub(pattern, ours, own)
+        if own in found:
+            expected = "one name for each tensor"
+            raise ValueError(f"{source}: expected {expected}, found two for {own}")
+        found[own] = tensor
+    return found
+
+
 def load_torchvision(model: SparseNet, state_dict: Mapping[str, Tensor]) -> None:
     """Loads the state dict of torchvision's DenseNet of the same shape.
 
@@ -161,12 +184,5 @@ def load_torchvision(model: SparseNet, state_dict: Mapping[str, Tensor]) -> None
     if others := [name for name in state_dict if not isinstance(name, str)]:
         expected = "the names of tensors"
         raise ValueError(f"torchvision weights: expected {expected}, found {shown(others[0])}")
-    # Old files say norm.1 and conv.2 where newer ones say norm1 and conv2.
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in state_dict.items():
-        own = re.sub(r"(norm|conv)\.(\d)\.", r"\1\2.", name.removeprefix("module."))
-        if own in tensors:
-            expected = "one name for each tensor"
-            raise ValueError(f"torchvision weights: expected {expected}, found two for {own}")
-        tensors[own] = tensor
+    tensors = respelled(state_dict, SPELLINGS, "torchvision weights")
     load_renamed(model, torchvision_names(network), tensors, "torchvision weights")
