@@ -81,6 +81,22 @@ def test_tracers_are_shown_the_reference(way):
         assert torch.allclose(ways[way]()(images), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("stem", ["cifar", "imagenet"])
+@pytest.mark.parametrize("implementation", ["native", "shared"])
+def test_what_the_first_stage_reads_lies_as_features_do(implementation, stem):
+    model = SparseNet(Architecture(depth=7, growth_rate=4, stem=stem), implementation)
+    found = []
+    model.stem[-1].register_forward_hook(lambda module, inputs, output: found.append(output))
+    images = torch.randn(2, 3, 32, 32, requires_grad=True)
+    for forward in (model, model.forward_features, model.forward_intermediates):
+        forward(images)
+    model(images).sum().backward()
+    last = implementation == "native"
+    layouts = [torch.contiguous_format, torch.channels_last]
+    assert all(each.is_contiguous(memory_format=layouts[last]) for each in found)
+    assert len(found) == 4 and images.grad.shape == images.shape
+
+
 def test_what_it_does_not_take():
     model = SparseNet(Architecture(depth=7, growth_rate=3), "native").eval()
     assert model(torch.randn(0, 3, 8, 8)).shape == (0, 10)

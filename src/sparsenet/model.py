@@ -250,12 +250,15 @@ class SparseNet(nn.Module):
         Raises ``ValueError`` for what are no normalised images of this network's channels and
         device, and ``TypeError`` for what is no tensor.
         """
-        x = self.stem(x)
+        x = self.stem(self._laid_out(x))
         for number, stage in enumerate(self.stages):
             x = stage(x)
             if number < len(self.transitions):
                 x = self.transitions[number](x)
         return x
+
+    def _laid_out(self, x: Tensor) -> Tensor:
+        return dispatch.laid_out(self.requested_implementation, x, self.training, self.memory)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Features ``(N, num_features, h, w)`` to logits; with *pre_logits* to pooled features."""
@@ -284,7 +287,7 @@ class SparseNet(nn.Module):
             raise ValueError(f"output_fmt: expected 'NCHW', found {output_fmt!r}")
         wanted = self._indices(indices)
         intermediates: dict[int, Tensor] = {}
-        x, intermediates[0] = self.stem.forward_both(x)
+        x, intermediates[0] = self.stem.forward_both(self._laid_out(x))
         for number, stage in enumerate(self.stages):
             if stop_early and intermediates_only and number >= max(wanted):
                 break

@@ -11,4 +11,5 @@ IMPLEMENTATIONS = {
 }
 # Kernels that a tracer (torch.compile, torch.export) cannot look into.
 OPAQUE = ("native", "triton")
+CHANNELS_LAST = ("native", "triton")  # whose features lie so
 MEMORY = ("normal", "lean")  # what is kept for the backward pass: see SparseNet
