@@ -51,6 +51,22 @@ def done(name: str, batch: Tensor, strength: float, fill: Tensor = FILL) -> Tens
     return operate(batch, numbers, torch.full((len(batch),), strength), fill[: batch.shape[1]])
 
 
+@channels
+@pytest.mark.parametrize("config", [EVERYTHING, CROPPED])
+def test_a_device_that_takes_all_images_through_all_operations_gives_the_same(
+    config: DataConfig, channels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch, moves = noise(200, channels), plan_epoch(0, 0, 200, config).moves
+    assert len(moves.operations.unique()) == len(OPERATIONS)
+    found = augment(batch, moves, config, FILL[:channels])
+
+    def all_at_once(operations: Any, change: Any, images: Tensor, drawn: Any) -> Any:
+        return change(images, drawn)
+
+    monkeypatch.setattr("sparsenet.data.augment._each", all_at_once)
+    assert torch.equal(augment(batch, moves, settings, FILL[:channels]), found)
+
+
 def moves_of(count: int, **parts: Tensor) -> Moves:
     still = {"offsets": torch.zeros(count, 2, dtype=torch.int64), "flips": torch.zeros(count) > 0}
     return Moves(**still | parts)

@@ -1,14 +1,16 @@
 """What is done to training images, whole batches at a time.
 
 Each function is a pure function of tensors: what is random was drawn before, by
-``sparsenet.data.sampling.plan_epoch``. None waits for the device or looks at data in Python, so
+``sparsenet.data.sampling.plan_epoch``. None waits for a device or looks at its data in Python, so
 that a training step can be captured: where each image has an operation of its own, all images go
-through all of them, with numbers that leave the others' images as they are.
+through all of them, with numbers that leave the others' images as they are. On a CPU, which has its
+data at hand and pays for each image, an image goes through its own kind of operation.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -17,22 +19,10 @@ from torch import Tensor
 
 from sparsenet.data.config import DataConfig
 
-OPERATIONS = (  # of TrivialAugment, arXiv:2103.10158
-    "identity",
-    "shear_x",
-    "shear_y",
-    "translate_x",
-    "translate_y",
-    "rotate",
-    "brightness",
-    "colour",
-    "contrast",
-    "sharpness",
-    "posterize",
-    "solarize",
-    "autocontrast",
-    "equalize",
-)
+MOVING = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
+BLENDING = ("brightness", "colour", "contrast", "sharpness")
+LEVELLING = ("posterize", "solarize", "autocontrast", "equalize")
+OPERATIONS = ("identity", *MOVING, *BLENDING, *LEVELLING)  # of TrivialAugment, arXiv:2103.10158
 # The ranges are its "wide" ones, but for the translation, which as a part of the side is less than
 # its 32 pixels: they would move a small image out of sight.
 SHEAR = 0.99
@@ -105,10 +95,15 @@ def operate(batch: Tensor, operations: Tensor, strengths: Tensor, fill: Tensor) 
     Operations are int64 ``(N,)``; strengths, float32 ``(N,)`` from -1 to 1, are parts of the ranges
     above. At 0 an operation that has a strength leaves the image as it is.
     """
+    ground, places = fill.view(-1, 1, 1).float(), _places(batch.shape[-1], batch.device)
+
+    def move(images: Tensor, drawn: _Drawn) -> Tensor:
+        rows, columns = _transform(*places, drawn)
+        grid = torch.stack((columns, rows), 3)
+        return _levels_of(F.grid_sample(images - ground, grid, align_corners=False) + ground)
+
     drawn = _Drawn.of(operations, strengths)
-    rows, columns = _transform(*_places(batch.shape[-1], batch.device), drawn)
-    ground, grid = fill.view(-1, 1, 1).float(), torch.stack((columns, rows), 3)
-    return _recolour(F.grid_sample(batch - ground, grid, align_corners=False) + ground, drawn)
+    return _recolour(_each(MOVING, move, batch, drawn), drawn)
 
 
 def crop_and_mirror(
@@ -131,9 +126,9 @@ def crop_and_mirror(
     grid = torch.stack(torch.broadcast_tensors(columns, rows), 3)  # (N, side, side, 2)
     images = F.grid_sample(batch.float(), grid, padding_mode="border", align_corners=False)
     if not trivial_augment:  # no place is outside
-        return images.round().to(torch.uint8)
+        return _levels_of(images)
     outside = (grid.abs() > 1).any(3)[:, None]
-    return _recolour(torch.where(outside, fill.view(-1, 1, 1), images), drawn)
+    return _recolour(torch.where(outside, fill.view(-1, 1, 1), _levels_of(images)), drawn)
 
 
 class _Drawn(NamedTuple):
@@ -148,6 +143,28 @@ class _Drawn(NamedTuple):
         chosen = {name: places == number for number, name in enumerate(OPERATIONS)}
         amounts = {name: strengths.view(-1, 1, 1) * each for name, each in chosen.items()}
         return cls(chosen, amounts)
+
+    def of_images(self, numbers: Tensor) -> _Drawn:
+        """What the images of these *numbers* are to be changed by."""
+        chosen = {name: each[numbers] for name, each in self.chosen.items()}
+        return _Drawn(chosen, {name: each[numbers] for name, each in self.amounts.items()})
+
+
+def _each(
+    operations: tuple[str, ...],
+    change: Callable[[Tensor, _Drawn], Tensor],
+    images: Tensor,
+    drawn: _Drawn,
+) -> Tensor:
+    """Images uint8 with what *change* does to those that have one of *operations*.
+
+    It leaves the others as they are.
+    """
+    if images.device.type != "cpu":
+        return change(images, drawn)
+    have_one = torch.stack([drawn.chosen[name] for name in operations]).any(0)
+    numbers = have_one.flatten().nonzero().flatten()
+    return images.index_copy(0, numbers, change(images[numbers], drawn.of_images(numbers)))
 
 
 def _places(side: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -167,16 +184,18 @@ def _transform(y: Tensor, x: Tensor, drawn: _Drawn) -> tuple[Tensor, Tensor]:
     return rows, columns
 
 
+def _levels_of(images: Tensor) -> Tensor:
+    return images.round().clamp(0, 255).to(torch.uint8)
+
+
 def _recolour(images: Tensor, drawn: _Drawn) -> Tensor:
-    """Images float ``(N, C, H, W)`` as uint8, with what operations do to their levels."""
-    blended = _blend(images, drawn.amounts)
-    pixels = blended.round().clamp(0, 255).long().flatten(2)
-    levels = _levels(pixels, drawn.amounts, drawn.chosen)
-    return levels.gather(2, pixels).to(torch.uint8).view_as(images)
+    """Images uint8 ``(N, C, H, W)`` with what operations do to their levels."""
+    return _each(LEVELLING, _relevel, _each(BLENDING, _blend, images, drawn), drawn)
 
 
-def _blend(images: Tensor, amounts: dict[str, Tensor]) -> Tensor:
-    """Images float ``(N, C, H, W)`` away from or towards black, grey, mean grey, or smooth ones."""
+def _blend(images: Tensor, drawn: _Drawn) -> Tensor:
+    """Images uint8 ``(N, C, H, W)`` away from or towards black, grey, mean grey, or smooth ones."""
+    images, amounts = images.float(), drawn.amounts
     red, green, blue = images.expand(-1, 3, -1, -1).split(1, 1)
     grey = 0.299 * red + 0.587 * green + 0.114 * blue
     smooth = images.clone()  # stays at the edge, where a pixel lacks neighbours
@@ -186,7 +205,14 @@ def _blend(images: Tensor, amounts: dict[str, Tensor]) -> Tensor:
     change += amounts["colour"][:, None] * (images - grey)
     change += amounts["contrast"][:, None] * (images - grey.mean((2, 3), keepdim=True).round())
     change += amounts["sharpness"][:, None] * (images - smooth)
-    return images + BLEND * change
+    return _levels_of(images + BLEND * change)
+
+
+def _relevel(images: Tensor, drawn: _Drawn) -> Tensor:
+    """Images uint8 ``(N, C, H, W)`` with other levels."""
+    pixels = images.long().flatten(2)
+    levels = _levels(pixels, drawn.amounts, drawn.chosen)
+    return levels.gather(2, pixels).to(torch.uint8).view_as(images)
 
 
 def _levels(pixels: Tensor, amounts: dict[str, Tensor], chosen: dict[str, Tensor]) -> Tensor:
