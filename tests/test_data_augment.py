@@ -64,7 +64,7 @@ def test_a_device_that_takes_all_images_through_all_operations_gives_the_same(
         return change(images, drawn)
 
     monkeypatch.setattr("sparsenet.data.augment._each", all_at_once)
-    assert torch.equal(augment(batch, moves, settings, FILL[:channels]), found)
+    assert torch.equal(augment(batch, moves, config, FILL[:channels]), found)
 
 
 def moves_of(count: int, **parts: Tensor) -> Moves:
