@@ -177,7 +177,7 @@ def test_an_unknown_network_is_told_with_the_nearest_ones(call: Call) -> None:
         (("--lr", "inf"), "number", "inf"),
         (("--time_limit", "nan"), "expected", "nan"),
         (("--seed", "-1"), "at least 0", "-1"),
-        (("--max_epoch", "0"), "at least 1", "0"),
+        (("--max_epoch", "-1"), "at least 0", "-1"),
         (("--batch_size", "-1"), "at least 0", "-1"),
         (("--growth_rate", "4,x"), "whole numbers", "'4,x'"),
         (("--growth_rate", "4,5"), "1 or 3 numbers", "(4, 5)"),

@@ -94,7 +94,7 @@ def test_wrong_words_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ({"epochs": 3}, "epochs: expected a setting"),
         ({"max_epochs": 3}, "max_epochs: expected a setting.* did you mean '?max_epoch"),
         ({"max_epoch": "3"}, "max_epoch: expected"),
-        ({"max_epoch": 0}, "max_epoch: expected at least 1"),
+        ({"max_epoch": -1}, "max_epoch: expected at least 0"),
         ({"preset": "fast"}, "--preset: expected one of"),
         ({"model": "resnet18"}, "model: expected a name"),
         ({"resume": "data"}, "data: expected a run folder"),

@@ -26,6 +26,7 @@ from sparsenet.data.dataset import Images
 from sparsenet.data.preprocessing import Preprocessing
 from sparsenet.evaluation import EvaluationStep, evaluate, recompute_statistics
 from sparsenet.events import Concluded, EpochDone, Message, Reading, Step, Stopped
+from sparsenet.preparation import epochs_for
 from sparsenet.presets import preset
 from sparsenet.run import Run
 from sparsenet.state import check_finite
@@ -516,6 +517,29 @@ def test_a_batch_size_that_nobody_asked_for_fits_and_is_said(stripes, tmp_path):
     assert json.loads((run.path / "environment.json").read_text())["batch_size"] == 15
     config = short(stripes, train={"max_epoch": 1, "batch_size": 20})
     assert not [e for e in train(config, Run.create(tmp_path / "two")) if "batches of" in str(e)]
+
+
+@pytest.mark.parametrize(("size", "stem"), [(95, "cifar"), (96, "imagenet")])
+def test_epochs_and_stem_are_those_for_the_images(stripes, tmp_path, size, stem):
+    run = Run.create(tmp_path / "run")
+    network = {"depth": 7, "growth_rate": 4}
+    config = short(stripes, network=network, data={"image_size": size}, train={"time_limit": 0.01})
+    events = [str(event) for event in train(config, run)]
+    told = [event for event in events if "epochs, for" in event]
+    assert told == [str(Message("400 epochs, for 60 training images (--max_epoch)"))]
+    assert any("imagenet stem for images of 96 pixels" in e for e in events) == (size == 96)
+    decided = run.config()
+    assert (decided.train.max_epoch, decided.network.stem) == (400, stem)
+    events = [str(event) for event in train(decided, run, resume=True)]
+    assert any("resumed at step" in event for event in events)
+    assert not [event for event in events if "epochs, for" in event or "stem for" in event]
+
+
+def test_a_quarter_of_the_images_is_seen_twice_as_often():
+    assert epochs_for(50_000) == 30
+    assert epochs_for(12_500) == 60
+    assert epochs_for(2) == 400
+    assert epochs_for(10**9) == 10
 
 
 def test_a_single_last_image_is_trained_on_with_the_batch_before(stripes, tmp_path):

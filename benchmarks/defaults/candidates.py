@@ -27,11 +27,10 @@ COSTLY = (  # other settings that have their meaning here
     *("ema", "grad_clip", "batch_size", "precision", "implementation", "memory"),
     *("mirror", "shift", "crop", "trivial_augment", "cutout", "mixup", "cutmix", "first_size"),
 )
-AT_32 = ("resnet20", "resnet9+lr=0.05", "sparsenet_40_12", "sparsenet_100_24")
+AT_32 = ("resnet20", "resnet9+lr=0.05", "sparsenet_40_12", "sparsenet_22_16_32_64")
 AT_96 = (
-    *("resnet20_strided", "resnet9_strided+lr=0.05", "sparsenet_40_12", "sparsenet_100_24"),
-    *("sparsenet_40_12+stem=imagenet", "sparsenet_100_24+stem=imagenet", "sparsenet121"),
-    "sparsenet121+blocks=3,6,12,8+growth_rate=16",
+    *("resnet20_strided", "resnet9_strided+lr=0.05", "sparsenet_40_12"),
+    *("sparsenet_40_12+stem=imagenet", "sparsenet_22_16_32_64+stem=imagenet"),
 )
 
 

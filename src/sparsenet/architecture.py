@@ -26,7 +26,7 @@ CIFAR_STAGES = 3  # where the depth is given and not the blocks
 
 
 @dataclass(frozen=True)
-class Stem:
+class FirstLayers:
     """A convolution; if strided, BN-ReLU and max pooling of the same stride follow it."""
 
     kernel: int
@@ -37,7 +37,8 @@ MAX_LAYERS = 10_000  # of a network, which has one module for each
 MAX_STAGES = 16  # each halves the images
 MAX_WIDTH = 2**24  # channels
 
-STEMS = {"cifar": Stem(kernel=3, stride=1), "imagenet": Stem(kernel=7, stride=2)}
+STEMS = {"cifar": FirstLayers(kernel=3, stride=1), "imagenet": FirstLayers(kernel=7, stride=2)}
+LARGE_IMAGES = 96  # pixels a side from which ``auto`` is the strided stem (docs/results.md)
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,12 @@ class Architecture:
     )
     bottleneck_factor: int = setting(4, "width of a bottleneck's 1x1 convolution, in growth rates")
     reduction: float = setting(0.0, "transition width factor; 0: 0.5 with --bottleneck, else 1")
-    stem: str = setting("cifar", "first layers", tuple(STEMS))
+    stem: str = setting(
+        "cifar",
+        f"first layers; auto: imagenet where images have {LARGE_IMAGES} pixels a side or more, "
+        "else cifar",
+        ("auto", *STEMS),
+    )
     stem_width: int = setting(0, "channels of the stem; 0: twice the growth rate")
     dropout: float = setting(0.0, "probability of dropping after each convolution")
     in_chans: int = 3
@@ -250,6 +256,19 @@ class Architecture:
         stages = len(self.stage_depths)
         return self._rates * stages if len(self._rates) == 1 else self._rates
 
+    @property
+    def first_layers(self) -> FirstLayers:
+        """What the stem is; ``ValueError`` where that is left to the size of the images."""
+        expected = f"{' or '.join(STEMS)} where the images are not known"
+        expect(self.stem in STEMS, "stem", expected, self.stem)
+        return STEMS[self.stem]
+
+    def for_images(self, side: int) -> Architecture:
+        """The architecture with a stem for images of *side* pixels where it is ``auto``."""
+        if self.stem != "auto":
+            return self
+        return dataclasses.replace(self, stem="imagenet" if side >= LARGE_IMAGES else "cifar")
+
     def topology(self, depth: int) -> Topology:
         """The topology of a stage of *depth* layers."""
         if isinstance(self.fetch, str):
@@ -281,7 +300,7 @@ class Architecture:
 
         Raises ``ValueError`` for images that are too small.
         """
-        stride = STEMS[self.stem].stride ** 2  # of the convolution and the pooling
+        stride = self.first_layers.stride**2  # of the convolution and the pooling
         size = (image_size + stride - 1) // stride
         halved = len(self.stages) - 1  # times, by the transitions
         least = stride * 2**halved

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsenet.architecture import STEMS, Architecture
+from sparsenet.architecture import Architecture, FirstLayers
 from sparsenet.ops import dispatch
 from sparsenet.ops.implementations import MEMORY
 from sparsenet.stage import Stage
@@ -39,8 +39,8 @@ class Transition(nn.Module):
 class Stem(nn.Sequential):
     """The first layers: a convolution; if strided, BN-ReLU and max pooling follow it."""
 
-    def __init__(self, kind: str, in_chans: int, width: int):
-        kernel, stride = STEMS[kind].kernel, STEMS[kind].stride
+    def __init__(self, layers: FirstLayers, in_chans: int, width: int):
+        kernel, stride = layers.kernel, layers.stride
         conv = nn.Conv2d(in_chans, width, kernel, stride, padding=kernel // 2, bias=False)
         pool = nn.MaxPool2d(3, stride, padding=1)
         strided = (nn.BatchNorm2d(width), nn.ReLU(), pool) if stride > 1 else ()
@@ -142,7 +142,7 @@ class SparseNet(nn.Module):
         self.requested_implementation = dispatch.choose(implementation)
         self.memory = _checked_memory(memory, implementation)
         layouts, dropout = architecture.stages, architecture.dropout
-        self.stem = Stem(architecture.stem, architecture.in_chans, layouts[0].in_width)
+        self.stem = Stem(architecture.first_layers, architecture.in_chans, layouts[0].in_width)
         self.stages = nn.ModuleList(
             Stage(layout, dropout, self.requested_implementation, memory) for layout in layouts
         )

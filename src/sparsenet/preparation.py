@@ -31,6 +31,8 @@ from sparsenet.ranks import ALONE, Ranks
 from sparsenet.weights import Description
 
 BATCH_SIZE = 64  # the paper's
+EPOCHS, EPOCHS_OF = 30, 50_000  # so many by default of so many images
+FEWEST_EPOCHS, MOST_EPOCHS = 10, 400  # by default
 SMALL_BATCH = 32  # images of a process, for which statistics are in common by default
 
 
@@ -38,8 +40,8 @@ SMALL_BATCH = 32  # images of a process, for which statistics are in common by d
 class Setup:
     """What stays the same while a run goes on."""
 
-    asked: RunConfig  # as it is when other data are trained on
-    config: RunConfig  # with the channels and classes of the data, and a batch size that fits
+    asked: RunConfig
+    config: RunConfig  # with what the data decide of the network, the batch size and the epochs
     data: Dataset
     preprocessing: Preprocessing
     device: torch.device
@@ -52,6 +54,13 @@ class Setup:
         settings, size = self.config.train, self.ranks.size
         small = settings.batch_size < SMALL_BATCH * size
         return size > 1 and {"auto": small, "on": True, "off": False}[settings.sync_statistics]
+
+    @property
+    def repeatable(self) -> RunConfig:
+        """The settings as other data can be trained on: the batch size is as it was asked for."""
+        size = self.asked.train.batch_size
+        train = dataclasses.replace(self.config.train, batch_size=size)
+        return dataclasses.replace(self.config, train=train)
 
     @cached_property
     def nodes(self) -> list[Node]:
@@ -96,12 +105,12 @@ def preparing(
         dispatch.choose(config.train.implementation, device)
     data = in_order((yield from loading_dataset(config.data)), images)
     _check_choices(config, data)
-    asked = config
-    settings = _with_batch_size(config.train, len(data.train), ranks)
-    config = dataclasses.replace(config, train=settings)
     channels, _, size = data.test.shape
-    network = dataclasses.replace(config.network, in_chans=channels, num_classes=len(data.classes))
-    config = dataclasses.replace(config, network=network)
+    asked, network = config, config.network.for_images(size)
+    network = dataclasses.replace(network, in_chans=channels, num_classes=len(data.classes))
+    train = _with_batch_size(config.train, len(data.train), ranks)
+    train = dataclasses.replace(train, max_epoch=train.max_epoch or epochs_for(len(data.train)))
+    config = dataclasses.replace(config, network=network, train=train)
     _check_sizes(config, size, len(data.train))
     if config.data.mean:
         mean, std = _for_all_channels(config, channels)
@@ -119,7 +128,6 @@ def preparing(
     arithmetic = ranks.tell(arithmetic)
     dispatch.choose(arithmetic.implementation, device, memory=config.train.memory)
     data = _on_device(data, device)
-    asked = dataclasses.replace(asked, network=config.network)
     setup = Setup(asked, config, data, preprocessing, device, arithmetic, ranks)
     if device.type == "cpu" and sys.platform == "linux":  # others say themselves what they cannot
         _check_memory(setup)
@@ -148,6 +156,12 @@ def _check_choices(config: RunConfig, data: Dataset) -> None:
             "--class_weights: expected none with --sampler balanced, which already makes up for "
             "classes with few images, found balanced"
         )
+
+
+def epochs_for(images: int) -> int:
+    """How many epochs are trained by default: of a quarter of the *images* twice as many."""
+    found = round(EPOCHS * math.sqrt(EPOCHS_OF / images))
+    return min(max(found, FEWEST_EPOCHS), MOST_EPOCHS)
 
 
 def _with_batch_size(settings: TrainConfig, images: int, ranks: Ranks) -> TrainConfig:
@@ -243,14 +257,19 @@ def introduce(setup: Setup, previous: Arithmetic) -> Iterator[str]:
     elif data.tested_on == "validation":
         yield "the data has no test split: the validation images are tested on"
     yield from unreadable(data.skipped)
-    settings = setup.config.train
-    if not setup.asked.train.batch_size and settings.batch_size < BATCH_SIZE:
+    settings, asked = setup.config.train, setup.asked
+    if not asked.train.batch_size and settings.batch_size < BATCH_SIZE:
         yield f"batches of {settings.batch_size} images, since there are few (--batch_size)"
+    if not asked.train.max_epoch:
+        yield f"{settings.max_epoch} epochs, for {len(data.train)} training images (--max_epoch)"
     network = setup.config.network
     parameters, macs = totals(nodes)
+    size, stem = setup.preprocessing.size, ""
+    if asked.network.stem == "auto" and network.first_layers.stride > 1:
+        stem = f", {network.stem} stem for images of {size} pixels a side (--stem)"
     yield (
         f"{network.fetch if isinstance(network.fetch, str) else 'custom'} network, "
-        f"{network.stage_depths} layers, growth {network.growth_rates}: "
+        f"{network.stage_depths} layers, growth {network.growth_rates}{stem}: "
         f"{parameters:,} parameters, {macs:,} MACs"
     )
     yield from explain(setup.arithmetic, settings, setup.device, previous)

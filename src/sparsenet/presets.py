@@ -51,9 +51,9 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         },
         "train": {"max_epoch": 40},
     },
-    # A short budget on images of one's own.
+    # A short budget on images of one's own (docs/results.md, "In so many minutes").
     "short": {
-        "network": {"depth": 40, "growth_rate": 12},
+        "network": {"depth": 22, "growth_rate": (16, 32, 64), "stem": "auto"},
         "optim": {
             "schedule": "onecycle",
             "lr": 0.2,
@@ -61,7 +61,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "label_smoothing": 0.1,
             "ema": 0.995,
         },
-        "train": {"max_epoch": 30},
+        "train": {"max_epoch": 0},
     },
 }
 

@@ -80,7 +80,8 @@ def train(
     if begun is None:
         return
     setup, state = begun
-    captures = Captures(setup.device, config.train.capture)
+    settings = setup.config.train
+    captures = Captures(setup.device, settings.capture)
     make_step = captures(_training_step(setup, state), "the training step")
     evaluation = EvaluationStep(state.evaluated, setup.preprocessing, setup.arithmetic.precision)
     score = captures(evaluation, "the evaluation")
@@ -88,9 +89,9 @@ def train(
     for step in _make_steps(setup, state, make_step):
         yield step
         yield from map(Message, captures.new_messages())
-        limit = config.train.time_limit
+        limit = settings.time_limit
         late = limit and time.monotonic() - began > limit
-        due = ranks.is_first and time.monotonic() - saved >= config.train.save_every
+        due = ranks.is_first and time.monotonic() - saved >= settings.save_every
         said = ranks.words(should_stop() or (TIME_LIMIT if late else SAVE if due else None))
         stop = next((word for word in said if word != SAVE), None)
         if step.step == step.steps:
@@ -102,7 +103,7 @@ def train(
             saved = time.monotonic()
         if stop:
             break
-    if stop and (stop != TIME_LIMIT or not state.ended(config.train)):
+    if stop and (stop != TIME_LIMIT or not state.ended(settings)):
         yield Stopped(stop)
     if stop in (None, TIME_LIMIT):  # a signal wants out at once; everything is saved already
         if not state.rows:  # stopped within the first epoch
@@ -180,7 +181,7 @@ def _describe(run: Run, setup: Setup) -> None:
     batch_size = setup.config.train.batch_size
     used = environment(setup.device, batch_size, **dataclasses.asdict(setup.arithmetic))
     size, images = setup.preprocessing.size, to_tensors(setup.data)
-    run.describe(setup.asked, size, setup.nodes, used, images)
+    run.describe(setup.repeatable, size, setup.nodes, used, images)
     pictures.draw_graph(setup.nodes, run.path / "graph.svg", run.path.name)
 
 

@@ -23,7 +23,7 @@ from sparsenet.weights import Description
 # Published in arXiv:1801.05895 (sparse) and arXiv:1608.06993 (dense): depth, and the growth rate of
 # all stages or of each.
 CIFAR_NETWORKS = {
-    "sparsenet": ((40, 12), (40, 24), (100, 24), (100, 36), (100, 16, 32, 64)),
+    "sparsenet": ((22, 16, 32, 64), (40, 12), (40, 24), (100, 24), (100, 36), (100, 16, 32, 64)),
     "sparsenet_bc": ((100, 24), (100, 16, 32, 64), (100, 32, 64, 128)),
     "densenet": ((40, 12), (100, 12), (100, 24)),
     "densenet_bc": ((100, 12),),

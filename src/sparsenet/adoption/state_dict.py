@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsenet.architecture import STEMS, Architecture
+from sparsenet.architecture import Architecture
 from sparsenet.model import SparseNet
 from sparsenet.ops.plan import EPS
 from sparsenet.validation import shown
@@ -36,7 +36,7 @@ class UnitNames(NamedTuple):
 
 def unit_names(architecture: Architecture) -> list[UnitNames]:
     """This library's names, in the order of execution."""
-    units = [UnitNames("stem.0", "stem.1" if STEMS[architecture.stem].stride > 1 else "")]
+    units = [UnitNames("stem.0", "stem.1" if architecture.first_layers.stride > 1 else "")]
     for number, stage in enumerate(architecture.stages):
         for layer in range(stage.topology.depth):
             for unit in range(len(stage.branch)):
