@@ -83,7 +83,6 @@ def test_flags_win_over_files_and_files_over_presets(tmp_path):
     [
         ({"depth": 13}, (3, 3, 3), (16, 32, 64)),
         ({"blocks": (2, 3, 4)}, (2, 3, 4), (16, 32, 64)),
-        ({"blocks": (2, 2)}, (2, 2), (12, 12)),  # no rate of the preset's is for these stages
         ({"blocks": (2, 2), "growth_rate": (4, 8)}, (2, 2), (4, 8)),
         ({"growth_rate": 24}, (6, 6, 6), (24, 24, 24)),
     ],
@@ -91,6 +90,8 @@ def test_flags_win_over_files_and_files_over_presets(tmp_path):
 def test_rates_of_stages_that_are_replaced(given, layers, rates):
     network = changed(preset("short"), given).network
     assert (network.stage_depths, network.growth_rates) == (layers, rates)
+    with pytest.raises(ValueError, match=r"growth_rate: expected 1 or 2 numbers, one a stage"):
+        changed(preset("short"), {"blocks": (2, 2)})
 
 
 def test_the_preset_follows_the_data():

@@ -18,6 +18,7 @@ from test_adopt import TWO_STAGES, close, disagree, images, peer, torchvision_st
 from torch import Tensor, nn
 
 from sparsenet import Architecture, SparseNet, optim, weights
+from sparsenet.config import RunConfig
 from sparsenet.schedule import OptimConfig
 from sparsenet.start import read_start
 from sparsenet.trained import load_trained
@@ -30,6 +31,14 @@ def errors_of(run: Path) -> dict[str, float]:
     result = json.loads((run / "result.json").read_text())
     errors: dict[str, float] = result["class_errors"]
     return errors
+
+
+def test_a_stem_that_is_left_to_the_images_is_that_of_the_weights():
+    start = read_start("sparsenet_40_12")
+    config = start.settings(RunConfig())
+    start.check(dataclasses.replace(config, network=Architecture(stem="auto")))
+    with pytest.raises(ValueError, match="stem 'cifar' instead of 'imagenet'"):
+        start.check(dataclasses.replace(config, network=Architecture(stem="imagenet")))
 
 
 # --- freezing -------------------------------------------------------------------------------------

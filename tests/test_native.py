@@ -83,11 +83,13 @@ def test_tracers_are_shown_the_reference(way):
 
 @pytest.mark.parametrize("stem", ["cifar", "imagenet"])
 @pytest.mark.parametrize("implementation", ["native", "shared"])
-def test_what_the_first_stage_reads_lies_as_features_do(implementation, stem):
-    model = SparseNet(Architecture(depth=7, growth_rate=4, stem=stem), implementation)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_what_the_first_stage_reads_lies_as_features_do(channels, implementation, stem):
+    network = Architecture(depth=7, growth_rate=4, stem=stem, in_chans=channels)
+    model = SparseNet(network, implementation)
     found = []
     model.stem[-1].register_forward_hook(lambda module, inputs, output: found.append(output))
-    images = torch.randn(2, 3, 32, 32, requires_grad=True)
+    images = torch.randn(2, channels, 32, 32, requires_grad=True)
     for forward in (model, model.forward_features, model.forward_intermediates):
         forward(images)
     model(images).sum().backward()

@@ -21,6 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from sparsenet import Architecture, SparseNet, conclusion, device
+from sparsenet.composition import resumed
 from sparsenet.config import replace
 from sparsenet.data.dataset import Images
 from sparsenet.data.preprocessing import Preprocessing
@@ -533,6 +534,19 @@ def test_epochs_and_stem_are_those_for_the_images(stripes, tmp_path, size, stem)
     events = [str(event) for event in train(decided, run, resume=True)]
     assert any("resumed at step" in event for event in events)
     assert not [event for event in events if "epochs, for" in event or "stem for" in event]
+
+
+def test_what_the_images_decided_stays_when_a_run_is_resumed(stripes, tmp_path):
+    base = short(stripes, network={"depth": 7, "growth_rate": 4})
+    assert (base.network.stem, base.train.max_epoch) == ("auto", 0)
+    run = Run.create(tmp_path / "run")
+    begun = replace(base, {"train": {"max_epoch": 2, "time_limit": 0.01}})
+    assert list(train(begun, run))
+    decided = resumed(run, base)  # as a launcher starts the same command again
+    assert (decided.network.stem, decided.train.max_epoch) == ("cifar", 2)
+    assert resumed(run, begun).train.time_limit == 0.01
+    with pytest.raises(ValueError, match="stem 'cifar' -> 'imagenet'"):
+        resumed(run, replace(base, {"network": {"stem": "imagenet"}}))
 
 
 def test_a_quarter_of_the_images_is_seen_twice_as_often():

@@ -26,7 +26,7 @@ CIFAR_STAGES = 3  # where the depth is given and not the blocks
 
 
 @dataclass(frozen=True)
-class FirstLayers:
+class StemLayers:
     """A convolution; if strided, BN-ReLU and max pooling of the same stride follow it."""
 
     kernel: int
@@ -37,7 +37,7 @@ MAX_LAYERS = 10_000  # of a network, which has one module for each
 MAX_STAGES = 16  # each halves the images
 MAX_WIDTH = 2**24  # channels
 
-STEMS = {"cifar": FirstLayers(kernel=3, stride=1), "imagenet": FirstLayers(kernel=7, stride=2)}
+STEMS = {"cifar": StemLayers(kernel=3, stride=1), "imagenet": StemLayers(kernel=7, stride=2)}
 LARGE_IMAGES = 96  # pixels a side from which ``auto`` is the strided stem (docs/results.md)
 
 
@@ -191,7 +191,7 @@ class Architecture:
     def _check_ranges(self) -> None:
         rates, stages = self._rates, len(self.blocks) or CIFAR_STAGES
         rules = (
-            ("growth_rate", len(rates) in (1, stages), f"1 or {stages} numbers"),
+            ("growth_rate", len(rates) in (1, stages), f"1 or {stages} numbers, one a stage"),
             ("growth_rate", min(rates, default=0) >= 1, "positive numbers"),
             ("growth_rate", max(rates, default=1) <= MAX_WIDTH, f"at most {MAX_WIDTH:,}"),
             ("blocks", min(self.blocks, default=1) >= 1, "at least one layer a stage"),
@@ -257,9 +257,9 @@ class Architecture:
         return self._rates * stages if len(self._rates) == 1 else self._rates
 
     @property
-    def first_layers(self) -> FirstLayers:
-        """What the stem is; ``ValueError`` where that is left to the size of the images."""
-        expected = f"{' or '.join(STEMS)} where the images are not known"
+    def stem_layers(self) -> StemLayers:
+        """What the stem is made of; ``ValueError`` where the size of the images is to say so."""
+        expected = f"{' or '.join(STEMS)} (Architecture.for_images says which)"
         expect(self.stem in STEMS, "stem", expected, self.stem)
         return STEMS[self.stem]
 
@@ -300,7 +300,8 @@ class Architecture:
 
         Raises ``ValueError`` for images that are too small.
         """
-        stride = self.first_layers.stride**2  # of the convolution and the pooling
+        stem = self.for_images(image_size).stem_layers
+        stride = stem.stride**2  # of the convolution and the pooling
         size = (image_size + stride - 1) // stride
         halved = len(self.stages) - 1  # times, by the transitions
         least = stride * 2**halved

@@ -32,7 +32,7 @@ def run(arguments: Sequence[str]) -> int:
 
     try:
         args = flags.parser().parse(arguments)
-        _let_threads_wait()
+        _limit_spinning()
         import_module("sparsenet.device").tune_process()
         logging.getLogger("PIL").addHandler(logging.NullHandler())  # it says it again by an error
         command = import_module(commands.MODULES[args.command])
@@ -58,7 +58,7 @@ def run(arguments: Sequence[str]) -> int:
     return code
 
 
-def _let_threads_wait() -> None:
+def _limit_spinning() -> None:
     """Has threads of GNU's OpenMP give their cores away sooner; to be called before PyTorch loads.
 
     By default a thread that waits for others keeps its core for about 10 ms (300,000 spins). Where

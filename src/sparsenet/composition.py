@@ -39,11 +39,23 @@ def compose(
     return dataclasses.replace(config, data=data)
 
 
-def check_resumed(run: Run, asked: RunConfig) -> None:
-    """Raises ``ValueError`` where *run* cannot be gone on with as it is *asked*."""
-    if others := differences(run.config(), asked):
+def resumed(run: Run, asked: RunConfig) -> RunConfig:
+    """The settings with which *run* is gone on with as it is *asked*.
+
+    What is left to the images stays as they decided when it began. Raises ``ValueError`` where the
+    run cannot be gone on with so.
+    """
+    before = run.config()
+    if asked.network.stem == "auto":
+        network = dataclasses.replace(asked.network, stem=before.network.stem)
+        asked = dataclasses.replace(asked, network=network)
+    if not asked.train.max_epoch:
+        train = dataclasses.replace(asked.train, max_epoch=before.train.max_epoch)
+        asked = dataclasses.replace(asked, train=train)
+    if others := differences(before, asked):
         expected = "settings differ from the run's"
         raise ValueError(f"--resume {run.path}: {expected}: {'; '.join(others)}")
+    return asked
 
 
 def _base(settings: Mapping[str, Any]) -> RunConfig:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sparsenet.architecture import CIFAR_STAGES, WRITTEN, Architecture
+from sparsenet.architecture import WRITTEN, Architecture
 from sparsenet.data.config import DataConfig
 from sparsenet.files import read_json, user_path
 from sparsenet.ops.implementations import IMPLEMENTATIONS, MEMORY
@@ -35,7 +35,9 @@ class TrainConfig:
     seed: int = setting(0, "all randomness is a function of (seed, epoch, position)")
     batch_size: int = setting(0, "images a step; 0: 64, or a quarter of fewer than 256 images")
     max_epoch: int = setting(
-        300, "epochs in all, resumed ones included; 0: more for fewer images, 30 for 50,000"
+        300,
+        "epochs in all, resumed ones included; 0: by the number of training images, 30 for "
+        "50,000, and 10 to 400",
     )
     device: str = setting("auto", "auto, cpu, cuda, npu, mps, xpu or any device PyTorch knows")
     precision: str = setting(
@@ -164,9 +166,6 @@ def replace(base: RunConfig, changes: Mapping[str, Mapping[str, Any]]) -> RunCon
         network.setdefault("blocks", ())
     elif network.get("blocks", base.network.blocks):
         network["depth"] = 0
-    rates, stages = base.network.growth_rates, len(network.get("blocks", ())) or CIFAR_STAGES
-    if network.keys() & {"depth", "blocks"} and len(set(rates)) > 1 and len(rates) != stages:
-        network.setdefault("growth_rate", Architecture.growth_rate)  # there is no rate for each
     components = {}
     for name in COMPONENTS:
         changed = network if name == "network" else changes.get(name, {})

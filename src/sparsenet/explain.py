@@ -159,7 +159,7 @@ def _exact(tensor: Tensor) -> Tensor:
 
 def _stages(model: SparseNet, images: Tensor) -> tuple[list[Tensor], Tensor]:
     """What each stage reads, and the output of the last."""
-    x, inputs = model.stem(images), []
+    x, inputs = model.stem(model.laid_out(images)), []
     for number, stage in enumerate(model.stages):
         inputs.append(x if not number else model.transitions[number - 1](x))
         x = stage(inputs[-1])

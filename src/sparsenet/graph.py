@@ -59,7 +59,7 @@ def totals(nodes: Sequence[Node]) -> tuple[int, int]:
 
 
 def _stem(architecture: Architecture, image_size: int, size: int) -> Node:
-    stem, width = architecture.first_layers, architecture.stages[0].in_width
+    stem, width = architecture.for_images(image_size).stem_layers, architecture.stages[0].in_width
     weights = stem.kernel**2 * architecture.in_chans * width
     norm = 2 * width if stem.stride > 1 else 0
     side = (image_size + stem.stride - 1) // stem.stride  # before the pooling

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparsenet import presets
 from sparsenet.commands.evaluate import EvaluationReport, evaluated
-from sparsenet.composition import check_resumed, compose, name_of
+from sparsenet.composition import compose, name_of, resumed
 from sparsenet.config import RunConfig, changed
 from sparsenet.data.errors import shortened
 from sparsenet.data.images import read_image
@@ -89,8 +89,7 @@ def fit(
         if out is not None or preset or model:
             raise ValueError("fit: expected resume without out, preset and model, found them")
         run = Run.open(user_path(str(resume)))
-        config = changed(config or run.config(), settings)
-        check_resumed(run, config)
+        config = resumed(run, changed(config or run.config(), settings))
         require_all(config.train.trackers)
     else:
         if preset and config is not None:

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsenet.architecture import Architecture, FirstLayers
+from sparsenet.architecture import Architecture, StemLayers
 from sparsenet.ops import dispatch
-from sparsenet.ops.implementations import MEMORY
+from sparsenet.ops.implementations import CHANNELS_LAST, MEMORY
+from sparsenet.ops.tracing import is_watched
 from sparsenet.stage import Stage
 
 
@@ -39,7 +40,7 @@ class Transition(nn.Module):
 class Stem(nn.Sequential):
     """The first layers: a convolution; if strided, BN-ReLU and max pooling follow it."""
 
-    def __init__(self, layers: FirstLayers, in_chans: int, width: int):
+    def __init__(self, layers: StemLayers, in_chans: int, width: int):
         kernel, stride = layers.kernel, layers.stride
         conv = nn.Conv2d(in_chans, width, kernel, stride, padding=kernel // 2, bias=False)
         pool = nn.MaxPool2d(3, stride, padding=1)
@@ -142,7 +143,7 @@ class SparseNet(nn.Module):
         self.requested_implementation = dispatch.choose(implementation)
         self.memory = _checked_memory(memory, implementation)
         layouts, dropout = architecture.stages, architecture.dropout
-        self.stem = Stem(architecture.first_layers, architecture.in_chans, layouts[0].in_width)
+        self.stem = Stem(architecture.stem_layers, architecture.in_chans, layouts[0].in_width)
         self.stages = nn.ModuleList(
             Stage(layout, dropout, self.requested_implementation, memory) for layout in layouts
         )
@@ -163,6 +164,10 @@ class SparseNet(nn.Module):
         stages: Iterable[Any] = self.stages
         if any(stage.change() for stage in stages):
             return "modules"
+        return self._engine()
+
+    def _engine(self) -> str:
+        """The implementation that runs where no module was changed."""
         parameter = next(self.stem.parameters())
         device, dtype = parameter.device, parameter.dtype
         can_autocast = dtype == torch.float32 and torch.amp.is_autocast_available(device.type)
@@ -250,15 +255,27 @@ class SparseNet(nn.Module):
         Raises ``ValueError`` for what are no normalised images of this network's channels and
         device, and ``TypeError`` for what is no tensor.
         """
-        x = self.stem(self._laid_out(x))
+        x = self.stem(self.laid_out(x))
         for number, stage in enumerate(self.stages):
             x = stage(x)
             if number < len(self.transitions):
                 x = self.transitions[number](x)
         return x
 
-    def _laid_out(self, x: Tensor) -> Tensor:
-        return dispatch.laid_out(self.requested_implementation, x, self.training, self.memory)
+    def laid_out(self, x: Tensor) -> Tensor:
+        """*x* in the memory layout in which the engine keeps features, so that the stem's are too.
+
+        PyTorch's max pooling in bf16 takes several times as long on a CPU otherwise. What the stem
+        does not take stays as it is.
+        """
+        if not isinstance(x, Tensor) or is_watched(x) or x.is_meta or x.dim() != 4:
+            return x
+        if x.device != next(self.stem.parameters()).device or self._engine() not in CHANNELS_LAST:
+            return x
+        if x.shape[1] > 1:
+            return x.contiguous(memory_format=torch.channels_last)
+        # One channel lies both ways at once, and contiguous() leaves it to count as the other one.
+        return torch.empty_like(x, memory_format=torch.channels_last).copy_(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Features ``(N, num_features, h, w)`` to logits; with *pre_logits* to pooled features."""
@@ -287,7 +304,7 @@ class SparseNet(nn.Module):
             raise ValueError(f"output_fmt: expected 'NCHW', found {output_fmt!r}")
         wanted = self._indices(indices)
         intermediates: dict[int, Tensor] = {}
-        x, intermediates[0] = self.stem.forward_both(self._laid_out(x))
+        x, intermediates[0] = self.stem.forward_both(self.laid_out(x))
         for number, stage in enumerate(self.stages):
             if stop_early and intermediates_only and number >= max(wanted):
                 break

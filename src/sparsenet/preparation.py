@@ -32,7 +32,7 @@ from sparsenet.weights import Description
 
 BATCH_SIZE = 64  # the paper's
 EPOCHS, EPOCHS_OF = 30, 50_000  # so many by default of so many images
-FEWEST_EPOCHS, MOST_EPOCHS = 10, 400  # by default
+FEWEST_EPOCHS, MOST_EPOCHS = 10, 400  # that the number of images can come to
 SMALL_BATCH = 32  # images of a process, for which statistics are in common by default
 
 
@@ -40,8 +40,8 @@ SMALL_BATCH = 32  # images of a process, for which statistics are in common by d
 class Setup:
     """What stays the same while a run goes on."""
 
-    asked: RunConfig
-    config: RunConfig  # with what the data decide of the network, the batch size and the epochs
+    asked: RunConfig  # what the data decide is still open
+    config: RunConfig  # with the network, the batch size and the epochs that they decided
     data: Dataset
     preprocessing: Preprocessing
     device: torch.device
@@ -57,7 +57,7 @@ class Setup:
 
     @property
     def repeatable(self) -> RunConfig:
-        """The settings as other data can be trained on: the batch size is as it was asked for."""
+        """The settings for config.json: with the batch size as asked, since others may not fit."""
         size = self.asked.train.batch_size
         train = dataclasses.replace(self.config.train, batch_size=size)
         return dataclasses.replace(self.config, train=train)
@@ -265,7 +265,7 @@ def introduce(setup: Setup, previous: Arithmetic) -> Iterator[str]:
     network = setup.config.network
     parameters, macs = totals(nodes)
     size, stem = setup.preprocessing.size, ""
-    if asked.network.stem == "auto" and network.first_layers.stride > 1:
+    if asked.network.stem == "auto" and network.stem_layers.stride > 1:
         stem = f", {network.stem} stem for images of {size} pixels a side (--stem)"
     yield (
         f"{network.fetch if isinstance(network.fetch, str) else 'custom'} network, "

@@ -180,7 +180,7 @@ def _read_if_there(file: Path, kind: type[T]) -> T | None:
 
 def describe_recipe(config: RunConfig, epochs: int) -> str:
     """Returns as a text how many *epochs* were trained and what is not as the paper has it."""
-    planned = config.train.max_epoch
+    planned = config.train.max_epoch or epochs
     trained = str(planned) if epochs == planned else f"{epochs} of {planned}"
     changed = []
     for component, name in RECIPE:

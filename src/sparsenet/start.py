@@ -61,7 +61,9 @@ class Start:
 
     def check(self, config: RunConfig) -> None:
         """Raises ``ValueError`` where *config* is of another network."""
-        wanted = dataclasses.replace(config.network, in_chans=self.architecture.in_chans)
+        own, network = self.architecture, config.network
+        stem = own.stem if network.stem == "auto" else network.stem
+        wanted = dataclasses.replace(network, in_chans=own.in_chans, stem=stem)
         zoo.check_same_network(wanted, self.architecture, f"--weights {self.source}")
 
     def load_into(self, model: SparseNet, classes: tuple[str, ...]) -> None:

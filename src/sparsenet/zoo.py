@@ -21,7 +21,7 @@ from sparsenet.model import SparseNet
 from sparsenet.weights import Description
 
 # Published in arXiv:1801.05895 (sparse) and arXiv:1608.06993 (dense): depth, and the growth rate of
-# all stages or of each.
+# all stages or of each. The one of 22 layers is of this library, for short trainings.
 CIFAR_NETWORKS = {
     "sparsenet": ((22, 16, 32, 64), (40, 12), (40, 24), (100, 24), (100, 36), (100, 16, 32, 64)),
     "sparsenet_bc": ((100, 24), (100, 16, 32, 64), (100, 32, 64, 128)),
@@ -153,6 +153,7 @@ def stored_architecture(
     """
     try:
         stored = from_dict(about.architecture)
+        _ = stored.stem_layers
     except ValueError as error:
         raise _unknown_architecture(source, error) from None
     layers = sum(stored.stage_depths)

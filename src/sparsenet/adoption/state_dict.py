@@ -36,7 +36,7 @@ class UnitNames(NamedTuple):
 
 def unit_names(architecture: Architecture) -> list[UnitNames]:
     """This library's names, in the order of execution."""
-    units = [UnitNames("stem.0", "stem.1" if architecture.first_layers.stride > 1 else "")]
+    units = [UnitNames("stem.0", "stem.1" if architecture.stem_layers.stride > 1 else "")]
     for number, stage in enumerate(architecture.stages):
         for layer in range(stage.topology.depth):
             for unit in range(len(stage.branch)):

@@ -47,7 +47,7 @@ class Structure(NamedTuple):
 
     def sides(self, features: int) -> tuple[int, int]:
         """The least and largest side of images whose last features have the side *features*."""
-        stride = self.architecture.first_layers.stride**2  # of the convolution and the pooling
+        stride = self.architecture.stem_layers.stride**2  # of the convolution and the pooling
         halved = 2 ** (len(self.architecture.blocks) - 1)
         return stride * (features * halved - 1) + 1, stride * ((features + 1) * halved - 1)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from sparsenet import config as settings
 from sparsenet import presets, ranks, zoo
-from sparsenet.composition import check_resumed, compose, name_of
+from sparsenet.composition import compose, name_of, resumed
 from sparsenet.config import RunConfig, TrainConfig
 from sparsenet.data.config import POINTERS
 from sparsenet.display import display, say
@@ -114,8 +114,7 @@ def _resumed_run(args: argparse.Namespace) -> tuple[Run, RunConfig]:
         new = _from_file(args.config, new, given)
     if args.model:
         new = dataclasses.replace(new, network=zoo.architecture(args.model))
-    new = settings.changed(new, given)
-    check_resumed(run, new)
+    new = resumed(run, settings.changed(new, given))
     require_all(new.train.trackers)
     return run, new
 

@@ -1,10 +1,10 @@
 """What is done to training images, whole batches at a time.
 
 Each function is a pure function of tensors: what is random was drawn before, by
-``sparsenet.data.sampling.plan_epoch``. None waits for a device or looks at its data in Python, so
-that a training step can be captured: where each image has an operation of its own, all images go
-through all of them, with numbers that leave the others' images as they are. On a CPU, which has its
-data at hand and pays for each image, an image goes through its own kind of operation.
+``sparsenet.data.sampling.plan_epoch``. None waits for an accelerator or looks at its data in
+Python, so that a training step can be captured: where each image has an operation of its own, all
+images go through all of them, with numbers that leave the others' images as they are. On a CPU an
+image goes through its own kind of operation alone.
 """
 
 from __future__ import annotations

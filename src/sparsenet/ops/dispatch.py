@@ -13,7 +13,7 @@ from torch import Tensor
 from sparsenet.device import casts_to_bf16, computes_in_bf16, traits
 from sparsenet.extras import MissingExtra
 from sparsenet.ops import measured, reference, shared  # noqa: F401 - always loaded
-from sparsenet.ops.implementations import CHANNELS_LAST, IMPLEMENTATIONS
+from sparsenet.ops.implementations import IMPLEMENTATIONS
 from sparsenet.ops.measured import Timings
 from sparsenet.ops.plan import Plan, Readers, Statistics
 from sparsenet.ops.synchronised import Group
@@ -172,19 +172,6 @@ def aggregate(
     with_gradient = training or torch.is_grad_enabled()
     name = choose(implementation, x.device, x.dtype, with_gradient, plan.memory)
     return _load(name).aggregate(plan, x, readers, statistics, training, group)
-
-
-def laid_out(implementation: str, x: Tensor, training: bool, memory: str) -> Tensor:
-    """The images *x* as what is before the first stage should read them, for what it gives to lie
-    as features do. PyTorch's pooling takes several times as long otherwise.
-    """
-    if not isinstance(x, Tensor) or x.dim() != 4 or is_watched(x) or x.is_meta:
-        return x
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    with_gradient = training or torch.is_grad_enabled()
-    last = choose(implementation, x.device, dtype, with_gradient, memory) in CHANNELS_LAST
-    return x.contiguous(memory_format=torch.channels_last) if last else x
 
 
 def _load(implementation: str) -> Implementation:
