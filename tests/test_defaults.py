@@ -71,6 +71,7 @@ def test_a_candidate_is_what_its_text_says(text: str) -> None:
         ("resnet20+depth=40", "found 'depth'"),  # which would change nothing
         ("sparsenet_40_12+epochs=3", "found 'epochs'"),
         ("sparsenet_40_12+lr=fast", "expected a number"),
+        ("sparsenet_40_12+stem=auto", "stem: expected cifar or imagenet"),
         ("sparsenet_40_12+lr=1+lr=2", "once"),
     ],
 )

@@ -53,8 +53,9 @@ class Candidate:
         found = cls(name, tuple(sorted((key, value) for key, value in pairs)))
         if len(dict(found.changes)) < len(pairs):
             raise ValueError(f"{text}: expected each setting once, found one twice")
+        config = found.config
         if found.plain is None:
-            _ = found.config.network.stem_layers  # which no images decide here
+            _ = config.network.stem_layers  # which no images decide here
         return found
 
     def __str__(self) -> str:
