@@ -3,8 +3,8 @@
 Each function is a pure function of tensors: what is random was drawn before, by
 ``sparsenet.data.sampling.plan_epoch``. None waits for an accelerator or looks at its data in
 Python, so that a training step can be captured: where each image has an operation of its own, all
-images go through all of them, with numbers that leave the others' images as they are. On a CPU an
-image goes through its own kind of operation alone.
+images go through all of them, with numbers that leave the others' images as they are. On a CPU,
+where nobody records operations, an image goes through its own kind alone.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsenet.data.config import DataConfig
+from sparsenet.ops.tracing import is_watched
 
 MOVING = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
 BLENDING = ("brightness", "colour", "contrast", "sharpness")
@@ -160,7 +161,7 @@ def _each(
 
     It leaves the others as they are.
     """
-    if images.device.type != "cpu":
+    if images.device.type != "cpu" or is_watched(images):
         return change(images, drawn)
     have_one = torch.stack([drawn.chosen[name] for name in operations]).any(0)
     numbers = have_one.flatten().nonzero().flatten()
