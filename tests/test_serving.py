@@ -139,6 +139,11 @@ def raw(content: bytes, kind: str = "image/png") -> dict[str, Any]:
     return {"content": content, "headers": {"Content-Type": kind}}
 
 
+def _without_last_digits(answer: Any) -> Any:
+    text = json.dumps(answer)
+    return json.loads(text, parse_float=lambda digits: pytest.approx(float(digits), abs=1e-5))
+
+
 def test_answers_are_those_of_predict_however_they_are_asked_for(
     trained: Trained, pictures: list[Path]
 ) -> None:
@@ -154,7 +159,8 @@ def test_answers_are_those_of_predict_however_they_are_asked_for(
     expected = list(predict(trained, pictures, 5))
     assert not any(each.error for each in expected)
     answers = several.json()["predictions"]
-    assert several_json.json() == several.json()
+    # The last bits depend on which requests came together.
+    assert several_json.json() == _without_last_digits(several.json())
     assert several.json()["model"] == "tiny"
     assert [each["name"] for each in answers] == [path.name for path in pictures]
     assert [each["name"] for each in unnamed.json()["predictions"]][:2] == ["image 1", "image 2"]
@@ -164,7 +170,7 @@ def test_answers_are_those_of_predict_however_they_are_asked_for(
             assert tuple(each["classes"]) == right.classes
             assert each["probabilities"] == pytest.approx(right.probabilities, rel=1e-5)
     one = next(iter(predict(trained, pictures[:1], 5)))
-    assert tuple(alone_answers[0]["probabilities"]) == one.probabilities  # to the digit
+    assert alone_answers[0]["probabilities"] == pytest.approx(one.probabilities, rel=1e-5)
 
 
 def test_top_says_how_many_classes_and_all_are_there_at_most(
