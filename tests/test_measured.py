@@ -69,6 +69,36 @@ def test_measuring_gives_seconds_and_disturbs_nothing(quick, around, dtype, busy
         assert all(0 < each < math.inf for each in seconds.values())
 
 
+COUNTED = """
+import os
+import torch
+from sparsenet.ops import measured
+
+def threads():
+    torch.ones(1 << 20).relu()
+    return len(os.listdir("/proc/self/task"))
+
+def count(*_):
+    counts.append(threads())
+    raise ValueError("counted")
+
+torch.set_num_threads(4)
+counts = [threads()]
+measured._cores_are_busy = lambda: False
+measured.measure(torch.device("cpu"), torch.float32, {"counting": count})
+print(*counts)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux")
+def test_no_more_threads_than_cores_wait_while_measuring():
+    """Else OpenMP's threads sleep between all operations, and timings are of their waking up."""
+    command = [sys.executable, "-c", COUNTED]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    before, during = map(int, done.stdout.split())
+    assert during == before + 1  # which measures, and has the main thread's number of helpers
+
+
 @pytest.mark.parametrize("steps", [0.0, -1.0], ids=["stands still", "goes back"])
 def test_a_wrong_clock_ends_a_measurement_and_prefers_nothing(quick, steps, monkeypatch):
     ticks = itertools.count(1.0, steps)

@@ -90,10 +90,16 @@ def load(folder: str) -> Dataset:
 class Training:
     """A network with all that trains it, ours and a plain one in the same way."""
 
-    def __init__(self, candidate: Candidate, images: Images, preprocessing: Preprocessing):
+    def __init__(
+        self,
+        candidate: Candidate,
+        images: Images,
+        preprocessing: Preprocessing,
+        precision: str = "auto",
+    ):
         self.candidate, self.images, self.preprocessing = candidate, images, preprocessing
         self.config = candidate.config
-        self.arithmetic = arithmetic(candidate)
+        self.arithmetic = arithmetic(candidate, precision)
         self.batch_size = self.config.train.batch_size or BATCH_SIZE
         self.step = 0
 
@@ -146,9 +152,12 @@ class Training:
         recompute_statistics(self.evaluated, images, self.preprocessing, CPU, *sizes)
 
 
-def arithmetic(candidate: Candidate) -> Arithmetic:
-    """The precision and the implementation that the program would take, for plain networks too."""
-    return choose_arithmetic(candidate.config.train, CPU)
+def arithmetic(candidate: Candidate, precision: str = "auto") -> Arithmetic:
+    """The precision and the implementation that the program would take, for plain networks too.
+
+    A *precision* other than ``auto`` stands for the candidate's ``auto``.
+    """
+    return choose_arithmetic(candidate.config.train, CPU, Arithmetic(precision))
 
 
 def measure(text: str, side: int, seconds: float) -> Costs:
@@ -228,9 +237,12 @@ def length_of(candidate: Candidate, seconds: float, images: int, costs: Costs) -
 def train(
     name: str, data: Data, candidate: Candidate, minutes: float, seed: int, costs: Costs
 ) -> Trial:
-    """Trains on *data*, which is called *name*, and tests after the last step."""
+    """Trains on *data*, which is called *name*, and tests after the last step.
+
+    The precision is that of the *costs*, whatever is fastest on the machine that trains.
+    """
     length = length_of(candidate, 60 * minutes, len(data.train), costs)
-    training = Training(candidate, data.train, data.preprocessing)
+    training = Training(candidate, data.train, data.preprocessing, costs.precision)
     training.begin(data.classes, seed)
     began = time.perf_counter()
     finite = _make_steps(training, length)

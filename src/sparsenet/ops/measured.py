@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from sparsenet.architecture import Architecture, Stage
-from sparsenet.device import LEAST_SECONDS, device_name
+from sparsenet.device import LEAST_SECONDS, device_name, end_idle_threads
 from sparsenet.files import cache_folder, read_json, write_json
 from sparsenet.memory import shortage
 from sparsenet.ops.plan import Plan, Reader, Readers, Statistics
@@ -139,6 +139,7 @@ def measure(
     changes: for that long the process computes with one thread. All of it happens in a thread of
     its own, because autocast, inference mode and a default device hold for the caller's thread.
     """
+    end_idle_threads()
     with ThreadPoolExecutor(1) as executor:
         return executor.submit(_measure, device, dtype, implementations).result()
 

@@ -18,6 +18,7 @@ from sparsenet.data.dataset import Example
 from sparsenet.data.errors import BadImage, DataError
 from sparsenet.data.images import decoded_image
 from sparsenet.data.pixels import TooLarge, limits_of_our_own
+from sparsenet.device import end_idle_threads
 from sparsenet.explain import grid, maps_of
 from sparsenet.memory import shortage
 from sparsenet.pictures.heat_map import Grid, png, veil
@@ -169,7 +170,11 @@ class Service:
         self.grid: Grid = grid(trained.model, trained.preprocessing.size)
 
     def warm_up(self) -> None:
-        """Computes the largest batch and the smallest, which compiles what is compiled."""
+        """Computes the largest batch and the smallest, which compiles what is compiled.
+
+        To be called by the thread that has made the network: it computes no more.
+        """
+        end_idle_threads()
         about = self.trained.preprocessing
         blank = np.zeros((about.channels, about.size, about.size), np.uint8)
         for count in (min(self.limits.batch_size, self.limits.queue), 1):
