@@ -311,20 +311,37 @@ def test_variables_that_no_launcher_sets_are_refused(
     assert outcome.code == 2 and expected in outcome.err
 
 
-@pytest.mark.parametrize("value", ["nan", "1e300", "0", "long"])
-def test_a_wait_that_is_none_is_refused_by_the_first_process(
-    value: str, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    waits = []
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """For how long a process would wait for others, of each one that begins."""
+    found = []
 
     def joined(timeout: float) -> nullcontext[Ranks]:
-        waits.append(timeout)
+        found.append(timeout)
         return nullcontext(ALONE)
 
     monkeypatch.setattr("sparsenet.ranks.joined", joined)
+    return found
+
+
+@pytest.mark.parametrize("value", ["nan", "1e300", "0", "long"])
+def test_a_wait_that_is_none_is_refused_by_the_first_process(
+    value: str, call: Call, tmp_path: Path, waits: list[float]
+) -> None:
     outcome = call(*LONG, "--rank_timeout", value, "--out", tmp_path / "run")
     assert outcome.code == 2 and "rank_timeout: expected" in outcome.err
     assert waits == [RunConfig().train.rank_timeout]  # by which the others get there
+
+
+def test_the_wait_is_that_of_a_file_a_run_or_the_flag(
+    call: Call, tmp_path: Path, waits: list[float]
+) -> None:
+    file, run = tmp_path / "config.json", tmp_path / "run"
+    file.write_text('{"train": {"rank_timeout": 50.0}}')
+    assert call("train", *TINY, "--config", file, "--out", run).code == 0
+    assert call("train", "--resume", run).code == 0
+    assert call("train", "--resume", run, "--rank_timeout", 40).code == 0
+    assert waits == [50, 50, 40]
 
 
 def test_other_images_in_one_process_are_refused(tmp_path: Path) -> None:

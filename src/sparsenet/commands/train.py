@@ -29,12 +29,19 @@ from sparsenet.train import train
 
 def run(args: argparse.Namespace) -> int:
     """Trains a new run or goes on with one; returns 128 + the signal that stopped it, else 0."""
-    timeout = TrainConfig.rank_timeout
-    with suppress(ValueError):  # which the first process refuses
-        asked = float(vars(args).get("rank_timeout", timeout))
-        timeout = TrainConfig(rank_timeout=asked).rank_timeout
-    with ranks.joined(timeout) as joined:
+    with ranks.joined(_rank_timeout(args)) as joined:
         return _run(args, joined) if joined.is_first else _follow(joined)
+
+
+def _rank_timeout(args: argparse.Namespace) -> float:
+    """What flags or a file say; where they are wrong the default, and the first process refuses."""
+    with suppress(ValueError, OSError):
+        base = Run(Path(args.resume)).config() if args.resume else RunConfig()
+        given = {name: text for name, text in vars(args).items() if name == "rank_timeout"}
+        if args.config:
+            base = _from_file(args.config, base, {})
+        return settings.changed(base, values(given)).train.rank_timeout
+    return TrainConfig.rank_timeout
 
 
 def _follow(joined: Ranks) -> int:
