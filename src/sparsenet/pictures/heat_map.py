@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sparsenet.extras import require
-from sparsenet.pictures.figure import FAINT, SERIES_COLOURS, picture
+from sparsenet.pictures.figure import FAINT, picture
 
 MOST_PIXELS = 1024  # of a side of what is drawn
 FEWEST_PIXELS = 256  # of the longer side: a smaller picture is enlarged by a whole number
@@ -119,18 +119,21 @@ def _draw_scale(figure: Any, axes: Any, largest: float) -> None:
 
 
 def _draw_effects(axis: Any, effects: Sequence[Sequence[float]]) -> None:
-    first = 0
-    for number, stage in enumerate(effects):
+    first, centres = 0, []
+    speaking_for, against = (tuple(level / 255 for level in each) for each in (FOR, AGAINST))
+    for stage in effects:
         places = range(first, first + len(stage))
-        colour = SERIES_COLOURS[number % len(SERIES_COLOURS)]
-        axis.bar(places, stage, color=colour, label=f"stage {number + 1}")
+        colours = [speaking_for if effect > 0 else against for effect in stage]
+        axis.bar(places, stage, color=colours)
+        centres.append(first + (len(stage) - 1) / 2)
         first += len(stage) + 1
     axis.axhline(0, color=FAINT, lw=0.8)
-    axis.set(xticks=[], title="how far the logit falls without a layer, first to last")
+    axis.set_xticks(centres, [f"stage {number}" for number in range(1, len(effects) + 1)])
+    axis.set(title="how far the logit falls without a layer, first to last")
     axis.grid(axis="y")
     axis.set_axisbelow(True)
+    axis.tick_params(axis="x", length=0)
     axis.spines.bottom.set_visible(False)
-    axis.legend(ncols=len(effects), loc="lower right", bbox_to_anchor=(1, 1.01))
 
 
 def png(pixels: np.ndarray) -> bytes:
