@@ -28,6 +28,8 @@ from sparsenet.files import read_json, write_json
 from sparsenet.flags import Parser
 from sparsenet.summary import format_duration
 
+SETS = ("50000-32", "5000-96", "500-96")
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -145,7 +147,11 @@ def _parser() -> Parser:
     text = "CIFAR-10, as for sparsenet train --dataset_dir"
     parser.add_argument("--data", required=True, metavar="DIR", help=text)
     lists: dict[str, tuple[Callable[[str], object], str, str]] = {
-        "sets": (_known_set, ",".join(CUTS), "which images: their number and their side"),
+        "sets": (
+            _known_set,
+            ",".join(SETS),
+            f"some of {', '.join(CUTS)}: how many images of which side",
+        ),
         "minutes": (float, "2,10,40", "of training, on the machine of the speeds"),
         "seeds": (int, "0", "of weights and order"),
     }

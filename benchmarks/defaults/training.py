@@ -69,6 +69,9 @@ CUTS = {
     "50000-32": Cut(50_000, 10_000, 32),
     "5000-96": Cut(5_000, 2_000, 96),
     "500-96": Cut(500, 2_000, 96),
+    # For the size of images that have none in common: by default these are not trained on.
+    "5000-64": Cut(5_000, 2_000, 64),
+    "5000-128": Cut(5_000, 2_000, 128),
 }
 
 
