@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 from sparsenet import pictures
 from sparsenet.capture import Captures
@@ -12,7 +13,16 @@ from sparsenet.preparation import Setup
 from sparsenet.results import EpochMetrics, TrainingResult
 from sparsenet.run import Run
 from sparsenet.state import DivergedError
-from sparsenet.trained import load_trained
+from sparsenet.trained import Trained, load_trained
+
+
+def _why(trained: Trained, rows: Sequence[EpochMetrics]) -> str:
+    """Why these weights are evaluated: what was measured of them, or else how old they are."""
+    measured = [row for row in rows if row.val_error is not None]
+    lowest = min(measured, key=attrgetter("val_error"), default=None)
+    if lowest and lowest.epoch == trained.about.epoch:
+        return "lowest validation error"
+    return "last epoch" if trained.about.epoch else f"step {trained.step}"
 
 
 def conclude(
@@ -39,7 +49,7 @@ def conclude(
         images=evaluation.images,
         seconds=evaluation.seconds,
         epochs=trained.about.epoch,
-        checkpoint="lowest validation error" if data.val else "last epoch",
+        checkpoint=_why(trained, rows),
         classes=data.classes,
         class_errors=evaluation.class_errors(data.classes),
         tested_on=data.tested_on,
