@@ -287,9 +287,7 @@ def test_a_run_goes_on_without_the_weights_that_it_started_from(animals: Path, c
 
 
 @pytest.mark.parametrize("freeze", ["stage3", "all"])
-def test_a_rate_for_layers_that_all_stay_is_refused(
-    freeze: str, animals: Path, call: Call
-) -> None:
+def test_a_rate_for_layers_that_all_stay_is_refused(freeze: str, animals: Path, call: Call) -> None:
     settings = ("--weights", animals / "run", "--dataset_dir", animals / "data", "--freeze", freeze)
     outcome = call("train", *settings, "--backbone_lr", 0.001, "--out", "run")
     assert outcome.code == 2 and f"--freeze {freeze}" in outcome.error
