@@ -16,7 +16,7 @@ from test_data_images import TAG, deep
 
 import sparsenet
 import sparsenet.library
-from sparsenet.config import RunConfig
+from sparsenet.config import RunConfig, changed
 from sparsenet.config import load as load_config
 from sparsenet.events import EpochDone, Event, Step
 from sparsenet.run import Run
@@ -107,6 +107,31 @@ def test_wrong_words_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="sparsenet train runs under torchrun"):
         sparsenet.fit(dataset_dir="data")
+
+
+def test_an_empty_text_names_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("dataset_dir", "labels", "label_column", "weights", "out", "resume"):
+        with pytest.raises(ValueError, match=f"^{name}: expected a value, found an empty text$"):
+            sparsenet.fit(**{name: ""}, max_epoch=1)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
+def test_settings_of_other_data_than_the_named_are_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_classes(Path("data"))
+    table = {"dataset_dir": "table", "labels": "table.csv", "label_column": "kind"}
+    first = changed(RunConfig(), {**table, "dataset_name": "of a table", **SETTINGS})
+    digits = changed(RunConfig(), {"dataset": "digits", **SETTINGS})
+    for number, config in enumerate((first, digits)):
+        with signals_put_back():
+            fit = sparsenet.fit(config, dataset_dir="data", out=f"run{number}", quiet=True)
+        assert fit.result is not None and fit.result.dataset == "data"
+    for wrong in ({"labels": 3}, {"dataset": ["c10"]}):
+        with pytest.raises(ValueError, match="expected a text"):
+            sparsenet.fit(first, **wrong)  # type: ignore[arg-type]
 
 
 def test_load_takes_whatever_names_a_network(trained_on_folder: Path) -> None:
@@ -245,5 +270,3 @@ def test_an_open_file_is_one_picture(network: sparsenet.library.Network, folder_
         assert [each.probabilities for each in network.predict(held)] == [expected]
     with path.open("rb") as file:
         assert [each.probabilities for each in network.predict([file])] == [expected]
-    with pytest.raises(ValueError, match="weights: expected"):
-        sparsenet.fit(weights="")

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from sparsenet import presets
 from sparsenet.commands.evaluate import EvaluationReport, evaluated
-from sparsenet.composition import compose, name_of, resumed
+from sparsenet.composition import compose, name_of, pointed, resumed
 from sparsenet.config import RunConfig, changed
+from sparsenet.data.config import POINTERS
 from sparsenet.data.errors import shortened
 from sparsenet.data.images import read_image
 from sparsenet.device import choose_device
@@ -66,8 +67,9 @@ def fit(
 
     *config* is the whole of the settings, by default those of a *preset*, which is chosen by the
     data; *model* is a network of ``sparsenet.list_models``; *settings* are single ones by the names
-    that flags have: ``fit(dataset_dir="photos", max_epoch=10)``. The run is written to *out*, by
-    default a new folder in ``runs``; *resume* goes on with one. *events* is called with all that
+    that flags have: ``fit(dataset_dir="photos", max_epoch=10)``. Where they name other data than
+    *config* has, its labels, columns and name are not kept. The run is written to *out*, by default
+    a new folder in ``runs``; *resume* goes on with one. *events* is called with all that
     ``sparsenet.events`` has, as it happens; what it raises ends the run, which can be resumed from
     its last checkpoint. Unless *quiet*, lines are printed as on the command line.
 
@@ -75,8 +77,10 @@ def fit(
     settings and data that do not fit, ``sparsenet.train.DivergedError`` for a loss that is no
     number.
     """
-    if settings.get("weights") == "":
-        raise ValueError("weights: expected what names trained weights, found an empty text")
+    named = {"out": out, "resume": resume, **settings}
+    for name in ("out", "resume", *POINTERS, "weights"):
+        if named.get(name) == "":  # such as of a variable that was not set
+            raise ValueError(f"{name}: expected a value, found an empty text")
     settings = {
         name: str(value) if isinstance(value, Path) else value
         for name, value in settings.items()
@@ -94,11 +98,11 @@ def fit(
     else:
         if preset and config is not None:
             raise ValueError("fit: expected config or preset, found both")
-        base = presets.preset(preset) if preset else config
+        base = presets.preset(preset) if preset else config and pointed(config, settings)
         config = compose(settings, base, model)
         require_all(config.train.trackers)
         own = Path("runs") / name_of(config)
-        run = Run.create(user_path(str(out))) if out else Run.create_one_of_its_own(own)
+        run = Run.create(user_path(str(out))) if out is not None else Run.create_one_of_its_own(own)
     results: list[TrainingResult] = []
 
     def watched(signals: Signals) -> Iterator[Event]:
