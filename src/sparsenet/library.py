@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,8 @@ from sparsenet.signals import Signals
 from sparsenet.tracking import require_all, tracked
 from sparsenet.train import train
 from sparsenet.trained import Trained, load_trained
+
+TEXT_AND_BYTES = (str, bytes, bytearray, memoryview)  # iterables that are one picture
 
 
 @dataclass(frozen=True)
@@ -130,10 +131,10 @@ class Network(Trained):
         """What ``model`` takes of a picture: float32 ``(channels, size, size)``, on the CPU.
 
         Pictures are those of ``sparsenet.predict.predict``, made the size of the training images
-        and normalised as these were, to the bit. It must not run in several threads at once; the
-        workers of a DataLoader are processes. Raises ``ValueError`` for what is no image.
+        and normalised as these were, to the bit. Raises ``ValueError`` for what is no image.
         """
-        example, about = as_example(picture, 0), self.preprocessing
+        about = self.preprocessing
+        example = as_example(picture, 0, about.max_megapixels)
         pixels = read_image(
             example.source,
             about.size,
@@ -153,21 +154,22 @@ class Network(Trained):
         of a PNG that shows where.
 
         *pictures* is one or an iterable of those of ``sparsenet.predict.predict``; a folder or a
-        glob (``"photos/*.jpg"``) stands for the images that it names, an open file for what it
-        holds. What cannot be read raises nothing: its prediction has an ``error``.
+        glob (``"photos/*.jpg"``) stands for the images that it names. What cannot be read raises
+        nothing: its prediction has an ``error``.
         """
-        several = isinstance(pictures, Iterable) and not hasattr(pictures, "__array_interface__")
-        alone = not several or isinstance(pictures, str | bytes | bytearray) or _is_file(pictures)
-        found: list[Any] = []
-        for picture in [pictures] if alone else pictures:
-            picture = picture.read() if _is_file(picture) else picture
-            is_path = isinstance(picture, str | Path)
-            found += find_images([str(picture)]).images if is_path else [picture]
-        return list(predict(self, found, top, batch_size, explained=explained))
+        alone = not isinstance(pictures, Iterable) or isinstance(pictures, TEXT_AND_BYTES)
+        if alone or any(hasattr(pictures, name) for name in ("read", "__array_interface__")):
+            pictures = [pictures]
+        return list(predict(self, _found(pictures), top, batch_size, explained=explained))
 
 
-def _is_file(picture: object) -> bool:
-    return isinstance(picture, io.IOBase)
+def _found(pictures: Iterable[Any]) -> Iterator[Any]:
+    """*pictures*, with the images that folders and globs name in their place."""
+    for picture in pictures:
+        if isinstance(picture, str | Path):
+            yield from find_images([str(picture)]).images
+        else:
+            yield picture
 
 
 def load(
