@@ -289,7 +289,9 @@ def test_an_open_file_of_text_is_refused_in_one_line(
 ) -> None:
     with next(folder_data.rglob("*.png")).open(encoding="utf-8") as file:
         for text in (file, io.StringIO("a.png")):
-            with pytest.raises(ValueError, match=r"^image 1: expected an open file of bytes.*text$"):
+            with pytest.raises(
+                ValueError, match=r"^image 1: expected an open file of bytes.*text$"
+            ):
                 network.predict([b"", text])
 
 
@@ -350,3 +352,26 @@ def test_pictures_are_taken_a_batch_at_a_time(
     monkeypatch.setattr("sparsenet.predict.ranked", told)
     network.predict(pictures(), batch_size=2)
     assert order == ["taken", "taken", "looked at"] * 2
+
+
+def test_a_damaged_checkpoint_in_whose_place_another_is_taken_is_told(
+    call: Call, copied: Path
+) -> None:
+    best = "best-99999999: damaged"
+    (copied / "checkpoints/last-00000046.safetensors").write_bytes(b"")
+    (copied / "checkpoints/best-99999999.json").write_text("{}")
+    with pytest.warns(UserWarning, match=f"{copied}: last-00000046: damaged") as told:
+        network = sparsenet.load(copied, "last", device="cpu")
+    assert network.step == 23 and len(told) == 1
+    assert f"sparsenet report: {copied}: {best}" in call("report", copied, "--filters").error
+    started = call("train", "--weights", copied, "--dataset", "digits", "--max_epoch", 1)
+    assert f"warning: {copied}: {best}" in started.out
+
+    def damage(event: Event) -> None:
+        if isinstance(event, EpochDone):
+            Path("run/checkpoints/best-99999999.json").write_text("{}")
+
+    write_classes(Path("data"))
+    with signals_put_back():
+        sparsenet.fit(dataset_dir="data", out="run", events=damage, quiet=True, **SETTINGS)
+    assert f"warning: {best}" in Path("run/train.log").read_text()

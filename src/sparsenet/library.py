@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,9 +183,12 @@ def load(
 
     *source* is a run folder, of which *checkpoint* is ``best`` or ``last``, or weights: a file, an
     address (``https://``, ``hf://``) or a name of ``sparsenet.list_models`` that has some. *device*
-    is ``auto`` or one that PyTorch knows. Raises ``ValueError`` in one line.
+    is ``auto`` or one that PyTorch knows. Warns of damaged checkpoints, in whose place an older one
+    is taken; raises ``ValueError`` in one line.
     """
     trained = load_trained(source, checkpoint, choose_device(device), implementation)
+    for each in trained.warnings:
+        warnings.warn(f"{source}: {each}", stacklevel=2)
     return Network(**vars(trained))
 
 

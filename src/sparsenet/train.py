@@ -110,7 +110,8 @@ def train(
             _settle_statistics(setup, state)
             _save("best", run, setup, state)
         if ranks.is_first:
-            result = conclude(run, setup, state.rows, captures)
+            result, warnings = conclude(run, setup, state.rows, captures)
+            yield from (Message(f"warning: {each}") for each in warnings)
             yield from map(Message, reasons(setup, state, result.epochs))
             yield Concluded(result)
 
