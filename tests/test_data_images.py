@@ -687,4 +687,4 @@ def test_limits_of_pillow_are_put_back_by_the_last_of_several_threads() -> None:
     first.__exit__(None, None, None)
     assert Image.MAX_IMAGE_PIXELS is None  # the other still reads
     second.__exit__(None, None, None)
-    assert Image.MAX_IMAGE_PIXELS == limit and warnings.filters == filters
+    assert limit == Image.MAX_IMAGE_PIXELS and warnings.filters == filters

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,10 +79,7 @@ def fit(
     settings and data that do not fit, ``sparsenet.train.DivergedError`` for a loss that is no
     number.
     """
-    named = {"out": out, "resume": resume, **settings}
-    for name in ("out", "resume", *POINTERS, "weights"):
-        if named.get(name) == "":  # such as of a variable that was not set
-            raise ValueError(f"{name}: expected a value, found an empty text")
+    _refuse_empty_texts({"out": out, "resume": resume, **settings})
     settings = {
         name: str(value) if isinstance(value, Path) else value
         for name, value in settings.items()
@@ -118,6 +115,12 @@ def fit(
     with run.locked(), Signals(ends_program=False) as signals:
         stopped = display(tracked(watched(signals), run, config.train.trackers), run, quiet)
     return Fit(run.path, tuple(run.metrics()), results[0] if results else None, stopped)
+
+
+def _refuse_empty_texts(given: Mapping[str, object]) -> None:
+    for name in ("out", "resume", *POINTERS, "weights"):
+        if given.get(name) == "":  # such as of a variable that was not set
+            raise ValueError(f"{name}: expected a value, found an empty text")
 
 
 class Network(Trained):

@@ -141,10 +141,10 @@ def predict(
     A picture is a file's path or bytes, what such bytes can be ``read`` from, an image of Pillow's,
     or an array uint8 ``(H, W)`` or ``(H, W, C)`` of 1, 3 or 4 channels; what has no path is called
     by its number, ``image 0``. Pictures are taken as they are when they come, so that one buffer
-    may hold them in turn. It computes where the model lies and holds one batch at a time. A file that cannot be
-    read, or has more than *max_megapixels* (by default what the network was trained with), gives a
-    prediction with an error, and so does one whose logits are not finite. Raises ``ValueError``
-    for a *top* or *batch_size* below 1, and for what is no picture.
+    may hold them in turn. It computes where the model lies and holds one batch at a time. A file
+    that cannot be read, or has more than *max_megapixels* (by default what the network was trained
+    with), gives a prediction with an error, and so does one whose logits are not finite. Raises
+    ``ValueError`` for a *top* or *batch_size* below 1, and for what is no picture.
     """
     for flag, value in (("top", top), ("batch_size", batch_size)):
         if value < 1:
