@@ -299,6 +299,13 @@ def test_the_page_stands_alone_with_the_best_run_first(tmp_path: Path) -> None:
     assert "default-src 'none'" in text
 
 
+def test_pictures_of_earlier_weights_are_not_shown(call: Call, copied: Path) -> None:
+    assert call("report", copied, "--filters").code == 0
+    before = {path.name for path in copied.glob("*.png")}
+    assert call("train", "--resume", copied, "--max_epoch", 3).code == 0
+    assert before - {path.name for path in copied.glob("*.png")} == {"filters.png"}
+
+
 @pytest.mark.parametrize("kept", ["config.json", "metrics.csv", "result.json"])
 def test_any_one_file_is_enough(tmp_path: Path, kept: str) -> None:
     run = make_run(tmp_path / "run", 5.5)
