@@ -68,8 +68,8 @@ def find_images(patterns: Sequence[str]) -> Listing:
     """The images that files, folders and globs (``**`` goes deep) name, in the order given.
 
     A folder gives every image in it and below (``sparsenet.data.tree``), sorted, and ``**`` those
-    of them that fit. An image that is named several times comes once, and what ``--explain`` has
-    drawn only where nothing else is named. A pattern that names nothing stays in the list as it
+    of them that fit. An image that is named several times comes once. What ``--explain`` has drawn
+    comes only where nothing else is named, and of a glob where its end is ``.explained.png``. A pattern that names nothing stays in the list as it
     is, so that ``predict`` reports it in its place. What folders hold besides are the listing's
     *others*.
     """
@@ -87,8 +87,11 @@ def find_images(patterns: Sequence[str]) -> Listing:
     return Listing(tuple(dict.fromkeys(images)), tuple(dict.fromkeys(others)))
 
 
-def _list(path: str) -> Listing:
-    return list_folder(Path(path)) if os.path.isdir(path) else Listing((Path(path),))
+def _list(path: str, with_heat_maps: bool = True) -> Listing:
+    if os.path.isdir(path):
+        return list_folder(Path(path))
+    is_other = path.endswith(HEAT_MAP) and not with_heat_maps
+    return Listing(others=(Path(path),)) if is_other else Listing((Path(path),))
 
 
 def _matches(pattern: str) -> list[Listing]:
@@ -98,7 +101,8 @@ def _matches(pattern: str) -> list[Listing]:
     """
     parts = Path(pattern).parts
     if "**" not in parts:
-        return [_list(match) for match in sorted(glob.glob(pattern))]
+        are_meant = pattern.endswith(HEAT_MAP)
+        return [_list(match, are_meant) for match in sorted(glob.glob(pattern))]
     deep = parts.index("**")
     listings = []
     for folder in sorted(glob.glob(str(Path(*parts[:deep])))) if deep else [""]:
