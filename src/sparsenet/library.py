@@ -200,7 +200,9 @@ def evaluate(source: Path | str, **options: Any) -> EvaluationReport:
 
     *options* have the names of its flags: ``evaluate("runs/birds", split="val")``,
     ``evaluate("sparsenet_40_12", dataset_dir="photos", predictions="out.csv")``. Raises
-    ``ValueError`` in one line.
+    ``ValueError`` in one line, and ``OSError`` where predictions cannot be written after all.
     """
     flags = [f"--{name}={value}" for name, value in options.items() if value is not None]
-    return evaluated(parser().parse(["eval", *flags, "--", str(source)]))[0]
+    report, _, write = evaluated(parser().parse(["eval", *flags, "--", str(source)]))
+    write()
+    return report

@@ -69,9 +69,9 @@ def find_images(patterns: Sequence[str]) -> Listing:
 
     A folder gives every image in it and below (``sparsenet.data.tree``), sorted, and ``**`` those
     of them that fit. An image that is named several times comes once. What ``--explain`` has drawn
-    comes only where nothing else is named, and of a glob where its end is ``.explained.png``. A pattern that names nothing stays in the list as it
-    is, so that ``predict`` reports it in its place. What folders hold besides are the listing's
-    *others*.
+    comes only where nothing else is named, and of a glob where its end is ``.explained.png``. A
+    pattern that names nothing stays in the list as it is, so that ``predict`` reports it in its
+    place. What folders hold besides are the listing's *others*.
     """
     images: list[Path] = []
     others = [Path(pattern) for pattern in patterns if pattern.endswith(HEAT_MAP)]
