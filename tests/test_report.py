@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Call
+from conftest import Call, write_image
 
 from sparsenet.architecture import Architecture
 from sparsenet.config import RunConfig
@@ -381,6 +381,22 @@ def test_the_pages_of_earlier_reports_among_runs_are_passed_over(
     assert (again.code, again.lines, again.err) == (0, ["again.html"], "")
     line = call("report", "report.html").error
     assert line == ("sparsenet: report: expected RUN, a run folder or a folder of some, found none")
+
+
+def test_a_picture_of_ones_own_is_not_replaced(call: Call, tmp_path: Path) -> None:
+    for number, depth in enumerate((40, 100)):
+        make_run(tmp_path / f"run{number}", 5.0 + number, depth=depth)
+    mine = write_image(tmp_path / "mine-comparison.png")
+    before = mine.read_bytes()
+    outcome = call("report", "run0", "run1", "--out", "mine.html")
+    assert outcome.code == 2 and "expected no other picture at mine-comp" in outcome.error
+    assert mine.read_bytes() == before and not Path("mine.html").exists()
+    assert call("report", "run0", "--out", "mine.html").code == 0  # which needs no picture
+    Path("mine.html").unlink()
+    mine.unlink()
+    for _ in range(2):  # it is the report's, whether the page is still there or not
+        assert call("report", "run0", "run1", "--out", "mine.html").code == 0
+        Path("mine.html").unlink()
 
 
 def test_the_program_prints_the_table(call: Call, copied: Path) -> None:
