@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import Call, write_image
+from safetensors.torch import save_file
 
 from sparsenet.architecture import Architecture
 from sparsenet.config import RunConfig
@@ -224,6 +226,84 @@ def test_runs_that_differ_in_more_are_two_rows(tmp_path: Path, change: dict[str,
         config[component].update(settings)
     write(other / "config.json", config)
     assert sorted(len(row.runs) for row in read_summaries([tmp_path])) == [1, 3]
+
+
+def make_recorded_run(
+    path: Path,
+    seed: int,
+    ranks: int = 1,
+    ids: Sequence[int] = (1, 2, 3),
+    labels: Sequence[int] = (0, 1, 1),
+    fetch: str = "sparse",
+    **settings: dict[str, Any],
+) -> Path:
+    """A run that says which images it was tested on, and by how many processes."""
+    run = make_run(path, 5.0, fetch, seed=seed)
+    config = json.loads((run / "config.json").read_text())
+    config["train"]["weights"] = "/a/w.pth"
+    for component, values in settings.items():
+        config[component].update(values)
+    write(run / "config.json", config)
+    environment = json.loads((run / "environment.json").read_text())
+    write(run / "environment.json", environment | {"ranks": ranks})
+    images = {"train": ([9], [0]), "test": (ids, labels)}
+    tensors = {
+        f"{split}.{name}": torch.tensor(numbers)
+        for split, columns in images.items()
+        for name, numbers in zip(("ids", "labels"), columns, strict=True)
+    }
+    save_file(tensors, run / "images.safetensors")
+    return run
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"data": {"label_column": "kind"}}, "label column kind"),
+        ({"data": {"test_fraction": 0.5}}, "test fraction 0.5"),
+        ({"data": {"mean": [0.5], "std": [0.25]}}, "mean 0.5, std 0.25"),
+        ({"train": {"weights": "/b/w.pth"}}, "weights /b/w.pth"),
+        ({"train": {"weights": "https://b/w.pth"}}, "weights https://b/w.pth"),
+        ({"train": {"sync_statistics": "on"}}, "sync statistics on"),
+        ({"train": {"memory": "lean"}}, "lean memory"),
+        ({"ranks": 2}, "2 processes"),
+        ({"ids": [1, 2, 4]}, "test images "),
+        ({"labels": [0, 1, 0]}, "test images "),
+    ],
+)
+def test_runs_of_other_images_or_preparation_are_another_row(
+    tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
+    for seed in (1, 2, 3):  # in any order they are the same images
+        ids, labels = ((1, 2, 3), (0, 1, 1)) if seed < 3 else ((3, 1, 2), (1, 0, 1))
+        make_recorded_run(tmp_path / f"seed{seed}", seed, ids=ids, labels=labels)
+    [row] = read_summaries([tmp_path])
+    assert row.recipe == f"{RECIPE.removesuffix(', no mirror')}, from w.pth, no mirror"
+    make_recorded_run(tmp_path / "other", 4, **change)
+    rows = {len(row.runs): row.cells() for row in read_summaries([tmp_path])}
+    assert rows.keys() == {1, 3}
+    assert words in rows[1]["recipe"] + rows[1]["platform"]
+    assert rows[3]["recipe"] + rows[3]["platform"] != rows[1]["recipe"] + rows[1]["platform"]
+
+
+def test_networks_that_saw_other_images_are_not_compared(tmp_path: Path) -> None:
+    for fetch in ("sparse", "dense"):
+        make_recorded_run(tmp_path / fetch, 1, fetch=fetch)
+    write_report([tmp_path], tmp_path / "same.html")
+    assert (tmp_path / "same-comparison.png").exists()
+    make_recorded_run(tmp_path / "harmonic", 1, fetch="harmonic", ids=[1, 2, 4])
+    write_report([tmp_path], tmp_path / "other.html")
+    assert not (tmp_path / "other-comparison.png").exists()
+    assert all("test images " in (row.recipe or "") for row in read_summaries([tmp_path]))
+
+
+def test_runs_of_older_versions_that_name_no_images_are_one_row(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        run = make_recorded_run(tmp_path / f"seed{seed}", seed)
+        (run / "images.safetensors").unlink()
+        (run / "environment.json").unlink()
+    [row] = read_summaries([tmp_path])
+    assert len(row.runs) == 2 and "images" not in (row.recipe or "")
 
 
 def test_networks_of_one_look_are_not_one_row(tmp_path: Path) -> None:
