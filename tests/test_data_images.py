@@ -24,6 +24,7 @@ from sparsenet.data import images
 from sparsenet.data.dataset import Example, Images
 from sparsenet.data.errors import BadImage, DataError
 from sparsenet.data.images import common_size, read_image, read_images
+from sparsenet.data.pixels import limits_of_our_own
 from sparsenet.data.preprocessing import Preprocessing, channel_statistics
 from sparsenet.events import drained
 from sparsenet.extras import MissingExtra, require
@@ -676,3 +677,14 @@ def test_levels_whose_sign_is_lost_are_refused(kind: type) -> None:
     header = b"II*\0\x08\0\0\0" + len(fields).to_bytes(2, "little") + entries + bytes(4)
     with pytest.raises(BadImage, match=r"expected (unsigned levels of 8 bits|levels below)"):
         read_image(header + data, 0, 1, "x.tif", (0.0, 4e9))
+
+
+def test_limits_of_pillow_are_put_back_by_the_last_of_several_threads() -> None:
+    limit, filters = Image.MAX_IMAGE_PIXELS, list(warnings.filters)
+    first, second = limits_of_our_own(), limits_of_our_own()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert Image.MAX_IMAGE_PIXELS is None  # the other still reads
+    second.__exit__(None, None, None)
+    assert limit == Image.MAX_IMAGE_PIXELS and warnings.filters == filters

@@ -10,8 +10,10 @@ from typing import Any
 
 from sparsenet import presets, zoo
 from sparsenet.config import RunConfig, changed, differences, located
+from sparsenet.data.config import POINTERS
 from sparsenet.run import Run
 from sparsenet.start import read_start
+from sparsenet.validation import check_type
 
 
 def compose(
@@ -37,6 +39,14 @@ def compose(
         fitting = len(data.mean) in (1, data.in_chans)
         data = data if fitting else dataclasses.replace(data, mean=(), std=())
     return dataclasses.replace(config, data=data)
+
+
+def pointed(config: RunConfig, given: Mapping[str, Any]) -> RunConfig:
+    """*config* for the data that the settings in *given* name: ``DataConfig.pointed_at``."""
+    pointers = {name: given[name] for name in POINTERS if name in given}
+    for name, value in pointers.items():
+        check_type(name, value, str)
+    return dataclasses.replace(config, data=config.data.pointed_at(pointers))
 
 
 def resumed(run: Run, asked: RunConfig) -> RunConfig:

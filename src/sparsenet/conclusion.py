@@ -27,10 +27,11 @@ def _why(trained: Trained, rows: Sequence[EpochMetrics]) -> str:
 
 def conclude(
     run: Run, setup: Setup, rows: Sequence[EpochMetrics], captures: Captures
-) -> TrainingResult:
+) -> tuple[TrainingResult, tuple[str, ...]]:
     """Evaluates the best checkpoint on the test images; writes result.json and the pictures.
 
-    Raises ``DivergedError`` where its loss is not finite.
+    Beside the result come warnings of damaged checkpoints that were passed over. Raises
+    ``DivergedError`` where its loss is not finite.
     """
     data, device = setup.data, setup.device
     arithmetic, preprocessing = setup.arithmetic, setup.preprocessing
@@ -71,4 +72,4 @@ def conclude(
         run.path / "samples.png",
         data.test_names,
     )
-    return result
+    return result, trained.warnings

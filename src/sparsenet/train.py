@@ -42,7 +42,7 @@ from sparsenet.memory import peak_memory_mb
 from sparsenet.preparation import Setup, introduce, preparing
 from sparsenet.ranks import ALONE, Ranks
 from sparsenet.results import EpochMetrics
-from sparsenet.run import Run
+from sparsenet.run import PICTURES, Run
 from sparsenet.schedule import learning_rate
 from sparsenet.start import read_start
 from sparsenet.state import DivergedError as DivergedError
@@ -110,7 +110,8 @@ def train(
             _settle_statistics(setup, state)
             _save("best", run, setup, state)
         if ranks.is_first:
-            result = conclude(run, setup, state.rows, captures)
+            result, warnings = conclude(run, setup, state.rows, captures)
+            yield from (Message(f"warning: {each}") for each in warnings)
             yield from map(Message, reasons(setup, state, result.epochs))
             yield Concluded(result)
 
@@ -149,7 +150,8 @@ def _begun(
                 f"the best weights are those of step {state.step}: no earlier ones are left"
             )
         run.write_metrics(state.rows)
-        (run.path / "result.json").unlink(missing_ok=True)  # of fewer epochs
+        for name in ("result.json", *PICTURES):  # of fewer epochs
+            (run.path / name).unlink(missing_ok=True)
     state.share(ranks)
     return setup, state
 

@@ -51,9 +51,7 @@ def read_image(
 
     The shorter side is resized to *size* and the longer cropped about its centre; an image of that
     size is kept to the byte, and any image where *size* is 0. ``preprocessing.RULE`` says it all.
-    *grey_range* and *max_megapixels* are as for ``reading_images``. Raises ``BadImage``. It sets
-    warning filters and Pillow's limit of pixels while it runs, so it must not run in several
-    threads at once.
+    *grey_range* and *max_megapixels* are as for ``reading_images``. Raises ``BadImage``.
     """
     example = Example(name or (str(source) if isinstance(source, Path) else "image"), source, 0)
     with limits_of_our_own():
