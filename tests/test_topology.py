@@ -89,6 +89,14 @@ def test_the_last_reader_reads_and_nobody_reads_later(name):
         assert not any(j in read for read in topology.sources[: first - 1])
 
 
+def test_a_layer_that_only_an_unused_layer_reads_is_unused():
+    topology = Topology.of(lambda i: [max(i - 2, 0)], 4)
+    assert topology.last_reader[2] == 4 and topology.last_reader[4] == 0
+    assert topology.used == {0, 1, 3}
+    for name in NAMES:
+        assert Topology.of(named_fetch(name), 40).used == set(range(41))
+
+
 @pytest.mark.parametrize(
     ("sources", "words"),
     [

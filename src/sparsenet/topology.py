@@ -208,6 +208,15 @@ class Topology:
         """For each feature, the last layer that reads it (``depth + 1``: the output; 0: none)."""
         return self._last_among(range(1, self.depth + 2))
 
+    @cached_property
+    def used(self) -> frozenset[int]:
+        """The features that the stage output depends on."""
+        found = set(self.sources[-1])
+        for layer in range(self.depth, 0, -1):
+            if layer in found:
+                found.update(self.sources[layer - 1])
+        return frozenset(found)
+
     def _last_among(self, layers: range) -> tuple[int, ...]:
         readers = {feature: i for i in layers for feature in self.sources[i - 1]}
         return tuple(readers.get(feature, 0) for feature in range(self.depth + 1))
