@@ -353,6 +353,17 @@ def test_densenets_of_other_libraries_are_read_for_what_they_are(kind: str, tmp_
     close(model(batch), theirs(batch), 1e-5)  # the file is fp32
 
 
+def test_a_densenets_batches_are_counted_from_the_start(tmp_path: Path) -> None:
+    path, _ = other_libraries_file("torchvision", tmp_path / "file.pth")
+    torch.use_deterministic_algorithms(True)  # fills memory that is not written to yet
+    try:
+        tensors = read_start(str(path)).tensors
+    finally:
+        torch.use_deterministic_algorithms(False)
+    counts = [count for name, count in tensors.items() if name.endswith("num_batches_tracked")]
+    assert counts and not any(counts)
+
+
 def test_a_densenets_file_is_trained_on_as_imagenets_images_are(call: Call, tmp_path: Path) -> None:
     path, _ = other_libraries_file("torchvision", tmp_path / "file.pth")
     write_classes(Path("data"), ("dog", "eel"))
