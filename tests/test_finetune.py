@@ -376,6 +376,21 @@ def test_a_densenets_file_is_trained_on_as_imagenets_images_are(call: Call, tmp_
     assert outcome.code == 2 and "blocks" in outcome.error
 
 
+@pytest.mark.parametrize("channels", [2, 4])
+def test_weights_for_channels_that_no_image_has_are_refused(
+    channels: int, call: Call, tmp_path: Path
+) -> None:
+    path, _ = other_libraries_file("torchvision", tmp_path / "file.pth")
+    tensors = torch.load(path)
+    stem = tensors["features.conv0.weight"]
+    torch.save(tensors | {"features.conv0.weight": stem.repeat(1, 2, 1, 1)[:, :channels]}, path)
+    write_classes(Path("data"), ("dog", "eel"))
+    flags = ("--dataset_dir", "data", "--image_size", 32, *STILL, *FP32)
+    outcome = call("train", "--weights", path, *flags, "--out", "run")
+    assert outcome.code == 2 and not Path("run").exists()
+    assert f"expected a network for images of 1 or 3 channels, found {channels}" in outcome.error
+
+
 class Harmful:
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, ("harm",)

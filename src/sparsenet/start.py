@@ -25,6 +25,7 @@ from sparsenet.data.splits import IMAGES_OF
 from sparsenet.model import SparseNet
 from sparsenet.run import Run
 from sparsenet.trained import load_trained
+from sparsenet.validation import expect
 from sparsenet.weights import About
 
 # That torchvision's and timm's DenseNets were trained with, of ImageNet.
@@ -60,8 +61,10 @@ class Start:
         return dataclasses.replace(config, network=network, data=data, train=train)
 
     def check(self, config: RunConfig) -> None:
-        """Raises ``ValueError`` where *config* is of another network."""
+        """Raises ``ValueError`` where *config* is of another network, or no image fits this one."""
         own, network = self.architecture, config.network
+        expected = "a network for images of 1 or 3 channels"
+        expect(own.in_chans in (1, 3), f"--weights {self.source}", expected, own.in_chans)
         stem = own.stem if network.stem == "auto" else network.stem
         wanted = dataclasses.replace(network, in_chans=own.in_chans, stem=stem)
         zoo.check_same_network(wanted, self.architecture, f"--weights {self.source}")
