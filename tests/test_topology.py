@@ -2,6 +2,7 @@
 
 from math import floor, log
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -105,12 +106,28 @@ def test_a_layer_that_only_an_unused_layer_reads_is_unused():
         (((0,), (0, 1, 0), (0,)), ["layer 2", "twice"]),
         (((0,), (), (0,)), ["layer 2", "reads nothing"]),
         (((0,), (1,), (3,)), ["the stage output", "feature 3"]),
+        (((0,), (True,), (2,)), ["layer 2", "feature True", "0 to 1"]),
     ],
 )
 def test_a_wrong_topology_names_the_layer(sources, words):
     with pytest.raises(ValueError) as error:
         Topology(sources)
     assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    "fetch",
+    [
+        np.arange,
+        lambda i: [np.int64(j) for j in range(i)],
+        [np.arange(i) for i in range(1, 4)],
+        [[np.int32(j) for j in range(i)] for i in range(1, 4)],
+    ],
+)
+def test_features_may_be_numpys_numbers(fetch):
+    architecture = Architecture(fetch=fetch, blocks=(2, 2), growth_rate=4)
+    assert architecture == Architecture(fetch=[[0], [0, 1], [0, 1, 2]], blocks=(2, 2), growth_rate=4)
+    assert {type(j) for read in architecture.fetch for j in read} == {int}
 
 
 @pytest.mark.parametrize("name", ["spars", "dense:2", "sparse:x", "sparse:1", "windowed:0", ""])
