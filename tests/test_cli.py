@@ -337,6 +337,28 @@ def test_flags_win_over_a_file_and_a_file_over_a_preset(
     assert (config.optim.lr, config.optim.momentum, config.data.dataset) == (0.4, 0.5, "digits")
 
 
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"data": {"dataset": "digits"}},
+        {"data": {"dataset": "c10", "dataset_dir": "cifar"}},
+        {"data": {"dataset_dir": "photos"}},
+        {"data": {"dataset_dir": "photos", "labels": "labels.csv"}},
+        {"data": {"dataset_dir": "photos"}, "train": {"weights": "sparsenet_40_12"}},
+    ],
+)
+def test_a_file_goes_on_top_of_the_preset_that_flags_go_on_top_of(
+    configured: Callable[..., RunConfig], named: dict[str, dict[str, Any]]
+) -> None:
+    flags = [f"--{name}={value}" for each in named.values() for name, value in each.items()]
+    Path("seed.json").write_text('{"train": {"seed": 1}}')
+    Path("all.json").write_text(json.dumps({**named, "optim": {"momentum": 0.5}}))
+    expected = configured(*flags, "--seed", "1")
+    assert configured("--config", "seed.json", *flags) == expected
+    expected = configured(*flags, "--momentum", "0.5")
+    assert configured("--config", "all.json") == expected
+
+
 def test_the_settings_of_a_run_on_other_data_do_not_name_its_data(
     configured: Callable[..., RunConfig],
 ) -> None:

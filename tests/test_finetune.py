@@ -12,13 +12,17 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, Call, newest, write_classes, write_image
+from conftest import TINY, Call, newest, signals_put_back, write_classes, write_image
 from safetensors.torch import load_file, save_file
 from test_adopt import TWO_STAGES, close, disagree, images, peer, torchvision_state
 from torch import Tensor, nn
 
 from sparsenet import Architecture, SparseNet, optim, weights
-from sparsenet.config import RunConfig
+from sparsenet.architecture import LARGE_IMAGES
+from sparsenet.composition import compose
+from sparsenet.config import RunConfig, replace
+from sparsenet.library import fit
+from sparsenet.run import Run
 from sparsenet.schedule import OptimConfig
 from sparsenet.start import read_start
 from sparsenet.trained import load_trained
@@ -33,12 +37,53 @@ def errors_of(run: Path) -> dict[str, float]:
     return errors
 
 
-def test_a_stem_that_is_left_to_the_images_is_that_of_the_weights():
+def test_a_stem_that_is_left_to_the_images_is_that_of_the_weights(call: Call) -> None:
     start = read_start("sparsenet_40_12")
     config = start.settings(RunConfig())
-    start.check(dataclasses.replace(config, network=Architecture(stem="auto")))
     with pytest.raises(ValueError, match="stem 'cifar' instead of 'imagenet'"):
         start.check(dataclasses.replace(config, network=Architecture(stem="imagenet")))
+    left = compose({}, replace(config, {"network": {"stem": "auto"}}))
+    assert left == config
+    write_classes(Path("data"))
+    flags = ("--dataset_dir", "data", "--image_size", LARGE_IMAGES, "--time_limit", 1e-3, *FP32)
+    outcome = call("train", "--weights", "sparsenet_40_12", "--stem", "auto", *flags)
+    assert outcome.code == 0, outcome.err
+
+
+def test_weights_in_a_file_or_a_whole_configuration_come_with_how_they_see(
+    animals: Path, call: Call
+) -> None:
+    write_classes(Path("data"), ("dog", "eel"))
+    before = load_trained(animals / "run")
+    Path("c.json").write_text(json.dumps({"train": {"weights": str(animals / "run")}}))
+    flags = ("--config", "c.json", "--dataset_dir", "data", *STILL, *FP32)
+    assert call("train", *flags, "--out", "file").code == 0
+    whole = replace(
+        RunConfig(network=before.model.architecture),
+        {
+            "data": {"dataset_dir": "data"},
+            "train": {"weights": str(animals / "run"), "max_epoch": 1},
+        },
+    )
+    with signals_put_back():
+        fit(whole, out="whole", quiet=True)
+    for run in (Path("file"), Path("whole")):
+        assert load_trained(run).preprocessing == before.preprocessing
+        assert compose({}, Run(run).config()) == Run(run).config()
+    assert call("train", *flags, "--mean", 0.5, "--std", 0.25, "--out", "flags").code == 0
+    assert load_trained(Path("flags")).preprocessing.mean == (0.5,) * 3
+    outcome = call("train", *flags, "--in_chans", 1, "--out", "grey")
+    assert outcome.code == 0, outcome.err
+    grey = Run(Path("grey")).config()
+    assert grey.data.mean == () and compose({}, grey) == grey
+
+
+def test_a_deviation_without_a_mean_is_refused_as_it_is_without_weights(call: Call) -> None:
+    write_classes(Path("data"))
+    flags = ("--dataset_dir", "data", "--in_chans", 1, "--std", 0.2)
+    expected = "--mean: expected numbers, as --std has some, found none"
+    for start in ((), ("--weights", "sparsenet_40_12")):
+        assert expected in call("train", *flags, *start).error
 
 
 # --- freezing -------------------------------------------------------------------------------------

@@ -126,7 +126,7 @@ def test_a_wrong_topology_names_the_layer(sources, words):
 )
 def test_features_may_be_numpys_numbers(fetch):
     architecture = Architecture(fetch=fetch, blocks=(2, 2), growth_rate=4)
-    assert architecture == Architecture(fetch=[[0], [0, 1], [0, 1, 2]], blocks=(2, 2), growth_rate=4)
+    assert architecture.fetch == ((0,), (0, 1), (0, 1, 2))
     assert {type(j) for read in architecture.fetch for j in read} == {int}
 
 

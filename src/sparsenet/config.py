@@ -179,7 +179,7 @@ def changed(base: RunConfig, values: Mapping[str, Any]) -> RunConfig:
     NumPy's numbers become Python's. Raises ``ValueError`` for a name that no setting has, and for a
     value of another type, also in *base*, which a program may have made.
     """
-    base = _checked(base)
+    base = checked(base)
     known = {each.name: each for each in settings()}
     changes: dict[str, dict[str, Any]] = {component: {} for component in COMPONENTS}
     for name, given in values.items():
@@ -195,7 +195,7 @@ def changed(base: RunConfig, values: Mapping[str, Any]) -> RunConfig:
     return replace(base, changes)
 
 
-def _checked(config: RunConfig) -> RunConfig:
+def checked(config: RunConfig) -> RunConfig:
     """*config* in Python's own types; ``ValueError`` where a field is of another than its own."""
     components: dict[str, dict[str, Any]] = {component: {} for component in COMPONENTS}
     for each in _fields():

@@ -45,29 +45,41 @@ class Start:
     images: Mapping[str, Tensor] = field(default_factory=dict)  # of a run: ``Run.images``
     about: About | None = None  # what a file or a run of this library says of it
 
-    def settings(self, config: RunConfig) -> RunConfig:
-        """*config* for this network and for images as it takes them."""
+    def settings(self, config: RunConfig, in_chans: int = 0) -> RunConfig:
+        """*config* for this network and for images as it takes them, or of so many channels."""
         network = dataclasses.replace(self.architecture, dropout=config.network.dropout)
         known, colours = self.preprocessing, self.architecture.in_chans == 3
+        mean, std = (known.mean, known.std) if known else (MEAN * colours, STD * colours)
+        fitting = not in_chans or len(mean) in (1, in_chans)
         data = dataclasses.replace(
             config.data,
             image_size=known.size if known else SIZE,
             in_chans=3 if colours else 0,  # greys are colours, but colours are no greys
-            mean=known.mean if known else MEAN * colours,
-            std=known.std if known else STD * colours,
+            mean=mean if fitting else (),
+            std=std if fitting else (),
             grey_range=known.grey_range if known else (),
         )
         train = dataclasses.replace(config.train, weights=self.source)
         return dataclasses.replace(config, network=network, data=data, train=train)
 
+    def completed(self, config: RunConfig, in_chans: int = 0) -> RunConfig:
+        """*config*, but for images as this network takes them where it leaves open how."""
+        taken = self.settings(config, in_chans or config.data.in_chans)
+        data = {
+            name: getattr(config.data, name) or getattr(taken.data, name)
+            for name in ("image_size", "in_chans", "mean", "std", "grey_range")
+        }
+        return dataclasses.replace(
+            config, data=dataclasses.replace(config.data, **data), train=taken.train
+        )
+
     def check(self, config: RunConfig) -> None:
         """Raises ``ValueError`` where *config* is of another network, or no image fits this one."""
-        own, network = self.architecture, config.network
+        own, source = self.architecture, f"--weights {self.source}"
         expected = "a network for images of 1 or 3 channels"
-        expect(own.in_chans in (1, 3), f"--weights {self.source}", expected, own.in_chans)
-        stem = own.stem if network.stem == "auto" else network.stem
-        wanted = dataclasses.replace(network, in_chans=own.in_chans, stem=stem)
-        zoo.check_same_network(wanted, self.architecture, f"--weights {self.source}")
+        expect(own.in_chans in (1, 3), source, expected, own.in_chans)
+        wanted = dataclasses.replace(config.network, in_chans=own.in_chans)
+        zoo.check_same_network(wanted, own, source)
 
     def load_into(self, model: SparseNet, classes: tuple[str, ...]) -> None:
         """Gives *model* these weights.
