@@ -355,6 +355,27 @@ def test_images_that_the_weights_were_trained_on_are_no_test(
         assert ("was trained on" in said) == (number > 0)
 
 
+@pytest.mark.parametrize("source", ["run", "weights file"])
+def test_validation_images_that_were_trained_on_are_told_beside_a_test_split(
+    source: str, animals: Path, call: Call
+) -> None:
+    shutil.copytree(animals / "data", "data/train")
+    write_classes(Path("data/test"), ("ant", "bee", "cow"), 2)
+    flags = ("--dataset_dir", "data", *STILL, *FP32)
+    assert call("train", *flags, *TINY, "--val_fraction", 0.2, "--out", "before").code == 0
+    call("export", "before", "--format", "safetensors", "--out", "w.safetensors")
+    start = "before" if source == "run" else "w.safetensors"
+    known = set(load_file("before/images.safetensors")["train.ids"].tolist())
+    for number, fraction in enumerate((0.2, 0.5)):
+        run = Path(f"again{number}")
+        said = call("train", "--weights", start, *flags, "--val_fraction", fraction, "--out", run)
+        ids = load_file(run / "images.safetensors")["val.ids"].tolist()
+        count = len(known.intersection(ids))
+        assert bool(count) == (number > 0)
+        line = f"was trained on {count} of the {len(ids)} validation images"
+        assert (line in said.out) == bool(count), said.out
+
+
 # --- other libraries' files -----------------------------------------------------------------------
 
 
@@ -417,6 +438,8 @@ def test_a_densenets_file_is_trained_on_as_imagenets_images_are(call: Call, tmp_
     assert outcome.code == 0, outcome.err
     assert "normalised as ImageNet's" in outcome.out
     assert load_trained(Path("run")).preprocessing.mean == (0.485, 0.456, 0.406)
+    outcome = call("train", "--weights", path, *flags, "--mean", 0.5, "--std", 0.25)
+    assert outcome.code == 0 and "ImageNet" not in outcome.out
     outcome = call("train", "--weights", path, "--model", "densenet121", *flags)
     assert outcome.code == 2 and "blocks" in outcome.error
 

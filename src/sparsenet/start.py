@@ -105,8 +105,9 @@ class Start:
         images held out.
         """
         known = Known(self.images, self.about.data if self.about else None)
-        if self.about and not self.images and data.tested_on == "held-out":
-            names = list(data.ids)
+        if self.about and not self.images:
+            held_out = data.tested_on == "held-out"
+            names = [name for name in data.ids if name != "test" or held_out]
             ids = torch.cat([data.ids[name] for name in names])
             labels = torch.cat([data.labels(name).cpu() for name in names])
             whole = Labelled(Images(torch.empty(len(ids), 0), labels), ids, torch.arange(len(ids)))
@@ -128,14 +129,16 @@ class Start:
                     f"{called[name]} images: their error is lower than that of others will be"
                 )
 
-    def describe(self, model: SparseNet, classes: tuple[str, ...]) -> Iterator[str]:
-        """Lines for the user on what *model* starts with."""
+    def describe(
+        self, model: SparseNet, classes: tuple[str, ...], used: Preprocessing
+    ) -> Iterator[str]:
+        """Lines for the user on what *model* starts with, for images as *used*."""
         before = f" instead of {len(self.classes)}" if self.classes else ""
         classifier = f"a new classifier for {len(classes)} classes{before}"
         if self._rows(classes) is not None:
             classifier = f"with its classifier for {len(classes)} classes ({shortened(classes)})"
         yield f"starts from {self.source}: {classifier}"
-        if self.preprocessing is None and self.architecture.in_chans == 3:
+        if self.preprocessing is None and (used.mean, used.std) == (MEAN, STD):
             yield "images are normalised as ImageNet's, as the file does not say (--mean, --std)"
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         if frozen := sum(p.numel() for p in model.parameters()) - trained:
