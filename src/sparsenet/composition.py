@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,25 @@ def compose(
     if start and config.network.stem == "auto":
         network = dataclasses.replace(config.network, stem=start.architecture.stem)
         config = dataclasses.replace(config, network=network)
+    check_effect(config, settings)
     return config
+
+
+def check_effect(config: RunConfig, given: Iterable[str]) -> None:
+    """Raises ``ValueError`` where one of the settings *given*, by their names, changes nothing."""
+    network, schedule = config.network, config.optim.schedule
+    expected = {
+        "drop_1": ("schedule step", f"schedule {schedule}", schedule == "step"),
+        "drop_2": ("schedule step", f"schedule {schedule}", schedule == "step"),
+        "reduction": ("aggregation concat", "aggregation sum", network.aggregation == "concat"),
+        "bottleneck_factor": ("bottleneck", "none", network.bottleneck),
+    }
+    for name in given:
+        needed, found, has_effect = expected.get(name, ("", "", True))
+        if not has_effect:
+            raise ValueError(
+                f"--{name}: expected --{needed}, without which it has no effect, found {found}"
+            )
 
 
 def resumed(run: Run, asked: RunConfig) -> RunConfig:

@@ -240,6 +240,21 @@ def load(path: Path, base: RunConfig) -> RunConfig:
     return from_dict(read_json(path, dict[str, Any], MOST_BYTES), str(path), base)
 
 
+def asked_by(path: Path) -> list[str]:
+    """Names of settings for which a JSON file that ``load`` takes asks for more than the default.
+
+    Of a run's config.json it is none: that says what all settings were.
+    """
+    value = read_json(path, dict[str, Any], MOST_BYTES)
+    if value.keys() == COMPONENTS.keys():
+        return []
+    return [
+        each.name
+        for each in settings()
+        if value.get(each.component, {}).get(each.name, each.default) != each.default
+    ]
+
+
 def differences(old: RunConfig, new: RunConfig) -> list[str]:
     """Returns what resuming *old* as *new* would change and must not: ``name old -> new``."""
     changes = []

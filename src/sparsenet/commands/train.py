@@ -12,7 +12,7 @@ from typing import Any
 
 from sparsenet import config as settings
 from sparsenet import presets, ranks, zoo
-from sparsenet.composition import beneath, compose, name_of, resumed
+from sparsenet.composition import beneath, check_effect, compose, name_of, resumed
 from sparsenet.config import RunConfig, TrainConfig
 from sparsenet.data.config import POINTERS
 from sparsenet.display import display, say
@@ -104,6 +104,8 @@ def _new_run(args: argparse.Namespace) -> tuple[Run, RunConfig]:
         stated = _from_file(args.config, base or RunConfig(), given)
         base = _from_file(args.config, beneath(stated, given, base), given)
     config = compose(given, base, args.model or "")
+    if args.config and not Path(args.config).is_dir():
+        check_effect(config, settings.asked_by(Path(args.config)))
     require_all(config.train.trackers)
     if args.out:
         return Run.create(Path(args.out)), config
