@@ -419,6 +419,17 @@ def test_densenets_of_other_libraries_are_read_for_what_they_are(kind: str, tmp_
     close(model(batch), theirs(batch), 1e-5)  # the file is fp32
 
 
+@pytest.mark.parametrize("plain", ["state_dict", "model"])
+def test_averaged_weights_are_taken_where_a_file_has_some(plain: str, tmp_path: Path) -> None:
+    path, _ = other_libraries_file("torchvision", tmp_path / "file.pth")
+    tensors = torch.load(path)
+    average = tensors | {"classifier.bias": tensors["classifier.bias"] + 1}
+    for kept, expected in ((average, average), (None, tensors), ({}, tensors)):
+        torch.save({plain: tensors, f"{plain}_ema": kept}, path)
+        found = read_start(str(path)).tensors["classifier.bias"]
+        assert torch.equal(found, expected["classifier.bias"])
+
+
 def test_a_densenets_batches_are_counted_from_the_start(tmp_path: Path) -> None:
     path, _ = other_libraries_file("torchvision", tmp_path / "file.pth")
     torch.use_deterministic_algorithms(True)  # fills memory that is not written to yet
