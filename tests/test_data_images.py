@@ -24,6 +24,7 @@ from sparsenet.data import images
 from sparsenet.data.dataset import Example, Images
 from sparsenet.data.errors import BadImage, DataError
 from sparsenet.data.images import common_size, read_image, read_images
+from sparsenet.data.pixels import limits_of_our_own
 from sparsenet.data.preprocessing import Preprocessing, channel_statistics
 from sparsenet.events import drained
 from sparsenet.extras import MissingExtra, require
@@ -416,7 +417,7 @@ def test_pillows_own_limit_does_not_count_and_is_put_back(
     with suppress(BadImage):
         assert np.array_equal(read_image(content, 8, 3), chw(COLOUR))
     read_images([Example("x", content, 0)], 8, 3, skip_corrupt=True)
-    assert drained(common_size([Example("x", content, 0)])) == (8 if len(content) > 1 else 64)
+    assert drained(common_size([Example("x", content, 0)])) == (8 if len(content) > 1 else 128)
     assert Image.MAX_IMAGE_PIXELS == 10
 
 
@@ -440,7 +441,7 @@ def test_what_is_no_file_is_refused_and_never_waited_for(tmp_path: Path) -> None
         with pytest.raises(BadImage, match=rf"^{path}: .*{found}"):
             read_image(path, 8, 3)
     split = [Example(str(path), path, 0) for path in expected]
-    assert drained(common_size(split)) == 64
+    assert drained(common_size(split)) == 128
     assert len(read_images(split, 8, 3, skip_corrupt=True).skipped) == 6
 
 
@@ -552,7 +553,7 @@ def test_a_file_of_nothing_but_metadata_is_not_joined_part_by_part(tmp_path: Pat
     for source in (path, path.read_bytes()):
         with pytest.raises(BadImage, match="at most 100 parts of EXIF data, found 300"):
             read_image(source, 8, 1)
-    assert drained(common_size([Example("x", path, 0)])) == 64
+    assert drained(common_size([Example("x", path, 0)])) == 128
     large = whole[:2] + b"\xff\xfe\xff\xff" + bytes(65533) + whole[2:] + bytes(1 << 24)
     assert np.array_equal(read_image(large, 8, 1), read_image(whole, 8, 1))
 
@@ -608,11 +609,11 @@ def test_filters_of_warnings_are_left_as_they_were() -> None:
     ("shapes", "size"),
     [
         ([(32, 32)] * 3, 32),
-        ([(32, 32), (31, 31)], 64),
-        ([(32, 30)], 64),
+        ([(32, 32), (31, 31)], 128),
+        ([(32, 30)], 128),
         ([(224, 224)], 224),
-        ([(225, 225)], 64),
-        ([], 64),
+        ([(225, 225)], 128),
+        ([], 128),
     ],
 )
 def test_own_size_is_kept_where_all_agree(shapes: list[tuple[int, int]], size: int) -> None:
@@ -676,3 +677,14 @@ def test_levels_whose_sign_is_lost_are_refused(kind: type) -> None:
     header = b"II*\0\x08\0\0\0" + len(fields).to_bytes(2, "little") + entries + bytes(4)
     with pytest.raises(BadImage, match=r"expected (unsigned levels of 8 bits|levels below)"):
         read_image(header + data, 0, 1, "x.tif", (0.0, 4e9))
+
+
+def test_limits_of_pillow_are_put_back_by_the_last_of_several_threads() -> None:
+    limit, filters = Image.MAX_IMAGE_PIXELS, list(warnings.filters)
+    first, second = limits_of_our_own(), limits_of_our_own()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert Image.MAX_IMAGE_PIXELS is None  # the other still reads
+    second.__exit__(None, None, None)
+    assert limit == Image.MAX_IMAGE_PIXELS and warnings.filters == filters

@@ -103,6 +103,7 @@ def test_a_server_gives_a_folder_or_one_file_and_again_what_has_changed(
     for place, words in (
         (f"{server}/none.tar", r"found none \(404"),
         ("http://127.0.0.1:1/a.tar", "Cannot connect"),
+        (f"{address}?download=true", "has to end in its name, as http.*/train-0.tar$"),
     ):
         with pytest.raises(DataError, match=words) as caught:
             load_dataset(DataConfig(dataset_dir=place))

@@ -289,6 +289,27 @@ def test_splits_that_were_drawn_beside_given_ones_are_found_again(call: Call) ->
             assert found["images"] == len(kept[f"{split}.ids"])
 
 
+def test_a_part_that_is_not_drawn_as_there_is_a_split_is_said_and_known(call: Call) -> None:
+    for split, images in {"train": 20, "val": 4, "test": 5}.items():
+        write_classes(Path("d") / split, images=images, seed=images)
+    target = ("--dataset_dir", "d", "--val_fraction", 0.3, "--out", "run")
+    told = call("train", *SHORT, "--batch_size", 8, *target).out
+    assert "--val_fraction 0.3 has no effect: there is a val split" in told
+    assert call("export", "run", "--format", "safetensors", "--out", "w.safetensors").code == 0
+    train = ("--split", "train", "--dataset_dir", "d")
+    found, warned = evaluated(call, "w.safetensors", *train)
+    assert found["images"] == 40 and "not known" not in warned
+
+
+def test_what_is_advised_for_unreadable_images_works(call: Call, grown: Path) -> None:
+    write_classes(Path("other"), images=3, seed=9)
+    (Path("other") / "bee" / "bad.png").write_bytes(b"?")
+    refused = call("eval", grown, "--dataset_dir", "other")
+    assert refused.code == 2 and "--skip_corrupt" in refused.err
+    found, said = evaluated(call, grown, "--dataset_dir", "other", "--skip_corrupt")
+    assert found["images"] == 6 and "bad.png" in said
+
+
 def test_validation_images_that_were_drawn_beside_tested_ones_are_found_again(call: Call) -> None:
     write_classes(Path("d/train"), images=20)
     write_classes(Path("d/val"), images=4, seed=1)

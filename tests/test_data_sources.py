@@ -104,17 +104,23 @@ def test_hidden_and_other_files_are_ignored_and_nested_ones_belong_to_the_class(
     assert sorted(greys(data.train) + greys(data.test)) == [0, 0, 1, 10, 11, 77]
 
 
-def test_image_size_is_the_images_own_or_64_or_as_asked(tmp_path: Path) -> None:
+def test_image_size_is_the_images_own_or_128_or_as_asked(tmp_path: Path) -> None:
     plant(tmp_path, "a", "b")
     assert load(tmp_path).train.pixels.shape[2:] == (12, 12)
     assert load(tmp_path, image_size=9, in_chans=1).test.pixels.shape[1:] == (1, 9, 9)
     (tmp_path / "b" / "wide.png").write_bytes(png(50, (30, 12)))
-    assert load(tmp_path).train.pixels.shape[2:] == (64, 64)
+    assert load(tmp_path).train.pixels.shape[2:] == (128, 128)
 
 
 def empty_class(root: Path) -> None:
     plant(root, "a", "b")
     (root / "bare").mkdir()
+
+
+def heic_class(root: Path) -> None:
+    plant(root, "a", "b")
+    (root / "photos").mkdir()
+    (root / "photos" / "1.heic").write_bytes(b"x")
 
 
 def other_classes(root: Path) -> None:
@@ -129,6 +135,7 @@ def single_images(root: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (heic_class, r"photos: expected images .*: 1 file .*have to be converted, to JPEG or PNG$"),
         (empty_class, r"bare: expected images of this class, found none; remove the folder$"),
         (other_classes, r"test: expected the classes of .*train \(cat, dog\), found also frog$"),
         (

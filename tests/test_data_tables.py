@@ -617,6 +617,7 @@ PETS = {"0a.jpg": "cat", "0b.jpg": "dog", "1c.png": "cat", "1d.png": "dog"}
     [
         "image,label\n0a.jpg,cat\n0b.jpg,dog\n1c.png,cat\n1d.png,dog\n",
         "id;breed\r\n0a;cat\r\n0b;dog\r\n1c;cat\r\n1d;dog\r\n",
+        "sep=;\r\npath;species\r\n0a.jpg;cat\r\n0b.jpg;dog\r\n1c.png;cat\r\nin/1d.png;dog",
         "\ufeffpath\tspecies\n./0a.jpg\tcat\n0b.jpg\tdog\n1c.png\tcat\nin/1d.png\tdog",
         '"id";"class"\n"0a";"cat"\n\n0b;dog\n1c; cat\nin\\1d;dog\n',
         ",id,age,class\n0,0a,3,cat\n1,0b,4,dog\n2,1c,5,cat\n3,1d,6,dog\n",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -88,6 +89,10 @@ REFUSED = {
     "a large number": ({"a.png": grey(0), "a.cls": b"1" + b"0" * 30}, "expected a label from 0"),
     "a large class": ({"a.png": grey(0), "a.cls": b"0" * 2000}, "expected a class of at most"),
     "no text": ({"a.png": grey(0), "a.cls": b"\xff"}, "expected a tar file, found it damaged"),
+    "out of order": (
+        {"a.cls": b"0", "b.cls": b"1", "a.png": grey(0), "b.png": grey(1)},
+        r"found a\.cls alone; tar --sort=name",
+    ),
     "no classes": ({"a.png": grey(0)}, "with classes KEY.cls"),
 }
 
@@ -109,6 +114,43 @@ def test_a_shard_that_is_cut_or_claims_much_is_damaged(tmp_path: Path) -> None:
         (tmp_path / "train.tar").write_bytes(content)
         with pytest.raises(DataError, match=r"train\.tar: expected a tar file, found it damaged"):
             load_dataset(DataConfig(dataset="tar", dataset_dir=str(tmp_path)))
+
+
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE])
+@pytest.mark.parametrize("suffix", [".png", ".cls"])
+def test_a_link_is_refused_by_its_name(kind: bytes, suffix: str, tmp_path: Path) -> None:
+    """GNU tar writes a file with two names once, and then as a link."""
+    with tarfile.open(write(tmp_path / "x.tar", samples(0, ["a", "b"] * 3)), "a") as tar:
+        for name in ("009.png", "009.cls"):
+            member = tarfile.TarInfo(name)
+            if name.endswith(suffix):
+                member.type, member.linkname = kind, f"000{suffix}"
+            tar.addfile(member)
+    with pytest.raises(DataError, match=rf"the link 009\{suffix}; pack with tar --hard-deref"):
+        read(tmp_path)
+
+
+def test_a_sparse_file_is_refused_by_its_name(tmp_path: Path) -> None:
+    """What such a file holds lies packed in the archive."""
+    for name, content in samples(0, ["a", "b"] * 3).items():
+        (tmp_path / name).write_bytes(content)
+    with (tmp_path / "004.png").open("ab") as file:
+        file.truncate(1 << 20)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    subprocess.run(["tar", "-S", "-cf", "x.tar", *names], cwd=tmp_path, check=True)
+    with pytest.raises(DataError, match=r"the sparse file 004\.png; pack without"):
+        read(tmp_path / "x.tar")
+
+
+def test_a_sample_that_follows_itself_is_refused(tmp_path: Path) -> None:
+    with tarfile.open(write(tmp_path / "x.tar", samples(0, ["a", "b"])), "a") as tar:
+        for _ in range(2):
+            for name, content in {"same.cls": b"a", "same.png": grey(1)}.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    with pytest.raises(DataError, match=r"found same\.cls twice in a row"):
+        read(tmp_path)
 
 
 def test_another_archive_is_still_to_be_unpacked(tmp_path: Path) -> None:

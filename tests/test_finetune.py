@@ -331,6 +331,14 @@ def test_a_run_goes_on_without_the_weights_that_it_started_from(animals: Path, c
     assert outcome.code == 2 and "before: expected" in outcome.error
 
 
+@pytest.mark.parametrize("freeze", ["stage3", "all"])
+def test_a_rate_for_layers_that_all_stay_is_refused(freeze: str, animals: Path, call: Call) -> None:
+    settings = ("--weights", animals / "run", "--dataset_dir", animals / "data", "--freeze", freeze)
+    outcome = call("train", *settings, "--backbone_lr", 0.001, "--out", "run")
+    assert outcome.code == 2 and f"--freeze {freeze}" in outcome.error
+    assert "--backbone_lr: expected layers before the classifier" in outcome.error
+
+
 @pytest.mark.parametrize("source", ["run", "weights file"])
 def test_images_that_the_weights_were_trained_on_are_no_test(
     source: str, animals: Path, call: Call

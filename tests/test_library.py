@@ -5,21 +5,24 @@ from __future__ import annotations
 import io
 import json
 import signal
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import Call, newest, signals_put_back, write_classes
-from PIL import Image
+from conftest import Call, newest, signals_put_back, write_classes, write_image
+from PIL import Image, ImageSequence
 from test_data_images import TAG, deep
 
 import sparsenet
 import sparsenet.library
-from sparsenet.config import RunConfig, TrainConfig, replace
+from sparsenet.config import RunConfig, TrainConfig, changed, replace
 from sparsenet.config import load as load_config
 from sparsenet.events import EpochDone, Event, Step
+from sparsenet.predict import predict
 from sparsenet.run import Run
 from sparsenet.schedule import OptimConfig
 
@@ -157,6 +160,31 @@ def test_numbers_of_numpys_are_pythons(tmp_path: Path, monkeypatch: pytest.Monke
     assert network.topology(1).is_dense and (optim.lr, optim.ema) == (0.25, 0.5)
 
 
+def test_an_empty_text_names_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("dataset_dir", "labels", "label_column", "weights", "out", "resume"):
+        with pytest.raises(ValueError, match=f"^{name}: expected a value, found an empty text$"):
+            sparsenet.fit(**{name: ""}, max_epoch=1)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
+def test_settings_of_other_data_than_the_named_are_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_classes(Path("data"))
+    table = {"dataset_dir": "table", "labels": "table.csv", "label_column": "kind"}
+    first = changed(RunConfig(), {**table, "dataset_name": "of a table", **SETTINGS})
+    digits = changed(RunConfig(), {"dataset": "digits", **SETTINGS})
+    for number, config in enumerate((first, digits)):
+        with signals_put_back():
+            fit = sparsenet.fit(config, dataset_dir="data", out=f"run{number}", quiet=True)
+        assert fit.result is not None and fit.result.dataset == "data"
+    for wrong in ({"labels": 3}, {"dataset": ["c10"]}):
+        with pytest.raises(ValueError, match="expected a text"):
+            sparsenet.fit(first, **wrong)  # type: ignore[arg-type]
+
+
 def test_load_takes_whatever_names_a_network(trained_on_folder: Path) -> None:
     for source in (trained_on_folder, str(trained_on_folder), "sparsenet_40_12"):
         network = sparsenet.load(source, device="cpu")
@@ -288,10 +316,109 @@ def test_a_second_interrupt_does_what_it_did_before(
 
 def test_an_open_file_is_one_picture(network: sparsenet.library.Network, folder_data: Path) -> None:
     path = next(folder_data.rglob("*.png"))
+    content = path.read_bytes()
     expected = network.predict(path)[0].probabilities
-    for held in (bytearray(path.read_bytes()), io.BytesIO(path.read_bytes())):
+    for held in (bytearray(content), memoryview(content), io.BytesIO(content)):
         assert [each.probabilities for each in network.predict(held)] == [expected]
     with path.open("rb") as file:
         assert [each.probabilities for each in network.predict([file])] == [expected]
-    with pytest.raises(ValueError, match="weights: expected"):
-        sparsenet.fit(weights="")
+    with tempfile.NamedTemporaryFile() as named, tempfile.SpooledTemporaryFile() as spooled:
+        for file in (named, spooled):
+            file.write(content)
+            file.seek(0)
+            assert [each.probabilities for each in network.predict(file)] == [expected]
+            file.seek(0)
+            assert torch.equal(network.transform(file), network.transform(path))
+
+
+def test_an_open_file_of_text_is_refused_in_one_line(
+    network: sparsenet.library.Network, folder_data: Path
+) -> None:
+    with next(folder_data.rglob("*.png")).open(encoding="utf-8") as file:
+        for text in (file, io.StringIO("a.png")):
+            with pytest.raises(
+                ValueError, match=r"^image 1: expected an open file of bytes.*text$"
+            ):
+                network.predict([b"", text])
+
+
+def test_a_picture_of_pillows_that_is_named_often_is_loaded_once(
+    network: sparsenet.library.Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sparsenet.data.images._threads", lambda: 8)
+    path = write_image(tmp_path / "large.png", size=700)
+    expected = [each.probabilities for each in network.predict([path] * 32)]
+    pixels = np.asarray(Image.open(path))
+    with Image.open(path) as image:
+        found = network.predict([image] * 32)
+        assert [each.probabilities for each in found] == expected
+        assert np.array_equal(np.asarray(image), pixels)
+    path.write_bytes(path.read_bytes()[:1000])
+    for limit, words in ((128.0, "damaged"), (0.4, "too large")):
+        with Image.open(path) as image:
+            bad = list(predict(network, [image] * 2, max_megapixels=limit))
+        assert all(words in str(each.error) for each in bad), bad
+
+
+def test_pictures_that_come_in_one_buffer_are_told_apart(
+    network: sparsenet.library.Network, folder_data: Path, tmp_path: Path
+) -> None:
+    paths = sorted(folder_data.rglob("*.png"))
+    expected = [each.probabilities for each in network.predict(folder_data)]
+    assert len(set(expected)) > 1
+    buffer = np.empty((8, 8, 3), np.uint8)
+
+    def filled() -> Iterator[np.ndarray]:
+        for path in paths:
+            buffer[:] = np.asarray(Image.open(path))
+            yield buffer
+
+    assert [each.probabilities for each in network.predict(filled())] == expected
+    frames = [Image.open(path) for path in paths]
+    frames[0].save(tmp_path / "all.tif", save_all=True, append_images=frames[1:])
+    with Image.open(tmp_path / "all.tif") as film:
+        found = network.predict(ImageSequence.Iterator(film))
+    assert [each.probabilities for each in found] == expected
+
+
+def test_pictures_are_taken_a_batch_at_a_time(
+    network: sparsenet.library.Network, folder_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    ranked = sparsenet.predict.ranked
+
+    def pictures() -> Iterator[bytes]:
+        for path in sorted(folder_data.rglob("*.png"))[:4]:
+            order.append("taken")
+            yield path.read_bytes()
+
+    def told(*given: Any) -> Any:
+        order.append("looked at")
+        return ranked(*given)
+
+    monkeypatch.setattr("sparsenet.predict.ranked", told)
+    network.predict(pictures(), batch_size=2)
+    assert order == ["taken", "taken", "looked at"] * 2
+
+
+def test_a_damaged_checkpoint_in_whose_place_another_is_taken_is_told(
+    call: Call, copied: Path
+) -> None:
+    best = "best-99999999: damaged"
+    (copied / "checkpoints/last-00000046.safetensors").write_bytes(b"")
+    (copied / "checkpoints/best-99999999.json").write_text("{}")
+    with pytest.warns(UserWarning, match=f"{copied}: last-00000046: damaged") as told:
+        network = sparsenet.load(copied, "last", device="cpu")
+    assert network.step == 23 and len(told) == 1
+    assert f"sparsenet report: {copied}: {best}" in call("report", copied, "--filters").error
+    started = call("train", "--weights", copied, "--dataset", "digits", "--max_epoch", 1)
+    assert f"warning: {copied}: {best}" in started.out
+
+    def damage(event: Event) -> None:
+        if isinstance(event, EpochDone):
+            Path("run/checkpoints/best-99999999.json").write_text("{}")
+
+    write_classes(Path("data"))
+    with signals_put_back():
+        sparsenet.fit(dataset_dir="data", out="run", events=damage, quiet=True, **SETTINGS)
+    assert f"warning: {best}" in Path("run/train.log").read_text()

@@ -56,7 +56,7 @@ def commands() -> dict[str, list[str]]:
         "bf16": training("bf16", *shared, "--precision", "bf16"),
         "eval": ["eval", "shared", *on_npu, "--json"],
         "eval-cpu": ["eval", "shared", "--device", "cpu", *FP32, "--json"],
-        "predict": ["predict", "shared", "picture.png", *on_npu[:2], "--json"],
+        "predict": ["predict", "shared", "picture.png", *on_npu[:2], "--explain", "--json"],
         "predict-cpu": ["predict", "shared", "picture.png", "--device", "cpu", "--json"],
         "export": ["export", "shared", "--format", "safetensors", "--out", weights, *on_npu[:2]],
         "eval-weights": ["eval", weights, *DATA, *on_npu, "--json"],

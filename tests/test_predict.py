@@ -118,6 +118,16 @@ def test_an_image_that_is_named_several_times_comes_once(folder: Path, pattern: 
     }
 
 
+@pytest.mark.parametrize("pattern", ["*", "*.png", "?.*", "**/*.png"])
+def test_globs_leave_out_what_explain_has_drawn(folder: Path, pattern: str) -> None:
+    drawn = folder / "b.png.explained.png"
+    drawn.write_bytes((folder / "b.png").read_bytes())
+    found = find_images([str(folder / pattern)])
+    assert folder / "b.png" in found.images
+    assert drawn not in found.images and drawn in found.others
+    assert find_images([str(folder / "*.explained.png")]).images == (drawn,)
+
+
 def test_predictions_are_the_models(trained: Trained, folder: Path) -> None:
     paths = [folder / "b.png", folder / "deep/c.jpg"]
     pixels = torch.stack([torch.from_numpy(read_image(path, 16, 3)) for path in paths])

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Call
+import torch
+from conftest import Call, write_image
+from safetensors.torch import save_file
 
 from sparsenet.architecture import Architecture
 from sparsenet.config import RunConfig
@@ -226,6 +228,84 @@ def test_runs_that_differ_in_more_are_two_rows(tmp_path: Path, change: dict[str,
     assert sorted(len(row.runs) for row in read_summaries([tmp_path])) == [1, 3]
 
 
+def make_recorded_run(
+    path: Path,
+    seed: int,
+    ranks: int = 1,
+    ids: Sequence[int] = (1, 2, 3),
+    labels: Sequence[int] = (0, 1, 1),
+    fetch: str = "sparse",
+    **settings: dict[str, Any],
+) -> Path:
+    """A run that says which images it was tested on, and by how many processes."""
+    run = make_run(path, 5.0, fetch, seed=seed)
+    config = json.loads((run / "config.json").read_text())
+    config["train"]["weights"] = "/a/w.pth"
+    for component, values in settings.items():
+        config[component].update(values)
+    write(run / "config.json", config)
+    environment = json.loads((run / "environment.json").read_text())
+    write(run / "environment.json", environment | {"ranks": ranks})
+    images = {"train": ([9], [0]), "test": (ids, labels)}
+    tensors = {
+        f"{split}.{name}": torch.tensor(numbers)
+        for split, columns in images.items()
+        for name, numbers in zip(("ids", "labels"), columns, strict=True)
+    }
+    save_file(tensors, run / "images.safetensors")
+    return run
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"data": {"label_column": "kind"}}, "label column kind"),
+        ({"data": {"test_fraction": 0.5}}, "test fraction 0.5"),
+        ({"data": {"mean": [0.5], "std": [0.25]}}, "mean 0.5, std 0.25"),
+        ({"train": {"weights": "/b/w.pth"}}, "weights /b/w.pth"),
+        ({"train": {"weights": "https://b/w.pth"}}, "weights https://b/w.pth"),
+        ({"train": {"sync_statistics": "on"}}, "sync statistics on"),
+        ({"train": {"memory": "lean"}}, "lean memory"),
+        ({"ranks": 2}, "2 processes"),
+        ({"ids": [1, 2, 4]}, "test images "),
+        ({"labels": [0, 1, 0]}, "test images "),
+    ],
+)
+def test_runs_of_other_images_or_preparation_are_another_row(
+    tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
+    for seed in (1, 2, 3):  # in any order they are the same images
+        ids, labels = ((1, 2, 3), (0, 1, 1)) if seed < 3 else ((3, 1, 2), (1, 0, 1))
+        make_recorded_run(tmp_path / f"seed{seed}", seed, ids=ids, labels=labels)
+    [row] = read_summaries([tmp_path])
+    assert row.recipe == f"{RECIPE.removesuffix(', no mirror')}, from w.pth, no mirror"
+    make_recorded_run(tmp_path / "other", 4, **change)
+    rows = {len(row.runs): row.cells() for row in read_summaries([tmp_path])}
+    assert rows.keys() == {1, 3}
+    assert words in rows[1]["recipe"] + rows[1]["platform"]
+    assert rows[3]["recipe"] + rows[3]["platform"] != rows[1]["recipe"] + rows[1]["platform"]
+
+
+def test_networks_that_saw_other_images_are_not_compared(tmp_path: Path) -> None:
+    for fetch in ("sparse", "dense"):
+        make_recorded_run(tmp_path / fetch, 1, fetch=fetch)
+    write_report([tmp_path], tmp_path / "same.html")
+    assert (tmp_path / "same-comparison.png").exists()
+    make_recorded_run(tmp_path / "harmonic", 1, fetch="harmonic", ids=[1, 2, 4])
+    write_report([tmp_path], tmp_path / "other.html")
+    assert not (tmp_path / "other-comparison.png").exists()
+    assert all("test images " in (row.recipe or "") for row in read_summaries([tmp_path]))
+
+
+def test_runs_of_older_versions_that_name_no_images_are_one_row(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        run = make_recorded_run(tmp_path / f"seed{seed}", seed)
+        (run / "images.safetensors").unlink()
+        (run / "environment.json").unlink()
+    [row] = read_summaries([tmp_path])
+    assert len(row.runs) == 2 and "images" not in (row.recipe or "")
+
+
 def test_networks_of_one_look_are_not_one_row(tmp_path: Path) -> None:
     """Two topologies of a user's own have the same name and counts in the table."""
     one, two = [[0]] * 3, [[0], [1], [0, 1]]
@@ -297,6 +377,13 @@ def test_the_page_stands_alone_with_the_best_run_first(tmp_path: Path) -> None:
     assert "still going or was stopped" in page.words
     assert "sparsenet train --config" in page.words
     assert "default-src 'none'" in text
+
+
+def test_pictures_of_earlier_weights_are_not_shown(call: Call, copied: Path) -> None:
+    assert call("report", copied, "--filters").code == 0
+    before = {path.name for path in copied.glob("*.png")}
+    assert call("train", "--resume", copied, "--max_epoch", 3).code == 0
+    assert before - {path.name for path in copied.glob("*.png")} == {"filters.png"}
 
 
 @pytest.mark.parametrize("kept", ["config.json", "metrics.csv", "result.json"])
@@ -374,6 +461,22 @@ def test_the_pages_of_earlier_reports_among_runs_are_passed_over(
     assert (again.code, again.lines, again.err) == (0, ["again.html"], "")
     line = call("report", "report.html").error
     assert line == ("sparsenet: report: expected RUN, a run folder or a folder of some, found none")
+
+
+def test_a_picture_of_ones_own_is_not_replaced(call: Call, tmp_path: Path) -> None:
+    for number, depth in enumerate((40, 100)):
+        make_run(tmp_path / f"run{number}", 5.0 + number, depth=depth)
+    mine = write_image(tmp_path / "mine-comparison.png")
+    before = mine.read_bytes()
+    outcome = call("report", "run0", "run1", "--out", "mine.html")
+    assert outcome.code == 2 and "expected no other picture at mine-comp" in outcome.error
+    assert mine.read_bytes() == before and not Path("mine.html").exists()
+    assert call("report", "run0", "--out", "mine.html").code == 0  # which needs no picture
+    Path("mine.html").unlink()
+    mine.unlink()
+    for _ in range(2):  # it is the report's, whether the page is still there or not
+        assert call("report", "run0", "run1", "--out", "mine.html").code == 0
+        Path("mine.html").unlink()
 
 
 def test_the_program_prints_the_table(call: Call, copied: Path) -> None:

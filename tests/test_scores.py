@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import math
 import warnings
@@ -262,6 +263,29 @@ def test_predictions_are_those_of_the_images_they_name(
             )
     outcome = call("eval", "run", "--predictions", "no/folder/out.csv")
     assert outcome.code == 2 and "--predictions: expected a file in a folder" in outcome.error
+
+
+def test_an_evaluation_outlives_predictions_that_cannot_be_written(
+    call: Call, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for target, found in (("/proc/out.csv", "No such file"), ("/dev/null", "a device")):
+        if not Path(target).parent.is_dir():  # /proc is Linux's
+            continue
+        refused = call("eval", trained, "--predictions", target)
+        assert (refused.code, refused.out) == (2, "")
+        assert f"--predictions: expected to write {target}, found: {found}" in refused.error
+
+    def full(path: Path, content: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", f"{path}.1a2b3c4d")
+
+    monkeypatch.setattr("sparsenet.commands.evaluate.write_atomic", full)
+    for flags in ((), ("--json",)):
+        outcome = call("eval", trained, "--predictions", "out.csv", *flags)
+        assert outcome.code == 1 and "error" in outcome.out
+        assert outcome.error == (
+            "sparsenet: --predictions: expected to write out.csv, found: No space left on device"
+        )
+    assert not list(Path().iterdir())
 
 
 def test_cells_are_no_formulas() -> None:

@@ -286,6 +286,11 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
         413,
         "expected at most 3 pictures, found 4",
     ),
+    "a hundred pictures too many": (
+        {"files": [("a", ("a.png", b""))] * 104},
+        413,
+        "expected at most 3 pictures, found more; send several",
+    ),
     "many in JSON": (as_json(*["AAAA"] * 5000), 413, "expected at most 3 pictures, found more"),
     "a few too many in JSON": (as_json(*["AAAA"] * 5), 413, "at most 3 pictures, found 5;"),
     "many bytes": (raw(bytes(50_001)), 413, "expected at most 48.8 KiB, found 50,001 bytes"),

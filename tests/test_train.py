@@ -29,10 +29,11 @@ from sparsenet.evaluation import EvaluationStep, evaluate, recompute_statistics
 from sparsenet.events import Concluded, EpochDone, Message, Reading, Step, Stopped
 from sparsenet.preparation import epochs_for
 from sparsenet.presets import preset
+from sparsenet.results import EpochMetrics
 from sparsenet.run import Run
-from sparsenet.state import check_finite
+from sparsenet.state import TrainingState, check_finite
 from sparsenet.step import TrainingStep
-from sparsenet.train import TIME_LIMIT, DivergedError, train
+from sparsenet.train import TIME_LIMIT, DivergedError, _progress, train
 from sparsenet.trained import load_trained
 
 TIMES = ("seconds", "images_per_second", "eval_seconds", "peak_memory_mb")  # differ in equal runs
@@ -316,8 +317,11 @@ def test_the_best_checkpoint_is_chosen_on_the_held_out_part(whole):
     assert load_trained(whole.path).about.epoch == rows[best].epoch
 
 
-PATIENT = {"max_epoch": 12}
-FAST = {"optim": {"lr": 1.0, "ema": 0.0}, "data": {"val_fraction": 0.1, "sampler": "balanced"}}
+PATIENT = {"max_epoch": 30}
+FAST = {
+    "optim": {"lr": 1.0, "ema": 0.0},
+    "data": {"val_fraction": 0.1, "sampler": "balanced", "first_size": 0},
+}
 
 
 def waited(rows):
@@ -331,17 +335,17 @@ def test_a_run_without_progress_ends_and_goes_on_with_more_patience(tmp_path, mo
     run = Run.create(tmp_path / "run")
     events = list(train(tiny(**FAST, train={**PATIENT, "patience": 1}), run))
     rows = run.metrics()
-    assert waited(rows) == 1 and len(rows) < 12
+    assert waited(rows) == 1 and len(rows) < 30
     assert all(waited(rows[: n + 1]) == 0 for n in range(len(rows) - 1))
     assert not any(isinstance(event, Stopped) for event in events)
     said = [event.text for event in events if isinstance(event, Message)]
     best = len(rows) - 1
-    assert f"ended after epoch {len(rows)} of 12: none of the last 1 had a lower" in said[-2]
+    assert f"ended after epoch {len(rows)} of 30: none of the last 1 had a lower" in said[-2]
     assert f"those of epoch {best} of {len(rows)}: their validation error, " in said[-1]
     assert isinstance(events[-1], Concluded) and events[-1].result.epochs == best
     assert newest(run.checkpoints, "best")[0].manifest.epoch == best
     # The same patience, or more epochs, trains nothing; more of it goes on as if it had been so.
-    more = {**PATIENT, "patience": 1, "max_epoch": 13}
+    more = {**PATIENT, "patience": 1, "max_epoch": 31}
     again = list(train(tiny(**FAST, train=more), run, resume=True))
     assert not any(isinstance(event, Step) for event in again) and run.metrics() == rows
     assert any("a larger --patience" in e.text for e in again if isinstance(e, Message))
@@ -352,6 +356,52 @@ def test_a_run_without_progress_ends_and_goes_on_with_more_patience(tmp_path, mo
     whole = finished(tmp_path / "whole", longer)
     assert len(whole.metrics()) > len(rows) and waited(whole.metrics()) == 2
     assert_same(outcome(run), outcome(whole))
+
+
+def state_of(losses, mistakes):
+    return TrainingState(Mock(), Mock(), None, torch.tensor(losses), torch.tensor(mistakes))
+
+
+def test_nobody_waits_for_a_better_epoch_before_images_are_whole():
+    state = state_of([0.0], [0])
+    whole, growing = (
+        tiny(data={"first_size": size}, train={"max_epoch": 12, "patience": 2}) for size in (0, 4)
+    )
+    for epoch in range(1, 13):
+        state.rows.append(EpochMetrics(epoch, val_error=float(epoch)))
+        state.step = epoch
+        assert state.waited(whole) == epoch - 1 and state.waited(growing) == max(epoch - 9, 0)
+        assert state.ended(whole) == (epoch >= 3) and state.ended(growing) == (epoch >= 11)
+
+
+def test_the_mean_loss_is_that_of_images_not_of_steps():
+    state = state_of([1.0, 2.0, 4.0, 9.0], [1, 0, 1, 9])
+    assert _progress(state, [2, 4, 5]) == (2.0, 40.0)
+
+
+def test_more_epochs_that_make_images_smaller_again_are_said(tmp_path):
+    data = {"first_size": 4, "image_size": 8}
+    run = finished(tmp_path / "run", tiny(data=data, train={"max_epoch": 2}))
+    more = tiny(data=data, train={"max_epoch": 8})
+    said = [event.text for event in train(more, run, resume=True) if isinstance(event, Message)]
+    jump = "warning: the side of training images goes from 8 to 4 pixels, since they grow"
+    assert any(jump in each for each in said)
+
+
+@pytest.mark.parametrize(("drop", "warned"), [(3, True), (2, False)])
+def test_a_rate_that_never_falls_is_said(drop, warned, tmp_path):
+    config = tiny(optim={"schedule": "step", "drop_1": drop, "drop_2": 9})
+    events = train(config, Run.create(tmp_path / "run"))
+    said = [event.text for event in events if isinstance(event, Message)]
+    assert any("the learning rate never falls: --drop_1 3" in each for each in said) == warned
+
+
+def test_what_was_never_validated_is_not_called_the_lowest(tmp_path):
+    run = Run.create(tmp_path / "run")
+    config = tiny(data={"val_fraction": 0.2}, train={"time_limit": 1e-9})
+    assert list(train(config, run))[-1].result.checkpoint == "step 1"
+    config = tiny(data={"val_fraction": 0.2}, train={"time_limit": 0})
+    assert list(train(config, run, resume=True))[-1].result.checkpoint == "lowest validation error"
 
 
 def test_without_one_the_last_epoch_is_reported(tmp_path):

@@ -10,8 +10,10 @@ from typing import Any
 
 from sparsenet import presets, zoo
 from sparsenet.config import RunConfig, changed, checked, differences, located
+from sparsenet.data.config import POINTERS
 from sparsenet.run import Run
 from sparsenet.start import read_start
+from sparsenet.validation import check_type
 
 
 def compose(
@@ -57,6 +59,14 @@ def check_effect(config: RunConfig, given: Iterable[str]) -> None:
             raise ValueError(
                 f"--{name}: expected --{needed}, without which it has no effect, found {found}"
             )
+
+
+def pointed(config: RunConfig, given: Mapping[str, Any]) -> RunConfig:
+    """*config* for the data that the settings in *given* name: ``DataConfig.pointed_at``."""
+    pointers = {name: given[name] for name in POINTERS if name in given}
+    for name, value in pointers.items():
+        check_type(name, value, str)
+    return dataclasses.replace(config, data=config.data.pointed_at(pointers))
 
 
 def resumed(run: Run, asked: RunConfig) -> RunConfig:

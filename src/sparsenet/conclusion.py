@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 from sparsenet import pictures
 from sparsenet.capture import Captures
@@ -12,15 +13,25 @@ from sparsenet.preparation import Setup
 from sparsenet.results import EpochMetrics, TrainingResult
 from sparsenet.run import Run
 from sparsenet.state import DivergedError
-from sparsenet.trained import load_trained
+from sparsenet.trained import Trained, load_trained
+
+
+def _why(trained: Trained, rows: Sequence[EpochMetrics]) -> str:
+    """Why these weights are evaluated: what was measured of them, or else how old they are."""
+    measured = [row for row in rows if row.val_error is not None]
+    lowest = min(measured, key=attrgetter("val_error"), default=None)
+    if lowest and lowest.epoch == trained.about.epoch:
+        return "lowest validation error"
+    return "last epoch" if trained.about.epoch else f"step {trained.step}"
 
 
 def conclude(
     run: Run, setup: Setup, rows: Sequence[EpochMetrics], captures: Captures
-) -> TrainingResult:
+) -> tuple[TrainingResult, tuple[str, ...]]:
     """Evaluates the best checkpoint on the test images; writes result.json and the pictures.
 
-    Raises ``DivergedError`` where its loss is not finite.
+    Beside the result come warnings of damaged checkpoints that were passed over. Raises
+    ``DivergedError`` where its loss is not finite.
     """
     data, device = setup.data, setup.device
     arithmetic, preprocessing = setup.arithmetic, setup.preprocessing
@@ -39,7 +50,7 @@ def conclude(
         images=evaluation.images,
         seconds=evaluation.seconds,
         epochs=trained.about.epoch,
-        checkpoint="lowest validation error" if data.val else "last epoch",
+        checkpoint=_why(trained, rows),
         classes=data.classes,
         class_errors=evaluation.class_errors(data.classes),
         tested_on=data.tested_on,
@@ -61,4 +72,4 @@ def conclude(
         run.path / "samples.png",
         data.test_names,
     )
-    return result
+    return result, trained.warnings

@@ -179,9 +179,7 @@ def _shares(
     read = layout.topology.sources[-1]
     weights = _exact(_classifier(model).weight)[classes.cpu()]  # (N, C)
     if layout.aggregation == "concat":
-        parts = (features.double().mean((2, 3)) * weights).split(
-            [layout.widths[j] for j in read], 1
-        )
+        parts = (_exact(features).mean((2, 3)) * weights).split([layout.widths[j] for j in read], 1)
         return _by_image(read, [part.sum(1) for part in parts]), [0.0] * len(classes)
     stage: Any = model.stages[-1]
     norm, affine, unit = stage.statistics[-1], stage.norm, len(layout.branch)

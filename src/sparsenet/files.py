@@ -113,8 +113,7 @@ def write_atomic(path: Path, content: str | bytes | Iterable[str]) -> None:
     and what UTF-8 does not have, such as half a surrogate pair in the name of a file, as an escape.
     Who may read it is what the process says of new files.
     """
-    if path.is_char_device() or path.is_block_device():  # which a file would replace
-        raise OSError(errno.EINVAL, "a device", str(path))
+    _refuse_device(path)
     parts = [content] if isinstance(content, str | bytes) else content
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
@@ -135,6 +134,18 @@ def write_atomic(path: Path, content: str | bytes | Iterable[str]) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def try_to_write(path: Path) -> None:
+    """Raises ``OSError`` where ``write_atomic`` could write no file, as far as is known before."""
+    _refuse_device(path)
+    with tempfile.TemporaryFile(dir=path.parent):
+        pass
+
+
+def _refuse_device(path: Path) -> None:
+    if path.is_char_device() or path.is_block_device():  # which a file would replace
+        raise OSError(errno.EINVAL, "a device", str(path))
 
 
 def size_text(count: int) -> str:

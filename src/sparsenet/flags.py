@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from sparsenet import __version__, presets
 from sparsenet.config import COMPONENTS, Setting, settings
-from sparsenet.data.config import POINTERS
+from sparsenet.data.config import POINTERS, READING
 from sparsenet.data.splits import split_of
 from sparsenet.export import FORMATS, RUNTIMES
 from sparsenet.serving.limits import Limits
@@ -330,6 +330,9 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         text = f"other data than the run's, as for train: {_help_of(name)}"
         parser.add_argument(f"--{name}", type=_given, help=text)
     _add_limit(parser)
+    for each in settings():
+        if each.name in READING:
+            _add_setting(parser, each)
     text = "train, val or test; default: test, else val, else what was not trained on"
     parser.add_argument("--split", type=_split, default=None, help=text)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from sparsenet import presets
 from sparsenet.commands.evaluate import EvaluationReport, evaluated
-from sparsenet.composition import compose, name_of, resumed
+from sparsenet.composition import compose, name_of, pointed, resumed
 from sparsenet.config import RunConfig, changed
+from sparsenet.data.config import POINTERS
 from sparsenet.data.errors import shortened
 from sparsenet.data.images import read_image
 from sparsenet.device import choose_device
@@ -30,6 +31,8 @@ from sparsenet.signals import Signals
 from sparsenet.tracking import require_all, tracked
 from sparsenet.train import train
 from sparsenet.trained import Trained, load_trained
+
+TEXT_AND_BYTES = (str, bytes, bytearray, memoryview)  # iterables that are one picture
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,9 @@ def fit(
 
     *config* is the whole of the settings, by default those of a *preset*, which is chosen by the
     data; *model* is a network of ``sparsenet.list_models``; *settings* are single ones by the names
-    that flags have: ``fit(dataset_dir="photos", max_epoch=10)``. The run is written to *out*, by
-    default a new folder in ``runs``; *resume* goes on with one. *events* is called with all that
+    that flags have: ``fit(dataset_dir="photos", max_epoch=10)``. Where they name other data than
+    *config* has, its labels, columns and name are not kept. The run is written to *out*, by default
+    a new folder in ``runs``; *resume* goes on with one. *events* is called with all that
     ``sparsenet.events`` has, as it happens; what it raises ends the run, which can be resumed from
     its last checkpoint. Unless *quiet*, lines are printed as on the command line.
 
@@ -75,8 +79,7 @@ def fit(
     settings and data that do not fit, ``sparsenet.train.DivergedError`` for a loss that is no
     number.
     """
-    if settings.get("weights") == "":
-        raise ValueError("weights: expected what names trained weights, found an empty text")
+    _refuse_empty_texts({"out": out, "resume": resume, **settings})
     settings = {
         name: str(value) if isinstance(value, Path) else value
         for name, value in settings.items()
@@ -94,11 +97,11 @@ def fit(
     else:
         if preset and config is not None:
             raise ValueError("fit: expected config or preset, found both")
-        base = presets.preset(preset) if preset else config
+        base = presets.preset(preset) if preset else config and pointed(config, settings)
         config = compose(settings, base, model)
         require_all(config.train.trackers)
         own = Path("runs") / name_of(config)
-        run = Run.create(user_path(str(out))) if out else Run.create_one_of_its_own(own)
+        run = Run.create(user_path(str(out))) if out is not None else Run.create_one_of_its_own(own)
     results: list[TrainingResult] = []
 
     def watched(signals: Signals) -> Iterator[Event]:
@@ -114,6 +117,12 @@ def fit(
     return Fit(run.path, tuple(run.metrics()), results[0] if results else None, stopped)
 
 
+def _refuse_empty_texts(given: Mapping[str, object]) -> None:
+    for name in ("out", "resume", *POINTERS, "weights"):
+        if given.get(name) == "":  # such as of a variable that was not set
+            raise ValueError(f"{name}: expected a value, found an empty text")
+
+
 class Network(Trained):
     """A trained network, in evaluation mode, that takes pictures."""
 
@@ -126,10 +135,10 @@ class Network(Trained):
         """What ``model`` takes of a picture: float32 ``(channels, size, size)``, on the CPU.
 
         Pictures are those of ``sparsenet.predict.predict``, made the size of the training images
-        and normalised as these were, to the bit. It must not run in several threads at once; the
-        workers of a DataLoader are processes. Raises ``ValueError`` for what is no image.
+        and normalised as these were, to the bit. Raises ``ValueError`` for what is no image.
         """
-        example, about = as_example(picture, 0), self.preprocessing
+        about = self.preprocessing
+        example = as_example(picture, 0, about.max_megapixels)
         pixels = read_image(
             example.source,
             about.size,
@@ -149,21 +158,22 @@ class Network(Trained):
         of a PNG that shows where.
 
         *pictures* is one or an iterable of those of ``sparsenet.predict.predict``; a folder or a
-        glob (``"photos/*.jpg"``) stands for the images that it names, an open file for what it
-        holds. What cannot be read raises nothing: its prediction has an ``error``.
+        glob (``"photos/*.jpg"``) stands for the images that it names. What cannot be read raises
+        nothing: its prediction has an ``error``.
         """
-        several = isinstance(pictures, Iterable) and not hasattr(pictures, "__array_interface__")
-        alone = not several or isinstance(pictures, str | bytes | bytearray) or _is_file(pictures)
-        found: list[Any] = []
-        for picture in [pictures] if alone else pictures:
-            picture = picture.read() if _is_file(picture) else picture
-            is_path = isinstance(picture, str | Path)
-            found += find_images([str(picture)]).images if is_path else [picture]
-        return list(predict(self, found, top, batch_size, explained=explained))
+        alone = not isinstance(pictures, Iterable) or isinstance(pictures, TEXT_AND_BYTES)
+        if alone or any(hasattr(pictures, name) for name in ("read", "__array_interface__")):
+            pictures = [pictures]
+        return list(predict(self, _found(pictures), top, batch_size, explained=explained))
 
 
-def _is_file(picture: object) -> bool:
-    return isinstance(picture, io.IOBase)
+def _found(pictures: Iterable[Any]) -> Iterator[Any]:
+    """*pictures*, with the images that folders and globs name in their place."""
+    for picture in pictures:
+        if isinstance(picture, str | Path):
+            yield from find_images([str(picture)]).images
+        else:
+            yield picture
 
 
 def load(
@@ -176,9 +186,12 @@ def load(
 
     *source* is a run folder, of which *checkpoint* is ``best`` or ``last``, or weights: a file, an
     address (``https://``, ``hf://``) or a name of ``sparsenet.list_models`` that has some. *device*
-    is ``auto`` or one that PyTorch knows. Raises ``ValueError`` in one line.
+    is ``auto`` or one that PyTorch knows. Warns of damaged checkpoints, in whose place an older one
+    is taken; raises ``ValueError`` in one line.
     """
     trained = load_trained(source, checkpoint, choose_device(device), implementation)
+    for each in trained.warnings:
+        warnings.warn(f"{source}: {each}", stacklevel=2)
     return Network(**vars(trained))
 
 
@@ -187,7 +200,9 @@ def evaluate(source: Path | str, **options: Any) -> EvaluationReport:
 
     *options* have the names of its flags: ``evaluate("runs/birds", split="val")``,
     ``evaluate("sparsenet_40_12", dataset_dir="photos", predictions="out.csv")``. Raises
-    ``ValueError`` in one line.
+    ``ValueError`` in one line, and ``OSError`` where predictions cannot be written after all.
     """
     flags = [f"--{name}={value}" for name, value in options.items() if value is not None]
-    return evaluated(parser().parse(["eval", *flags, "--", str(source)]))[0]
+    report, _, write = evaluated(parser().parse(["eval", *flags, "--", str(source)]))
+    write()
+    return report

@@ -28,7 +28,8 @@ def sgd(model: SparseNet, config: OptimConfig) -> torch.optim.SGD:
     """SGD with weight decay on convolution and linear weights only, not on scales and shifts.
 
     The *model* has to lie on its device already, and what is frozen in it is left out. A group
-    learns at a *share* of the rates of ``epoch_rates``.
+    learns at a *share* of the rates of ``epoch_rates``. Raises ``ValueError`` where there is a rate
+    for layers of which none learns.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     parts = [(1.0, trained)]
@@ -36,6 +37,9 @@ def sgd(model: SparseNet, config: OptimConfig) -> torch.optim.SGD:
         head = set(model.classifier.parameters())
         backbone = [parameter for parameter in trained if parameter not in head]
         classifier = [parameter for parameter in trained if parameter in head]
+        if not backbone:
+            found = f"only a classifier that learns (--freeze {config.freeze})"
+            raise ValueError(f"--backbone_lr: expected layers before the classifier, found {found}")
         parts = [(config.backbone_lr / config.lr, backbone), (1.0, classifier)]
     groups = []
     for share, part in parts:

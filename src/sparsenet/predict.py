@@ -22,7 +22,7 @@ from sparsenet.data.dataset import Content, Example
 from sparsenet.data.errors import BadImage
 from sparsenet.data.images import image_id as content_id
 from sparsenet.data.images import read_image, read_images
-from sparsenet.data.pixels import MAX_BYTES, file_content
+from sparsenet.data.pixels import MAX_BYTES, copied, file_content
 from sparsenet.data.tree import HEAT_MAP, Listing, list_folder
 from sparsenet.explain import Explanation, draw_explanation, explain
 from sparsenet.extras import require
@@ -68,10 +68,10 @@ def find_images(patterns: Sequence[str]) -> Listing:
     """The images that files, folders and globs (``**`` goes deep) name, in the order given.
 
     A folder gives every image in it and below (``sparsenet.data.tree``), sorted, and ``**`` those
-    of them that fit. An image that is named several times comes once, and what ``--explain`` has
-    drawn only where nothing else is named. A pattern that names nothing stays in the list as it
-    is, so that ``predict`` reports it in its place. What folders hold besides are the listing's
-    *others*.
+    of them that fit. An image that is named several times comes once. What ``--explain`` has drawn
+    comes only where nothing else is named, and of a glob where its end is ``.explained.png``. A
+    pattern that names nothing stays in the list as it is, so that ``predict`` reports it in its
+    place. What folders hold besides are the listing's *others*.
     """
     images: list[Path] = []
     others = [Path(pattern) for pattern in patterns if pattern.endswith(HEAT_MAP)]
@@ -87,8 +87,11 @@ def find_images(patterns: Sequence[str]) -> Listing:
     return Listing(tuple(dict.fromkeys(images)), tuple(dict.fromkeys(others)))
 
 
-def _list(path: str) -> Listing:
-    return list_folder(Path(path)) if os.path.isdir(path) else Listing((Path(path),))
+def _list(path: str, with_heat_maps: bool = True) -> Listing:
+    if os.path.isdir(path):
+        return list_folder(Path(path))
+    is_other = path.endswith(HEAT_MAP) and not with_heat_maps
+    return Listing(others=(Path(path),)) if is_other else Listing((Path(path),))
 
 
 def _matches(pattern: str) -> list[Listing]:
@@ -98,7 +101,8 @@ def _matches(pattern: str) -> list[Listing]:
     """
     parts = Path(pattern).parts
     if "**" not in parts:
-        return [_list(match) for match in sorted(glob.glob(pattern))]
+        are_meant = pattern.endswith(HEAT_MAP)
+        return [_list(match, are_meant) for match in sorted(glob.glob(pattern))]
     deep = parts.index("**")
     listings = []
     for folder in sorted(glob.glob(str(Path(*parts[:deep])))) if deep else [""]:
@@ -138,18 +142,19 @@ def predict(
 ) -> Iterator[Prediction]:
     """Yields the *top* classes of each image, in the order of *pictures*, perhaps *explained*.
 
-    A picture is a file's path or bytes, an image of Pillow's, or an array uint8 ``(H, W)`` or
-    ``(H, W, C)`` of 1, 3 or 4 channels; what has no path is called by its number, ``image 0``.
-    It computes where the model lies and holds one batch of images at a time. A file that cannot be
-    read, or has more than *max_megapixels* (by default what the network was trained with), gives a
-    prediction with an error, and so does one whose logits are not finite. Raises ``ValueError``
-    for a *top* or *batch_size* below 1, and for what is no picture.
+    A picture is a file's path or bytes, what such bytes can be ``read`` from, an image of Pillow's,
+    or an array uint8 ``(H, W)`` or ``(H, W, C)`` of 1, 3 or 4 channels; what has no path is called
+    by its number, ``image 0``. Pictures are taken as they are when they come, so that one buffer
+    may hold them in turn. It computes where the model lies and holds one batch at a time. A file
+    that cannot be read, or has more than *max_megapixels* (by default what the network was trained
+    with), gives a prediction with an error, and so does one whose logits are not finite. Raises
+    ``ValueError`` for a *top* or *batch_size* below 1, and for what is no picture.
     """
     for flag, value in (("top", top), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"--{flag}: expected at least 1, found {value}")
     limit = max_megapixels or trained.preprocessing.max_megapixels
-    remaining = (as_example(picture, number) for number, picture in enumerate(pictures))
+    remaining = (as_example(each, number, limit) for number, each in enumerate(pictures))
     batches = iter(lambda: list(islice(remaining, batch_size)), [])
     return (
         prediction
@@ -233,24 +238,41 @@ def _explained(
     return replace(found, explanation=explanation, drawn=draw_explanation(whole, *given))
 
 
-def as_example(picture: object, number: int) -> Example:
-    """What is decoded of a *picture* of those that ``predict`` takes; ``ValueError`` for others."""
+def as_example(picture: object, number: int, max_megapixels: float) -> Example:
+    """What is decoded of a *picture* of those that ``predict`` takes; ``ValueError`` for others.
+
+    It is the picture as it is now: the caller may go on to use what holds it.
+    """
     if isinstance(picture, str | Path):
         return Example(str(picture), Path(picture), 0)
     name = f"image {number}"
+    if hasattr(picture, "read"):
+        picture = _read(picture, name)
     if isinstance(picture, np.ndarray):
         channels = picture.shape[2] if picture.ndim == 3 else 1 if picture.ndim == 2 else 0
         if picture.dtype == np.uint8 and picture.size and channels in (1, 3, 4):
-            rows = picture.reshape(*picture.shape[:2], channels)
+            rows = picture.reshape(*picture.shape[:2], channels).copy()
             return Example(name, rows.transpose(2, 0, 1), 0)
         found = f"{picture.dtype} {picture.shape}"
         raise ValueError(f"{name}: expected an array uint8 (H, W) or (H, W, 3), found {found}")
     if isinstance(picture, bytes | bytearray | memoryview):
         return Example(name, bytes(picture), 0)
     if isinstance(picture, require("PIL.Image", "train").Image):
-        return Example(name, picture, 0)
+        return Example(name, copied(picture, max_megapixels), 0)
     expected = "a path, the bytes of a file, an image of Pillow's or an array uint8"
     raise ValueError(f"{name}: expected {expected}, found {type(picture).__name__}")
+
+
+def _read(file: Any, name: str) -> bytes:
+    """What an open file holds."""
+    try:
+        content = file.read()
+    except UnicodeDecodeError:
+        content = ""
+    if isinstance(content, bytes | bytearray | memoryview):
+        return bytes(content)
+    found = "text" if isinstance(content, str) else type(content).__name__
+    raise ValueError(f"{name}: expected an open file of bytes (mode 'rb'), found one of {found}")
 
 
 def _source(source: Path | Content) -> Path | Content:

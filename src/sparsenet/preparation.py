@@ -98,8 +98,6 @@ def preparing(
     if config.optim.freeze and not config.train.weights:
         expected = "--weights, which has what is to stay"
         raise ValueError(f"--freeze: expected {expected}, found none")
-    if config.optim.backbone_lr and config.optim.freeze == "all":
-        raise ValueError("--backbone_lr: expected a part that learns, found --freeze all")
     device = choose_device(config.train.device)
     if config.train.implementation != "auto":  # refused before the data is loaded
         dispatch.choose(config.train.implementation, device)
@@ -262,6 +260,12 @@ def introduce(setup: Setup, previous: Arithmetic) -> Iterator[str]:
         yield f"batches of {settings.batch_size} images, since there are few (--batch_size)"
     if not asked.train.max_epoch:
         yield f"{settings.max_epoch} epochs, for {len(data.train)} training images (--max_epoch)"
+    drop = setup.config.optim.drop_1
+    if setup.config.optim.schedule == "step" and drop >= settings.max_epoch:
+        yield (
+            f"warning: the learning rate never falls: --drop_1 {drop} does not come within "
+            f"{settings.max_epoch} epochs"
+        )
     network = setup.config.network
     parameters, macs = totals(nodes)
     size, stem = setup.preprocessing.size, ""

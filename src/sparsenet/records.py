@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from sparsenet.config import COMPONENTS, RunConfig, from_dict
+from sparsenet.data.identity import digest
+from sparsenet.data.splits import IMAGES_OF, SPLITS
 from sparsenet.data.tree import list_folder
 from sparsenet.files import read_json
 from sparsenet.presets import preset
@@ -39,6 +41,14 @@ RECIPE = (  # the settings that a recipe names where they are not the paper's
     ("data", "sampler"),
     ("data", "val_fraction"),
 )
+DETAILS = (  # those that it names only where they tell rows apart
+    ("data", "image_column"),
+    ("data", "label_column"),
+    ("data", "test_fraction"),
+    ("data", "mean"),
+    ("data", "std"),
+    ("train", "sync_statistics"),
+)
 
 
 @dataclass(frozen=True)
@@ -52,15 +62,22 @@ class Environment:
     batch_size: Count | None = None
     precision: Name | None = None
     implementation: Name | None = None
+    ranks: Count | None = None
 
-    def machine(self, precision: str | None) -> str:
-        """Returns the device, its threads, the version of PyTorch and *precision* as a text."""
+    def machine(self, precision: str | None, memory: str = "normal") -> str:
+        """Returns as a text the device, its threads and processes, the version of PyTorch,
+        *precision*, and *memory* where it is lean.
+        """
         parts = [self.device_name or self.device]
         if self.device == "cpu" and self.threads:
             parts.append(f"{self.threads} thread{'' if self.threads == 1 else 's'}")
         if self.torch:
             parts.append(f"torch {self.torch}")
         parts.append(precision)
+        if self.ranks and self.ranks > 1:
+            parts.append(f"{self.ranks} processes")
+        if memory != "normal":
+            parts.append(f"{memory} memory")
         return ", ".join(part for part in parts if part and part != "auto")
 
 
@@ -96,6 +113,7 @@ def run_folders(path: Path) -> list[Path]:
 def read_summaries(paths: Iterable[Path]) -> list[RunSummary]:
     """Returns a row for each group of runs that differ in their seeds only, the best first.
 
+    Where rows have one recipe and differ in which images they saw or in other details, it says so.
     *paths* are run folders and folders that hold some; a run that is named twice counts once.
     Raises ``ValueError`` in one line for a path without any run and for a damaged file.
     """
@@ -118,7 +136,7 @@ def read_summaries(paths: Iterable[Path]) -> list[RunSummary]:
     for (setup, _), measured in groups.items():
         measured.sort(key=lambda run: run.seed or 0)
         rows.append(dataclasses.replace(setup, runs=tuple(measured)))
-    return sorted(rows, key=lambda row: (row.error is None, row.error or 0.0))
+    return sorted(_told_apart(rows), key=lambda row: (row.error is None, row.error or 0.0))
 
 
 def read_run(path: Path) -> tuple[RunSummary, MeasuredRun]:
@@ -142,7 +160,8 @@ def read_run(path: Path) -> tuple[RunSummary, MeasuredRun]:
         run = dataclasses.replace(run, error=result.error if result else tested[-1])
     machine = implementation = None
     if environment:
-        machine = environment.machine(environment.precision or config.train.precision)
+        precision = environment.precision or config.train.precision
+        machine = environment.machine(precision, config.train.memory)
         implementation = environment.implementation or config.train.implementation
     epochs = len(run.metrics) or (result.epochs if result else None) or 0
     dataset = config.data.dataset_name or config.data.dataset if "data" in known else None
@@ -157,9 +176,38 @@ def read_run(path: Path) -> tuple[RunSummary, MeasuredRun]:
         macs=costs.macs,
         dataset=(result.dataset if result else None) or dataset,
         recipe=describe_recipe(config, epochs) if "train" in known else None,
+        details=_details(folder, config),
         is_final=result is not None,
     )
     return setup, run
+
+
+def _details(folder: Run, config: RunConfig) -> tuple[str, ...]:
+    """What tells a run apart and neither its recipe nor the name of its data says.
+
+    Runs of older versions do not say which images they were made with.
+    """
+    images = folder.images()
+    said = [
+        f"{IMAGES_OF[name]} images {digest(images[f'{name}.ids'], images[f'{name}.labels'])}"
+        for name in SPLITS
+        if f"{name}.ids" in images
+    ]
+    if config.train.weights:  # of which a recipe says the last part
+        said.append(f"weights {config.train.weights}")
+    return (*said, *_changed(config, DETAILS))
+
+
+def _told_apart(rows: Iterable[RunSummary]) -> Iterator[RunSummary]:
+    """*rows* whose recipes also say in which details those of the same data and recipe differ."""
+    groups: dict[tuple[str | None, str | None], list[RunSummary]] = {}
+    for row in rows:
+        groups.setdefault((row.dataset, row.recipe), []).append(row)
+    for (_, recipe), group in groups.items():
+        common = set.intersection(*(set(row.details) for row in group))
+        for row in group:
+            own = [each for each in row.details if each not in common]
+            yield dataclasses.replace(row, recipe=", ".join(filter(None, [recipe, *own])) or None)
 
 
 def _read_config(file: Path) -> tuple[RunConfig, set[str]]:
@@ -182,14 +230,18 @@ def describe_recipe(config: RunConfig, epochs: int) -> str:
     """Returns as a text how many *epochs* were trained and what is not as the paper has it."""
     planned = config.train.max_epoch or epochs
     trained = str(planned) if epochs == planned else f"{epochs} of {planned}"
-    changed = []
-    for component, name in RECIPE:
-        value = getattr(getattr(config, component), name)
-        if value != getattr(getattr(PAPER, component), name):
-            changed.append(_describe_setting(name, value))
+    changed = list(_changed(config, RECIPE))
     if planned == PAPER.train.max_epoch and not changed:
         return f"the paper's, {trained} epochs"
     return ", ".join([f"{trained} epoch{'' if trained == '1' else 's'}", *changed])
+
+
+def _changed(config: RunConfig, names: Iterable[tuple[str, str]]) -> Iterator[str]:
+    """Those of the settings that are not as the paper has them, as texts."""
+    for component, name in names:
+        value = getattr(getattr(config, component), name)
+        if value != getattr(getattr(PAPER, component), name):
+            yield _describe_setting(name, value)
 
 
 def _describe_setting(name: str, value: Any) -> str:
@@ -199,4 +251,6 @@ def _describe_setting(name: str, value: Any) -> str:
     if isinstance(value, str):
         texts = {"schedule": value, "weights": f"from {Path(value).name}"}
         return texts.get(name, f"{words} {value}")
+    if isinstance(value, tuple):
+        return f"{words} {','.join(f'{each:g}' for each in value)}"
     return f"{words} {value:g}"

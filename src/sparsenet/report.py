@@ -13,7 +13,7 @@ from shlex import quote
 from sparsenet import __version__
 from sparsenet.extras import MissingExtra
 from sparsenet.files import write_atomic
-from sparsenet.pictures.comparison import draw_comparison, draw_errors, error_points
+from sparsenet.pictures.comparison import TITLE, draw_comparison, draw_errors, error_points
 from sparsenet.pictures.figure import SERIES_COLOURS, render
 from sparsenet.records import read_summaries
 from sparsenet.run import Run
@@ -34,7 +34,8 @@ TEXTS = {
     "environment.json": "Environment",
     "result.json": "Result",
 }
-TITLE = b"<title>SparseNet runs</title>"  # of the page
+# How a page begins, and the picture beside one.
+BEGINNINGS = (b"<title>SparseNet runs</title>", b"tEXtTitle\0" + TITLE.encode())
 MOST_TEXT = 2**20  # characters that are shown of a file
 COMPARISON = "-comparison.png"  # beside a page: the end of its picture's name
 EXPECTED = (*TEXTS, "graph.json", "metrics.csv", *PICTURES)
@@ -67,7 +68,8 @@ def write_report(paths: Sequence[Path], target: Path) -> Path:
     *paths* are as for ``sparsenet.records.read_summaries``. Where networks can be compared, a
     picture of error against their costs lies beside the page: ``*-comparison.png``. What a run
     lacks, because it goes on or was stopped, is named on the page. Raises ``ValueError`` where
-    there is no run, for a damaged file, or for a *target* that cannot be written.
+    there is no run, for a damaged file, or for a *target* that cannot be written, or whose picture
+    would replace one that is no report's.
     """
     summaries = read_summaries(paths)
     cells = [summary.cells() for summary in summaries]
@@ -86,7 +88,7 @@ def write_report(paths: Sequence[Path], target: Path) -> Path:
             columns=used_columns(cells, HEADINGS),
             headings=HEADINGS,
             no_value=NO_VALUE,
-            comparison=_comparison(summaries, target.with_name(f"{target.stem}{COMPARISON}")),
+            comparison=_comparison(summaries, target),
             errors=_error_curves(summaries) if measured else None,
             measured=measured,
         )
@@ -99,9 +101,10 @@ def write_report(paths: Sequence[Path], target: Path) -> Path:
 
 
 def wrote(path: Path) -> bool:
-    """Whether what is at *path* begins as a page that ``write_report`` wrote."""
-    with path.open("rb") as page:
-        return TITLE in page.read(1000)
+    """Whether what is at *path* begins as a page of ``write_report`` does, or its picture."""
+    with path.open("rb") as file:
+        start = file.read(1000)
+    return any(each in start for each in BEGINNINGS)
 
 
 def is_page(path: Path) -> bool:
@@ -139,11 +142,18 @@ def _data_address(data: bytes, name: str) -> str:
     return f"data:image/{kind};base64,{b64encode(data).decode()}"
 
 
-def _comparison(summaries: Sequence[RunSummary], target: Path) -> Figure | None:
+def _comparison(summaries: Sequence[RunSummary], page: Path) -> Figure | None:
     # Networks can be compared where two or more saw the same data in the same way.
     networks = [row for row in summaries if row.is_final and row.parameters and row.macs]
     if len(networks) < 2 or len({(row.dataset, row.recipe) for row in networks}) > 1:
         return None
+    target = page.with_name(f"{page.stem}{COMPARISON}")
+    # Older versions did not say in a picture whose it is.
+    if target.is_file() and not wrote(target) and not (page.is_file() and wrote(page)):
+        raise ValueError(
+            f"report: expected no other picture at {target}, which is the place of the page's, "
+            "found one of no report; --out names another page"
+        )
     draw_comparison(networks, target)
     return Figure("Error and cost", _data_address(target.read_bytes(), target.name), is_wide=True)
 

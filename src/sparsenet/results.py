@@ -125,7 +125,7 @@ class TrainingResult:
     images: int
     seconds: float
     epochs: int  # that the evaluated weights were trained for
-    checkpoint: str  # why these weights: "last epoch" or "lowest validation error"
+    checkpoint: str  # why these weights: "lowest validation error", "last epoch" or "step 12"
     classes: tuple[str, ...]
     class_errors: dict[str, float | None]  # ``None``: no test image of the class
     tested_on: str = "test"  # what the images are: also "validation" or "held-out"

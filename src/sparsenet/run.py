@@ -27,10 +27,12 @@ from sparsenet.results import EpochMetrics
 
 MOST_IMAGES = 2**30  # bytes of images.safetensors, 16 for each image
 STARTED = {"checkpoints", "train.log", ".lock"}  # what a folder holds before it is described
+# Of its weights and epochs.
+PICTURES = ("curves.png", "confusion.png", "reliability.png", "samples.png", "filters.png")
 WRITTEN = (
     *("config.json", "graph.json", "environment.json", "result.json", "metrics.csv"),
     *("images.safetensors", "requirements.txt", "graph.svg"),
-    *("curves.png", "confusion.png", "reliability.png", "samples.png", "filters.png"),
+    *PICTURES,
 )
 # What a kill leaves of files.write_atomic.
 HALF = re.compile(rf"\.({'|'.join(map(re.escape, WRITTEN))})\.[0-9a-f]{{8}}")

@@ -44,6 +44,7 @@ class Start:
     classes: tuple[str, ...]  # empty where it does not
     images: Mapping[str, Tensor] = field(default_factory=dict)  # of a run: ``Run.images``
     about: About | None = None  # what a file or a run of this library says of it
+    passed_over: tuple[str, ...] = ()  # damaged checkpoints
 
     def settings(self, config: RunConfig, in_chans: int = 0) -> RunConfig:
         """*config* for this network and for images as it takes them, or of so many channels."""
@@ -138,6 +139,7 @@ class Start:
         if self._rows(classes) is not None:
             classifier = f"with its classifier for {len(classes)} classes ({shortened(classes)})"
         yield f"starts from {self.source}: {classifier}"
+        yield from (f"warning: {self.source}: {each}" for each in self.passed_over)
         if self.preprocessing is None and (used.mean, used.std) == (MEAN, STD):
             yield "images are normalised as ImageNet's, as the file does not say (--mean, --std)"
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -173,6 +175,7 @@ def read_start(source: str) -> Start:
         trained.classes,
         Run.open(trained.path).images() if trained.path.is_dir() else {},
         trained.about,
+        trained.warnings,
     )
 
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from sparsenet import checkpoints, optim, weights
 from sparsenet.checkpoints import Checkpoint, Manifest, RunError
-from sparsenet.config import LENGTH, WERE_AUTO, RunConfig, TrainConfig
+from sparsenet.config import LENGTH, WERE_AUTO, RunConfig
 from sparsenet.data.identity import differences, to_tensors
-from sparsenet.data.sampling import batch_ends, stream
+from sparsenet.data.sampling import batch_ends, growing_epochs, stream, training_size
 from sparsenet.device import place
 from sparsenet.model import SparseNet
 from sparsenet.preparation import Setup
@@ -70,15 +70,18 @@ class TrainingState:
         rows = [row for row in self.rows if row.val_error is not None]
         return min(rows, key=attrgetter("val_error"), default=None)
 
-    @property
-    def waited(self) -> int:
-        """How many epochs have brought no lower validation error."""
-        return self.epoch - self.best_row.epoch if self.best_row else 0
+    def waited(self, config: RunConfig) -> int:
+        """How many epochs have brought no lower validation error; none before images are whole."""
+        if not self.best_row:
+            return 0
+        growing = growing_epochs(config.train.max_epoch) if config.data.first_size else 0
+        return max(self.epoch - max(self.best_row.epoch, growing), 0)
 
-    def ended(self, settings: TrainConfig) -> bool:
+    def ended(self, config: RunConfig) -> bool:
         """Whether no epoch is to come: all are trained, or the last ones were no better."""
-        patient = not settings.patience or self.waited < settings.patience
-        return self.epoch >= settings.max_epoch or not patient
+        patience = config.train.patience
+        patient = not patience or self.waited(config) < patience
+        return self.epoch >= config.train.max_epoch or not patient
 
     @property
     def evaluated(self) -> nn.Module:
@@ -239,20 +242,21 @@ def restore(state: TrainingState, setup: Setup, run: Run) -> list[str]:
         )
     if state.epoch >= epochs:
         return [*lines, f"finished: all {epochs} epochs are trained; --max_epoch N adds to them"]
-    if state.ended(setup.config.train):
-        waited = f"no better epoch among the last {state.waited}"
+    if state.ended(setup.config):
+        waited = f"no better epoch among the last {state.waited(setup.config)}"
         return [*lines, f"finished: {waited}; a larger --patience, or 0, goes on"]
     lines.append(f"resumed at step {state.step} (epoch {1 + state.epoch})")
-    return lines + _rate_jump(state, setup.config, run.config())
+    now, before = setup.config, run.config()
+    return lines + _rate_jump(state, now, before) + _size_jump(state, setup, now, before)
 
 
 def reasons(setup: Setup, state: TrainingState, best: int) -> Iterator[str]:
     """Why the run ended before its last epoch, and why the weights of epoch *best* are the best."""
     settings, row = setup.config.train, state.best_row
-    if state.epoch < settings.max_epoch and state.ended(settings):
+    if state.epoch < settings.max_epoch and state.ended(setup.config):
         yield (
             f"ended after epoch {state.epoch} of {settings.max_epoch}: none of the last "
-            f"{state.waited} had a lower {setup.data.chosen_on} error than before "
+            f"{state.waited(setup.config)} had a lower {setup.data.chosen_on} error than before "
             f"(--patience {settings.patience})"
         )
     if row and row.epoch == best:
@@ -360,6 +364,23 @@ def _rate_jump(state: TrainingState, now: RunConfig, before: RunConfig) -> list[
         f"warning: the learning rate goes from {last:.4g} to {coming:.4g}, since the "
         f"{now.optim.schedule} schedule is that of {epochs}; a new run with --max_epoch "
         f"{now.train.max_epoch} would not have this jump"
+    ]
+
+
+def _size_jump(state: TrainingState, setup: Setup, now: RunConfig, before: RunConfig) -> list[str]:
+    """A line where another number of epochs changes the size of the images in the coming one."""
+    full = setup.preprocessing.size
+
+    def size(config: RunConfig) -> int:
+        epochs = config.train.max_epoch or now.train.max_epoch
+        return training_size(state.epoch, epochs, config.data.first_size, full)
+
+    last, coming = size(before), size(now)
+    if last == coming:
+        return []
+    return [
+        f"warning: the side of training images goes from {last} to {coming} pixels, since they "
+        f"grow over {now.train.max_epoch} epochs now (--first_size)"
     ]
 
 

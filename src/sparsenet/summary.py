@@ -54,7 +54,7 @@ class RunSummary:
 
     runs: tuple[MeasuredRun, ...]
     network: Architecture | None
-    machine: str | None  # device, threads, version of PyTorch, precision
+    machine: str | None  # device, threads, version of PyTorch, precision, …
     implementation: str | None
     image_size: int | None
     batch_size: int | None
@@ -62,6 +62,7 @@ class RunSummary:
     macs: int | None  # multiply-accumulates of an image
     dataset: str | None
     recipe: str | None
+    details: tuple[str, ...]  # images and settings that a recipe names only where rows need it
     is_final: bool  # whether the runs have results
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from itertools import pairwise
 from typing import Literal
 
@@ -42,7 +42,7 @@ from sparsenet.memory import peak_memory_mb
 from sparsenet.preparation import Setup, introduce, preparing
 from sparsenet.ranks import ALONE, Ranks
 from sparsenet.results import EpochMetrics
-from sparsenet.run import Run
+from sparsenet.run import PICTURES, Run
 from sparsenet.schedule import learning_rate
 from sparsenet.start import read_start
 from sparsenet.state import DivergedError as DivergedError
@@ -103,14 +103,15 @@ def train(
             saved = time.monotonic()
         if stop:
             break
-    if stop and (stop != TIME_LIMIT or not state.ended(settings)):
+    if stop and (stop != TIME_LIMIT or not state.ended(setup.config)):
         yield Stopped(stop)
     if stop in (None, TIME_LIMIT):  # a signal wants out at once; everything is saved already
         if not state.rows:  # stopped within the first epoch
             _settle_statistics(setup, state)
             _save("best", run, setup, state)
         if ranks.is_first:
-            result = conclude(run, setup, state.rows, captures)
+            result, warnings = conclude(run, setup, state.rows, captures)
+            yield from (Message(f"warning: {each}") for each in warnings)
             yield from map(Message, reasons(setup, state, result.epochs))
             yield Concluded(result)
 
@@ -150,7 +151,8 @@ def _begun(
                 f"the best weights are those of step {state.step}: no earlier ones are left"
             )
         run.write_metrics(state.rows)
-        (run.path / "result.json").unlink(missing_ok=True)  # of fewer epochs
+        for name in ("result.json", *PICTURES):  # of fewer epochs
+            (run.path / name).unlink(missing_ok=True)
     state.share(ranks)
     return setup, state
 
@@ -202,7 +204,7 @@ def _make_steps(setup: Setup, state: TrainingState, make_step: StepFunction) -> 
     """Makes the remaining steps, and yields those after which the loss is looked at."""
     config, full_size = setup.config, setup.preprocessing.size
     images = setup.data.train
-    while not state.ended(config.train):
+    while not state.ended(config):
         size = training_size(state.epoch, config.train.max_epoch, config.data.first_size, full_size)
         kept = round(size * setup.data.train.shape[-1] / full_size)  # larger, for crops
         if images.shape[-1] != kept:
@@ -240,7 +242,7 @@ def _make_epoch_steps(
         late = time.perf_counter() - looked > LOOK_EVERY
         if waits and done < steps and not ranks.words("look" if late else None):
             continue
-        mean_loss, error = _progress(state, done, ends[index])
+        mean_loss, error = _progress(state, ends[:done])
         looked = time.perf_counter()
         state.seconds = seconds_before + max(looked - began, 0.0)  # a clock may go back
         seen = ends[index] - (ends[start - 1] if start else 0)
@@ -248,17 +250,21 @@ def _make_epoch_steps(
         yield Step(epoch + 1, done, steps, epochs, mean_loss, error, images_per_second)
 
 
-def _progress(state: TrainingState, steps: int, images: int) -> tuple[float, float]:
-    """Mean loss, and error in percent, of the epoch's first *steps* steps, on so many *images*.
+def _progress(state: TrainingState, ends: Sequence[int]) -> tuple[float, float]:
+    """Mean loss of an image, and error in percent, of the epoch's first steps.
 
-    Raises ``DivergedError`` where a loss is not finite.
+    *ends* are the numbers of images after each of them. Raises ``DivergedError`` where a loss is
+    not finite.
     """
+    steps, images = len(ends), ends[-1]
+    sizes = torch.tensor(ends).diff(prepend=torch.tensor([0]))
     losses = state.losses[:steps].cpu().double()
     finite = losses.isfinite()
     if not finite.all():
         first = state.step - steps + int(finite.int().argmin()) + 1
         raise DivergedError(f"the loss of step {first} is")
-    return losses.mean().item(), 100 * state.mistakes[:steps].sum().item() / images
+    loss, mistakes = (losses @ sizes.double()).item(), state.mistakes[:steps].sum().item()
+    return loss / images, 100 * mistakes / images
 
 
 def _settle_statistics(setup: Setup, state: TrainingState) -> None:
@@ -297,7 +303,7 @@ def _finish_epoch(run: Run, setup: Setup, state: TrainingState, score: Scorer) -
         model, ranks = state.evaluated, setup.ranks
         return evaluate(model, images, setup.preprocessing, device, score=score, ranks=ranks)
 
-    loss, error = _progress(state, state.steps_per_epoch, len(data.train))
+    loss, error = _progress(state, batch_ends(len(data.train), config.train.batch_size))
     _settle_statistics(setup, state)
     try:
         test, validation = evaluated(data.test), evaluated(data.val) if data.val else None

@@ -11,10 +11,11 @@ from typing import Any
 import msgspec
 import torch
 
-from sparsenet.data.config import POINTERS, DataConfig
+from sparsenet.data.config import POINTERS, READING, DataConfig
 from sparsenet.data.registry import lies_in_folder
 from sparsenet.data.selection import Known, Selection, select_images
 from sparsenet.display import say, warn
+from sparsenet.flags import values
 from sparsenet.run import Run
 from sparsenet.trained import Trained, load_trained
 
@@ -74,13 +75,14 @@ def _data_config(args: argparse.Namespace, trained: Trained, stored: DataConfig)
             "know (or --dataset digits), found none"
         )
     given = {name: getattr(args, name) for name in POINTERS if getattr(args, name)}
+    reading = values({name: text for name, text in vars(args).items() if name in READING})
     return dataclasses.replace(
         stored.pointed_at(given),
         image_size=trained.preprocessing.size,
         in_chans=trained.preprocessing.channels,
         grey_range=trained.preprocessing.grey_range,
         max_megapixels=args.max_megapixels or trained.preprocessing.max_megapixels,
-        download=False,
+        **{"download": False, **reading},
     )
 
 

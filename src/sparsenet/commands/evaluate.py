@@ -6,9 +6,8 @@ import argparse
 import csv
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from sparsenet.capture import Captured
 from sparsenet.commands.common import load_images, load_network, print_result
@@ -18,7 +17,7 @@ from sparsenet.device import choose_device
 from sparsenet.evaluation import Evaluation, EvaluationStep, evaluate
 from sparsenet.export.onnx import Exported
 from sparsenet.export.runtimes import Runtime
-from sparsenet.files import failure, user_path, write_atomic
+from sparsenet.files import try_to_write, user_path, write_atomic
 from sparsenet.ops import dispatch
 from sparsenet.results import ClassScores, Scores
 from sparsenet.run import Run
@@ -49,18 +48,19 @@ class EvaluationReport:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluates a run's network on its test images."""
-    report, lines = evaluated(args)
-    return print_result(report, lines, args.json)
+    report, lines, write = evaluated(args)
+    code = print_result(report, lines, args.json)
+    write()
+    return code
 
 
-def evaluated(args: argparse.Namespace) -> tuple[EvaluationReport, Iterator[str]]:
-    """What there is to say, and the lines that say it."""
+def evaluated(
+    args: argparse.Namespace,
+) -> tuple[EvaluationReport, Iterator[str], Callable[[], None]]:
+    """What there is to say, the lines that say it, and what writes the predictions after that."""
     runtime = _runtime(args)
-    file = user_path(args.predictions or "")
-    if not file.parent.is_dir():  # said before the work is done
-        raise ValueError(f"--predictions: expected a file in a folder, found no {file.parent}")
-    if args.predictions and file.is_dir():
-        raise ValueError(f"--predictions: expected a file, found the folder {file}")
+    if args.predictions:
+        _check_target(args.predictions)  # before the work is done
     device = choose_device("cpu" if runtime else args.device)
     trained = load_network(args, device)
     if runtime:
@@ -85,8 +85,11 @@ def evaluated(args: argparse.Namespace) -> tuple[EvaluationReport, Iterator[str]
         torch_precision,
         Captured(step),
     )
-    if args.predictions:
-        _write_predictions(file, data.names, evaluation, trained.classes)
+
+    def write() -> None:
+        if args.predictions:
+            _write_predictions(args.predictions, data.names, evaluation, trained.classes)
+
     stated = trained.about.measured.get(precision)
     report = EvaluationReport(
         run=args.run,
@@ -106,7 +109,23 @@ def evaluated(args: argparse.Namespace) -> tuple[EvaluationReport, Iterator[str]
         scores=evaluation.scores(trained.classes),
         stated_error=stated.error if stated else None,
     )
-    return report, _lines(report, data, stated)
+    return report, _lines(report, data, stated), write
+
+
+def _check_target(predictions: str) -> None:
+    file = user_path(predictions)
+    if not file.parent.is_dir():
+        raise ValueError(f"--predictions: expected a file in a folder, found no {file.parent}")
+    if file.is_dir():
+        raise ValueError(f"--predictions: expected a file, found the folder {file}")
+    try:
+        try_to_write(file)
+    except OSError as error:
+        raise ValueError(_unwritten(predictions, error)) from None
+
+
+def _unwritten(predictions: str, error: OSError) -> str:
+    return f"--predictions: expected to write {predictions}, found: {error.strerror or error}"
 
 
 def _runtime(args: argparse.Namespace) -> Runtime | None:
@@ -160,7 +179,7 @@ def _class_line(name: str, one: ClassScores, scores: Scores) -> str:
 
 
 def _write_predictions(
-    file: Path, names: Sequence[str], evaluation: Evaluation, classes: Sequence[str]
+    predictions: str, names: Sequence[str], evaluation: Evaluation, classes: Sequence[str]
 ) -> None:
     """Writes a CSV file with a line for each image."""
     probabilities = evaluation.probabilities
@@ -176,10 +195,9 @@ def _write_predictions(
             )
 
     try:
-        write_atomic(file, rows())
-    except OSError as error:
-        expected = "a file that can be written"
-        raise ValueError(f"--predictions: expected {expected}, found: {failure(error)}") from None
+        write_atomic(user_path(predictions), rows())
+    except OSError as error:  # such as a full disk
+        raise OSError(_unwritten(predictions, error)) from error
 
 
 def _csv_line(*cells: str) -> str:

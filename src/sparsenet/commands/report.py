@@ -42,7 +42,10 @@ def run(args: argparse.Namespace) -> int:
 def _draw_filters(paths: Sequence[Path]) -> None:
     for run in [run.path for row in read_summaries(paths) for run in row.runs]:
         try:
-            draw_filters(load_trained(run).model, run / "filters.png", run.name)
+            trained = load_trained(run)
+            for warning in trained.warnings:
+                warn(f"sparsenet report: {run}: {warning}")
+            draw_filters(trained.model, run / "filters.png", run.name)
         except (OSError, ValueError) as error:
             # This run sums or has no weights, or its folder cannot be written; the page is about
             # the others, too.

@@ -12,9 +12,8 @@ from typing import Any
 
 from sparsenet import config as settings
 from sparsenet import presets, ranks, zoo
-from sparsenet.composition import beneath, check_effect, compose, name_of, resumed
+from sparsenet.composition import beneath, check_effect, compose, name_of, pointed, resumed
 from sparsenet.config import RunConfig, TrainConfig
-from sparsenet.data.config import POINTERS
 from sparsenet.display import display, say
 from sparsenet.events import Stopped
 from sparsenet.files import failure
@@ -133,5 +132,4 @@ def _from_file(file: str, base: RunConfig, given: Mapping[str, Any]) -> RunConfi
     """*base* with the settings of another run's folder or config.json, and the data of flags."""
     path = Path(file)
     base = settings.load(path / "config.json" if path.is_dir() else path, base)
-    pointers = {name: given[name] for name in POINTERS if name in given}
-    return dataclasses.replace(base, data=base.data.pointed_at(pointers))
+    return pointed(base, given)

@@ -14,6 +14,7 @@ from sparsenet.validation import check_settings, setting
 MAX_IMAGE_SIZE = 4096  # pixels
 CACHES = ("auto", "memory", "disk")
 POINTERS = ("dataset", "dataset_dir", "labels", "image_column", "label_column")  # to the images
+READING = ("skip_corrupt", "cache", "download")  # how they are read, whatever for
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,9 @@ class DataConfig:
         "", "column of the classes in CSV and parquet files; default: found"
     )
     download: bool = setting(False, "download c10 or c100 into --dataset_dir where it is missing")
-    image_size: int = setting(0, "side of the square images; 0: their own where all agree, else 64")
+    image_size: int = setting(
+        0, "side of the square images; 0: their own where all have one, of at most 224, else 128"
+    )
     in_chans: int = setting(0, "channels: 1 grey, 3 colour; 0: those of the data", (0, 1, 3))
     test_fraction: float = setting(
         0.2, "part of the images held out to test on where the data has no split for it"

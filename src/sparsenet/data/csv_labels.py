@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from sparsenet.files import user_path
 # Of a table. The 1.3 million lines of ImageNet have 50 MB, and a cell takes a hundred bytes.
 MAX_BYTES, MAX_CELLS, MAX_COLUMNS = 1 << 28, 1 << 24, 10_000
 DELIMITERS = ",;\t"
+EXCELS_LINE = re.compile(r'\A"?sep=."?(?=\r?\n)')
 LABELS = ("label", "labels", "class", "category", "target", "breed", "species", "diagnosis", "dx")
 
 
@@ -103,6 +105,7 @@ def _read_table(path: Path, root: Path) -> _Table:
             f"{path} line {line}: expected text in UTF-8, found the byte "
             f"0x{content[error.start]:02x}; save it as CSV in UTF-8"
         ) from None
+    text = EXCELS_LINE.sub("", text)  # without its end, so that lines keep their numbers
     with decoding(str(path), "a CSV file", csv.Error):
         first = text.lstrip().partition("\n")[0]
         for sign in DELIMITERS:

@@ -46,7 +46,7 @@ class Source:
     *channels* is 1 or 3, what the images are decoded to where the settings do not say. *notes* are
     lines for the user: what is left out, and what was taken for what. *places* say where a split
     lies, for those that do not lie in ``--dataset_dir`` itself. *empty* are the folders of classes
-    that have no images, which nobody can be trained on.
+    that have no images, which nobody can be trained on, each with what to do about it.
     """
 
     name: str

@@ -100,7 +100,12 @@ def read_folder(root: Path, config: DataConfig) -> Source:
             f"--dataset_dir: expected class folders in {first.path}, found {_what_else(tree)}"
         )
     examples = {name: _examples(each, classes, first.path) for name, each in splits.items()}
-    empty = [str(first.path / name) for name, each in first.below.items() if not each.images]
+    empty = [
+        f"{first.path / name}: expected images of this class, found none; "
+        f"{describe_others(each.others) if each.others else 'remove the folder'}"
+        for name, each in first.below.items()
+        if not each.images
+    ]
     return Source(
         name=_name(root),
         classes=tuple(classes),

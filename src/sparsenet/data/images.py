@@ -35,6 +35,7 @@ from sparsenet.ranks import local_processes
 T = TypeVar("T")
 READ_AHEAD = 1 << 26  # bytes of files that a table holds, and of pixels
 TASK = 8  # images that a thread reads at a time, and that are waited for when reading is stopped
+LARGEST_OWN, DEFAULT_SIZE = 224, 128  # sides of images in pixels: see ``common_size``
 TASKS = 128  # that are begun before the first of them is needed
 
 
@@ -50,9 +51,7 @@ def read_image(
 
     The shorter side is resized to *size* and the longer cropped about its centre; an image of that
     size is kept to the byte, and any image where *size* is 0. ``preprocessing.RULE`` says it all.
-    *grey_range* and *max_megapixels* are as for ``reading_images``. Raises ``BadImage``. It sets
-    warning filters and Pillow's limit of pixels while it runs, so it must not run in several
-    threads at once.
+    *grey_range* and *max_megapixels* are as for ``reading_images``. Raises ``BadImage``.
     """
     example = Example(name or (str(source) if isinstance(source, Path) else "image"), source, 0)
     with limits_of_our_own():
@@ -256,7 +255,10 @@ def _parts(examples: Iterable[Example], image_bytes: int) -> Iterator[tuple[list
 
 
 def common_size(split: Split) -> Generator[int, None, int]:
-    """The images' own size where all have one square size of at most 224 pixels, else 64.
+    """The images' own size where all have one square size of at most 224 pixels, else 128.
+
+    With the strided stem that goes with it, a network takes a third of the time there that it
+    takes at 64 with the stem of small images.
 
     It yields how many images it has looked at so far.
     """
@@ -267,7 +269,7 @@ def common_size(split: Split) -> Generator[int, None, int]:
             # A corrupt image is reported when it is decoded.
             with suppress(BadImage), opened(example) as image:
                 width, height = image.size
-                if width != height or width > 224 or common not in (0, width):
-                    return 64
+                if width != height or width > LARGEST_OWN or common not in (0, width):
+                    return DEFAULT_SIZE
                 common = width
-    return common or 64
+    return common or DEFAULT_SIZE

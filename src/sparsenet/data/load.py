@@ -82,7 +82,10 @@ def loading_dataset(config: DataConfig) -> Generator[Reading | Message, None, Da
         tested_on = "held-out"
         drawn.append("test")
         parts |= draw(parts["train"], config.test_fraction, "test")
-    if "val" not in parts and config.val_fraction:
+    unused: tuple[str, ...] = ()
+    if "val" in parts and config.val_fraction:
+        unused = (f"--val_fraction {config.val_fraction:g} has no effect: there is a val split",)
+    elif config.val_fraction:
         drawn.append("val")
         parts |= draw(parts["train"], config.val_fraction, "val")
     if drawn and kept != size:  # what is tested on is read from the files, as all test images are
@@ -109,7 +112,7 @@ def loading_dataset(config: DataConfig) -> Generator[Reading | Message, None, Da
         tested_on=tested_on,
         ids={name: part.ids for name, part in parts.items()},
         grey_range=grey_range or (),
-        notes=(*source.notes, *clipped, *_remarks(parts, source.classes, tested_on)),
+        notes=(*source.notes, *unused, *clipped, *_remarks(parts, source.classes, tested_on)),
         test_names=names_at(tested, parts["test"].places),
     )
 
@@ -193,15 +196,14 @@ def _check_training(source: Source) -> None:
             f"--dataset_dir: expected images to train on, found only {found}; "
             "name their folder or file train, or give it as --dataset_dir"
         )
+    if source.empty:
+        raise DataError(source.empty[0])
     if len(source.classes) < 2:
         found = ", ".join(source.classes)
         place = source.places.get("train", "the data")
         raise DataError(
             f"--dataset_dir: expected at least 2 classes in {place}, found only {found}"
         )
-    if source.empty:
-        expected = "images of this class"
-        raise DataError(f"{source.empty[0]}: expected {expected}, found none; remove the folder")
 
 
 def read_split(

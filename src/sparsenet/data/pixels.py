@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import stat
 import warnings
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -111,21 +113,54 @@ def _check_file(name: str, path: Path) -> int:
     return status.st_size
 
 
+class _Limits:
+    """What the process had before ``limits_of_our_own``, and how many are within it."""
+
+    def __init__(self) -> None:
+        self.lock, self.holders, self.before = Lock(), 0, ExitStack()
+
+
+_limits = _Limits()
+
+
 @contextmanager
 def limits_of_our_own() -> Iterator[None]:
     """Pillow without its limit of pixels, which ``decode`` has itself, and its warnings.
 
-    Both belong to the process, so they are set around all threads.
+    Both belong to the process, so they are set around all threads, by the first that comes, and
+    put back by the last that goes.
     """
     pillow = require("PIL.Image", "train")
-    limit = pillow.MAX_IMAGE_PIXELS
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # they concern metadata
-        pillow.MAX_IMAGE_PIXELS = None
-        try:
-            yield
-        finally:
-            pillow.MAX_IMAGE_PIXELS = limit
+    with _limits.lock:
+        if not _limits.holders:
+            limit = pillow.MAX_IMAGE_PIXELS
+            _limits.before.enter_context(warnings.catch_warnings())
+            _limits.before.callback(setattr, pillow, "MAX_IMAGE_PIXELS", limit)
+            warnings.simplefilter("ignore")  # they concern metadata
+            pillow.MAX_IMAGE_PIXELS = None
+        _limits.holders += 1
+    try:
+        yield
+    finally:
+        with _limits.lock:
+            _limits.holders -= 1
+            if not _limits.holders:
+                _limits.before.close()
+
+
+def copied(image: Any, max_megapixels: float) -> Any:
+    """An image of Pillow's as it is now, loaded, whatever is done to *image* from now on.
+
+    One that cannot be loaded, or is too large, stays what it is: ``decode`` says what is wrong.
+    """
+    with limits_of_our_own(), suppress(*DAMAGE):
+        _fit_limit(image, "", max_megapixels, 1)
+        # What the file says of the levels, which a copy has not.
+        names = [name for name in ("tile", "tag_v2") if hasattr(image, name)]
+        said = {name: copy.copy(getattr(image, name)) for name in names}
+        image = image.copy()
+        vars(image).update(said)
+    return image
 
 
 @contextmanager

@@ -38,6 +38,8 @@ def fetching(address: str) -> Generator[Reading | Message, None, tuple[Path, Kep
         there = dict(_find(system, path))
     if not there:
         why = _why_nothing(system, path)
+        if (name := address.partition("?")[0]) != address and name.endswith(SUFFIXES):
+            why += f"; it has to end in its name, as {name}"
         raise DataError(f"{address}: expected parquet or tar files, found none{why}")
     folder = root() / hashlib.blake2b(address.encode(), digest_size=16).hexdigest()
     lock = lock_of(folder)

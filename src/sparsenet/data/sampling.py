@@ -119,15 +119,19 @@ def _crops(areas: Tensor, ratios: Tensor, places: Tensor) -> Tensor:
     return torch.cat((places * (1 - sides), sides), 1)
 
 
+def growing_epochs(max_epoch: int) -> int:
+    """In how many of the first epochs training images that grow are not whole."""
+    return 3 * max_epoch // 4
+
+
 def training_size(epoch: int, max_epoch: int, first: int, full: int) -> int:
     """Side of the training images in *epoch* (from 0), or always *full* where *first* is 0.
 
-    They grow from *first* in steps of 4 to *full* over the first 3/4 of the run, ``3 * max_epoch
-    // 4`` epochs, and from then on are whole. Each smaller size has its equal part of these epochs,
-    to within one; of more sizes than epochs, as many as there are epochs are used, evenly spread,
-    *first* among them.
+    They grow from *first* in steps of 4 to *full* over the ``growing_epochs``, and from then on
+    are whole. Each smaller size has its equal part of these epochs, to within one; of more sizes
+    than epochs, as many as there are epochs are used, evenly spread, *first* among them.
     """
-    growing = 3 * max_epoch // 4  # epochs
+    growing = growing_epochs(max_epoch)
     if not first or epoch >= growing:
         return full
     smaller = -(-(full - first) // 4)  # sizes; the last step may be of less than 4

@@ -80,15 +80,18 @@ class Known:
         """
         if self.images or self.record is None:
             return self
-        parts = {"train": whole}
-        if self.tested_on == "held-out":
-            parts |= draw(parts["train"], config.test_fraction, "test")
-        if config.val_fraction:
-            parts |= draw(parts["train"], config.val_fraction, "val")
-        train = parts["train"]
-        if digest(train.ids, train.images.labels) != self.record.digests.get("train"):
-            return self
-        return Known({f"{name}.ids": part.ids for name, part in parts.items()}, self.record)
+        # None were drawn to validate on where the data had a split for that, which nobody recorded.
+        for fraction in {config.val_fraction, 0.0}:
+            parts = {"train": whole}
+            if self.tested_on == "held-out":
+                parts |= draw(parts["train"], config.test_fraction, "test")
+            if fraction:
+                parts |= draw(parts["train"], fraction, "val")
+            train = parts["train"]
+            if digest(train.ids, train.images.labels) == self.record.digests.get("train"):
+                ids = {f"{name}.ids": part.ids for name, part in parts.items()}
+                return Known(ids, self.record)
+        return self
 
     def changes(self, part: Labelled, split: str = "test") -> tuple[str, ...]:
         """A line where the images of a *split* of the run have changed since."""

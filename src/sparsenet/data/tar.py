@@ -46,6 +46,8 @@ class Shard:
     images: tuple[Member, ...]
     texts: tuple[str, ...]
     unused: frozenset[str]  # suffixes of other members
+    alone: str  # the first class without an image beside it
+    unreadable: str  # the first member that images or classes are lost with, and why
 
 
 def read_tar(root: Path, config: DataConfig) -> Source | None:
@@ -57,11 +59,22 @@ def read_tar(root: Path, config: DataConfig) -> Source | None:
     """
     files = find_files(root, ".tar")
     shards = {split: [_index(path) for path in paths] for split, paths in files.items()}
-    if not any(any(shard.texts) for parts in shards.values() for shard in parts):
+    all_shards = [shard for parts in shards.values() for shard in parts]
+    if not any(any(shard.texts) for shard in all_shards):
+        for shard in all_shards:
+            if shard.alone and any(shard.images):
+                raise DataError(
+                    f"{shard.path}: expected the files of a sample, KEY.jpg and KEY.cls, to follow "
+                    f"each other and to have one name up to its first dot, found {shard.alone} "
+                    "alone; tar --sort=name packs them so"
+                )
         if files and config.dataset == "tar":
             first = next(iter(files.values()))[0]
             raise DataError(f"{first}: expected images KEY.jpg with classes KEY.cls, found none")
         return None
+    for shard in all_shards:
+        if shard.unreadable:
+            raise DataError(f"{shard.path}: {shard.unreadable}")
     columns = {split: [_labels(shard) for shard in parts] for split, parts in shards.items()}
     notes = (*left_out(root, files, ".tar"), *missing_parts(files))
     for split in list(columns):
@@ -97,9 +110,16 @@ def _index(path: Path) -> Shard:
     images: list[Member] = []
     texts: list[str] = []
     unused: set[str] = set()
+    alone, problems = "", list[str]()
     with decoding(str(path), "a tar file", tarfile.TarError), _Headers(path) as file:
-        for _, group in groupby(_members(path, file), attrgetter("key")):
-            fields = {member.suffix: member for member in group}
+        for _, group in groupby(_members(path, file, problems), attrgetter("key")):
+            fields: dict[str, Member] = {}
+            for member in group:
+                if member.suffix in fields and not problems:
+                    problems.append(
+                        f"expected each file of a sample once, found {member.name} twice in a row"
+                    )
+                fields[member.suffix] = member
             pictures = [member for suffix, member in fields.items() if suffix in SUFFIXES]
             unused |= fields.keys() - SUFFIXES - {CLASS}
             if len(pictures) > 1:
@@ -108,16 +128,28 @@ def _index(path: Path) -> Shard:
             if pictures:
                 images += pictures
                 texts.append(_text(path, file, fields[CLASS]) if CLASS in fields else "")
-    return Shard(path, tuple(images), tuple(texts), frozenset(unused))
+            elif CLASS in fields:
+                alone = alone or fields[CLASS].name
+    problem = problems[0] if problems else ""
+    return Shard(path, tuple(images), tuple(texts), frozenset(unused), alone, problem)
 
 
-def _members(path: Path, file: FileIO) -> Iterator[Member]:
+def _members(path: Path, file: FileIO, problems: list[str]) -> Iterator[Member]:
+    """The files in a tar file; *problems* come to hold what else there is of images and classes."""
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
             name = PurePosixPath(member.name)
-            if not member.isreg() or not is_visible(name.name):
+            if not is_visible(name.name):
                 continue
             stem, _, suffix = name.name.partition(".")
+            is_link, is_sparse = member.islnk() or member.issym(), member.issparse()
+            is_of_sample = f".{suffix.lower()}" in {*SUFFIXES, CLASS}
+            if is_of_sample and (is_link or is_sparse) and not problems:
+                found = f"the link {name}" if is_link else f"the sparse file {name}"
+                advice = "with tar --hard-dereference -h" if is_link else "without tar --sparse"
+                problems.append(f"expected whole files, found {found}; pack {advice}")
+            if not member.isreg() or is_sparse:
+                continue
             if member.size > MAX_BYTES:
                 expected = f"members of at most {MAX_BYTES:,} bytes"
                 raise DataError(f"{path}: expected {expected}, found {name} of {member.size:,}")

@@ -11,6 +11,7 @@ from sparsenet.pictures.figure import SERIES_COLOURS, escaped, measured_points, 
 from sparsenet.results import EpochMetrics
 from sparsenet.summary import RunSummary
 
+TITLE = "SparseNet runs"  # what the file of a comparison says that it is
 # Of a cost, which is an attribute of the rows: its label and unit.
 COSTS = {
     "parameters": ("parameters (thousands)", 1e3),
@@ -37,7 +38,8 @@ def draw_comparison(
     for row in sorted(rows, key=lambda row: row.architecture or ""):
         kinds.setdefault(row.architecture or "unknown", []).append(row)
     title = f"{rows[0].dataset}, {rows[0].recipe}"
-    with picture(target, 2 + 4.5 * len(shown), 4.6, title) as figure:
+    size = 2 + 4.5 * len(shown), 4.6
+    with picture(target, *size, title, metadata={"Title": TITLE}) as figure:
         axes = figure.subplots(1, len(shown), sharey=True)
         for axis, cost in zip(axes, shown, strict=True):
             label, unit = costs[cost]

@@ -119,6 +119,13 @@ async def _of_form(
         # Nothing is written to a disk; the second name is that of older versions.
         spool_max_size = max_file_size = limits.max_bytes + 1
         has_ended = False
+        parts = 0
+
+        def on_part_begin(self) -> None:
+            super().on_part_begin()
+            self.parts += 1
+            if self.parts > limits.max_images + FIELDS:  # more pictures than may be, or fields
+                raise _too_many_pictures(limits, "more")
 
         def on_end(self) -> None:
             self.has_ended = True
