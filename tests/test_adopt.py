@@ -238,13 +238,21 @@ def test_wrappers_are_taken_off(wrap):
         adopt(wrapper)
 
 
-def test_statistics_that_differ_between_readers_are_absorbed_and_told():
+@pytest.mark.parametrize("scale", [1, 0.004])
+def test_statistics_that_differ_between_readers_are_absorbed_and_told(scale):
     theirs = disagree(peer().eval())
+    for norm in norms_of(theirs):
+        nn.init.constant_(norm.weight, scale)
+        nn.init.zeros_(norm.bias)
     with pytest.warns(UserWarning, match="differ between its readers") as told:
         ours = adopt(theirs)
     assert told[0].filename == __file__
     batch = images(theirs)
     close(ours(batch), theirs(batch))
+    for norm in norms_of(theirs):  # as rounding makes them
+        nn.init.constant_(norm.running_mean, 0.1 + 1e-7 * torch.rand(1).item())
+        nn.init.ones_(norm.running_var)
+    adopt(theirs)  # warns of nothing
 
 
 def test_what_is_kept():

@@ -30,6 +30,7 @@ from safetensors.torch import load_file
 
 from sparsenet import cli, commands, flags, pictures, zoo
 from sparsenet.commands.common import print_result
+from sparsenet.composition import compose
 from sparsenet.config import RunConfig, replace, settings
 from sparsenet.display import display
 from sparsenet.events import Event
@@ -79,10 +80,8 @@ def json_of(text: str) -> Any:
 
 
 def test_dash_and_underscore_are_the_same_in_a_flag(configured: Callable[..., RunConfig]) -> None:
-    underscored = configured(
-        "--growth_rate", "4", "--max_epoch=3", "--skip_corrupt", "--drop_1", "2"
-    )
-    dashed = configured("--growth-rate", "4", "--max-epoch=3", "--skip-corrupt", "--drop-1", "2")
+    underscored = configured("--growth_rate", "4", "--max_epoch=3", "--skip_corrupt")
+    dashed = configured("--growth-rate", "4", "--max-epoch=3", "--skip-corrupt")
     assert underscored == dashed
     assert underscored.data.skip_corrupt and underscored.train.max_epoch == 3
 
@@ -335,6 +334,66 @@ def test_flags_win_over_a_file_and_a_file_over_a_preset(
     Path("mine.json").write_text('{"optim": {"lr": 0.3, "momentum": 0.5}}')
     config = configured("--preset", "digits", "--config", "mine.json", "--lr", "0.4")
     assert (config.optim.lr, config.optim.momentum, config.data.dataset) == (0.4, 0.5, "digits")
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value", "needed", "changes"),
+    [
+        ("optim", "drop_1", 5, "--schedule step", {"schedule": "step"}),
+        ("optim", "drop_2", 300, "--schedule step", {"schedule": "step"}),
+        ("network", "bottleneck_factor", 2, "--bottleneck", {"bottleneck": True}),
+        ("network", "reduction", 0.5, "--aggregation concat", {"aggregation": "concat"}),
+    ],
+)
+def test_a_setting_that_changes_nothing_is_refused_where_somebody_asks_for_it(
+    call: Call,
+    configured: Callable[..., RunConfig],
+    copied: Path,
+    section: str,
+    name: str,
+    value: float,
+    needed: str,
+    changes: dict[str, Any],
+) -> None:
+    network = {"depth": 10, "aggregation": "sum" if name == "reduction" else "concat"}
+    run = replace(Run(copied).config(), {"network": network})
+    carried = replace(run, {section: {name: value}})
+    Path("run.json").write_text(json.dumps(carried.to_dict()))
+    Path("section.json").write_text(json.dumps({section: run.to_dict()[section]}))
+    Path("mine.json").write_text(json.dumps({section: {name: value}}))
+    flags = [f"--{each}={setting}" for each, setting in network.items()]
+    asked = (f"--{name}={value}", *flags), ("--config", "mine.json", *flags)
+    for each in asked:
+        assert f"--{name}: expected {needed}" in call("train", *each, "--out", "none").error
+        also = [f"--{other}={setting}" for other, setting in changes.items()]
+        assert getattr(getattr(configured(*each, *also), section), name) == value
+    assert configured("--config", "run.json") == carried
+    assert getattr(configured("--config", "section.json", *flags), section) == getattr(run, section)
+    with pytest.raises(ValueError, match=f"--{name}: expected {needed}"):
+        compose({name: value}, carried)
+    assert compose({}, carried) == carried
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"data": {"dataset": "digits"}},
+        {"data": {"dataset": "c10", "dataset_dir": "cifar"}},
+        {"data": {"dataset_dir": "photos"}},
+        {"data": {"dataset_dir": "photos", "labels": "labels.csv"}},
+        {"data": {"dataset_dir": "photos"}, "train": {"weights": "sparsenet_40_12"}},
+    ],
+)
+def test_a_file_goes_on_top_of_the_preset_that_flags_go_on_top_of(
+    configured: Callable[..., RunConfig], named: dict[str, dict[str, Any]]
+) -> None:
+    flags = [f"--{name}={value}" for each in named.values() for name, value in each.items()]
+    Path("seed.json").write_text('{"train": {"seed": 1}}')
+    Path("all.json").write_text(json.dumps({**named, "optim": {"momentum": 0.5}}))
+    expected = configured(*flags, "--seed", "1")
+    assert configured("--config", "seed.json", *flags) == expected
+    expected = configured(*flags, "--momentum", "0.5")
+    assert configured("--config", "all.json") == expected
 
 
 def test_the_settings_of_a_run_on_other_data_do_not_name_its_data(

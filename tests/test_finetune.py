@@ -12,13 +12,17 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, Call, newest, write_classes, write_image
+from conftest import TINY, Call, newest, signals_put_back, write_classes, write_image
 from safetensors.torch import load_file, save_file
 from test_adopt import TWO_STAGES, close, disagree, images, peer, torchvision_state
 from torch import Tensor, nn
 
 from sparsenet import Architecture, SparseNet, optim, weights
-from sparsenet.config import RunConfig
+from sparsenet.architecture import LARGE_IMAGES
+from sparsenet.composition import compose
+from sparsenet.config import RunConfig, replace
+from sparsenet.library import fit
+from sparsenet.run import Run
 from sparsenet.schedule import OptimConfig
 from sparsenet.start import read_start
 from sparsenet.trained import load_trained
@@ -33,12 +37,53 @@ def errors_of(run: Path) -> dict[str, float]:
     return errors
 
 
-def test_a_stem_that_is_left_to_the_images_is_that_of_the_weights():
+def test_a_stem_that_is_left_to_the_images_is_that_of_the_weights(call: Call) -> None:
     start = read_start("sparsenet_40_12")
     config = start.settings(RunConfig())
-    start.check(dataclasses.replace(config, network=Architecture(stem="auto")))
     with pytest.raises(ValueError, match="stem 'cifar' instead of 'imagenet'"):
         start.check(dataclasses.replace(config, network=Architecture(stem="imagenet")))
+    left = compose({}, replace(config, {"network": {"stem": "auto"}}))
+    assert left == config
+    write_classes(Path("data"))
+    flags = ("--dataset_dir", "data", "--image_size", LARGE_IMAGES, "--time_limit", 1e-3, *FP32)
+    outcome = call("train", "--weights", "sparsenet_40_12", "--stem", "auto", *flags)
+    assert outcome.code == 0, outcome.err
+
+
+def test_weights_in_a_file_or_a_whole_configuration_come_with_how_they_see(
+    animals: Path, call: Call
+) -> None:
+    write_classes(Path("data"), ("dog", "eel"))
+    before = load_trained(animals / "run")
+    Path("c.json").write_text(json.dumps({"train": {"weights": str(animals / "run")}}))
+    flags = ("--config", "c.json", "--dataset_dir", "data", *STILL, *FP32)
+    assert call("train", *flags, "--out", "file").code == 0
+    whole = replace(
+        RunConfig(network=before.model.architecture),
+        {
+            "data": {"dataset_dir": "data"},
+            "train": {"weights": str(animals / "run"), "max_epoch": 1},
+        },
+    )
+    with signals_put_back():
+        fit(whole, out="whole", quiet=True)
+    for run in (Path("file"), Path("whole")):
+        assert load_trained(run).preprocessing == before.preprocessing
+        assert compose({}, Run(run).config()) == Run(run).config()
+    assert call("train", *flags, "--mean", 0.5, "--std", 0.25, "--out", "flags").code == 0
+    assert load_trained(Path("flags")).preprocessing.mean == (0.5,) * 3
+    outcome = call("train", *flags, "--in_chans", 1, "--out", "grey")
+    assert outcome.code == 0, outcome.err
+    grey = Run(Path("grey")).config()
+    assert grey.data.mean == () and compose({}, grey) == grey
+
+
+def test_a_deviation_without_a_mean_is_refused_as_it_is_without_weights(call: Call) -> None:
+    write_classes(Path("data"))
+    flags = ("--dataset_dir", "data", "--in_chans", 1, "--std", 0.2)
+    expected = "--mean: expected numbers, as --std has some, found none"
+    for start in ((), ("--weights", "sparsenet_40_12")):
+        assert expected in call("train", *flags, *start).error
 
 
 # --- freezing -------------------------------------------------------------------------------------
@@ -318,6 +363,27 @@ def test_images_that_the_weights_were_trained_on_are_no_test(
         assert ("was trained on" in said) == (number > 0)
 
 
+@pytest.mark.parametrize("source", ["run", "weights file"])
+def test_validation_images_that_were_trained_on_are_told_beside_a_test_split(
+    source: str, animals: Path, call: Call
+) -> None:
+    shutil.copytree(animals / "data", "data/train")
+    write_classes(Path("data/test"), ("ant", "bee", "cow"), 2)
+    flags = ("--dataset_dir", "data", *STILL, *FP32)
+    assert call("train", *flags, *TINY, "--val_fraction", 0.2, "--out", "before").code == 0
+    call("export", "before", "--format", "safetensors", "--out", "w.safetensors")
+    start = "before" if source == "run" else "w.safetensors"
+    known = set(load_file("before/images.safetensors")["train.ids"].tolist())
+    for number, fraction in enumerate((0.2, 0.5)):
+        run = Path(f"again{number}")
+        said = call("train", "--weights", start, *flags, "--val_fraction", fraction, "--out", run)
+        ids = load_file(run / "images.safetensors")["val.ids"].tolist()
+        count = len(known.intersection(ids))
+        assert bool(count) == (number > 0)
+        line = f"was trained on {count} of the {len(ids)} validation images"
+        assert (line in said.out) == bool(count), said.out
+
+
 # --- other libraries' files -----------------------------------------------------------------------
 
 
@@ -361,6 +427,28 @@ def test_densenets_of_other_libraries_are_read_for_what_they_are(kind: str, tmp_
     close(model(batch), theirs(batch), 1e-5)  # the file is fp32
 
 
+@pytest.mark.parametrize("plain", ["state_dict", "model"])
+def test_averaged_weights_are_taken_where_a_file_has_some(plain: str, tmp_path: Path) -> None:
+    path, _ = other_libraries_file("torchvision", tmp_path / "file.pth")
+    tensors = torch.load(path)
+    average = tensors | {"classifier.bias": tensors["classifier.bias"] + 1}
+    for kept, expected in ((average, average), (None, tensors), ({}, tensors)):
+        torch.save({plain: tensors, f"{plain}_ema": kept}, path)
+        found = read_start(str(path)).tensors["classifier.bias"]
+        assert torch.equal(found, expected["classifier.bias"])
+
+
+def test_a_densenets_batches_are_counted_from_the_start(tmp_path: Path) -> None:
+    path, _ = other_libraries_file("torchvision", tmp_path / "file.pth")
+    torch.use_deterministic_algorithms(True)  # fills memory that is not written to yet
+    try:
+        tensors = read_start(str(path)).tensors
+    finally:
+        torch.use_deterministic_algorithms(False)
+    counts = [count for name, count in tensors.items() if name.endswith("num_batches_tracked")]
+    assert counts and not any(counts)
+
+
 def test_a_densenets_file_is_trained_on_as_imagenets_images_are(call: Call, tmp_path: Path) -> None:
     path, _ = other_libraries_file("torchvision", tmp_path / "file.pth")
     write_classes(Path("data"), ("dog", "eel"))
@@ -369,8 +457,25 @@ def test_a_densenets_file_is_trained_on_as_imagenets_images_are(call: Call, tmp_
     assert outcome.code == 0, outcome.err
     assert "normalised as ImageNet's" in outcome.out
     assert load_trained(Path("run")).preprocessing.mean == (0.485, 0.456, 0.406)
+    outcome = call("train", "--weights", path, *flags, "--mean", 0.5, "--std", 0.25)
+    assert outcome.code == 0 and "ImageNet" not in outcome.out
     outcome = call("train", "--weights", path, "--model", "densenet121", *flags)
     assert outcome.code == 2 and "blocks" in outcome.error
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_weights_for_channels_that_no_image_has_are_refused(
+    channels: int, call: Call, tmp_path: Path
+) -> None:
+    path, _ = other_libraries_file("torchvision", tmp_path / "file.pth")
+    tensors = torch.load(path)
+    stem = tensors["features.conv0.weight"]
+    torch.save(tensors | {"features.conv0.weight": stem.repeat(1, 2, 1, 1)[:, :channels]}, path)
+    write_classes(Path("data"), ("dog", "eel"))
+    flags = ("--dataset_dir", "data", "--image_size", 32, *STILL, *FP32)
+    outcome = call("train", "--weights", path, *flags, "--out", "run")
+    assert outcome.code == 2 and not Path("run").exists()
+    assert f"expected a network for images of 1 or 3 channels, found {channels}" in outcome.error
 
 
 class Harmful:

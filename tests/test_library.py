@@ -19,11 +19,12 @@ from test_data_images import TAG, deep
 
 import sparsenet
 import sparsenet.library
-from sparsenet.config import RunConfig, changed
+from sparsenet.config import RunConfig, TrainConfig, changed, replace
 from sparsenet.config import load as load_config
 from sparsenet.events import EpochDone, Event, Step
 from sparsenet.predict import predict
 from sparsenet.run import Run
+from sparsenet.schedule import OptimConfig
 
 SETTINGS = {"depth": 7, "growth_rate": 4, "max_epoch": 2, "batch_size": 4, "precision": "fp32"}
 FLAGS = [text for name, value in SETTINGS.items() for text in (f"--{name}", value)]
@@ -111,6 +112,52 @@ def test_wrong_words_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="sparsenet train runs under torchrun"):
         sparsenet.fit(dataset_dir="data")
+
+
+@pytest.mark.parametrize(
+    ("component", "settings", "words"),
+    [
+        ("network", {"blocks": (1,), "bottleneck": 1}, "true or false, found 1"),
+        ("data", {"mirror": 0}, "true or false, found 0"),
+        ("train", {"max_epoch": 1.0}, r"a whole number, found 1\.0"),
+        ("optim", {"lr": True}, "a number, found True"),
+    ],
+)
+def test_a_whole_configuration_is_checked_before_anything_is_read(
+    component: str, settings: dict[str, Any], words: str, copied: Path
+) -> None:
+    name = list(settings)[-1]
+    wrong = replace(RunConfig(), {component: settings})
+    with pytest.raises(ValueError, match=f"^{name}: expected {words}"):
+        sparsenet.fit(wrong, out=copied.parent / "new", dataset_dir="none")
+    wrong = replace(Run(copied).config(), {component: settings})
+    with pytest.raises(ValueError, match=f"^{name}: expected {words}"):
+        sparsenet.fit(wrong, resume=copied)
+    assert not (copied.parent / "new").exists()
+
+
+def test_numbers_of_numpys_are_pythons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_classes(Path("data"))
+    optim = OptimConfig(lr=np.float32(0.25), ema=np.float64(0.5))  # type: ignore[arg-type]
+    config = RunConfig(optim=optim, train=TrainConfig(capture=np.True_))  # type: ignore[arg-type]
+    given = {
+        "depth": 7,
+        "fetch": lambda i: np.arange(i),
+        "growth_rate": np.int64(4),
+        "seed": np.int64(3),
+        "max_epoch": np.int32(1),
+        "weight_decay": np.float64(1e-3),
+        "mean": np.array([0.5]),
+        "std": [np.float32(0.25)],
+        "mirror": np.False_,
+    }
+    with signals_put_back():
+        fit = sparsenet.fit(config, dataset_dir="data", out="run", quiet=True, **given)
+        assert fit.load("cpu").about.recipe["optim"]["weight_decay"] == 1e-3
+        sparsenet.fit(resume="run", quiet=True, max_epoch=np.int64(2))
+    network, optim = Run(fit.path).config().network, Run(fit.path).config().optim
+    assert network.topology(1).is_dense and (optim.lr, optim.ema) == (0.25, 0.5)
 
 
 def test_an_empty_text_names_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

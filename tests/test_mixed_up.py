@@ -75,11 +75,17 @@ def test_embedded_bytes_come_before_a_path_in_whatever_order(
     assert [example.source for example in source.splits["train"]] == [b"image"] * 2
 
 
-def test_a_network_with_a_layer_that_nobody_reads_is_resumed(call: Call) -> None:
-    """Its weights have no gradient, and so no momentum."""
-    Path("c.json").write_text(json.dumps({"network": {"fetch": [[0], [0]], "depth": 7}}))
+@pytest.mark.parametrize(
+    ("fetch", "blocks"),
+    [([[0], [0]], (1, 1, 1)), ([[0], [0], [1], [2], [3]], (4, 4))],
+)
+def test_a_network_with_layers_that_no_output_depends_on_is_resumed(
+    call: Call, fetch: list[list[int]], blocks: tuple[int, ...]
+) -> None:
+    """Their weights have no gradient, and so no momentum."""
+    Path("c.json").write_text(json.dumps({"network": {"fetch": fetch, "blocks": blocks}}))
     arguments = ("--config", "c.json", "--growth_rate", 4, "--max_epoch", 1)
-    assert call("train", "--preset", "digits", *arguments, "--depth", 7, "--out", "run").code == 0
+    assert call("train", "--preset", "digits", *arguments, "--out", "run").code == 0
     assert call("train", "--resume", "run", "--max_epoch", 2).code == 0
 
 

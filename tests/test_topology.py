@@ -2,6 +2,7 @@
 
 from math import floor, log
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -89,6 +90,14 @@ def test_the_last_reader_reads_and_nobody_reads_later(name):
         assert not any(j in read for read in topology.sources[: first - 1])
 
 
+def test_a_layer_that_only_an_unused_layer_reads_is_unused():
+    topology = Topology.of(lambda i: [max(i - 2, 0)], 4)
+    assert topology.last_reader[2] == 4 and topology.last_reader[4] == 0
+    assert topology.used == {0, 1, 3}
+    for name in NAMES:
+        assert Topology.of(named_fetch(name), 40).used == set(range(41))
+
+
 @pytest.mark.parametrize(
     ("sources", "words"),
     [
@@ -97,12 +106,28 @@ def test_the_last_reader_reads_and_nobody_reads_later(name):
         (((0,), (0, 1, 0), (0,)), ["layer 2", "twice"]),
         (((0,), (), (0,)), ["layer 2", "reads nothing"]),
         (((0,), (1,), (3,)), ["the stage output", "feature 3"]),
+        (((0,), (True,), (2,)), ["layer 2", "feature True", "0 to 1"]),
     ],
 )
 def test_a_wrong_topology_names_the_layer(sources, words):
     with pytest.raises(ValueError) as error:
         Topology(sources)
     assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    "fetch",
+    [
+        np.arange,
+        lambda i: [np.int64(j) for j in range(i)],
+        [np.arange(i) for i in range(1, 4)],
+        [[np.int32(j) for j in range(i)] for i in range(1, 4)],
+    ],
+)
+def test_features_may_be_numpys_numbers(fetch):
+    architecture = Architecture(fetch=fetch, blocks=(2, 2), growth_rate=4)
+    assert architecture.fetch == ((0,), (0, 1), (0, 1, 2))
+    assert {type(j) for read in architecture.fetch for j in read} == {int}
 
 
 @pytest.mark.parametrize("name", ["spars", "dense:2", "sparse:x", "sparse:1", "windowed:0", ""])

@@ -18,7 +18,7 @@ from numbers import Real
 from typing import Any
 
 from sparsenet.topology import FETCH_SYNTAX, Fetch, Sources, Topology, check_reads, named_fetch
-from sparsenet.validation import check_settings, check_type, expect, setting
+from sparsenet.validation import check_settings, check_type, expect, plain, setting
 
 Branch = tuple[tuple[int, int], ...]  # (kernel, output width) of each BN-ReLU-Conv unit
 
@@ -118,7 +118,7 @@ def _whole_numbers(name: str, value: Any) -> tuple[int, ...]:
 
 def _table(fetch: Any) -> Sources:
     try:
-        return tuple(tuple(read) for read in fetch)
+        return tuple(tuple(read) for read in plain(fetch))
     except TypeError:
         expected = "a name, a function or a list of sources for each layer and the output"
         raise ValueError(f"fetch: expected {expected}, found {fetch!r}") from None

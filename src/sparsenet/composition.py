@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from sparsenet import presets, zoo
-from sparsenet.config import RunConfig, changed, differences, located
+from sparsenet.config import RunConfig, changed, checked, differences, located
 from sparsenet.data.config import POINTERS
 from sparsenet.run import Run
 from sparsenet.start import read_start
@@ -22,23 +22,43 @@ def compose(
     """*base*, then the network *model*, then single *settings* by their names.
 
     Without a *base* it is the preset for the data. Trained weights in *settings* come with their
-    network and the size and normalisation of their images. Raises ``ValueError`` in one line.
+    network and the size and normalisation of their images, and those in *base* with what it leaves
+    open of these images. Raises ``ValueError`` in one line.
     """
-    source = located(settings.get("weights", ""))
-    if base is None:
-        base = _base(settings)
+    base = _base(settings) if base is None else checked(base)
+    source, channels = located(settings.get("weights", "")), settings.get("in_chans", 0)
+    start = None
     if source:
-        base = read_start(source).settings(base)
+        start = read_start(source)
+        base = start.settings(base, channels)
+    elif base.train.weights:
+        start = read_start(located(base.train.weights))
+        base = start.completed(base, channels)
     if model:
         base = dataclasses.replace(base, network=zoo.architecture(model))
     config = changed(base, settings)
-    if not source:
-        return config
-    data = config.data
-    if settings.get("in_chans") and "mean" not in settings:  # those of the weights may be others
-        fitting = len(data.mean) in (1, data.in_chans)
-        data = data if fitting else dataclasses.replace(data, mean=(), std=())
-    return dataclasses.replace(config, data=data)
+    if start and config.network.stem == "auto":
+        network = dataclasses.replace(config.network, stem=start.architecture.stem)
+        config = dataclasses.replace(config, network=network)
+    check_effect(config, settings)
+    return config
+
+
+def check_effect(config: RunConfig, given: Iterable[str]) -> None:
+    """Raises ``ValueError`` where one of the settings *given*, by their names, changes nothing."""
+    network, schedule = config.network, config.optim.schedule
+    expected = {
+        "drop_1": ("schedule step", f"schedule {schedule}", schedule == "step"),
+        "drop_2": ("schedule step", f"schedule {schedule}", schedule == "step"),
+        "reduction": ("aggregation concat", "aggregation sum", network.aggregation == "concat"),
+        "bottleneck_factor": ("bottleneck", "none", network.bottleneck),
+    }
+    for name in given:
+        needed, found, has_effect = expected.get(name, ("", "", True))
+        if not has_effect:
+            raise ValueError(
+                f"--{name}: expected --{needed}, without which it has no effect, found {found}"
+            )
 
 
 def pointed(config: RunConfig, given: Mapping[str, Any]) -> RunConfig:
@@ -66,6 +86,21 @@ def resumed(run: Run, asked: RunConfig) -> RunConfig:
         expected = "settings differ from the run's"
         raise ValueError(f"--resume {run.path}: {expected}: {'; '.join(others)}")
     return asked
+
+
+def beneath(
+    stated: RunConfig, settings: Mapping[str, Any], base: RunConfig | None = None
+) -> RunConfig:
+    """What the settings of a file go on top of, where they and *settings* come to *stated*.
+
+    It is *base*, or else the preset for the data, with the network of weights that the file names.
+    """
+    named = {name: getattr(stated.data, name) for name in ("dataset", "dataset_dir", "labels")}
+    base = base or _base({**named, "weights": stated.train.weights, **settings})
+    if stated.train.weights and "weights" not in settings:
+        channels = settings.get("in_chans", stated.data.in_chans)
+        base = read_start(located(stated.train.weights)).settings(base, channels)
+    return base
 
 
 def _base(settings: Mapping[str, Any]) -> RunConfig:

@@ -15,7 +15,7 @@ from sparsenet.data.config import DataConfig
 from sparsenet.files import read_json, user_path
 from sparsenet.ops.implementations import IMPLEMENTATIONS, MEMORY
 from sparsenet.schedule import OptimConfig
-from sparsenet.validation import check_settings, check_type, nearest, setting
+from sparsenet.validation import check_settings, check_type, nearest, plain, setting
 
 MOST_BYTES = 2**24  # of a JSON file of settings, of which a topology may be a table
 MOST_EPOCHS = 100_000
@@ -176,20 +176,33 @@ def replace(base: RunConfig, changes: Mapping[str, Mapping[str, Any]]) -> RunCon
 def changed(base: RunConfig, values: Mapping[str, Any]) -> RunConfig:
     """Returns *base* with single settings replaced, by their names: ``{"lr": 0.2}``.
 
-    Raises ``ValueError`` for a name that no setting has, and for a value of another type.
+    NumPy's numbers become Python's. Raises ``ValueError`` for a name that no setting has, and for a
+    value of another type, also in *base*, which a program may have made.
     """
+    base = checked(base)
     known = {each.name: each for each in settings()}
     changes: dict[str, dict[str, Any]] = {component: {} for component in COMPONENTS}
-    for name, value in values.items():
+    for name, given in values.items():
         if name not in known:
             hint = nearest(name, known)
             raise ValueError(f"{name}: expected a setting, found none of that name{hint}")
+        value = plain(given)
         if not callable(value):  # as a topology may be
             check_type(name, value, known[name].kind)
         if name == "weights":
             value = located(value)
         changes[known[name].component][name] = value
     return replace(base, changes)
+
+
+def checked(config: RunConfig) -> RunConfig:
+    """*config* in Python's own types; ``ValueError`` where a field is of another than its own."""
+    components: dict[str, dict[str, Any]] = {component: {} for component in COMPONENTS}
+    for each in _fields():
+        value = plain(getattr(getattr(config, each.component), each.name))
+        check_type(each.name, value, each.kind)
+        components[each.component][each.name] = value
+    return replace(config, components)
 
 
 def located(source: str) -> str:
@@ -225,6 +238,21 @@ def from_dict(value: Any, source: str, base: RunConfig) -> RunConfig:
 def load(path: Path, base: RunConfig) -> RunConfig:
     """Returns *base* with what a JSON file sets; ``ValueError`` in one line where it cannot."""
     return from_dict(read_json(path, dict[str, Any], MOST_BYTES), str(path), base)
+
+
+def asked_by(path: Path) -> list[str]:
+    """Names of settings for which a JSON file that ``load`` takes asks for more than the default.
+
+    Of a run's config.json it is none: that says what all settings were.
+    """
+    value = read_json(path, dict[str, Any], MOST_BYTES)
+    if value.keys() == COMPONENTS.keys():
+        return []
+    return [
+        each.name
+        for each in settings()
+        if value.get(each.component, {}).get(each.name, each.default) != each.default
+    ]
 
 
 def differences(old: RunConfig, new: RunConfig) -> list[str]:

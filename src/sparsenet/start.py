@@ -25,6 +25,7 @@ from sparsenet.data.splits import IMAGES_OF
 from sparsenet.model import SparseNet
 from sparsenet.run import Run
 from sparsenet.trained import load_trained
+from sparsenet.validation import expect
 from sparsenet.weights import About
 
 # That torchvision's and timm's DenseNets were trained with, of ImageNet.
@@ -45,27 +46,41 @@ class Start:
     about: About | None = None  # what a file or a run of this library says of it
     passed_over: tuple[str, ...] = ()  # damaged checkpoints
 
-    def settings(self, config: RunConfig) -> RunConfig:
-        """*config* for this network and for images as it takes them."""
+    def settings(self, config: RunConfig, in_chans: int = 0) -> RunConfig:
+        """*config* for this network and for images as it takes them, or of so many channels."""
         network = dataclasses.replace(self.architecture, dropout=config.network.dropout)
         known, colours = self.preprocessing, self.architecture.in_chans == 3
+        mean, std = (known.mean, known.std) if known else (MEAN * colours, STD * colours)
+        fitting = not in_chans or len(mean) in (1, in_chans)
         data = dataclasses.replace(
             config.data,
             image_size=known.size if known else SIZE,
             in_chans=3 if colours else 0,  # greys are colours, but colours are no greys
-            mean=known.mean if known else MEAN * colours,
-            std=known.std if known else STD * colours,
+            mean=mean if fitting else (),
+            std=std if fitting else (),
             grey_range=known.grey_range if known else (),
         )
         train = dataclasses.replace(config.train, weights=self.source)
         return dataclasses.replace(config, network=network, data=data, train=train)
 
+    def completed(self, config: RunConfig, in_chans: int = 0) -> RunConfig:
+        """*config*, but for images as this network takes them where it leaves open how."""
+        taken = self.settings(config, in_chans or config.data.in_chans)
+        data = {
+            name: getattr(config.data, name) or getattr(taken.data, name)
+            for name in ("image_size", "in_chans", "mean", "std", "grey_range")
+        }
+        return dataclasses.replace(
+            config, data=dataclasses.replace(config.data, **data), train=taken.train
+        )
+
     def check(self, config: RunConfig) -> None:
-        """Raises ``ValueError`` where *config* is of another network."""
-        own, network = self.architecture, config.network
-        stem = own.stem if network.stem == "auto" else network.stem
-        wanted = dataclasses.replace(network, in_chans=own.in_chans, stem=stem)
-        zoo.check_same_network(wanted, self.architecture, f"--weights {self.source}")
+        """Raises ``ValueError`` where *config* is of another network, or no image fits this one."""
+        own, source = self.architecture, f"--weights {self.source}"
+        expected = "a network for images of 1 or 3 channels"
+        expect(own.in_chans in (1, 3), source, expected, own.in_chans)
+        wanted = dataclasses.replace(config.network, in_chans=own.in_chans)
+        zoo.check_same_network(wanted, own, source)
 
     def load_into(self, model: SparseNet, classes: tuple[str, ...]) -> None:
         """Gives *model* these weights.
@@ -91,8 +106,9 @@ class Start:
         images held out.
         """
         known = Known(self.images, self.about.data if self.about else None)
-        if self.about and not self.images and data.tested_on == "held-out":
-            names = list(data.ids)
+        if self.about and not self.images:
+            held_out = data.tested_on == "held-out"
+            names = [name for name in data.ids if name != "test" or held_out]
             ids = torch.cat([data.ids[name] for name in names])
             labels = torch.cat([data.labels(name).cpu() for name in names])
             whole = Labelled(Images(torch.empty(len(ids), 0), labels), ids, torch.arange(len(ids)))
@@ -114,15 +130,17 @@ class Start:
                     f"{called[name]} images: their error is lower than that of others will be"
                 )
 
-    def describe(self, model: SparseNet, classes: tuple[str, ...]) -> Iterator[str]:
-        """Lines for the user on what *model* starts with."""
+    def describe(
+        self, model: SparseNet, classes: tuple[str, ...], used: Preprocessing
+    ) -> Iterator[str]:
+        """Lines for the user on what *model* starts with, for images as *used*."""
         before = f" instead of {len(self.classes)}" if self.classes else ""
         classifier = f"a new classifier for {len(classes)} classes{before}"
         if self._rows(classes) is not None:
             classifier = f"with its classifier for {len(classes)} classes ({shortened(classes)})"
         yield f"starts from {self.source}: {classifier}"
         yield from (f"warning: {self.source}: {each}" for each in self.passed_over)
-        if self.preprocessing is None and self.architecture.in_chans == 3:
+        if self.preprocessing is None and (used.mean, used.std) == (MEAN, STD):
             yield "images are normalised as ImageNet's, as the file does not say (--mean, --std)"
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         if frozen := sum(p.numel() for p in model.parameters()) - trained:

@@ -106,12 +106,12 @@ class TrainingState:
             tensors |= _named("average.", self.average)
         return tensors | {"epoch.losses": self.losses, "epoch.wrongs": self.mistakes}
 
-    def _unread(self) -> list[nn.Parameter]:
-        """Parameters of layers that nobody reads, which have no gradient and so no momentum."""
+    def _unused(self) -> list[nn.Parameter]:
+        """Parameters on which no output depends, which have no gradient and so no momentum."""
         found: list[nn.Parameter] = []
         for number, stage in enumerate(self.model.architecture.stages):
-            for layer, last in enumerate(stage.topology.last_reader[1:]):
-                if not last:
+            for layer in range(stage.topology.depth):
+                if layer + 1 not in stage.topology.used:
                     module = self.model.get_submodule(f"stages.{number}.layers.{layer}")
                     found += module.parameters()
         return found
@@ -120,10 +120,10 @@ class TrainingState:
         """Raises ``ValueError`` where a checkpoint of the kind ``last`` cannot be loaded."""
         manifest, expected = checkpoint.manifest, self._tensors()
         parameters = self._parameters()
-        unread = self._unread()
+        unused = self._unused()
         for index, parameter in enumerate(parameters):
             name = f"optimizer.{index}"
-            if name in checkpoint.tensors or not any(parameter is each for each in unread):
+            if name in checkpoint.tensors or not any(parameter is each for each in unused):
                 expected[name] = parameter
         if problem := weights.misfit(checkpoint.tensors, expected):
             raise ValueError(problem)

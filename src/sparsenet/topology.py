@@ -20,7 +20,7 @@ from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
-from sparsenet.validation import nearest, shown
+from sparsenet.validation import nearest, plain, shown
 
 Fetch = Callable[[int], Sequence[int]]
 Sources = tuple[tuple[int, ...], ...]
@@ -131,7 +131,7 @@ def check_reads(reads: int) -> None:
 
 
 def _sources(fetch: Fetch, i: int) -> tuple[int, ...]:
-    read = fetch(i)
+    read = plain(fetch(i))
     try:
         return tuple(islice(read, i + 1))  # one more is one twice, which is refused
     except TypeError:
@@ -164,7 +164,7 @@ class Topology:
                     f"topology: {reader} reads nothing; expected at least one earlier feature"
                 )
             for feature in read:
-                if not isinstance(feature, int) or not 0 <= feature < i:
+                if type(feature) is not int or not 0 <= feature < i:
                     expected = f"one of 0 to {i - 1}"
                     raise ValueError(
                         f"topology: {reader} reads feature {feature!r}; expected {expected}"
@@ -207,6 +207,15 @@ class Topology:
     def last_reader(self) -> tuple[int, ...]:
         """For each feature, the last layer that reads it (``depth + 1``: the output; 0: none)."""
         return self._last_among(range(1, self.depth + 2))
+
+    @cached_property
+    def used(self) -> frozenset[int]:
+        """The features that the stage output depends on."""
+        found = set(self.sources[-1])
+        for layer in range(self.depth, 0, -1):
+            if layer in found:
+                found.update(self.sources[layer - 1])
+        return frozenset(found)
 
     def _last_among(self, layers: range) -> tuple[int, ...]:
         readers = {feature: i for i in layers for feature in self.sources[i - 1]}

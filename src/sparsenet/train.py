@@ -140,7 +140,8 @@ def _begun(
         _describe(run, setup)
         yield from map(Message, introduce(setup, previous))
         if start:
-            yield from map(Message, start.describe(state.model, setup.data.classes))
+            described = start.describe(state.model, setup.data.classes, setup.preprocessing)
+            yield from map(Message, described)
             yield from map(Message, start.warnings(setup.data))
         yield from map(Message, restored)
         if state.rows and not has_own_best(state, setup, run):

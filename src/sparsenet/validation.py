@@ -82,6 +82,13 @@ def check_type(name: str, value: Any, kind: Any) -> None:
         raise ValueError(message) from None
 
 
+def plain(value: Any) -> Any:
+    """*value* in Python's own types where it is, or holds, numbers or an array of NumPy's."""
+    if isinstance(value, list | tuple):
+        return tuple(map(plain, value))
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
 def shown(value: object) -> str:
     """*value* as Python writes it, of a long text its beginning."""
     text = repr(value)

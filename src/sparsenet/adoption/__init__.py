@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -71,10 +72,11 @@ def adopt(model: nn.Module, implementation: str = "auto", memory: str = "normal"
             for name, tensor in model.state_dict().items()
         }
         names = load_renamed(adopted, units, tensors, "adopt", WIDTH_RULES)
+        theirs = {name: tensors[source] for name, source in names.items()}
         changed = [
             names[name]
             for name, parameter in adopted.named_parameters()
-            if not torch.allclose(parameter, tensors[names[name]], 0.01, 0.01)
+            if not _is_near(parameter, theirs, name)
         ]
         adopted = adopted.to(device, dtype)
     if changed:
@@ -94,6 +96,17 @@ def adopt(model: nn.Module, implementation: str = "auto", memory: str = "normal"
     for name, parameter in adopted.named_parameters():
         parameter.requires_grad_(model.get_parameter(names[name]).requires_grad)
     return adopted.train(model.training)
+
+
+def _is_near(parameter: Tensor, theirs: Mapping[str, Tensor], name: str) -> bool:
+    """Whether a *parameter* is that of *theirs*, to a hundredth of the largest in its module.
+
+    In its module, since shifts may all be next to 0: what they are small beside is the scale.
+    """
+    module = name.rpartition(".")[0]
+    parts = [f"{module}.{part}" for part in ("weight", "bias")]
+    largest = max(theirs[part].abs().max() for part in parts if part in theirs)
+    return bool((parameter - theirs[name]).abs().max() <= 0.01 * largest)
 
 
 def _check_behaviour(original: nn.Module, structure: Structure) -> None:

@@ -27,7 +27,11 @@ from sparsenet.files import read_bytes
 from sparsenet.model import SparseNet
 
 STEM = "features.conv0.weight"
-WRAPPED = ("state_dict", "model_state_dict", "model", "net", "network", "params", "module")
+# Averaged weights first: they are what is evaluated where there are some.
+WRAPPED = (
+    *("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model"),
+    *("net", "network", "params", "module"),
+)
 # What reading a damaged file raises.
 DAMAGE = (
     *(OSError, ValueError, RuntimeError, EOFError, LookupError, TypeError, AssertionError),
@@ -74,10 +78,11 @@ def _read_tensors(path: Path, source: str) -> dict[str, Tensor]:
         reason = str(error).partition("\n")[0][:200] or type(error).__name__
         raise ValueError(f"{source}: expected a readable weights file, found: {reason}") from None
     for _ in range(MOST_WRAPPERS):
-        keys = [key for key in WRAPPED if isinstance(found, Mapping) and key in found]
-        if not keys or not isinstance(found[keys[0]], Mapping):
+        inner = [found.get(key) for key in WRAPPED] if isinstance(found, Mapping) else []
+        dicts = [each for each in inner if isinstance(each, Mapping) and each]
+        if not dicts:
             break
-        found = found[keys[0]]
+        found = dicts[0]
     if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
         expected = "the names and tensors of a network"
         raise ValueError(f"{source}: expected {expected}, found {type(found).__name__}")

@@ -92,9 +92,9 @@ def load_renamed(
     unused = [name for name in tensors.keys() - names.values() if not name.endswith(BATCHES)]
     if unused:
         raise ValueError(f"{prefix}: this network has no place for {min(unused)!r}")
-    stem, *others = unit_names(model.architecture)  # the stem reads no feature
-    if stem.norm:
-        state[f"{stem.norm}.{BATCHES}"] = torch.tensor(0)
+    # Not those of the source, whose readers of a feature may disagree, nor what the model began as.
+    state |= {name: torch.tensor(0) for name in model.state_dict() if name.endswith(BATCHES)}
+    _, *others = unit_names(model.architecture)  # the stem reads no feature
     units = iter(others)
     for number, stage in enumerate(model.architecture.stages):
         unit_widths = stage.unit_widths

@@ -40,7 +40,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _default_target(args: argparse.Namespace, trained: Trained) -> Path:
-    """In the run folder, but for weights, which may lie anywhere, where the program runs."""
+    """In the run folder, but for weights, which may lie anywhere, where the program runs.
+
+    There it may be anybody's file, and is not replaced: raises ``ValueError``.
+    """
     if trained.path.is_dir():
         return trained.path / f"model.{args.format}"
-    return Path(f"{Path(urlsplit(args.run).path).stem or 'model'}.{args.format}")
+    target = Path(f"{Path(urlsplit(args.run).path).stem or 'model'}.{args.format}")
+    if target.exists():
+        raise ValueError(f"--out: expected a file, as {target} is there already, found none")
+    return target

@@ -12,7 +12,7 @@ from typing import Any
 
 from sparsenet import config as settings
 from sparsenet import presets, ranks, zoo
-from sparsenet.composition import compose, name_of, pointed, resumed
+from sparsenet.composition import beneath, check_effect, compose, name_of, pointed, resumed
 from sparsenet.config import RunConfig, TrainConfig
 from sparsenet.display import display, say
 from sparsenet.events import Stopped
@@ -100,8 +100,11 @@ def _new_run(args: argparse.Namespace) -> tuple[Run, RunConfig]:
     base = presets.preset(args.preset) if args.preset else None
     given = values(vars(args))
     if args.config:
-        base = _from_file(args.config, base or RunConfig(), given)
+        stated = _from_file(args.config, base or RunConfig(), given)
+        base = _from_file(args.config, beneath(stated, given, base), given)
     config = compose(given, base, args.model or "")
+    if args.config and not Path(args.config).is_dir():
+        check_effect(config, settings.asked_by(Path(args.config)))
     require_all(config.train.trackers)
     if args.out:
         return Run.create(Path(args.out)), config
