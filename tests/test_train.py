@@ -423,6 +423,13 @@ def test_events_and_metrics_agree(tmp_path):
         assert len(list(csv.reader(file))) == 4
 
 
+@pytest.mark.parametrize("mixing", ["mixup", "cutmix"])
+def test_single_images_cannot_be_mixed(mixing, tmp_path):
+    config = tiny(data={mixing: 0.4}, train={"batch_size": 1})
+    with pytest.raises(ValueError, match="--batch_size: expected at least 2 images a step, of"):
+        list(train(config, Run.create(tmp_path / "run")))
+
+
 def test_a_batch_larger_than_the_data(tmp_path):
     with pytest.raises(ValueError, match="--batch_size: expected at most the"):
         list(train(tiny(train={"batch_size": 5000}), Run.create(tmp_path / "run")))

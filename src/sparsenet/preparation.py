@@ -193,6 +193,9 @@ def _check_sizes(config: RunConfig, size: int, images: int) -> None:
             sizes = config.network.sizes(config.data.first_size)
         except ValueError as error:
             raise ValueError(str(error).replace("image_size", "--first_size")) from None
+    if config.train.batch_size == 1 and (config.data.mixup or config.data.cutmix):
+        expected = "at least 2 images a step, of which --mixup and --cutmix make pairs"
+        raise ValueError(f"--batch_size: expected {expected}, found 1")
     ends = [0, *batch_ends(images, config.train.batch_size)]
     if 1 in sizes and any(end - start == 1 for start, end in pairwise(ends)):
         raise ValueError(
