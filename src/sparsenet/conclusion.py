@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import attrgetter
 
 from sparsenet import pictures
 from sparsenet.capture import Captures
 from sparsenet.evaluation import EvaluationStep, NotFiniteError, evaluate
 from sparsenet.files import write_json
 from sparsenet.preparation import Setup
-from sparsenet.results import EpochMetrics, TrainingResult
+from sparsenet.results import EpochMetrics, TrainingResult, best_row
 from sparsenet.run import Run
 from sparsenet.state import DivergedError
 from sparsenet.trained import Trained, load_trained
@@ -18,9 +17,8 @@ from sparsenet.trained import Trained, load_trained
 
 def _why(trained: Trained, rows: Sequence[EpochMetrics]) -> str:
     """Why these weights are evaluated: what was measured of them, or else how old they are."""
-    measured = [row for row in rows if row.val_error is not None]
-    lowest = min(measured, key=attrgetter("val_error"), default=None)
-    if lowest and lowest.epoch == trained.about.epoch:
+    best = best_row(rows)
+    if best and best.epoch == trained.about.epoch:
         return "lowest validation error"
     return "last epoch" if trained.about.epoch else f"step {trained.step}"
 

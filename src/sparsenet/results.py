@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from operator import attrgetter
 
 from sparsenet.validation import Amount, Count, Percent
 
@@ -28,6 +30,12 @@ class EpochMetrics:
     images_per_second: Amount | None = None  # of training
     eval_seconds: Amount | None = None  # of the pass over the test images
     peak_memory_mb: Amount | None = None
+
+
+def best_row(rows: Iterable[EpochMetrics]) -> EpochMetrics | None:
+    """That of the first epoch with the lowest validation error, where it was measured."""
+    measured = [row for row in rows if row.val_error is not None]
+    return min(measured, key=attrgetter("val_error"), default=None)
 
 
 FAR_TIMES, FAR_POINTS = 2, 10  # the others' error, and percentage points above it

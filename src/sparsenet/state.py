@@ -24,7 +24,7 @@ from sparsenet.device import place
 from sparsenet.model import SparseNet
 from sparsenet.preparation import Setup
 from sparsenet.ranks import Ranks
-from sparsenet.results import EpochMetrics
+from sparsenet.results import EpochMetrics, best_row
 from sparsenet.run import Run
 from sparsenet.schedule import learning_rate
 from sparsenet.stage import synchronise_statistics
@@ -66,9 +66,7 @@ class TrainingState:
 
     @property
     def best_row(self) -> EpochMetrics | None:
-        """That of the first epoch with the lowest validation error, where it was measured."""
-        rows = [row for row in self.rows if row.val_error is not None]
-        return min(rows, key=attrgetter("val_error"), default=None)
+        return best_row(self.rows)
 
     def waited(self, config: RunConfig) -> int:
         """How many epochs have brought no lower validation error; none before images are whole."""
@@ -372,8 +370,7 @@ def _size_jump(state: TrainingState, setup: Setup, now: RunConfig, before: RunCo
     full = setup.preprocessing.size
 
     def size(config: RunConfig) -> int:
-        epochs = config.train.max_epoch or now.train.max_epoch
-        return training_size(state.epoch, epochs, config.data.first_size, full)
+        return training_size(state.epoch, config.train.max_epoch, config.data.first_size, full)
 
     last, coming = size(before), size(now)
     if last == coming:

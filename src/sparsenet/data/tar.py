@@ -62,7 +62,7 @@ def read_tar(root: Path, config: DataConfig) -> Source | None:
     all_shards = [shard for parts in shards.values() for shard in parts]
     if not any(any(shard.texts) for shard in all_shards):
         for shard in all_shards:
-            if shard.alone and any(shard.images):
+            if shard.alone and shard.images:
                 raise DataError(
                     f"{shard.path}: expected the files of a sample, KEY.jpg and KEY.cls, to follow "
                     f"each other and to have one name up to its first dot, found {shard.alone} "
