@@ -166,6 +166,22 @@ def test_an_epoch_of_many_steps_is_thinned_out(fakes: Fakes, copied: Path) -> No
     assert len(found) == tracking.POINTS + 1 and found[-1] == 1000
 
 
+def test_a_call_that_ends_while_its_time_is_looked_at(
+    fakes: Fakes, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    feed = tracking._Feed("wandb", Run(copied))
+    feed.close("FINISHED")
+    feed.thread.join()
+
+    def ends() -> float:
+        feed.since = None
+        return 10 * tracking.PATIENCE
+
+    monkeypatch.setattr(tracking.time, "monotonic", ends)
+    feed.since = 10 * tracking.PATIENCE - 1
+    assert list(feed.news()) == []
+
+
 def lines(found: list[Event]) -> list[str]:
     return [event.text for event in found if isinstance(event, Message)]
 

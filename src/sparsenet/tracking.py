@@ -396,7 +396,8 @@ class _Feed:
         """What is to be told, once."""
         if self.is_off:
             return
-        if not self.trouble and self.since and time.monotonic() - self.since > PATIENCE:
+        since = self.since  # read once: the thread sets it to None when a call ends
+        if not self.trouble and since and time.monotonic() - since > PATIENCE:
             self.trouble = f"has not answered for {PATIENCE:g} s"
         if self.trouble:
             self.is_off = True
