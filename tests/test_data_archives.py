@@ -13,11 +13,13 @@ import socket
 import tarfile
 import tracemalloc
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Event, Thread
+from time import sleep
 from typing import Any
 
 import numpy as np
@@ -509,6 +511,15 @@ def test_download_is_whole_checked_and_leaves_nothing_else(served: Server, tmp_p
     assert list(target.parent.iterdir()) == [target]
 
 
+def test_of_several_that_download_one_does(served: Server, tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    (tmp_path / "file.part").write_bytes(served.content[:1000])
+    with served.url() as url, ThreadPoolExecutor(3) as pool:
+        found = [pool.submit(download, url, target, md5(served.content)) for _ in range(3)]
+        assert [each.result().read_bytes() for each in found] == 3 * [served.content]
+    assert served.asked == ["bytes=1000-"] and [*tmp_path.iterdir()] == [target]
+
+
 @pytest.mark.parametrize("ranges", [True, False])
 def test_truncated_download_says_so_and_is_resumed(
     served: Server, ranges: bool, tmp_path: Path
@@ -590,6 +601,22 @@ def test_a_slow_server_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with dripping(start, b"z") as address:
         target = download(f"http://{address}", tmp_path / "file", md5(b"z" * 120))
     assert target.read_bytes() == b"z" * 120
+
+
+def test_an_address_of_which_the_first_do_not_answer_is_waited_for(
+    served: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(downloads, "PATIENCE", 0.05)
+    connect = downloads.create_connection
+
+    def late(*arguments: Any) -> Any:
+        sleep(0.2)
+        return connect(*arguments)
+
+    monkeypatch.setattr(downloads, "create_connection", late)
+    with served.url() as url:
+        target = download(url, tmp_path / "file", md5(served.content))
+    assert target.read_bytes() == served.content
 
 
 @pytest.mark.parametrize("length", ["Content-Length: 1000000000000000\r\n", ""])

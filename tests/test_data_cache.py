@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
 import os
 import re
 import shutil
@@ -403,6 +404,34 @@ def test_what_was_used_longest_ago_makes_room(
     stored(examples(200, 4))
     assert not places[0].exists() and places[2].exists() and others.exists()
     assert len(still.pixels) == 200
+
+
+def test_a_file_that_goes_as_folders_are_measured_counts_as_nothing(tmp_path: Path) -> None:
+    for name in ("pixels", "rows"):
+        (tmp_path / name).write_bytes(bytes(1 << 20))
+    (tmp_path / ".part-3.xyz").symlink_to(tmp_path / "renamed")  # looked at, it is not there
+    os.utime(tmp_path, (1, 1))
+    for name in ("pixels", "rows"):
+        os.utime(tmp_path / name, (5, 5))
+    assert cache._taken(tmp_path) >= 2 << 20
+    assert cache._last_used(tmp_path) == 5
+    assert cache._taken(tmp_path / "gone") == cache._last_used(tmp_path / "gone") == 0
+
+
+def test_what_is_removed_before_it_is_held_is_filled_again(
+    decoded: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, calls = cache.Entry.opened, itertools.count(1)
+
+    def removed_first(self: cache.Entry) -> object:
+        if next(calls) == 3:  # after it was filled, and looked at by who filled it
+            shutil.rmtree(self.folder)
+        return opened(self)
+
+    monkeypatch.setattr(cache.Entry, "opened", removed_first)
+    split = examples(5)
+    assert_same(stored(split), split)
+    assert len(decoded) == 10
 
 
 def test_memory_that_a_group_has_in_files_it_can_drop_is_free(

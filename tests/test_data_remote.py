@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import sys
@@ -19,7 +20,9 @@ from test_data_tar import samples, write
 
 from sparsenet.data.config import DataConfig
 from sparsenet.data.errors import DataError
-from sparsenet.data.load import load_dataset
+from sparsenet.data.images import read_images
+from sparsenet.data.load import finding, load_dataset
+from sparsenet.events import drained
 
 
 @pytest.fixture
@@ -62,6 +65,21 @@ def test_an_address_holds_what_a_folder_does(
     assert len(load_dataset(DataConfig(dataset_dir=bucket)).train) == 20
     one = load_dataset(DataConfig(dataset_dir=f"{bucket}/train-0.tar", test_fraction=0.5))
     assert len(one.train) + len(one.test) == 20
+
+
+def test_files_that_another_reads_are_not_replaced(bucket: str, tmp_path: Path) -> None:
+    """Its labels are those of the files that it has found."""
+    system, config = fsspec.filesystem("memory"), DataConfig(dataset_dir=bucket)
+    found = drained(finding(config))
+    assert load_dataset(config).train  # the same files may be read by several
+    system.pipe_file("/bucket/insects/train-1.tar", (tmp_path / "local/test.tar").read_bytes())
+    with pytest.raises(DataError, match="another process reads them, found others; wait until"):
+        load_dataset(config)
+    read = read_images(found.splits["train"], 4, 3)
+    assert read.images.pixels.max() == 39
+    del found
+    gc.collect()
+    assert load_dataset(config).train.pixels.max() == 59
 
 
 def test_a_run_on_data_at_an_address_goes_on_and_is_evaluated(bucket: str, call: Call) -> None:

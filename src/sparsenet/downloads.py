@@ -109,9 +109,11 @@ class _Watch:
             raise OSError(f"less than {rate} in {PATIENCE:g} seconds")
 
     def _run(self) -> None:
-        before = 0
+        before, connections = 0, 0
         while not self._ended.wait(PATIENCE):
-            if self.received - before < PATIENCE * LEAST_RATE:
+            is_new = len(self._sockets) != connections  # or there is none yet
+            connections = len(self._sockets)
+            if connections and not is_new and self.received - before < PATIENCE * LEAST_RATE:
                 self.is_slow = True
                 for each in self._sockets:
                     with suppress(OSError):  # closed by the server
@@ -122,6 +124,9 @@ class _Watch:
     def connect(self, *arguments: Any) -> socket:
         """As ``socket.create_connection``."""
         made = create_connection(*arguments)
+        if self.is_slow:  # the one before, and nobody watches any more
+            made.close()
+            raise OSError("a slow connection")
         self._sockets.append(made.dup())  # encryption takes *made* over
         return made
 

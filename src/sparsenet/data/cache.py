@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -246,15 +247,21 @@ def make_room(folder: Path, nbytes: int, what: str) -> None:
 
 def _taken(folder: Path) -> int:
     """The bytes that a folder takes on the disk, holes in its files left out."""
-    with suppress(OSError):
-        return sum(512 * file.stat().st_blocks for file in folder.rglob("*"))
-    return 0
+    return sum(512 * found.st_blocks for found in _states(folder.rglob("*")))
 
 
 def _last_used(folder: Path) -> float:
-    with suppress(OSError):
-        return max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
-    return 0.0
+    return max(
+        (found.st_mtime for found in _states(chain((folder,), folder.iterdir()))), default=0.0
+    )
+
+
+def _states(files: Iterator[Path]) -> Iterator[os.stat_result]:
+    """What the system says of those *files* that are still there."""
+    with suppress(OSError):  # the folder itself
+        for file in files:
+            with suppress(OSError):
+                yield file.stat()
 
 
 def _removed(folder: Path) -> bool:

@@ -51,6 +51,7 @@ from sparsenet.validation import printable
 MOST_PARTS = 64
 LEAST_IMAGES = 256  # of a part: at its end threads wait for the last of them
 FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS
+ATTEMPTS = 3  # to find what was filled
 LINES = 64  # rows between writes of their lines
 
 
@@ -72,10 +73,10 @@ def reading_stored(
     identity = digest_of(split)
     key = Key(identity, len(split), (channels, size, size), grey_range, max_megapixels, pillow)
     entry = Entry(key)
-    stored = entry.opened()
-    if stored is None:
+    stored, attempts = entry.opened(), 0
+    while stored is None and attempts < ATTEMPTS:  # another may remove it before it is held
         yield from _fill(entry, split, skip_corrupt)
-        stored = entry.opened()
+        stored, attempts = entry.opened(), attempts + 1
     if stored is None:
         raise DataError(f"{entry.folder}: expected what was written, found it changed")
     file, rows = stored

@@ -53,9 +53,12 @@ def fetching(address: str) -> Generator[Reading | Message, None, tuple[Path, Kep
         inner.mkdir(mode=0o700, parents=True, exist_ok=True)
         (folder / "held").touch(mode=0o600)
         held = Kept(folder / "held", "r+b")
+        record = folder / "fetched"
+        if _other_files(there, inner, _fetched(record)):
+            _hold_alone(held, address)
         hold(held)
         with _reaching(address):
-            yield from _fetch(system, there, inner, folder / "fetched")
+            yield from _fetch(system, there, inner, record)
     finally:
         lock.release()
     is_file = any(info["name"] == path for info in there.values())
@@ -94,22 +97,48 @@ def _why_nothing(system: Any, path: str) -> str:
     return ""
 
 
+def _fetched(record: Path) -> dict[str, str]:
+    """The state of each file that was fetched, as a *record* says."""
+    try:
+        return read_json(record, dict[str, str])
+    except ValueError:
+        return {}
+
+
+def _state(info: Mapping[str, Any]) -> str:
+    # Not the system's own key, which for https is the address alone.
+    return hashlib.sha256(str(info).encode()).hexdigest()
+
+
+def _other_files(
+    there: Mapping[PurePosixPath, dict[str, Any]], folder: Path, fetched: Mapping[str, str]
+) -> list[Path]:
+    """The files in *folder* that are not, or no longer, what is *there*."""
+    states = {folder / place: (str(place), _state(info)) for place, info in there.items()}
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return [file for file in files if file not in states or states[file] not in fetched.items()]
+
+
+def _hold_alone(held: Kept, address: str) -> None:
+    try:
+        hold(held, alone=True)
+    except OSError:
+        expected = "the files as they were, since another process reads them"
+        raise DataError(
+            f"{address}: expected {expected}, found others; wait until it ends"
+        ) from None
+
+
 def _fetch(
     system: Any, there: Mapping[PurePosixPath, dict[str, Any]], folder: Path, record: Path
 ) -> Iterator[Reading]:
     """Makes *folder* hold what is *there*; *record* says of each file which one was fetched."""
-    try:
-        fetched = read_json(record, dict[str, str])
-    except ValueError:
-        fetched = {}
-    for file in [path for path in folder.rglob("*") if path.is_file()]:
-        if PurePosixPath(file.relative_to(folder)) not in there:
-            file.unlink()
+    fetched = _fetched(record)
+    for file in _other_files(there, folder, fetched):
+        file.unlink()
     for number, (place, info) in enumerate(there.items(), 1):
-        # Not the system's own key, which for https is the address alone.
-        state = hashlib.sha256(str(info).encode()).hexdigest()
-        file = folder / place
-        if fetched.get(str(place)) != state or not file.is_file():
+        file, state = folder / place, _state(info)
+        if not file.is_file():
             file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             part = file.with_name(f".{file.name}.part")
             system.get_file(info["name"], str(part))
