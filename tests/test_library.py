@@ -8,6 +8,7 @@ import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from sparsenet.events import EpochDone, Event, Step
 from sparsenet.predict import predict
 from sparsenet.run import Run
 from sparsenet.schedule import OptimConfig
+from sparsenet.signals import Signals
 
 SETTINGS = {"depth": 7, "growth_rate": 4, "max_epoch": 2, "batch_size": 4, "precision": "fp32"}
 FLAGS = [text for name, value in SETTINGS.items() for text in (f"--{name}", value)]
@@ -312,6 +314,63 @@ def test_a_second_interrupt_does_what_it_did_before(
     with signals_put_back(), pytest.raises(KeyboardInterrupt):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         sparsenet.fit(dataset_dir="data", events=interrupt_twice, quiet=True, **SETTINGS)
+
+
+def test_a_signal_that_comes_as_they_are_asked_for_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    install = signal.signal
+
+    def at_once(number: int, handler: object) -> object:
+        before = install(number, handler)  # type: ignore[arg-type]
+        if isinstance(handler, MethodType) and number == signal.SIGINT:
+            signal.raise_signal(number)
+        return before
+
+    with signals_put_back():
+        monkeypatch.setattr(signal, "signal", at_once)
+        with Signals(ends_program=False) as signals:
+            assert signals.received() == "SIGINT"
+
+
+@pytest.mark.parametrize("by_command", [True, False])
+def test_signals_are_the_run_s_until_its_folder_is_free(
+    by_command: bool, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[object] = []
+
+    def look(run: Run) -> None:
+        found.append(signal.getsignal(signal.SIGTERM))
+
+    monkeypatch.setattr(Run, "_discard_if_unused", look)
+    nothing = {"dataset_dir": str(tmp_path / "none"), "out": str(tmp_path / "run")}
+    if by_command:
+        assert call("train", *(f"--{name}={value}" for name, value in nothing.items())).code == 2
+    else:
+        with pytest.raises(ValueError, match="none"):
+            sparsenet.fit(**nothing)
+    assert isinstance(found[0], MethodType) and found[0].__func__ is Signals._receive
+
+
+def test_a_display_that_fails_ends_what_follows_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_classes(Path("data"))
+    ended = []
+
+    def followed(events: Iterator[Event], *given: object) -> Iterator[Event]:
+        try:
+            yield from events
+        finally:
+            ended.append(True)
+
+    def fails(self: Run, line: str) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(sparsenet.library, "tracked", followed)
+    monkeypatch.setattr(Run, "log", fails)
+    with pytest.raises(OSError, match="No space") as caught:
+        sparsenet.fit(dataset_dir="data", quiet=True, **SETTINGS)
+    assert caught.value.__traceback__ and ended == [True]
 
 
 def test_an_open_file_is_one_picture(network: sparsenet.library.Network, folder_data: Path) -> None:

@@ -29,7 +29,7 @@ from sparsenet.data.dataset import Images
 from sparsenet.data.preprocessing import Preprocessing
 from sparsenet.data.sampling import plan_epoch
 from sparsenet.evaluation import recompute_statistics
-from sparsenet.events import Reading
+from sparsenet.events import Reading, Stopped
 from sparsenet.model import SparseNet
 from sparsenet.ops import synchronised
 from sparsenet.optim import sgd
@@ -255,6 +255,25 @@ if os.environ["RANK"] == failing and what == "step":
     step.loss_and_mistakes = fails
 cli.main()
 """
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_signal_to_one_that_reads_images_stops_all(waits: bool) -> None:
+    """The others read on, or wait for it, and find it gone."""
+    store = torch.distributed.HashStore()
+
+    def work(gone: bool) -> Generator[Reading, None, Any]:
+        yield Reading("train", 1, 2)
+        if gone:
+            raise LostError("rank 1: expected the 2 processes of the run, found another")
+        yield Reading("train", 2, 2)
+
+    told = train._prepared(work(False), lambda: "SIGTERM", Ranks(0, 2, store))
+    other = train._prepared(work(waits), lambda: None, Ranks(1, 2, store))
+    first = next(other)
+    assert isinstance(first, Reading)
+    assert list(told)[1:] == [Stopped("SIGTERM", saved=False)]
+    assert list(other) == [Stopped("SIGTERM", saved=False)]
 
 
 @pytest.mark.parametrize(

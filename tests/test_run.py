@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import ABOUT, newest
 
-from sparsenet import display
+from sparsenet import checkpoints, display
 from sparsenet.checkpoints import Manifest, RunError, save
 from sparsenet.config import RunConfig, replace
 from sparsenet.environment import environment, installed
@@ -121,6 +121,31 @@ def test_nothing_intact_is_one_clear_line(tmp_path):
     next(run.checkpoints.glob("*.safetensors")).write_bytes(b"")
     with pytest.raises(RunError, match="found 1 damaged"):
         newest(run.checkpoints, "last")
+
+
+def test_of_checkpoints_that_are_replaced_meanwhile_the_new_one_is_taken(tmp_path, monkeypatch):
+    run, read = saved(tmp_path), checkpoints._read
+
+    def replaced_first(path):
+        if path.stem == "last-00000003":
+            manifest = Manifest(kind="last", step=5, epoch=5, about=ABOUT)
+            for file in run.checkpoints.iterdir():
+                file.unlink()
+            save(run.checkpoints, manifest, {"x": torch.full((3,), 5.0)})
+        return read(path)
+
+    monkeypatch.setattr(checkpoints, "_read", replaced_first)
+    checkpoint, warnings = newest(run.checkpoints, "last")
+    assert (checkpoint.manifest.step, warnings) == (5, [])
+
+
+def test_who_gives_up_takes_nothing_from_who_comes_next(tmp_path):
+    first = Run.create(tmp_path / "run")
+    with first.locked():
+        second = Run.create(tmp_path / "run")
+    with second.locked():
+        assert second.checkpoints.is_dir()
+    assert not any(second.path.iterdir())
 
 
 def test_metrics_come_back_exactly(tmp_path):

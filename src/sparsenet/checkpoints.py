@@ -117,13 +117,17 @@ def restore(folder: Path, kind: str, use: Callable[[Checkpoint], T]) -> tuple[T,
     ``RunError``, it is intact and no other would do. Raises ``RunError`` where there is none.
     """
     warnings: list[str] = []
-    for path in saved(folder, kind):
+    tried: set[Path] = set()
+    # Looked up anew each time: a run that goes on replaces those that were found.
+    while paths := [path for path in saved(folder, kind) if path not in tried]:
+        tried.add(paths[0])
         try:
-            return use(_read(path)), warnings
+            return use(_read(paths[0])), warnings
         except RunError:
             raise
         except (OSError, ValueError) as error:
-            warnings.append(f"{path.stem}: damaged ({error}), passed over")
+            if paths[0] in saved(folder, kind):
+                warnings.append(f"{paths[0].stem}: damaged ({error}), passed over")
     state = f"{len(warnings)} damaged: {warnings[0]}" if warnings else "none"
     other = " (--checkpoint last may have one)" if kind == "best" else ""
     raise RunError(f"{folder.parent}: expected an intact '{kind}' checkpoint, found {state}{other}")

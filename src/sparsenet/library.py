@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,8 +113,12 @@ def fit(
                 events(event)
             yield event
 
-    with run.locked(), Signals(ends_program=False) as signals:
-        stopped = display(tracked(watched(signals), run, config.train.trackers), run, quiet)
+    with (
+        Signals(ends_program=False) as signals,
+        run.locked(),
+        closing(tracked(watched(signals), run, config.train.trackers)) as followed,
+    ):
+        stopped = display(followed, run, quiet)
     return Fit(run.path, tuple(run.metrics()), results[0] if results else None, stopped)
 
 

@@ -129,6 +129,23 @@ class Ranks:
             if self.store.check(["failed"]):
                 raise RuntimeError("it failed")
 
+    def stopped(self, asked: str | None = None) -> str | None:
+        """Why this process is *asked* to stop, or another one was that has called this.
+
+        ``None`` where one failed: launchers stop the others then, and the failure is to be said.
+        """
+        if self.size == 1:
+            return asked
+
+        def ask() -> str | None:
+            if asked:
+                self.store.set("stopped", asked)
+            if self.store.check(["failed"]):
+                return None
+            return self.store.get("stopped").decode() if self.store.check(["stopped"]) else None
+
+        return _asked(ask, asked)
+
     @contextmanager
     def talking(self, kind: type[Exception] = UnreachableError) -> Iterator[None]:
         """Raises ``LostError`` for errors of this *kind*: another process does not answer."""

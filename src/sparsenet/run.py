@@ -185,6 +185,7 @@ class Run:
         try:
             if self.is_new:  # another process may have begun, and even ended, before it was held
                 self._refuse_content()
+            self.checkpoints.mkdir(exist_ok=True)  # another that gave up may have removed it
             self.lock = _identity(self.path / ".lock")
             for path in self.path.iterdir():
                 if HALF.fullmatch(path.name) and path.is_file():

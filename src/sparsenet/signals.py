@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from types import FrameType
+from typing import Any
 
 ASKING = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
 
@@ -26,11 +27,12 @@ class Signals:
     def __enter__(self) -> Signals:
         # Python gives signals to the main thread alone.
         asking = ASKING if threading.current_thread() is threading.main_thread() else []
-        self.before = {
-            number: signal.signal(number, self._receive)
-            for number in asking
-            if signal.getsignal(number) is not signal.SIG_IGN
-        }
+        self.before: dict[int, Any] = {}
+        for number in asking:
+            before = signal.getsignal(number)
+            if before is not signal.SIG_IGN:
+                self.before[number] = before  # first, as a signal may come at once
+                signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *error: object) -> None:

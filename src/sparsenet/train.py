@@ -40,7 +40,7 @@ from sparsenet.evaluation import (
 from sparsenet.events import Concluded, EpochDone, Event, Message, Reading, Step, Stopped
 from sparsenet.memory import peak_memory_mb
 from sparsenet.preparation import Setup, introduce, preparing
-from sparsenet.ranks import ALONE, Ranks
+from sparsenet.ranks import ALONE, LostError, Ranks
 from sparsenet.results import EpochMetrics
 from sparsenet.run import PICTURES, Run
 from sparsenet.schedule import learning_rate
@@ -172,12 +172,16 @@ def _prepared(
         while True:
             yield next(work)
             ranks.look()  # first, as torchrun stops the others when one fails
-            if stop := should_stop():
-                yield Stopped(stop, saved=False)
-                return None
+            if stop := ranks.stopped(should_stop()):
+                break
     except StopIteration as end:
         setup: Setup = end.value
         return setup
+    except LostError:  # where this process waited for one that was asked to stop
+        if not (stop := ranks.stopped()):
+            raise
+    yield Stopped(stop, saved=False)
+    return None
 
 
 def _describe(run: Run, setup: Setup) -> None:

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import signal
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +62,11 @@ def _run(args: argparse.Namespace, joined: Ranks) -> int:
     ranks.remember_out(str(run.path.resolve()))
     joined.tell((str(run.path), config, bool(args.resume)))
     try:
-        with run.locked(), Signals() as signals:
+        # Signals are the run's until its folder is free: torchrun sends one while it is left.
+        with Signals() as signals, run.locked():
             events = train(config, run, bool(args.resume), signals.received, joined)
-            stopped = display(tracked(events, run, config.train.trackers), run)
+            with closing(tracked(events, run, config.train.trackers)) as followed:
+                stopped = display(followed, run)
     except BrokenPipeError:
         raise
     except OSError as error:  # such as a full disk; those of the data are a ``DataError``
