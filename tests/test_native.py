@@ -193,6 +193,16 @@ def test_a_compiler_is_not_asked_again(tmp_path):
     assert len(asked) == 1 and asked[0].startswith("-pipe")
 
 
+def test_ctrl_c_is_not_lost_where_the_compiler_has_just_ended(monkeypatch):
+    def interrupted(self, **options):
+        self.wait()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess.Popen, "communicate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compiler.run_compiler(["true"])
+
+
 def test_a_compiler_that_fails_is_told_in_one_line(tmp_path):
     actual = run(CHOOSE.format("native"), CFLAGS="-march=none", XDG_CACHE_HOME=str(tmp_path))
     assert "could not be compiled" in actual and actual.count("\n") == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import io
 import json
 import os
@@ -556,6 +557,7 @@ def test_bytes_that_are_announced_need_room_before_they_are_read(trained: Traine
             with service.gate.room(1, most - 100):
                 refused = await client.post("/predict", content=bytes(101))
                 assert refused.status_code == 503
+                assert "expected at most 0.08 MB of requests at a time" in refused.text
                 assert (await client.post("/predict", content=FINE)).status_code == 200
 
     asyncio.run(scenario())
@@ -773,8 +775,17 @@ def test_beyond_the_connections_is_a_refusal(trained: Trained) -> None:
             second.recv(1)
         answer = answer_on(server.connect())
         assert answer.startswith(b"HTTP/1.1 503") and b"Retry-After: 1" in answer
+        for _ in range(20):  # also to who asks before it listens
+            sending = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+            sending.request("POST", "/predict", bytes(100_000))
+            assert sending.getresponse().status == 503
+            sending.close()
         first.close()
         second.close()
+        deadline = time.monotonic() + 20
+        while httpx.get(f"{server.address}/healthz").status_code != 200:
+            assert time.monotonic() < deadline
+    assert server.said == []
 
 
 def test_what_is_under_way_is_answered_when_the_server_is_to_end(trained: Trained) -> None:

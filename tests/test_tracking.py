@@ -178,8 +178,43 @@ def test_a_call_that_ends_while_its_time_is_looked_at(
         return 10 * tracking.PATIENCE
 
     monkeypatch.setattr(tracking.time, "monotonic", ends)
-    feed.since = 10 * tracking.PATIENCE - 1
+    feed.since = 1.0
     assert list(feed.news()) == []
+
+
+def test_a_process_that_was_suspended_keeps_its_tracker(
+    fakes: Fakes, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    feed = tracking._Feed("wandb", Run(copied))
+    feed.close("FINISHED")
+    feed.thread.join()
+    late, second = 1 + 2 * tracking.PATIENCE, tracking.SECOND_LOOK
+    monkeypatch.setattr(tracking.time, "monotonic", lambda: now)
+    feed.since, now = 1.0, late
+    assert list(feed.news()) == []
+    feed.since, now = late + 1, late + 2 + second  # it had waited itself, and another call began
+    assert list(feed.news()) == []
+    feed.since, now = 1.0, late
+    assert list(feed.news()) == []
+    now = late + second
+    assert list(feed.news()) == ["has not answered for 120 s; the run does without it"]
+
+
+def test_runs_that_begin_together_share_an_experiment(fakes: Fakes, copied: Path) -> None:
+    there: list[SimpleNamespace] = []
+
+    def taken(*given: object) -> str:  # by the other one, since it was looked for
+        there.append(SimpleNamespace(experiment_id="2"))
+        raise RuntimeError("RESOURCE_ALREADY_EXISTS")
+
+    fakes.create_experiment = taken
+    vars(fakes)["get_experiment_by_name"] = lambda name: there[0] if there else None
+    assert lines([*tracked(events(1, 8), Run(copied), ["mlflow"])]) == []
+    there.clear()
+    shutil.rmtree(copied / "tracking")
+    vars(fakes)["get_experiment_by_name"] = lambda name: None
+    (line,) = lines([*tracked(events(1, 8), Run(copied), ["mlflow"])])
+    assert "mlflow failed (RuntimeError: RESOURCE_ALREADY_EXISTS)" in line
 
 
 def lines(found: list[Event]) -> list[str]:
@@ -216,6 +251,7 @@ def test_a_tracker_that_hangs_is_left_behind(
     told = "tracking: wandb has not finished within 0.05 s; the run does without it"
     assert found == [*given, Message(told)]
     monkeypatch.setattr(tracking, "PATIENCE", 0.0)
+    monkeypatch.setattr(tracking, "SECOND_LOOK", 0.0)
 
     def slowly() -> Iterator[Event]:
         for event in given:

@@ -16,7 +16,7 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from importlib import import_module, util
 from pathlib import Path
@@ -34,6 +34,8 @@ from sparsenet.validation import printable
 POINTS = 100  # of an epoch, at most, from its steps
 WAITING = 1000  # readings that wait for a tracker; further ones are left out
 PATIENCE = 120.0  # seconds for one call, after which a tracker is taken for hung
+# Seconds after which it is looked at again: a process that was suspended has waited by itself.
+SECOND_LOOK = 5.0
 # Seconds for what still waits when the run ends, by how it ends; who was told to stop has few.
 AT_THE_END = {"FINISHED": 60.0, "KILLED": 10.0, "FAILED": 10.0}
 LONGEST = 500  # characters of a setting, such as a topology that is a table
@@ -181,12 +183,21 @@ class MLflow:
             self.id = start.id
             self.client.update_run(self.id, status="RUNNING")
             return
-        known = self.client.get_experiment_by_name(PROJECT)
-        experiment = known.experiment_id if known else self.client.create_experiment(PROJECT, files)
-        self.id = self.client.create_run(experiment, run_name=start.name).info.run_id
+        self.id = self.client.create_run(self._experiment(files), run_name=start.name).info.run_id
         settings = [self.entities.Param(*each) for each in start.settings.items()]
         for first in range(0, len(settings), 100):  # as many as it takes at a time
             self.client.log_batch(self.id, params=settings[first : first + 100])
+
+    def _experiment(self, files: str | None) -> Any:
+        for is_last in (False, True):
+            if known := self.client.get_experiment_by_name(PROJECT):
+                return known.experiment_id
+            try:
+                return self.client.create_experiment(PROJECT, files)
+            except Exception:  # another run that begins now may have made it
+                if is_last:
+                    raise
+        raise AssertionError
 
     def log(self, step: int, values: Values) -> None:
         now = int(time.time() * 1000)
@@ -231,7 +242,9 @@ def require_all(names: Iterable[str]) -> None:
             raise MissingExtra(f"--track {name}: expected the package {name}, found none: {hint}")
 
 
-def tracked(events: Iterable[Event], run: Run, names: Sequence[str]) -> Iterator[Event]:
+def tracked(
+    events: Iterable[Event], run: Run, names: Sequence[str]
+) -> Generator[Event, None, None]:
     """Yields *events* as they come, lets the trackers of these *names* see them, and tells of them.
 
     A run that is resumed goes on where each tracker had come to: what was tracked is not again.
@@ -340,6 +353,7 @@ class _Feed:
         self.name, self.run = name, run
         self.queue: queue.Queue[Callable[[Tracker, _Sent], None] | None] = queue.Queue(WAITING)
         self.since: float | None = time.monotonic()  # when the call that it is in began
+        self.late = 0.0, 0.0  # the same of a call that takes too long, and when that was seen
         self.trouble = ""  # why it is off
         self.left_out, self.last_step = 0, 0
         self.status = "FAILED"
@@ -396,9 +410,12 @@ class _Feed:
         """What is to be told, once."""
         if self.is_off:
             return
-        since = self.since  # read once: the thread sets it to None when a call ends
-        if not self.trouble and since and time.monotonic() - since > PATIENCE:
-            self.trouble = f"has not answered for {PATIENCE:g} s"
+        since, now = self.since, time.monotonic()  # read once: the thread sets it to None
+        if not self.trouble and since and now - since > PATIENCE:
+            if self.late[0] != since:
+                self.late = since, now
+            elif now - self.late[1] >= SECOND_LOOK:
+                self.trouble = f"has not answered for {PATIENCE:g} s"
         if self.trouble:
             self.is_off = True
             yield f"{self.trouble}; the run does without it"

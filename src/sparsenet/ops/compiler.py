@@ -172,7 +172,8 @@ def run_compiler(command: list[str]) -> str | None:
         try:
             _, messages = process.communicate(timeout=TIME_LIMIT)
         except BaseException as error:  # Ctrl-C does not reach a process in a session of its own
-            os.killpg(process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it has just ended
+                os.killpg(process.pid, signal.SIGKILL)
             if isinstance(error, subprocess.TimeoutExpired):
                 return f"nothing after {TIME_LIMIT} s"
             raise

@@ -22,6 +22,7 @@ IDLE_SECONDS = 5  # that a connection may wait for its next request
 GRACE_SECONDS = 1  # for the answer 408
 # In which a client that still sends what was refused may read why.
 LINGER_SECONDS = 5
+MOST_REFUSED = 100  # connections that are kept until their client has read why
 BACKLOG = 1024
 FULL_BODY = b'{"error":"expected fewer open connections; ask again"}'
 FULL = (
@@ -115,10 +116,22 @@ def _log_lines(complain: Callable[[str], None]) -> Iterator[None]:
         logger.level, logger.propagate = before
 
 
+def _refuse(transport: asyncio.Transport, loop: asyncio.AbstractEventLoop, lingers: bool) -> None:
+    """Answers a connection that is one too many. Closed at once, it may take its answer back."""
+    transport.write(FULL)
+    if not lingers:
+        transport.close()
+        return
+    transport.write_eof()
+    loop.call_later(LINGER_SECONDS, transport.abort)
+
+
 def _protocol(limits: Limits) -> type[asyncio.Protocol]:
     """A connection that says since when its request or its answer is due."""
     from h11 import SEND_BODY
     from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    refused: set[asyncio.Protocol] = set()
 
     class Connection(H11Protocol):
         since = 0.0
@@ -127,10 +140,17 @@ def _protocol(limits: Limits) -> type[asyncio.Protocol]:
             super().connection_made(transport)
             self.since = self.loop.time()
             if len(self.connections) > limits.connections:
-                transport.write(FULL)
-                transport.close()
+                self.connections.discard(self)
+                refused.add(self)
+                _refuse(transport, self.loop, lingers=len(refused) <= MOST_REFUSED)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            refused.discard(self)
+            super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
+            if self in refused:  # and what still arrives is dropped
+                return
             was_idle = self.timeout_keep_alive_task is not None
             if was_idle and self.conn.their_state is not SEND_BODY:
                 self.since = self.loop.time()

@@ -88,9 +88,11 @@ class Gate:
 
         The bytes of a request are counted as it says before it is read.
         """
-        most = LARGEST_REQUESTS * self.limits.max_bytes
-        if self.pictures + pictures > self.limits.queue or self.bytes + size > most:
+        if self.pictures + pictures > self.limits.queue:
             raise busy(f"expected at most {self.limits.queue} pictures at a time; ask again")
+        most = LARGEST_REQUESTS * self.limits.max_bytes
+        if self.bytes + size > most:
+            raise busy(f"expected at most {most / 1e6:g} MB of requests at a time; ask again")
         self.pictures += pictures
         self.bytes += size
         try:
