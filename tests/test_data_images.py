@@ -95,6 +95,33 @@ def test_transparency_is_laid_on_white() -> None:
         assert (decoded[:, 0, 0] == 255).all() and (decoded[:, 1, 0] == (40, 50, 60)).all()
 
 
+def transparent_png(bits: int, kind: int, width: int, row: bytes, transparent: bytes) -> bytes:
+    """A PNG of one row, with a level or colour that is transparent."""
+    head = png_chunk(b"IHDR", struct.pack(">II5B", width, 1, bits, kind, 0, 0, 0))
+    pixels = png_chunk(b"IDAT", zlib.compress(b"\0" + row)) + png_chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + head + png_chunk(b"tRNS", transparent) + pixels
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_the_transparent_level_of_a_png_of_few_bits_is_laid_on_white(bits: int) -> None:
+    count = 2**bits
+    levels = "".join(f"{level:0{bits}b}" for level in range(count)).ljust(8, "0")
+    row = int(levels, 2).to_bytes(len(levels) // 8, "big")
+    for transparent in {0, 1, count - 2, count - 1}:
+        data = transparent_png(bits, 0, count, row, struct.pack(">H", transparent))
+        expected = [255 * level // (count - 1) for level in range(count)]
+        expected[transparent] = 255
+        for source in (data, Image.open(BytesIO(data))):
+            assert read_image(source, 0, 1)[0, 0].tolist() == expected
+
+
+def test_a_transparent_colour_of_sixteen_bits_is_refused() -> None:
+    row = struct.pack(">6H", *3 * [0x1234], 0x8000, 0x9000, 0xA000)
+    data = transparent_png(16, 2, 2, row, struct.pack(">3H", *3 * [0x1234]))
+    with pytest.raises(BadImage, match="colours of 16 bits without transparency"):
+        read_image(data, 0, 3)
+
+
 def test_cmyk_is_the_colour_it_prints() -> None:
     cyan = read(Image.new("CMYK", (8, 8), (255, 0, 0, 0)), "TIFF")
     assert (cyan[:, 0, 0] == (0, 255, 255)).all()

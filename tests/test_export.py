@@ -11,6 +11,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import copyfile
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from conftest import Call
 from PIL import Image
 from torch import Tensor
 
@@ -30,8 +32,8 @@ from sparsenet.export.runtimes import Runtime
 from sparsenet.extras import MissingExtra
 from sparsenet.model import SparseNet
 from sparsenet.predict import predict
-from sparsenet.trained import Trained
-from sparsenet.weights import About
+from sparsenet.trained import Trained, load_trained
+from sparsenet.weights import SHIPPED, About
 
 CLASSES = ("cat", "dog", "größer", '"quoted"')
 
@@ -224,6 +226,25 @@ def test_an_opset_that_cannot_be_written_is_refused(tmp_path: Path, opset: int) 
 def test_a_target_that_cannot_be_written_is_refused_at_once(tmp_path: Path, target: str) -> None:
     with pytest.raises(ValueError, match="expected the name of a file in a folder that exists"):
         export_onnx(make(blocks=(1, 1)), tmp_path / target)
+
+
+def test_weights_are_not_replaced_by_another_format(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (folder := Path("runs #2")).mkdir()
+    weights = folder / "birds.safetensors"
+    copyfile(SHIPPED / "sparsenet_40_12.safetensors", weights)
+    before = weights.read_bytes()
+    for target in (weights, folder / "other.safetensors"):
+        outcome = call("export", weights, "--out", target)
+        assert outcome.code == 2 and "--out: expected" in outcome.err
+    assert weights.read_bytes() == before and list(folder.iterdir()) == [weights]
+    Path("link.onnx").symlink_to(folder / "model.onnx")
+    assert call("export", weights, "--out", "link.onnx").code == 0
+    assert Path("link.onnx").is_symlink() and (folder / "model.onnx").is_file()
+    assert call("export", weights).code == 0 and Path("birds.onnx").is_file()
+    assert load_trained(weights).name == "birds"
 
 
 # --- engines --------------------------------------------------------------------------------------

@@ -316,6 +316,28 @@ def test_a_second_interrupt_does_what_it_did_before(
         sparsenet.fit(dataset_dir="data", events=interrupt_twice, quiet=True, **SETTINGS)
 
 
+@pytest.mark.parametrize("mode", ["L", "CMYK", "RGBA"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_open_tiff_is_turned_as_its_file_is(
+    network: sparsenet.library.Network, tmp_path: Path, mode: str, orientation: int
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 44, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).convert(mode).save(tmp_path / "x.tif", exif=exif)
+    with Image.open(tmp_path / "x.tif") as image:
+        found = network.transform(image)
+        assert image.filename
+    assert torch.equal(found, network.transform(tmp_path / "x.tif"))
+
+
+def test_a_network_has_the_name_of_its_folder(
+    network: sparsenet.library.Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(network.path)
+    assert sparsenet.load(".").name == network.path.name
+
+
 def test_a_signal_that_comes_as_they_are_asked_for_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     install = signal.signal
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import errno
+import io
 import json
 import math
+import os
 import warnings
 from itertools import count
 from pathlib import Path
@@ -22,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from sparsenet import conclusion
+from sparsenet.commands import evaluate as evaluate_command
 from sparsenet.commands.evaluate import _as_text
 from sparsenet.evaluation import CALIBRATION_BINS, Evaluation, calibration
 from sparsenet.pictures import draw_reliability
@@ -263,6 +266,47 @@ def test_predictions_are_those_of_the_images_they_name(
             )
     outcome = call("eval", "run", "--predictions", "no/folder/out.csv")
     assert outcome.code == 2 and "--predictions: expected a file in a folder" in outcome.error
+
+
+def test_predictions_replace_predictions_and_nothing_else(
+    call: Call, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    labels = Path("labels.csv")
+    labels.write_text("image,label\na.png,ant\n")
+    refused = call("eval", trained, "--predictions", labels)
+    assert refused.code == 2 and labels.read_text() == "image,label\na.png,ant\n"
+    expected = "--predictions: expected a new file, or predictions to replace, found labels.csv"
+    assert expected in refused.error
+    Path("folder").mkdir()
+    (kept := Path("folder/out.csv")).touch()
+    (link := Path("link.csv")).symlink_to(kept)
+    for _ in range(2):
+        assert call("eval", trained, "--predictions", link).code == 0
+        assert link.is_symlink() and kept.read_text().startswith("path,true,predicted,")
+    os.mkfifo("pipe")
+    for place in ("pipe", "/dev/stdout", "/proc/self/comm"):
+        refused = call("eval", trained, "--predictions", place)
+        assert refused.code == 2 and "found: a device or pipe" in refused.error, place
+
+
+def test_predictions_are_written_though_nobody_reads_the_lines(
+    call: Call, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*given: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("sparsenet.commands.evaluate.print_result", gone)
+    with pytest.raises(BrokenPipeError):
+        call("eval", trained, "--predictions", tmp_path / "out.csv")
+    assert (tmp_path / "out.csv").read_text().startswith("path,true,predicted,")
+
+
+def test_cells_come_back_whatever_is_in_them() -> None:
+    cells = ["a\rb", "c\nd", 'e,"f', "", "g\r\nh", " "]
+    line = evaluate_command._csv_line(*cells)
+    assert line.endswith("\n") and not line.endswith("\r\n")
+    assert list(csv.reader(io.StringIO(line, newline=""))) == [cells]
 
 
 def test_an_evaluation_outlives_predictions_that_cannot_be_written(

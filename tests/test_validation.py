@@ -43,4 +43,6 @@ def test_what_cannot_be_printed_is_escaped() -> None:
     assert (
         printable("two\nlines, half \udce9, 小狗 é\x1b") == r"two\nlines, half \udce9, 小狗 é\x1b"
     )
+    names = "پیشی\u200cها", "👩\u200d🌾", "b\u00a0c"  # of letters that are joined, or not
+    assert all(printable(name) == name for name in names)
     assert printable("one\ntwo\x1b\u202e", "\n") == "one\ntwo\\x1b\\u202e"

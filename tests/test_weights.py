@@ -472,7 +472,7 @@ def test_a_foreign_file_is_one_line(file: Path, trained: Path) -> None:
             {"architecture": {"fetch": "no_such"}},
             "an architecture that this version knows, found: fetch",
         ),
-        ({"classes": [*"abcdefghi", "\x1b[2J"]}, "names that cannot be printed"),
+        ({"classes": [*"abcdefghi", "\x1b[2J"]}, "which has what is no character of a text"),
         ({"preprocessing": {"size": 10**6}}, "a size of 1000000, expected one from 1 to 4096"),
         ({"architecture": {"depth": 3004}}, "found: 3000 layers for "),
         (

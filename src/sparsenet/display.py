@@ -13,7 +13,7 @@ from typing import Any
 from sparsenet.events import Concluded, EpochDone, Event, Message, Reading, Step, Stopped
 from sparsenet.extras import require
 from sparsenet.run import Run
-from sparsenet.validation import one_line
+from sparsenet.validation import one_line, printable
 
 # Columns of a terminal that have room beside the bar for loss and error; and for images/s.
 NARROW, WIDE = 60, 84
@@ -21,7 +21,7 @@ NARROW, WIDE = 60, 84
 
 def say(*lines: str, flush: bool = False) -> None:
     """Prints lines, with escapes for what a terminal would obey."""
-    print("\n".join(map(one_line, lines)), flush=flush)
+    print("\n".join(map(printable, lines)), flush=flush)
 
 
 def warn(line: str) -> None:

@@ -53,6 +53,10 @@ def is_address(text: str) -> bool:
     return bool(re.match(r"[a-z][a-z0-9+.-]*(::[a-z][a-z0-9+.-]*)*://", text))
 
 
+DEVICES = Path("/dev"), Path("/dev/fd")
+PROCESSES = Path("/proc")
+
+
 def is_special(path: Path) -> bool:
     """Whether *path* is a pipe or a device, from which reading may never end."""
     return path.exists() and not path.is_file() and not path.is_dir()
@@ -143,9 +147,18 @@ def try_to_write(path: Path) -> None:
         pass
 
 
+def behind_link(path: Path) -> Path:
+    """The file that is written where the user names *path*: a link stays, and leads to it."""
+    _refuse_device(path)
+    return path.resolve() if path.is_symlink() else path
+
+
 def _refuse_device(path: Path) -> None:
-    if path.is_char_device() or path.is_block_device():  # which a file would replace
-        raise OSError(errno.EINVAL, "a device", str(path))
+    """Raises ``OSError`` for what a file would replace, or, as /dev/stdout, be taken for one."""
+    place = path.absolute()
+    is_place = place.parent in DEVICES or PROCESSES in place.parents
+    if is_special(path) or (is_place and path.exists()):
+        raise OSError(errno.EINVAL, "a device or pipe", str(path))
 
 
 def size_text(count: int) -> str:

@@ -152,7 +152,7 @@ class Network(Trained):
             about.grey_range,
             about.max_megapixels,
         )
-        return about.normalise(torch.from_numpy(pixels)[None])[0]
+        return about.normalise(torch.tensor(pixels)[None])[0]
 
     def predict(
         self, pictures: Any, top: int = 5, batch_size: int = 64, explained: bool = False

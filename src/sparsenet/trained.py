@@ -34,9 +34,11 @@ class Trained:
     @property
     def name(self) -> str:
         """What people call it: the folder of the run, or the file without its suffix."""
-        source = re.split(r"[?#]", self.source)[0] if self.source else str(self.path)
-        last = re.split(r"[/\\]", source)[-1]
-        return last if self.path.is_dir() else last.removesuffix(".safetensors")
+        if self.path.is_dir():
+            return self.path.resolve().name
+        is_address = weights.is_address(self.source)
+        source = re.split(r"[?#]", self.source)[0] if is_address else self.source or str(self.path)
+        return re.split(r"[/\\]", source)[-1].removesuffix(".safetensors")
 
     @property
     def preprocessing(self) -> Preprocessing:

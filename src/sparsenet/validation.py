@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import unicodedata
 from collections.abc import Iterable
 from typing import Annotated, Any
 
@@ -26,6 +27,7 @@ Value = (
     | None
 )
 
+JOINERS = "\u200c\u200d"  # of letters, in Persian and Hindi words and in emoji
 LONGEST = 1900  # characters of a line
 WORDS = {
     bool: "true or false",
@@ -103,9 +105,11 @@ def printable(text: str, kept: str = "") -> str:
     """
     if text.isprintable():
         return text
-    return "".join(
-        each if each.isprintable() or each in kept else ascii(each)[1:-1] for each in text
-    )
+
+    def is_shown(each: str) -> bool:
+        return each.isprintable() or each in JOINERS + kept or unicodedata.category(each) == "Zs"
+
+    return "".join(each if is_shown(each) else ascii(each)[1:-1] for each in text)
 
 
 def cut(text: str) -> str:

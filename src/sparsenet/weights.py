@@ -11,6 +11,7 @@ import hashlib
 import os
 import re
 import tempfile
+import unicodedata
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -349,8 +350,9 @@ def _problem(about: About) -> str | None:
     test_images = type(data.get("test_fraction")), type(data.get("skip_corrupt"))
     fraction = data.get("val_fraction", 0.0)
     datasets = [about.dataset, *(measured.dataset for measured in about.measured.values())]
-    if not all(name.isprintable() for name in (*about.classes, *datasets)):
-        return "names that cannot be printed"
+    for name in (*about.classes, *datasets):
+        if any(unicodedata.category(each) in ("Cc", "Cs") for each in name):
+            return f"the name {shown(name)}, which has what is no character of a text"
     if "fp32" not in about.measured:
         return "no 'measured' in fp32"
     if test_images != (float, bool) or not isinstance(fraction, float) or not 0 <= fraction < 1:

@@ -7,6 +7,7 @@ import csv
 import io
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from sparsenet.capture import Captured
@@ -17,11 +18,14 @@ from sparsenet.device import choose_device
 from sparsenet.evaluation import Evaluation, EvaluationStep, evaluate
 from sparsenet.export.onnx import Exported
 from sparsenet.export.runtimes import Runtime
-from sparsenet.files import try_to_write, user_path, write_atomic
+from sparsenet.files import behind_link, try_to_write, user_path, write_atomic
 from sparsenet.ops import dispatch
 from sparsenet.results import ClassScores, Scores
 from sparsenet.run import Run
 from sparsenet.weights import Measured
+
+COLUMNS = "path", "true", "predicted"  # of predictions, before the probabilities
+BEGINNING = ",".join(COLUMNS).encode()
 
 
 @dataclass(frozen=True)
@@ -49,9 +53,10 @@ class EvaluationReport:
 def run(args: argparse.Namespace) -> int:
     """Evaluates a run's network on its test images."""
     report, lines, write = evaluated(args)
-    code = print_result(report, lines, args.json)
-    write()
-    return code
+    try:
+        return print_result(report, lines, args.json)
+    finally:  # also where nobody reads what is printed
+        write()
 
 
 def evaluated(
@@ -119,7 +124,13 @@ def _check_target(predictions: str) -> None:
     if file.is_dir():
         raise ValueError(f"--predictions: expected a file, found the folder {file}")
     try:
-        try_to_write(file)
+        written = behind_link(file)
+        with file.open("rb") if file.is_file() else nullcontext() as there:
+            is_other = there and there.read(len(BEGINNING)) not in (b"", BEGINNING)
+        if is_other:
+            expected = "a new file, or predictions to replace"
+            raise ValueError(f"--predictions: expected {expected}, found {file} of another kind")
+        try_to_write(written)
     except OSError as error:
         raise ValueError(_unwritten(predictions, error)) from None
 
@@ -187,7 +198,7 @@ def _write_predictions(
     columns = names, evaluation.labels.tolist(), evaluation.predicted.tolist(), probabilities
 
     def rows() -> Iterator[str]:
-        yield _csv_line("path", "true", "predicted", *(f"p({name})" for name in classes))
+        yield _csv_line(*COLUMNS, *(f"p({name})" for name in classes))
         for path, true, predicted, row in zip(*columns, strict=True):
             shown = (f"{each:.6g}" for each in row.tolist())
             yield _csv_line(
@@ -195,15 +206,15 @@ def _write_predictions(
             )
 
     try:
-        write_atomic(user_path(predictions), rows())
+        write_atomic(behind_link(user_path(predictions)), rows())
     except OSError as error:  # such as a full disk
         raise OSError(_unwritten(predictions, error)) from error
 
 
 def _csv_line(*cells: str) -> str:
     line = io.StringIO()
-    csv.writer(line, lineterminator="\n").writerow(cells)
-    return line.getvalue()
+    csv.writer(line).writerow(cells)  # by its end, "\r\n", it knows to put "\r" into quotes
+    return line.getvalue().removesuffix("\r\n") + "\n"
 
 
 def _as_text(cell: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from importlib import import_module
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from sparsenet.commands.common import load_images, load_network
 from sparsenet.device import choose_device
@@ -46,7 +45,7 @@ def _default_target(args: argparse.Namespace, trained: Trained) -> Path:
     """
     if trained.path.is_dir():
         return trained.path / f"model.{args.format}"
-    target = Path(f"{Path(urlsplit(args.run).path).stem or 'model'}.{args.format}")
+    target = Path(f"{trained.name or 'model'}.{args.format}")
     if target.exists():
         raise ValueError(f"--out: expected a file, as {target} is there already, found none")
     return target

@@ -153,7 +153,7 @@ def copied(image: Any, max_megapixels: float) -> Any:
 
     One that cannot be loaded, or is too large, stays what it is: ``decode`` says what is wrong.
     """
-    with limits_of_our_own(), suppress(*DAMAGE):
+    with limits_of_our_own(), suppress(*DAMAGE), _unmapped(image):
         _fit_limit(image, "", max_megapixels, 1)
         # What the file says of the levels, which a copy has not.
         names = [name for name in ("tile", "tag_v2") if hasattr(image, name)]
@@ -161,6 +161,19 @@ def copied(image: Any, max_megapixels: float) -> Any:
         image = image.copy()
         vars(image).update(said)
     return image
+
+
+@contextmanager
+def _unmapped(image: Any) -> Iterator[None]:
+    """Keeps Pillow from mapping the file of *image*: such an image is turned wrongly by its tag."""
+    name = getattr(image, "filename", "")
+    if name:
+        image.filename = ""
+    try:
+        yield
+    finally:
+        if name:
+            image.filename = name
 
 
 @contextmanager
@@ -209,15 +222,18 @@ def decode(
     with opened(example) as image:
         is_callers = image is example.source  # and so stays as it is
         _fit_limit(image, example.name, max_megapixels, 1 if is_callers else jpeg_factor)
+        transparent = _transparent_level(image, example.name)
         is_deep_grey = image.mode[0] in "IF"
         if not is_deep_grey:
             _check_colours(image, example.name)
         _check_signs(image, example.name)
-        image.load()
+        with _unmapped(image):
+            image.load()
         if is_callers:
             tags = getattr(image, "tag_v2", {})
             image = image.copy()
             image.tag_v2 = tags  # which a copy has not, and which say what its levels mean
+        image.info = image.info | transparent
         with suppress(*DAMAGE):  # damaged metadata must not spoil the image
             operations.exif_transpose(image, in_place=True)
         if is_deep_grey:
@@ -267,6 +283,22 @@ def _check_signs(image: Any, name: str) -> None:
         raise BadImage(f"{name}: expected unsigned levels of 8 bits, found signed ones")
     if image.mode == "I" and UNSIGNED in formats and image.getextrema()[0] < 0:
         raise BadImage(f"{name}: expected levels below 2147483648, found larger ones")
+
+
+def _transparent_level(image: Any, name: str) -> dict[str, int]:
+    """The level of a PNG of few bits that is transparent, as its pixels have it: of 255.
+
+    Refuses a transparent colour of 16 bits, of which Pillow's pixels keep too little to tell it.
+    """
+    level = image.info.get("transparency")
+    tiles: Any = getattr(image, "tile", ())
+    if image.format != "PNG" or level is None or len(tiles) != 1:
+        return {}
+    mode = str(tiles[0][3])
+    if mode == "RGB;16B":
+        raise BadImage(f"{name}: expected colours of 16 bits without transparency, found some")
+    largest = {"1": 1, "L;2": 3, "L;4": 15}.get(mode)
+    return {"transparency": level * 255 // largest} if largest else {}
 
 
 def _as_channels(image: Any, channels: int) -> Any:

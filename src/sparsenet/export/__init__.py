@@ -33,8 +33,17 @@ FORMATS = {  # the names are also the suffixes of the files
 RUNTIMES = ("onnxruntime", "openvino")  # that run an ONNX file: sparsenet.export.runtimes
 
 
-def check_target(target: Path) -> None:
-    """Raises ``ValueError`` for a file that could not be written, before there is work done."""
+def check_target(target: Path, source: Path, format: str) -> None:
+    """Raises ``ValueError`` for a file that could not be written, before there is work done.
+
+    Nor may it be the *source* of the weights, or have the suffix of another format.
+    """
+    if target.resolve() == source.resolve():
+        expected = "another file than the weights themselves"
+        raise ValueError(f"--out: expected {expected}, found {target}")
+    if (suffix := target.suffix.removeprefix(".")) in FORMATS and suffix != format:
+        expected = f"a name that ends in .{format}, or --format {suffix}"
+        raise ValueError(f"--out: expected {expected}, found {target}")
     if target.is_dir() or not target.parent.is_dir():
         raise ValueError(f"{target}: expected the name of a file in a folder that exists")
     if not os.access(target.parent, os.W_OK):

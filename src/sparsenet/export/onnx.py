@@ -21,7 +21,7 @@ from sparsenet.export import check_target
 from sparsenet.export.check import RANDOM_IMAGES, Forward, compare, random_images, reference_model
 from sparsenet.export.runtimes import Runtime
 from sparsenet.extras import require
-from sparsenet.files import size_text, write_atomic
+from sparsenet.files import behind_link, size_text, write_atomic
 from sparsenet.model import SparseNet
 from sparsenet.trained import Trained
 
@@ -65,11 +65,11 @@ def export_onnx(
     *real_images*, uint8 ``(N, C, H, W)``. Raises ``ValueError`` where they differ, and for an
     *opset* or *target* that cannot be written.
     """
-    check_target(target)
+    check_target(target, trained.path, "onnx")
     content, opset = onnx_file(trained, opset)
     forward = Runtime("onnxruntime").start(content)
     difference, largest = compare(trained, real_images, "onnxruntime", forward)
-    write_atomic(target, content)
+    write_atomic(behind_link(target), content)
     count = 0 if real_images is None else len(real_images)
     return ExportReport(target, opset, len(content), difference, largest, count)
 

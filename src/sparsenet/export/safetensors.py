@@ -11,7 +11,7 @@ from sparsenet.data.selection import Selection
 from sparsenet.device import computes_in_bf16
 from sparsenet.evaluation import evaluate
 from sparsenet.export import check_target
-from sparsenet.files import size_text, write_atomic
+from sparsenet.files import behind_link, size_text, write_atomic
 from sparsenet.trained import Trained
 from sparsenet.weights import Measured
 
@@ -24,10 +24,7 @@ def export(trained: Trained, target: Path, data: Selection | None, opset: int | 
     written and for weights that fp16 does not have.
     """
     assert data is not None, "the format needs data"
-    check_target(target)
-    if target.resolve() == trained.path.resolve():
-        expected = "another file than the weights themselves"
-        raise ValueError(f"--out: expected {expected}, found {target}")
+    check_target(target, trained.path, "safetensors")
     tensors = weights.rounded(trained.model.state_dict())
     model = copy.deepcopy(trained.model)
     model.load_state_dict(tensors)
@@ -38,6 +35,6 @@ def export(trained: Trained, target: Path, data: Selection | None, opset: int | 
         rates = result.error, result.top5_error
         measured[precision] = Measured(*rates, result.images, data.name, data.kind)
     content = weights.pack(tensors, dataclasses.replace(trained.about, measured=measured))
-    write_atomic(target, content)
+    write_atomic(behind_link(target), content)
     errors = ", ".join(f"{each.error:.2f} % in {name}" for name, each in measured.items())
     return f"{target}: {size_text(len(content))}; error {errors} ({data.description})"

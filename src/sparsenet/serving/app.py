@@ -18,7 +18,7 @@ from sparsenet import __version__
 from sparsenet.data.pixels import FORMATS
 from sparsenet.extras import require
 from sparsenet.pictures.figure import render
-from sparsenet.serving.limits import Refused
+from sparsenet.serving.limits import MAX_HEADERS, Refused
 from sparsenet.serving.measures import Measures
 from sparsenet.serving.reading import read_pictures, stated_size
 from sparsenet.serving.service import Answer, Service
@@ -265,6 +265,9 @@ class Guard:
             self.measures.seconds.labels(path).observe(perf_counter() - began)
 
     def _refusal(self, scope: MutableMapping[str, Any]) -> Refused | None:
+        size = sum(len(name) + len(value) for name, value in scope["headers"])
+        if size > MAX_HEADERS:  # of which h11 counts only what comes in parts
+            return Refused(400, f"headers: expected at most {MAX_HEADERS} bytes, found {size}")
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         host = headers.get(b"host", "")
         name = re.sub(r":\d*$", "", host).lower()

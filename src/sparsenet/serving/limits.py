@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from sparsenet.validation import expect, setting
 
+MAX_HEADERS = 1 << 14  # bytes
 LARGEST_REQUESTS = 8  # as many of the largest requests are held at a time; of smaller ones more
 
 

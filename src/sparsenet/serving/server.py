@@ -12,12 +12,11 @@ from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 
 from sparsenet.extras import require
-from sparsenet.serving.limits import Limits
+from sparsenet.serving.limits import MAX_HEADERS, Limits
 
 if TYPE_CHECKING:
     import uvicorn
 
-MAX_HEADERS = 1 << 14  # bytes
 IDLE_SECONDS = 5  # that a connection may wait for its next request
 GRACE_SECONDS = 1  # for the answer 408
 # In which a client that still sends what was refused may read why.

@@ -26,6 +26,7 @@ from sparsenet.predict import Prediction, ranked
 from sparsenet.serving.limits import LARGEST_REQUESTS, Limits, busy
 from sparsenet.serving.measures import Measures
 from sparsenet.trained import Trained
+from sparsenet.validation import printable
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -159,7 +160,7 @@ class Service:
         self, trained: Trained, limits: Limits, max_megapixels: float | None = None
     ) -> None:
         self.trained, self.limits = trained, limits
-        self.name = trained.name
+        self.name = printable(trained.name)
         self.max_megapixels = max_megapixels or trained.preprocessing.max_megapixels
         self.gate = Gate(limits)
         self.measures = Measures(lambda: self.gate.pictures)
