@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -246,7 +247,7 @@ def test_an_empty_value_is_none(call: Call, arguments: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("command", ["", *commands.MODULES])
 def test_help_renders_and_names_what_there_is(call: Call, command: str) -> None:
-    outcome = call(*([command] if command else []), "--help")
+    outcome = call(*([command] if command else []), "--help", "all")
     assert (outcome.code, outcome.err) == (0, "")
     assert outcome.out.startswith(f"usage: sparsenet {command}".rstrip())
     if not command:
@@ -256,6 +257,22 @@ def test_help_renders_and_names_what_there_is(call: Call, command: str) -> None:
         for setting in settings():
             assert f"--{setting.name}" in text
             assert setting.help.replace("%%", "%") in text
+
+
+@pytest.mark.parametrize("command", commands.MODULES)
+def test_help_begins_with_what_is_used_most(call: Call, command: str) -> None:
+    outcome = call(command, "--help")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out.startswith(f"usage: sparsenet {command}")
+    assert len(re.findall("^  -", outcome.out, re.M)) <= 12
+    _, examples = outcome.out.split("\nexamples:\n")
+    shown = [line.strip() for line in examples.splitlines() if line.startswith("  ")]
+    assert len(shown) == 2
+    for example in shown:  # whose flags and values are right
+        assert flags.parser().parse(shlex.split(example)[1:]).command == command
+    if "every flag: " in outcome.out:
+        whole = call(command, "--help", "all").out
+        assert set(re.findall(r"--\w+", outcome.out)) < set(re.findall(r"--\w+", whole))
 
 
 # --- settings -------------------------------------------------------------------------------------

@@ -59,14 +59,90 @@ EXAMPLES: dict[str, tuple[type[int] | type[float], str]] = {  # of settings with
     "std": (float, "0.229,0.224,0.225"),
 }
 MOST = 10**6  # images at a time, classes to show
+# Of each command two examples, and of one with many flags those that are used most.
+SHOWN: dict[str, tuple[tuple[str, str], tuple[str, ...]]] = {
+    "train": (
+        (
+            "sparsenet train --dataset_dir photos",
+            "sparsenet train --dataset_dir photos --weights sparsenet_100_24 --freeze stage1",
+        ),
+        (
+            *("dataset_dir", "labels", "weights", "model", "preset"),
+            *("max_epoch", "batch_size", "lr", "out", "resume"),
+        ),
+    ),
+    "eval": (
+        ("sparsenet eval RUN", "sparsenet eval RUN --dataset_dir photos --predictions out.csv"),
+        (
+            *("run", "dataset_dir", "labels", "split", "predictions", "precision"),
+            *("engine", "batch_size", "checkpoint", "device", "json"),
+        ),
+    ),
+    "predict": (("sparsenet predict RUN photo.jpg", "sparsenet predict RUN photos --explain"), ()),
+    "serve": (
+        ("sparsenet serve RUN", "sparsenet serve RUN --host 0.0.0.0 --port 80"),
+        (
+            *("run", "host", "port", "allowed_hosts", "batch_size", "queue"),
+            *("max_images", "max_mb", "max_megapixels", "checkpoint", "device"),
+        ),
+    ),
+    "export": (
+        (
+            "sparsenet export RUN",
+            "sparsenet export RUN --format safetensors --out birds.safetensors",
+        ),
+        (
+            *("run", "format", "out", "opset", "dataset_dir", "labels"),
+            *("checkpoint", "device", "split", "cache", "skip_corrupt"),
+        ),
+    ),
+    "models": (("sparsenet models", "sparsenet models 'densenet*'"), ()),
+    "report": (
+        ("sparsenet report runs", "sparsenet report runs/a runs/b --out comparison.html"),
+        (),
+    ),
+    "check": (("sparsenet check", "sparsenet check --dataset_dir photos"), ()),
+}
 TRUTH = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+
+
+class Help(argparse.Action):
+    """Prints the flags that are used most, with examples, or all of them, and ends."""
+
+    def __call__(
+        self, parser: Any, namespace: object, values: Any, option: str | None = None
+    ) -> None:
+        print(parser.format_help() if values == "all" else parser.format_short_help(), end="")
+        parser.exit()
 
 
 class Parser(argparse.ArgumentParser):
     """A parser that raises ``ValueError`` in one line and takes no abbreviated flags."""
 
     def __init__(self, **kwargs: Any):
-        super().__init__(allow_abbrev=False, **kwargs)
+        super().__init__(allow_abbrev=False, add_help=False, **kwargs)
+        text = "show this; all: every flag there is"
+        self.add_argument("-h", "--help", nargs="?", action=Help, metavar="all", help=text)
+
+    def format_short_help(self) -> str:
+        """Of a command: its examples, and the flags that are used most."""
+        command = self.prog.partition(" ")[2]
+        examples, often = SHOWN.get(command, ((), ()))
+        if not often:
+            return self.format_help() + self._examples(examples)
+        formatter = self._get_formatter()
+        needed = [str(action.metavar) for action in self._actions if not action.option_strings]
+        formatter.add_usage(" ".join(["%(prog)s [FLAGS]", *needed]), (), ())
+        formatter.add_text(self.description)
+        formatter.start_section("flags used most")
+        actions = {action.dest: action for action in self._actions}
+        formatter.add_arguments([actions[name] for name in often])
+        formatter.end_section()
+        rest = f"\nevery flag: {self.prog} --help all\n"
+        return formatter.format_help() + self._examples(examples) + rest
+
+    def _examples(self, examples: Sequence[str]) -> str:
+        return "".join(["\nexamples:\n", *(f"  {each}\n" for each in examples)] if examples else [])
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
@@ -228,13 +304,15 @@ def _add_eval(commands: Any) -> None:
     evaluate = commands.add_parser("eval", help="error of a run on its test images")
     _add_run(evaluate)
     _add_json(evaluate)
-    evaluate.add_argument("--batch_size", type=_at_least_1, default=256, help="images at a time")
-    precisions = ("auto", "fp32", "bf16")
-    evaluate.add_argument("--precision", default="auto", choices=precisions, help="arithmetic")
-    engines = ("torch", *RUNTIMES)
     evaluate.add_argument(
-        "--engine", default="torch", choices=engines, help="what runs the network"
+        "--batch_size", type=_at_least_1, default=256, help="images at a time (default 256)"
     )
+    text = "fp32, bf16, or auto (default): the run's fp32, else what is fastest here"
+    precisions = ("auto", "fp32", "bf16")
+    evaluate.add_argument("--precision", default="auto", choices=precisions, help=text)
+    engines = ("torch", *RUNTIMES)
+    text = f"what runs the network: {', '.join(engines)} (default torch)"
+    evaluate.add_argument("--engine", default="torch", choices=engines, help=text)
     text = "write a CSV file with path, true and predicted class and all probabilities"
     evaluate.add_argument("--predictions", type=_given, metavar="FILE", help=text)
     _add_data(evaluate)
@@ -246,8 +324,10 @@ def _add_predict(commands: Any) -> None:
     _add_json(predict)
     text = "files, folders or globs"
     predict.add_argument("images", nargs="+", type=_given, metavar="IMAGE", help=text)
-    predict.add_argument("--top", type=_at_least_1, default=5, help="classes to show")
-    predict.add_argument("--batch_size", type=_at_least_1, default=64, help="images at a time")
+    predict.add_argument("--top", type=_at_least_1, default=5, help="classes to show (default 5)")
+    predict.add_argument(
+        "--batch_size", type=_at_least_1, default=64, help="images at a time (default 64)"
+    )
     text = "say what the first class is due to, and draw a heat map beside each picture"
     predict.add_argument("--explain", action="store_true", help=text)
     text = "a folder for the heat maps, instead of beside the pictures; implies --explain"
@@ -321,8 +401,10 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     text = "a run folder; or a weights file, its https address, or its name (sparsenet models)"
     parser.add_argument("run", type=_given, metavar="RUN", help=text)
     kinds = ("best", "last")
-    parser.add_argument("--checkpoint", default="best", choices=kinds, help="which weights")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, npu, mps, xpu, …")
+    parser.add_argument(
+        "--checkpoint", default="best", choices=kinds, help="weights: best (default) or last"
+    )
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, npu, mps, …")
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
