@@ -16,6 +16,7 @@ from sparsenet.architecture import Architecture
 from sparsenet.data import tree
 from sparsenet.data.images import read_image
 from sparsenet.data.preprocessing import Preprocessing
+from sparsenet.device import autocast
 from sparsenet.model import SparseNet
 from sparsenet.predict import find_images, predict
 from sparsenet.records import run_folders
@@ -158,6 +159,27 @@ def test_one_bad_file_spoils_no_other(trained: Trained, folder: Path) -> None:
     best = json.loads(json.dumps(found[0].to_dict()))
     assert set(best) == {"path", "classes", "probabilities"}
     assert len(best["classes"]) == len(best["probabilities"]) == 2
+
+
+def test_the_precision_is_the_one_that_was_asked_for(trained: Trained, folder: Path) -> None:
+    paths = [folder / "b.png"]
+    pixels = torch.from_numpy(read_image(paths[0], 16, 3))[None]
+    image = trained.preprocessing.normalise(pixels)
+    found = {}
+    for precision in ("fp32", "bf16"):
+        with torch.inference_mode(), autocast(torch.device("cpu"), precision):
+            expected = trained.model(image).float().softmax(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "fp32"):  # of the caller
+            (one,) = predict(trained, paths, precision=precision)
+        found[precision] = one.probabilities
+        assert one.probabilities == tuple(expected.topk(5).values[0].tolist())
+    assert found["fp32"] != found["bf16"]
+    (fastest,) = predict(trained, paths, precision="auto")
+    assert fastest.probabilities in found.values()
+    with pytest.raises(ValueError, match="--precision: expected fp32 for what is to be explained"):
+        predict(trained, paths, explained=True, precision="bf16")
+    (shown,) = predict(trained, paths, explained=True, precision="auto")
+    assert shown.probabilities == found["fp32"]
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 100])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, NoReturn
@@ -58,6 +59,7 @@ EXAMPLES: dict[str, tuple[type[int] | type[float], str]] = {  # of settings with
     "mean": (float, "0.485,0.456,0.406"),
     "std": (float, "0.229,0.224,0.225"),
 }
+PRECISIONS = ("auto", "fp32", "bf16")
 MOST = 10**6  # images at a time, classes to show
 # Of each command two examples, and of one with many flags those that are used most.
 SHOWN: dict[str, tuple[tuple[str, str], tuple[str, ...]]] = {
@@ -112,7 +114,8 @@ class Help(argparse.Action):
     def __call__(
         self, parser: Any, namespace: object, values: Any, option: str | None = None
     ) -> None:
-        print(parser.format_help() if values == "all" else parser.format_short_help(), end="")
+        text = parser.format_help() if values == "all" else parser.format_short_help()
+        parser._print_message(text, sys.stdout)
         parser.exit()
 
 
@@ -308,8 +311,7 @@ def _add_eval(commands: Any) -> None:
         "--batch_size", type=_at_least_1, default=256, help="images at a time (default 256)"
     )
     text = "fp32, bf16, or auto (default): the run's fp32, else what is fastest here"
-    precisions = ("auto", "fp32", "bf16")
-    evaluate.add_argument("--precision", default="auto", choices=precisions, help=text)
+    evaluate.add_argument("--precision", default="auto", choices=PRECISIONS, help=text)
     engines = ("torch", *RUNTIMES)
     text = f"what runs the network: {', '.join(engines)} (default torch)"
     evaluate.add_argument("--engine", default="torch", choices=engines, help=text)
@@ -328,6 +330,8 @@ def _add_predict(commands: Any) -> None:
     predict.add_argument(
         "--batch_size", type=_at_least_1, default=64, help="images at a time (default 64)"
     )
+    text = "fp32 (default), bf16, or auto: what is fastest here"
+    predict.add_argument("--precision", default="fp32", choices=PRECISIONS, help=text)
     text = "say what the first class is due to, and draw a heat map beside each picture"
     predict.add_argument("--explain", action="store_true", help=text)
     text = "a folder for the heat maps, instead of beside the pictures; implies --explain"

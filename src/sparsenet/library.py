@@ -155,12 +155,17 @@ class Network(Trained):
         return about.normalise(torch.tensor(pixels)[None])[0]
 
     def predict(
-        self, pictures: Any, top: int = 5, batch_size: int = 64, explained: bool = False
+        self,
+        pictures: Any,
+        top: int = 5,
+        batch_size: int = 64,
+        explained: bool = False,
+        precision: str = "fp32",
     ) -> list[Prediction]:
         """The *top* classes of each picture with their probabilities, or what is wrong with it.
 
         Those that are *explained* say what speaks for the first class, and ``drawn`` are the bytes
-        of a PNG that shows where.
+        of a PNG that shows where. *precision* is fp32, bf16, or auto: what is fastest there.
 
         *pictures* is one or an iterable of those of ``sparsenet.predict.predict``; a folder or a
         glob (``"photos/*.jpg"``) stands for the images that it names. What cannot be read raises
@@ -169,7 +174,7 @@ class Network(Trained):
         alone = not isinstance(pictures, Iterable) or isinstance(pictures, TEXT_AND_BYTES)
         if alone or any(hasattr(pictures, name) for name in ("read", "__array_interface__")):
             pictures = [pictures]
-        return list(predict(self, _found(pictures), top, batch_size, explained=explained))
+        return [*predict(self, _found(pictures), top, batch_size, None, explained, precision)]
 
 
 def _found(pictures: Iterable[Any]) -> Iterator[Any]:

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
         warn(f"sparsenet predict: {describe_others(found.others)}")
     values: list[dict[str, Any]] = []
     unwritten = 0
-    given = args.top, args.batch_size, args.max_megapixels, explained
+    given = args.top, args.batch_size, args.max_megapixels, explained, args.precision
     for prediction in predict(trained, found.images, *given):
         values.append(prediction.to_dict())
         heat_map = None
