@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import yaml
 from conftest import CPU, TINY, write_classes
 from mutators import (
     NUMBERS,
@@ -227,6 +228,20 @@ def configuration(rng: random.Random, base: Base, folder: Path) -> Case:
     if rng.random() < 0.3:
         value = {"network": value["network"]}
     file.write_bytes(json_bytes(value, rng))
+    return Case(lambda: _check_config(config.load(file, config.RunConfig())), [file])
+
+
+@reader
+def yaml_configuration(rng: random.Random, base: Base, folder: Path) -> Case:
+    """Settings in YAML, as ``--config`` reads them."""
+
+    file = folder / "settings.yaml"
+    value = _json_of(base.run / "config.json")
+    if rng.random() < 0.5:
+        file.write_bytes(json_bytes(value, rng))
+    else:
+        data = yaml.safe_dump(value, default_flow_style=rng.choice((None, False))).encode()
+        file.write_bytes(mutated_bytes(data, rng))
     return Case(lambda: _check_config(config.load(file, config.RunConfig())), [file])
 
 

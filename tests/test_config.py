@@ -6,7 +6,17 @@ import json
 import pytest
 
 from sparsenet import config as settings
-from sparsenet.config import RunConfig, changed, differences, from_dict, recipe, replace
+from sparsenet.config import (
+    RunConfig,
+    asked_by,
+    changed,
+    differences,
+    from_dict,
+    load,
+    recipe,
+    replace,
+)
+from sparsenet.files import write_json
 from sparsenet.flags import values
 from sparsenet.presets import PRESETS, preset, preset_for
 from sparsenet.zoo import IMAGENET_BLOCKS, architecture
@@ -167,3 +177,60 @@ def test_a_recipe_makes_the_same_settings_again_but_for_the_machine_and_the_netw
     assert "photos" not in str(told) and "cpu" not in str(told)
     again = replace(RunConfig(), told)
     assert again == replace(made, {"data": {"dataset_dir": ""}, "train": {"device": "auto"}})
+
+
+YAML = """\
+# Comments are YAML's.
+network: {depth: 16, growth_rate: [4, 8, 16]}
+data:
+  mirror: no
+  dataset_name: "1e3"
+optim:
+  lr: 5e-2
+  weight_decay: 1E-4
+train:
+  max_epoch: 3
+"""
+
+
+def test_yaml_says_what_json_says(tmp_path):
+    file = tmp_path / "settings.yaml"
+    file.write_text(YAML)
+    found = load(file, RunConfig())
+    assert (found.network.depth, found.network.growth_rate) == (16, (4, 8, 16))
+    assert (found.data.mirror, found.data.dataset_name) == (False, "1e3")
+    assert (found.optim.lr, found.optim.weight_decay, found.train.max_epoch) == (0.05, 1e-4, 3)
+    assert set(asked_by(file)) == {
+        *("depth", "growth_rate", "dataset_name", "lr", "max_epoch"),
+        *(["mirror"] if RunConfig().data.mirror else []),
+    }
+    whole = tmp_path / "config.yml"  # JSON is YAML
+    write_json(whole, RunConfig())
+    assert load(whole, RunConfig()) == RunConfig()
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("optim: {lr: 0.1}\noptim: {momentum: 0.5}\n", "'optim' for a second time in line 2"),
+        ("optim: &a {lr: 0.1}\ntrain: *a\n", "a reference in line 2"),
+        ("optim: {lr: .nan}\n", "Out of range float"),
+        ("optim: {? [1, 2] : 3}\n", "a key that is no name in line 1"),
+        ("optim: !!python/object/apply:os.system [exit]\n", "could not determine a constructor"),
+        ("optim: {lr: 0.1\n", "expected ',' or '}', but got"),
+        ("data: {dataset_name: 2024-01-01}\n", "date is not JSON"),
+        ("optim: {rate: 0.1}\n", "optim has no setting 'rate'"),
+        ("optim: {lr: fast}\n", "lr: expected a number, found 'fast'"),
+        ("optim:\n", "expected objects named"),
+        ("- optim\n", "Expected `object`, got `array`"),
+        ("", "Expected `object`, got `null`"),
+        ("[" * 100_000, "recursion"),
+        ("\x00", "special characters are not allowed"),
+    ],
+)
+def test_yaml_that_says_something_else_is_one_line(tmp_path, text, found):
+    file = tmp_path / "settings.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=r"settings\.yaml: ") as caught:
+        load(file, RunConfig())
+    assert found in str(caught.value) and "\n" not in str(caught.value)

@@ -16,6 +16,7 @@ from sparsenet.files import read_json, user_path
 from sparsenet.ops.implementations import IMPLEMENTATIONS, MEMORY
 from sparsenet.schedule import OptimConfig
 from sparsenet.validation import check_settings, check_type, nearest, plain, setting
+from sparsenet.yaml_files import read_yaml
 
 MOST_BYTES = 2**24  # of a JSON file of settings, of which a topology may be a table
 MOST_EPOCHS = 100_000
@@ -236,23 +237,28 @@ def from_dict(value: Any, source: str, base: RunConfig) -> RunConfig:
 
 
 def load(path: Path, base: RunConfig) -> RunConfig:
-    """Returns *base* with what a JSON file sets; ``ValueError`` in one line where it cannot."""
-    return from_dict(read_json(path, dict[str, Any], MOST_BYTES), str(path), base)
+    """Returns *base* with what a JSON or YAML file sets; ``ValueError`` in one line otherwise."""
+    return from_dict(_stated(path), str(path), base)
+
+
+def _stated(path: Path) -> dict[str, Any]:
+    """What a file says of settings."""
+    if path.suffix.lower() in (".yaml", ".yml"):
+        return read_yaml(path, dict[str, Any], MOST_BYTES)
+    return read_json(path, dict[str, Any], MOST_BYTES)
 
 
 def asked_by(path: Path) -> list[str]:
-    """Names of settings for which a JSON file that ``load`` takes asks for more than the default.
+    """Names of settings for which a file that ``load`` takes asks for more than the default.
 
-    Of a run's config.json it is none: that says what all settings were.
+    Of a run's config.json it is none: that says what all settings were, or, of an older version's,
+    most of them.
     """
-    value = read_json(path, dict[str, Any], MOST_BYTES)
-    if value.keys() == COMPONENTS.keys():
+    value = _stated(path)
+    found = [each for each in settings() if each.name in value.get(each.component, {})]
+    if 2 * len(found) > len([*settings()]):
         return []
-    return [
-        each.name
-        for each in settings()
-        if value.get(each.component, {}).get(each.name, each.default) != each.default
-    ]
+    return [each.name for each in found if value[each.component][each.name] != each.default]
 
 
 def differences(old: RunConfig, new: RunConfig) -> list[str]:

@@ -235,7 +235,7 @@ def _add_train(commands: Any) -> None:
     train.add_argument("--preset", type=_given, help=f"settings to start from: {names}")
     text = "a network of sparsenet models, which flags may change"
     train.add_argument("--model", type=_given, metavar="NAME", help=text)
-    text = "settings of another run: its folder or config.json"
+    text = "settings of another run: its folder or config.json; or a JSON or YAML file of some"
     train.add_argument("--config", type=_given, metavar="RUN", help=text)
     for component in COMPONENTS:
         group = train.add_argument_group(f"{component} (defaults without a preset)")
