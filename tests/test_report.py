@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from base64 import b64encode
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 from sparsenet.architecture import Architecture
 from sparsenet.config import RunConfig
 from sparsenet.pictures import draw_comparison
+from sparsenet.pictures.figure import series
 from sparsenet.records import read_summaries
 from sparsenet.report import write_report
 from sparsenet.results import TrainingResult
@@ -377,6 +379,19 @@ def test_the_page_stands_alone_with_the_best_run_first(tmp_path: Path) -> None:
     assert "still going or was stopped" in page.words
     assert "sparsenet train --config" in page.words
     assert "default-src 'none'" in text
+
+
+def test_runs_beyond_the_colours_are_told_apart_by_dashes(tmp_path: Path) -> None:
+    assert len({series(number) for number in range(32)}) == 32
+    for depth in range(9):
+        make_run(tmp_path / f"run{depth}", 5.0 + depth, depth=40 + 6 * depth)
+    page = write_report([tmp_path], tmp_path / "page.html").read_text()
+    lines = re.findall('<i style="background:(.*?)"></i>', page)
+    assert len(set(lines)) == 9 and f"({lines[0]} " in lines[8].replace("90deg, ", "")
+    assert re.findall('<span class="first">(.*?)</span>', page)[:2] == [
+        "5.00 % error",
+        "6.00 % error",
+    ]
 
 
 def test_pictures_of_earlier_weights_are_not_shown(call: Call, copied: Path) -> None:

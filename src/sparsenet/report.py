@@ -6,7 +6,7 @@ import io
 from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import count, cycle
+from itertools import accumulate, count, cycle
 from pathlib import Path
 from shlex import quote
 
@@ -14,7 +14,7 @@ from sparsenet import __version__
 from sparsenet.extras import MissingExtra
 from sparsenet.files import write_atomic
 from sparsenet.pictures.comparison import TITLE, draw_comparison, draw_errors, error_points
-from sparsenet.pictures.figure import SERIES_COLOURS, render
+from sparsenet.pictures.figure import render, series
 from sparsenet.records import read_summaries
 from sparsenet.run import Run
 from sparsenet.summary import HEADINGS, NO_VALUE, RunSummary, used_columns
@@ -82,7 +82,7 @@ def write_report(paths: Sequence[Path], target: Path) -> Path:
         page = render(
             "report.html",
             version=__version__,
-            rows=list(zip(cells, by_row, cycle(SERIES_COLOURS), strict=False)),
+            rows=list(zip(cells, by_row, map(_line, count()), strict=False)),
             sections=[section for sections in by_row for section in sections],
             unfinished=not all(summary.is_final for summary in summaries),
             columns=used_columns(cells, HEADINGS),
@@ -110,6 +110,15 @@ def wrote(path: Path) -> bool:
 def is_page(path: Path) -> bool:
     """Whether *path* is a page that ``write_report`` wrote, or the picture beside one."""
     return path.is_file() and path.name.endswith((".html", COMPARISON))
+
+
+def _line(number: int) -> str:
+    """A line as ``series`` has it, as the background of a thing."""
+    colour, dashes = series(number)
+    ends = [2 * each for each in accumulate(dashes)]
+    stops = zip(cycle((colour, "#fff")), [0, *ends], ends, strict=False)
+    parts = ", ".join(f"{each} {first:g}px {end:g}px" for each, first, end in stops)
+    return f"repeating-linear-gradient(90deg, {parts})" if dashes else colour
 
 
 def _read_section(run: Path, anchor: str) -> Section:

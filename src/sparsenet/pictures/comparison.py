@@ -7,7 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsenet.pictures.figure import SERIES_COLOURS, escaped, measured_points, picture, shorten
+from sparsenet.pictures.figure import (
+    SERIES_COLOURS,
+    escaped,
+    measured_points,
+    picture,
+    series,
+    shorten,
+)
 from sparsenet.results import EpochMetrics
 from sparsenet.summary import RunSummary
 
@@ -91,19 +98,20 @@ def draw_errors(rows: Sequence[RunSummary], target: Path | io.BytesIO) -> None:
         axis.grid(axis="y")
         axis.xaxis.get_major_locator().set_params(integer=True)
         for number, row in enumerate(rows):
-            colour = SERIES_COLOURS[number % len(SERIES_COLOURS)]
+            colour, dashes = series(number)
             label = shorten(escaped(row.runs[0].path.name), 60)
             if len(row.runs) > 1:
                 label += f" and {len(row.runs) - 1} more"
             for points in filter(None, (error_points(run.metrics) for run in row.runs)):
-                line = ".-" if len(points) <= 40 else "-"
+                marker = "." if len(points) <= 40 else ""
+                look = {"c": colour, "ls": (0, dashes) if dashes else "-", "marker": marker}
                 order = 3 - number / 1000
-                axis.plot(*zip(*points, strict=True), line, c=colour, zorder=order, label=label)
+                axis.plot(*zip(*points, strict=True), **look, zorder=order, label=label)
                 label = "_"  # leaves the other seeds out of the legend
         axis.set_xlim(left=0)
         axis.set_ylim(bottom=0)
         if len(rows) > 1:
-            axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=8)
+            axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=8, handlelength=3.5)
 
 
 def error_points(metrics: Sequence[EpochMetrics]) -> list[tuple[int, float]]:

@@ -21,6 +21,8 @@ INK, FAINT, GRID = "#22272e", "#8a929c", "#e3e6ea"
 SERIES_COLOURS = (
     "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", INK, FAINT,
 )  # fmt: skip
+# Lines and gaps, in widths of the line; beyond as many lines as there are colours.
+SERIES_DASHES: tuple[tuple[float, ...], ...] = ((), (5, 2), (1.5, 1.5), (7, 2, 1.5, 2))
 STYLE = {
     "text.color": INK,
     "text.parse_math": False,  # a $ in the name of a class is a $
@@ -39,6 +41,12 @@ STYLE = {
     "ytick.labelcolor": INK,
     "ytick.major.size": 0,
 }
+
+
+def series(number: int) -> tuple[str, tuple[float, ...]]:
+    """The colour and the dashes of a line among others, of which 32 can be told apart."""
+    cycle, place = divmod(number, len(SERIES_COLOURS))
+    return SERIES_COLOURS[place], SERIES_DASHES[cycle % len(SERIES_DASHES)]
 
 
 @contextmanager
