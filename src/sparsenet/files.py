@@ -148,17 +148,21 @@ def try_to_write(path: Path) -> None:
 
 
 def behind_link(path: Path) -> Path:
-    """The file that is written where the user names *path*: a link stays, and leads to it."""
-    _refuse_device(path)
-    return path.resolve() if path.is_symlink() else path
+    """The file that is written where the user names *path*: a link stays, and leads to it.
 
-
-def _refuse_device(path: Path) -> None:
-    """Raises ``OSError`` for what a file would replace, or, as /dev/stdout, be taken for one."""
+    Raises ``OSError`` for a pipe or a device, which a file would replace, and for what only looks
+    like a file, as /dev/stdout.
+    """
     place = path.absolute()
     is_place = place.parent in DEVICES or PROCESSES in place.parents
     if is_special(path) or (is_place and path.exists()):
         raise OSError(errno.EINVAL, "a device or pipe", str(path))
+    return path.resolve() if path.is_symlink() else path
+
+
+def _refuse_device(path: Path) -> None:
+    if path.is_char_device() or path.is_block_device():  # which a file would replace
+        raise OSError(errno.EINVAL, "a device", str(path))
 
 
 def size_text(count: int) -> str:
