@@ -125,7 +125,13 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs: Any):
         super().__init__(allow_abbrev=False, add_help=False, **kwargs)
         text = "show this; all: every flag there is"
-        self.add_argument("-h", "--help", nargs="?", action=Help, metavar="all", help=text)
+        options: dict[str, Any] = {
+            "nargs": "?",
+            "action": Help,
+            "metavar": "all",
+            "default": argparse.SUPPRESS,
+        }
+        self.add_argument("-h", "--help", help=text, **options)
 
     def format_short_help(self) -> str:
         """Of a command: its examples, and the flags that are used most."""

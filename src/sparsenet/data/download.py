@@ -22,9 +22,11 @@ def download(url: str, target: Path, md5: str, timeout: float = 30.0) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(str(lock)):
-            if not target.exists():
-                downloads.download(url, target, f"md5={md5}", timeout=timeout)
-            lock.unlink(missing_ok=True)  # who waits for it finds the target
+            try:
+                if not target.exists():
+                    downloads.download(url, target, f"md5={md5}", timeout=timeout)
+            finally:
+                lock.unlink(missing_ok=True)  # who waits for it looks for it by its name again
         return target
     except downloads.ChecksumError as error:
         raise DataError(f"--download: {error}; run again") from error
