@@ -166,12 +166,18 @@ def test_an_epoch_of_many_steps_is_thinned_out(fakes: Fakes, copied: Path) -> No
     assert len(found) == tracking.POINTS + 1 and found[-1] == 1000
 
 
+def ended_feed(run: Path) -> tracking._Feed:
+    """One whose thread no longer changes it."""
+    feed = tracking._Feed("wandb", Run(run))
+    feed.close("FINISHED")
+    feed.thread.join()
+    return feed
+
+
 def test_a_call_that_ends_while_its_time_is_looked_at(
     fakes: Fakes, copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    feed = tracking._Feed("wandb", Run(copied))
-    feed.close("FINISHED")
-    feed.thread.join()
+    feed = ended_feed(copied)
 
     def ends() -> float:
         feed.since = None
@@ -185,9 +191,7 @@ def test_a_call_that_ends_while_its_time_is_looked_at(
 def test_a_process_that_was_suspended_keeps_its_tracker(
     fakes: Fakes, copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    feed = tracking._Feed("wandb", Run(copied))
-    feed.close("FINISHED")
-    feed.thread.join()
+    feed = ended_feed(copied)
     late, second = 1 + 2 * tracking.PATIENCE, tracking.SECOND_LOOK
     monkeypatch.setattr(tracking.time, "monotonic", lambda: now)
     feed.since, now = 1.0, late

@@ -7,8 +7,8 @@ import csv
 import io
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 from sparsenet.capture import Captured
 from sparsenet.commands.common import load_images, load_network, print_result
@@ -125,14 +125,18 @@ def _check_target(predictions: str) -> None:
         raise ValueError(f"--predictions: expected a file, found the folder {file}")
     try:
         written = behind_link(file)
-        with file.open("rb") if file.is_file() else nullcontext() as there:
-            is_other = there and there.read(len(BEGINNING)) not in (b"", BEGINNING)
-        if is_other:
+        if file.is_file() and not _is_replaceable(file):
             expected = "a new file, or predictions to replace"
             raise ValueError(f"--predictions: expected {expected}, found {file} of another kind")
         try_to_write(written)
     except OSError as error:
         raise ValueError(_unwritten(predictions, error)) from None
+
+
+def _is_replaceable(file: Path) -> bool:
+    """Whether a file is empty, or begins as predictions do."""
+    with file.open("rb") as there:
+        return there.read(len(BEGINNING)) in (b"", BEGINNING)
 
 
 def _unwritten(predictions: str, error: OSError) -> str:
