@@ -24,6 +24,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 import torch
 import yaml
@@ -486,6 +487,21 @@ def weights_file(rng: random.Random, base: Base, folder: Path) -> Case:
     file = folder / "weights.safetensors"
     file.write_bytes(mutated_safetensors(base.weights.read_bytes(), rng))
     return Case(lambda: _check_predictions(load_trained(file), base.image), [file])
+
+
+@reader
+def hub_folder(rng: random.Random, base: Base, folder: Path) -> Case:
+    """A folder as the Hugging Face hub has it, whose parts may say different things."""
+    about = json.loads(msgspec.json.encode(load_trained(base.weights).about))
+    content = base.weights.read_bytes()
+    if rng.random() < 0.2:
+        content = mutated_safetensors(content, rng)
+    (folder / "model.safetensors").write_bytes(content)
+    (folder / "config.json").write_bytes(json_bytes(about, rng))
+    return Case(
+        lambda: _check_predictions(load_trained(folder), base.image),
+        [folder, folder / "config.json"],
+    )
 
 
 # --- readers: data --------------------------------------------------------------------------------

@@ -283,6 +283,8 @@ def test_evaluate_says_what_the_command_says(
     assert len(Path("out.csv").read_text().splitlines()) == 1 + report.images
     other = sparsenet.evaluate(trained_on_folder, dataset_dir=folder_data, split="train")
     assert other.images == 9  # those that are not held out
+    both = sparsenet.evaluate(trained_on_folder, mirror=True, split="test")
+    assert both.mirrored and not report.mirrored and both.loss != report.loss
     with pytest.raises(ValueError, match=r"unknown argument .--splits=test.*--split"):
         sparsenet.evaluate(trained_on_folder, splits="test")
 

@@ -21,15 +21,16 @@ from conftest import TINY, Call
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsenet import conclusion
 from sparsenet.commands import evaluate as evaluate_command
 from sparsenet.commands.evaluate import _as_text
-from sparsenet.evaluation import CALIBRATION_BINS, Evaluation, calibration
+from sparsenet.data.preprocessing import Preprocessing
+from sparsenet.evaluation import CALIBRATION_BINS, Evaluation, EvaluationStep, calibration
 from sparsenet.pictures import draw_reliability
 from sparsenet.pictures.training import _split_names
-from sparsenet.results import Scores, _tail
+from sparsenet.results import Scores, _tail, likely
 
 
 def evaluated(labels: Tensor, predicted: Tensor, confidence: Tensor | None = None) -> Evaluation:
@@ -345,3 +346,60 @@ def test_names_in_pictures_keep_what_tells_them_apart() -> None:
     assert _split_names([]) == ("", [])
     folder, (one, _) = _split_names(["/a/" + 20 * "bc" + "1.png", "/a/d.png"])
     assert folder == "/a" and one.startswith("…c") and one.endswith("bc1.png") and len(one) == 29
+
+
+@given(st.integers(1, 10**6), st.floats(0, 1))
+def test_likely_shares_solve_wilsons_equation(count: int, part: float) -> None:
+    share = round(part * count) / count
+    low, high = likely(share, count)
+    assert 0 <= low <= share + 1e-9 and share - 1e-9 <= high <= 1
+    for end in (low, high):  # at which the share is 1.96 standard deviations off
+        if 0 < end < 1:
+            deviation = math.sqrt(end * (1 - end) / count)
+            assert abs(share - end) == pytest.approx(1.96 * deviation, rel=1e-6, abs=1e-9)
+
+
+# --- mirror images --------------------------------------------------------------------------------
+
+
+def test_mirrored_probabilities_are_means_of_both() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 6 * 6, 7, bias=False)).eval()
+    preprocessing = Preprocessing(6, 3, (0.5, 0.4, 0.3), (0.2, 0.2, 0.25))
+    pixels = torch.randint(0, 256, (5, 3, 6, 6), dtype=torch.uint8)
+    labels = torch.arange(5)
+    with torch.no_grad():
+        losses, predicted, confidence, top5, probabilities = EvaluationStep(
+            model, preprocessing, "fp32", tell_all=True, mirrored=True
+        )(pixels, labels)
+        each = [
+            model(preprocessing.normalise(images)).double().softmax(1)
+            for images in (pixels, torch.from_numpy(pixels.numpy()[..., ::-1].copy()))
+        ]
+    mean = (each[0] + each[1]) / 2
+    torch.testing.assert_close(probabilities.double(), mean, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(losses.double(), -mean[labels, labels].log(), rtol=1e-5, atol=1e-6)
+    assert torch.equal(predicted, mean.argmax(1))
+    torch.testing.assert_close(confidence.double(), mean.max(1).values, rtol=1e-5, atol=1e-7)
+    assert top5.tolist() == [label in row.topk(5).indices for label, row in enumerate(mean)]
+    assert not torch.allclose(each[0].float(), probabilities)
+
+
+def test_eval_says_that_it_took_mirror_images(call: Call, trained_on_folder: Path) -> None:
+    plain = json.loads(call("eval", trained_on_folder, "--json").out)
+    outcome = call("eval", trained_on_folder, "--json", "--mirror", "--predictions", "out.csv")
+    found = json.loads(outcome.out)
+    assert (plain["mirrored"], found["mirrored"]) == (False, True)
+    with Path("out.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    losses = [-math.log(float(row[f"p({row['true']})"])) for row in rows]
+    assert sum(losses) / len(losses) == pytest.approx(found["loss"], rel=1e-4)
+    assert found["loss"] != pytest.approx(plain["loss"], rel=1e-4)
+    said = call("eval", trained_on_folder, "--mirror")
+    assert f"loss {found['loss']:.4f} (with mirror images)" in said.out and not said.err
+    assert "mirror" not in call("eval", trained_on_folder).out
+
+
+def test_eval_warns_of_mirror_images_that_were_never_trained_on(call: Call, trained: Path) -> None:
+    outcome = call("eval", trained, "--mirror")  # digits are not mirrored
+    assert outcome.code == 0 and "trained without mirror images" in outcome.err

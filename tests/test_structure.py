@@ -23,7 +23,7 @@ FLOORS = [
     preparation state step evaluation
     summary pictures records conclusion
     explain train predict serving export report check tracking
-    display signals flags commands library
+    display signals flags commands library hub
     cli __main__
     """.strip().splitlines()
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -125,17 +126,20 @@ class EvaluationStep:
     preprocessing: Preprocessing
     precision: str
     tell_all: bool = False
+    mirrored: bool = False
 
     def __call__(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         """Losses, predicted classes, confidences and top-5 hits, ``(N,)`` each.
 
-        With *tell_all* the probabilities of all classes, ``(N, classes)``, come last. The loss of
+        With *tell_all* the probabilities of all classes, ``(N, classes)``, come last. *mirrored*
+        probabilities are the means of those of an image and its mirror image. The loss of
         an image with a logit that is not finite is NaN, whatever its class is. *pixels* are uint8
         ``(N, C, S, S)`` and *labels* int64 ``(N,)``.
         """
-        with autocast(pixels.device, self.precision):
-            logits = self.model(self.preprocessing.normalise(pixels))
-        logits = logits.float()
+        logits = self._logits(pixels)
+        if self.mirrored:
+            both = torch.stack([logits, self._logits(pixels.flip(3))])
+            logits = both.log_softmax(2).logsumexp(0) - math.log(2)
         probabilities = logits.softmax(1)
         confidence, predicted = probabilities.max(1)
         top5 = logits.topk(min(5, logits.shape[1]), 1).indices
@@ -143,6 +147,11 @@ class EvaluationStep:
         losses = losses.where(logits.isfinite().all(1), torch.nan)
         found = losses, predicted, confidence, (top5 == labels[:, None]).any(1)
         return (*found, probabilities) if self.tell_all else found
+
+    def _logits(self, pixels: Tensor) -> Tensor:
+        with autocast(pixels.device, self.precision):
+            logits: Tensor = self.model(self.preprocessing.normalise(pixels))
+        return logits.float()
 
 
 @torch.no_grad()

@@ -77,7 +77,7 @@ SHOWN: dict[str, tuple[tuple[str, str], tuple[str, ...]]] = {
         ("sparsenet eval RUN", "sparsenet eval RUN --dataset_dir photos --predictions out.csv"),
         (
             *("run", "dataset_dir", "labels", "split", "predictions", "precision"),
-            *("engine", "batch_size", "checkpoint", "device", "json"),
+            *("mirror", "engine", "batch_size", "checkpoint", "device", "json"),
         ),
     ),
     "predict": (("sparsenet predict RUN photo.jpg", "sparsenet predict RUN photos --explain"), ()),
@@ -321,6 +321,8 @@ def _add_eval(commands: Any) -> None:
     engines = ("torch", *RUNTIMES)
     text = f"what runs the network: {', '.join(engines)} (default torch)"
     evaluate.add_argument("--engine", default="torch", choices=engines, help=text)
+    text = "take the mean over each image and its mirror image"
+    evaluate.add_argument("--mirror", action="store_true", help=text)
     text = "write a CSV file with path, true and predicted class and all probabilities"
     evaluate.add_argument("--predictions", type=_given, metavar="FILE", help=text)
     _add_data(evaluate)

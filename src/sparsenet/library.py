@@ -205,14 +205,16 @@ def load(
     return Network(**vars(trained))
 
 
-def evaluate(source: Path | str, **options: Any) -> EvaluationReport:
+def evaluate(source: Path | str, mirror: bool = False, **options: Any) -> EvaluationReport:
     """What ``sparsenet eval`` says of a run or of weights: errors, scores of classes, calibration.
 
-    *options* have the names of its flags: ``evaluate("runs/birds", split="val")``,
+    With *mirror*, probabilities are means over each image and its mirror image. *options* have the
+    names of its other flags: ``evaluate("runs/birds", split="val")``,
     ``evaluate("sparsenet_40_12", dataset_dir="photos", predictions="out.csv")``. Raises
     ``ValueError`` in one line, and ``OSError`` where predictions cannot be written after all.
     """
     flags = [f"--{name}={value}" for name, value in options.items() if value is not None]
+    flags += ["--mirror"] * mirror
     report, _, write = evaluated(parser().parse(["eval", *flags, "--", str(source)]))
     write()
     return report

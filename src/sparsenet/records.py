@@ -18,6 +18,7 @@ from sparsenet.presets import preset
 from sparsenet.run import Run
 from sparsenet.summary import MeasuredRun, RunSummary
 from sparsenet.validation import Count, Name, Percent
+from sparsenet.weights import in_folder
 
 T = TypeVar("T")
 
@@ -101,9 +102,10 @@ class Costs:
 
 def run_folders(path: Path) -> list[Path]:
     """Returns *path* where it is a run folder, else the run folders below it."""
-    if any((path / name).is_file() for name in RUN_FILES):
+    if any((path / name).is_file() for name in RUN_FILES) and not in_folder(path):
         return [path]
-    found = {file.parent for file in list_folder(path).others if file.name in RUN_FILES}
+    others = {file.parent for file in list_folder(path).others if file.name in RUN_FILES}
+    found = {folder for folder in others if not in_folder(folder)}  # no exported network
     folders: dict[Path, Path] = {}
     for folder in sorted(found, key=lambda each: (each.resolve() != each.absolute(), each)):
         folders.setdefault(folder.resolve(), folder)  # a link to one comes after it

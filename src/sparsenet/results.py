@@ -108,6 +108,15 @@ class Scores:
         return f"far worse than the others: {name}, {one.wrong} of {one.images} images wrong"
 
 
+def likely(share: float, count: int) -> tuple[float, float]:
+    """The shares that fit one of *share* among *count* in 95 of 100 cases: Wilson's interval."""
+    z = 1.96  # standard deviations
+    middle = share + z * z / (2 * count)
+    reach = z * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
+    whole = 1 + z * z / count
+    return max((middle - reach) / whole, 0.0), min((middle + reach) / whole, 1.0)
+
+
 def _tail(images: int, wrong: int, drawn: int, least: int) -> float:
     """The probability of *least* or more wrong ones among as many *images* as are *drawn*."""
 

@@ -34,8 +34,9 @@ class Trained:
     @property
     def name(self) -> str:
         """What people call it: the folder of the run, or the file without its suffix."""
-        if self.path.is_dir():
-            return self.path.resolve().name
+        place = self.source or self.path
+        if os.path.isdir(place):  # noqa: PTH112
+            return Path(place).resolve().name
         is_address = weights.is_address(self.source)
         source = re.split(r"[?#]", self.source)[0] if is_address else self.source or str(self.path)
         return re.split(r"[/\\]", source)[-1].removesuffix(".safetensors")
@@ -61,7 +62,8 @@ def load_trained(
     a name of ``sparsenet.list_models`` that has weights. Raises ``ValueError`` in one line
     (``RunError`` for a run folder).
     """
-    if os.path.isdir(source):  # noqa: PTH112 - where pathlib raises for what none can be called
+    is_folder = os.path.isdir(source)  # noqa: PTH112 - pathlib raises for what none can be called
+    if is_folder and not weights.in_folder(source):
         return _load_run(Path(source), kind, device, implementation)
     file = weights.load(source, alternatives="a run folder, ")
     if kind != "best":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import os
 import re
 import tempfile
@@ -34,6 +35,7 @@ from sparsenet.validation import LONGEST_NAME, Count, Name, Percent, Value, near
 T = TypeVar("T")
 
 SHIPPED = Path(__file__).with_name("pretrained")  # NAME.safetensors; index.json: NAME to SHA-256
+FILE, CONFIG = "model.safetensors", "config.json"  # in a folder as the hub has them
 SCHEME = "https://"
 HUB = "hf://"  # of the Hugging Face hub
 Key = Annotated[str, msgspec.Meta(pattern=r"^\w+$", max_length=100)]
@@ -104,6 +106,8 @@ class Weights:
 def load(source: str | Path, alternatives: str = "") -> Weights:
     """Loads what *source* names: a file that exists, else an https address, else a shipped name.
 
+    A folder as the Hugging Face hub has it stands for the ``FILE`` in it.
+
     An address is one that ``fetch`` takes, and may end in ``#sha256=HEX``. The hashes
     of a shipped file and of one in the cache are always checked. The error for a source that names
     nothing also lists *alternatives*, other things that the caller accepts.
@@ -113,6 +117,8 @@ def load(source: str | Path, alternatives: str = "") -> Weights:
     """
     name = str(source)
     scheme, separator, _ = name.partition("://")
+    if in_folder(name):
+        return _load_folder(Path(name), name)
     if os.path.exists(name):  # noqa: PTH110 - where pathlib raises for what no file can be called
         return _load_file(Path(name), name)
     if is_address(name):
@@ -127,6 +133,15 @@ def load(source: str | Path, alternatives: str = "") -> Weights:
         f"{name}: expected {alternatives}a weights file, its {SCHEME} address or a name that has "
         f"weights ({', '.join(shipped())}), found nothing of that name{hint}"
     )
+
+
+def in_folder(path: Path | str) -> bool:
+    """Whether *path* is a folder of weights as the hub has them, and not a run's."""
+    inside = {
+        name: os.path.exists(os.path.join(path, name))  # noqa: PTH110, PTH118 - pathlib raises
+        for name in (FILE, "train.log", "checkpoints")
+    }
+    return inside.pop(FILE) and not any(inside.values())
 
 
 def load_shipped(name: str) -> Weights:
@@ -240,6 +255,21 @@ def is_our_own(path: Path) -> bool:
     return b'"sparsenet"' in header
 
 
+def _load_folder(folder: Path, source: str) -> Weights:
+    """The weights of a folder, whose ``CONFIG`` must not say anything else of them."""
+    found = _load_file(folder / FILE, source)
+    if (config := folder / CONFIG).exists():
+        said = read_json(config, dict[str, Any])
+        own = json.loads(msgspec.json.encode(found.about))
+        for name, value in own.items():
+            if said.get(name, value) != value:
+                raise ValueError(
+                    f"{config}: expected what {FILE} says of itself, found another {name!r}; what "
+                    "is changed here has no effect on the weights"
+                )
+    return found
+
+
 def _load_address(address: str) -> Weights:
     weights, path = fetch(address, _load_file)
     return dataclasses.replace(weights, path=path)
@@ -298,7 +328,7 @@ def _on_the_web(address: str) -> str:
     name, _, revision = name.partition("@")
     if not (owner and name):
         raise ValueError(f"{address}: expected {HUB}OWNER/NAME or {HUB}OWNER/NAME/FILE")
-    place = f"{owner}/{name}/resolve/{revision or 'main'}/{file or 'model.safetensors'}"
+    place = f"{owner}/{name}/resolve/{revision or 'main'}/{file or FILE}"
     return f"{SCHEME}huggingface.co/{place}" + f"#{fragment}" * bool(fragment)
 
 

@@ -15,6 +15,7 @@ from sparsenet.commands.common import load_images, load_network, print_result
 from sparsenet.data.errors import count_images, shortened
 from sparsenet.data.selection import Selection
 from sparsenet.device import choose_device
+from sparsenet.display import warn
 from sparsenet.evaluation import Evaluation, EvaluationStep, evaluate
 from sparsenet.export.onnx import Exported
 from sparsenet.export.runtimes import Runtime
@@ -40,6 +41,7 @@ class EvaluationReport:
     error: float
     top5_error: float
     loss: float  # mean cross-entropy, nats
+    mirrored: bool  # whether probabilities are means over an image and its mirror image
     images: int
     split: str  # "training", "validation", "test", "held-out", or nothing where data has no splits
     place: str  # where they lie
@@ -47,7 +49,7 @@ class EvaluationReport:
     seconds: float
     class_errors: dict[str, float | None]  # ``None``: no image of the class
     scores: Scores
-    stated_error: float | None  # what a weights file says of itself
+    stated_error: float | None  # what a weights file says of itself, without mirror images
 
 
 def run(args: argparse.Namespace) -> int:
@@ -80,7 +82,11 @@ def evaluated(
     pixels = data.images[: args.batch_size].pixels
     model = Exported(trained, runtime, pixels) if runtime else trained.model
     torch_precision = "fp32" if runtime else precision  # of what PyTorch is left to do
-    step = EvaluationStep(model, trained.preprocessing, torch_precision, bool(args.predictions))
+    if args.mirror and trained.about.recipe.get("data", {}).get("mirror") is False:
+        warn("sparsenet: warning: the network was trained without mirror images")
+    step = EvaluationStep(
+        model, trained.preprocessing, torch_precision, bool(args.predictions), args.mirror
+    )
     evaluation = evaluate(
         model,
         data.images,
@@ -105,6 +111,7 @@ def evaluated(
         error=evaluation.error,
         top5_error=evaluation.top5_error,
         loss=evaluation.loss,
+        mirrored=args.mirror,
         images=evaluation.images,
         split=data.kind,
         place=data.place,
@@ -158,7 +165,8 @@ def _lines(report: EvaluationReport, data: Selection, stated: Measured | None) -
     engine = "" if report.engine == "torch" else f" by {report.engine}"
     yield f"{data.description}, {report.seconds:.2f} s{engine}"
     top5 = f"top-5 error {report.top5_error:.2f} %, " if len(report.class_errors) > 5 else ""
-    yield f"error {report.error:.2f} %, {top5}loss {report.loss:.4f}"
+    mirrored = " (with mirror images)" if report.mirrored else ""
+    yield f"error {report.error:.2f} %, {top5}loss {report.loss:.4f}{mirrored}"
     scores = report.scores
     yield (
         f"balanced accuracy {scores.balanced_accuracy:.2f} %, over classes: "
@@ -174,7 +182,8 @@ def _lines(report: EvaluationReport, data: Selection, stated: Measured | None) -
         yield f"  {name}: {_class_line(name, one, scores)}"
     if stated:
         images = f"{count_images(stated.images, stated.split)} of {stated.dataset}"
-        yield f"stated: {stated.error:.2f} % ({report.precision}), for {images}"
+        without = ", without mirror images" if report.mirrored else ""
+        yield f"stated: {stated.error:.2f} % ({report.precision}), for {images}{without}"
 
 
 def _class_line(name: str, one: ClassScores, scores: Scores) -> str:

@@ -43,9 +43,10 @@ def _default_target(args: argparse.Namespace, trained: Trained) -> Path:
 
     There it may be anybody's file, and is not replaced: raises ``ValueError``.
     """
+    is_folder = FORMATS[args.format].is_folder
     if trained.path.is_dir():
-        return trained.path / f"model.{args.format}"
-    target = Path(f"{trained.name or 'model'}.{args.format}")
-    if target.exists():
+        return trained.path / (args.format if is_folder else f"model.{args.format}")
+    target = Path(f"{trained.name or 'model'}{'-' if is_folder else '.'}{args.format}")
+    if target.exists() and not is_folder:
         raise ValueError(f"--out: expected a file, as {target} is there already, found none")
     return target

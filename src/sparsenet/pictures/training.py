@@ -23,7 +23,7 @@ from sparsenet.pictures.figure import (
     picture,
     shorten,
 )
-from sparsenet.results import EpochMetrics
+from sparsenet.results import EpochMetrics, likely
 
 SPLITS = {"train": "train", "val": "val", "test": "test"}  # and what pictures call them
 SPLIT_COLOURS = {"train": "#0072b2", "val": "#e69f00", "test": "#d55e00"}
@@ -215,7 +215,7 @@ def draw_reliability(confidence: Tensor, right: Tensor, target: Path) -> None:
     with picture(target, 6.5, 6.5, title) as figure:
         axis, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
         axis.plot((0, 100), (0, 100), "--", color=FAINT, linewidth=1)
-        low, high = _wilson(accuracy, n)
+        low, high = torch.tensor(list(map(likely, accuracy.tolist(), n.tolist()))).T
         bars = 100 * torch.stack([accuracy - low, high - accuracy]).clamp(min=0)
         style = {"color": SPLIT_COLOURS["train"], "fmt": "o-", "capsize": 2, "elinewidth": 1}
         axis.errorbar((100 * sure).tolist(), (100 * accuracy).tolist(), bars.tolist(), **style)
@@ -224,14 +224,6 @@ def draw_reliability(confidence: Tensor, right: Tensor, target: Path) -> None:
         wide = {"width": 92 / CALIBRATION_BINS, "color": FAINT}
         below.bar((100 * middles).tolist(), counts.tolist(), **wide)
         below.set(xlabel="probability of the predicted class, %", ylabel="images")
-
-
-def _wilson(share: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    z = 1.96  # standard deviations
-    middle = share + z * z / (2 * count)
-    reach = z * (share * (1 - share) / count + (z / (2 * count)) ** 2).sqrt()
-    low, high = ((middle + sign * reach) / (1 + z * z / count) for sign in (-1, 1))
-    return low, high
 
 
 def draw_samples(
