@@ -193,6 +193,16 @@ train:
 """
 
 
+def test_a_name_that_comes_twice_is_refused(tmp_path):
+    file = tmp_path / "settings.json"
+    for text in ('{"optim": {"lr": 0.1, "lr": 0.2}}', '{"optim": {}, "data": {}, "optim": {}}'):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=r"expected each name once, found '(lr|optim)' again"):
+            load(file, RunConfig())
+    file.write_text('{"optim": {"lr": 0.1}, "train": {"max_epoch": 2}}')
+    assert load(file, RunConfig()).optim.lr == 0.1
+
+
 def test_yaml_says_what_json_says(tmp_path):
     file = tmp_path / "settings.yaml"
     file.write_text(YAML)

@@ -453,6 +453,13 @@ def test_a_page_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         write_report([make_run(tmp_path / "run", 5.5)], tmp_path / "missing" / "report.html")
 
 
+def test_a_link_to_a_page_stays(tmp_path: Path) -> None:
+    link = tmp_path / "report.html"
+    link.symlink_to("elsewhere.html")
+    assert write_report([make_run(tmp_path / "run", 5.5)], link) == link
+    assert link.is_symlink() and "5.5" in (tmp_path / "elsewhere.html").read_text()
+
+
 def test_filters_are_drawn_into_the_run_and_shown(call: Call, copied: Path) -> None:
     outcome = call("report", copied, "--filters")
     assert outcome.lines == [str(copied / "report.html")]

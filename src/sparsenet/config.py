@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import typing
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,10 +14,10 @@ from typing import Any
 
 from sparsenet.architecture import WRITTEN, Architecture
 from sparsenet.data.config import DataConfig
-from sparsenet.files import read_json, user_path
+from sparsenet.files import read_bytes, read_json, user_path
 from sparsenet.ops.implementations import IMPLEMENTATIONS, MEMORY
 from sparsenet.schedule import OptimConfig
-from sparsenet.validation import check_settings, check_type, nearest, plain, setting
+from sparsenet.validation import check_settings, check_type, nearest, plain, setting, shown
 from sparsenet.yaml_files import read_yaml
 
 MOST_BYTES = 2**24  # of a JSON file of settings, of which a topology may be a table
@@ -245,7 +247,15 @@ def _stated(path: Path) -> dict[str, Any]:
     """What a file says of settings."""
     if path.suffix.lower() in (".yaml", ".yml"):
         return read_yaml(path, dict[str, Any], MOST_BYTES)
-    return read_json(path, dict[str, Any], MOST_BYTES)
+    found = read_json(path, dict[str, Any], MOST_BYTES)
+
+    def once(pairs: list[tuple[str, Any]]) -> None:
+        for name, count in Counter(name for name, _ in pairs).items():
+            if count > 1:  # of which one would be lost
+                raise ValueError(f"{path}: expected each name once, found {shown(name)} again")
+
+    json.loads(read_bytes(path, MOST_BYTES), object_pairs_hook=once)
+    return found
 
 
 def asked_by(path: Path) -> list[str]:

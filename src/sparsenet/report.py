@@ -12,7 +12,7 @@ from shlex import quote
 
 from sparsenet import __version__
 from sparsenet.extras import MissingExtra
-from sparsenet.files import write_atomic
+from sparsenet.files import behind_link, write_atomic
 from sparsenet.pictures.comparison import TITLE, draw_comparison, draw_errors, error_points
 from sparsenet.pictures.figure import render, series
 from sparsenet.records import read_summaries
@@ -92,7 +92,7 @@ def write_report(paths: Sequence[Path], target: Path) -> Path:
             errors=_error_curves(summaries) if measured else None,
             measured=measured,
         )
-        write_atomic(target, page + "\n")
+        write_atomic(behind_link(target), page + "\n")
     except OSError as error:
         raise ValueError(
             f"{target}: expected a file that can be written, found: {error.strerror}"
