@@ -521,8 +521,9 @@ def test_other_files_are_refused_in_one_line(call: Call, tmp_path: Path) -> None
     assert outcome.code == 2 and re.search("sparsenet_40_12", outcome.error)
 
 
-def test_addresses_of_the_hub_are_those_of_its_files() -> None:
+def test_addresses_of_the_hub_are_those_of_its_files(monkeypatch: pytest.MonkeyPatch) -> None:
     place = weights._on_the_web
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
     assert place("https://a.org/b#sha256=1") == "https://a.org/b#sha256=1"
     hub = "https://huggingface.co/timm/densenet121.ra_in1k/resolve"
     assert place("hf://timm/densenet121.ra_in1k") == f"{hub}/main/model.safetensors"
@@ -531,3 +532,8 @@ def test_addresses_of_the_hub_are_those_of_its_files() -> None:
     )
     with pytest.raises(ValueError, match="expected hf://OWNER/NAME"):
         place("hf://densenet121")
+    monkeypatch.setenv("HF_ENDPOINT", "https://mirror.org/")
+    assert place("hf://me/birds") == "https://mirror.org/me/birds/resolve/main/model.safetensors"
+    monkeypatch.setenv("HF_ENDPOINT", "http://mirror.org")
+    with pytest.raises(ValueError, match="^HF_ENDPOINT: expected an address .* https://"):
+        place("hf://me/birds")

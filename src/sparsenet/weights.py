@@ -319,7 +319,10 @@ def fetch(address: str, read: Callable[[Path, str], T]) -> tuple[T, Path]:
 
 
 def _on_the_web(address: str) -> str:
-    """The address of a file on the Hugging Face hub as one that is downloaded."""
+    """The address of a file on the Hugging Face hub as one that is downloaded.
+
+    ``HF_ENDPOINT`` names a mirror of the hub, as it does for huggingface_hub.
+    """
     if not address.startswith(HUB):
         return address
     path, _, fragment = address.removeprefix(HUB).partition("#")
@@ -328,8 +331,12 @@ def _on_the_web(address: str) -> str:
     name, _, revision = name.partition("@")
     if not (owner and name):
         raise ValueError(f"{address}: expected {HUB}OWNER/NAME or {HUB}OWNER/NAME/FILE")
+    endpoint = os.environ.get("HF_ENDPOINT") or f"{SCHEME}huggingface.co"
+    if not endpoint.startswith(SCHEME):
+        expected = f"an address that begins with {SCHEME}"
+        raise ValueError(f"HF_ENDPOINT: expected {expected}, found {endpoint}")
     place = f"{owner}/{name}/resolve/{revision or 'main'}/{file or FILE}"
-    return f"{SCHEME}huggingface.co/{place}" + f"#{fragment}" * bool(fragment)
+    return f"{endpoint.rstrip('/')}/{place}" + f"#{fragment}" * bool(fragment)
 
 
 def _load_file(path: Path, source: str, sha256: str = "") -> Weights:
