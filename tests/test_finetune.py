@@ -535,5 +535,5 @@ def test_addresses_of_the_hub_are_those_of_its_files(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("HF_ENDPOINT", "https://mirror.org/")
     assert place("hf://me/birds") == "https://mirror.org/me/birds/resolve/main/model.safetensors"
     monkeypatch.setenv("HF_ENDPOINT", "http://mirror.org")
-    with pytest.raises(ValueError, match="^HF_ENDPOINT: expected an address .* https://"):
+    with pytest.raises(ValueError, match=r"^HF_ENDPOINT: expected an address .* https://"):
         place("hf://me/birds")
