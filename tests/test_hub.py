@@ -22,15 +22,18 @@ import torch
 import yaml
 from conftest import Call
 from markdown_it import MarkdownIt
+from safetensors.torch import save
 from test_export import make
 
 import sparsenet
 from sparsenet import weights
-from sparsenet.data.dataset import Images
-from sparsenet.data.selection import Selection
+from sparsenet.data.dataset import Images, Labelled
+from sparsenet.data.selection import Known, Selection
 from sparsenet.export import hf
 from sparsenet.hub import HubNetwork
-from sparsenet.trained import Trained
+from sparsenet.results import ClassScores, Scores
+from sparsenet.run import Run
+from sparsenet.trained import Trained, load_trained
 
 PICTURE = np.arange(64, dtype=np.uint8).reshape(8, 8)
 
@@ -62,7 +65,9 @@ def parts(card: str) -> tuple[Any, str]:
     return yaml.safe_load(metadata), text
 
 
-def test_a_folder_is_evaluated_to_what_its_card_states(call: Call, exported: Path) -> None:
+def test_a_folder_is_evaluated_to_what_its_card_states(
+    call: Call, trained: Path, exported: Path
+) -> None:
     assert sorted(path.name for path in exported.iterdir()) == [
         *("README.md", "config.json", "model.safetensors"),
     ]
@@ -80,9 +85,13 @@ def test_a_folder_is_evaluated_to_what_its_card_states(call: Call, exported: Pat
     for name, one in fp32["scores"]["classes"].items():
         row = f"| {name} | {one['images']} | {fp32['class_errors'][name]:.2f} % |"
         assert row in text
-    assert f"Balanced accuracy {fp32['scores']['balanced_accuracy']:.2f} %" in text
+    assert f"The balanced accuracy is {fp32['scores']['balanced_accuracy']:.2f} %" in text
     assert metadata["library_name"] == "sparsenet" and "license" not in metadata
-    assert "No licence is named here yet" in text
+    parameters, macs = (
+        f"{json.loads((trained / 'graph.json').read_text())[name]:,}"
+        for name in ("parameters", "macs")
+    )
+    assert f"{parameters} parameters,\n{macs} multiply-accumulates" in text
 
 
 def test_a_folder_is_a_network_wherever_weights_are(call: Call, folder: Path) -> None:
@@ -95,10 +104,10 @@ def test_a_folder_is_a_network_wherever_weights_are(call: Call, folder: Path) ->
     )
     for name, value in model.state_dict().items():
         assert torch.equal(value, network.model.state_dict()[name])
-    other = folder.parent / "there" / "again"
-    other.parent.mkdir()
+    other = folder.parent / "bird-hf"
     call("export", folder, "--format", "hf", "--out", other, "--dataset", "digits")
     assert (other / "model.safetensors").read_bytes() == alone.path.read_bytes()
+    assert sparsenet.load(other).name == "bird"
 
 
 def test_a_report_takes_an_exported_network_for_no_run(
@@ -108,9 +117,9 @@ def test_a_report_takes_an_exported_network_for_no_run(
     shutil.copytree(trained, runs / "mine")
     before = call("report", runs, "--markdown").out
     assert call("export", runs / "mine", "--format", "hf").code == 0
-    assert (runs / "mine" / "hf" / "model.safetensors").is_file()
+    assert (runs / "mine" / "mine-hf" / "model.safetensors").is_file()
     assert call("report", runs, "--markdown").out == before != ""
-    assert "expected a run folder" in call("report", runs / "mine" / "hf").err
+    assert "expected a run folder" in call("report", runs / "mine" / "mine-hf").err
 
 
 def test_nothing_is_replaced(
@@ -160,8 +169,110 @@ def test_a_description_that_was_changed_is_refused(call: Call, folder: Path) -> 
     config.write_text(json.dumps(said | {"classes": said["classes"][::-1]}))
     outcome = call("eval", folder, "--dataset", "digits")
     assert outcome.code == 2 and "found another 'classes'" in outcome.err
+    for text in ("[]", "{", "3"):
+        config.write_text(text)
+        with pytest.raises(ValueError, match=r"config\.json: [Ee]xpected"):
+            HubNetwork.from_pretrained(folder)
+    config.write_text(json.dumps(said | {"path": "/etc"}))
+    assert HubNetwork.from_pretrained(folder).path == folder / "model.safetensors"
     config.unlink()
     assert sparsenet.load(folder).classes == tuple(said["classes"])
+
+
+def test_a_folder_of_an_older_version_is_as_good_as_its_weights(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    tensors, said = weights.parse(file.read_bytes())
+    for name in ("grey_range", "max_megapixels"):
+        del said["preprocessing"][name]
+    file.write_bytes(save(tensors, {"sparsenet": json.dumps(said)}))
+    (folder / "config.json").write_text(json.dumps(said))
+    assert sparsenet.load(folder).preprocessing == sparsenet.load(file).preprocessing
+
+
+def test_a_run_is_a_run_whatever_is_exported_into_it(
+    call: Call, trained: Path, exported: Path, tmp_path: Path
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for file in ("config.json", "metrics.csv", "result.json"):  # as records are kept
+            shutil.copy(trained / file, tmp_path / name)
+    before = call("report", tmp_path, "--markdown").out
+    shutil.copy(exported / "model.safetensors", tmp_path / "b")
+    assert call("report", tmp_path, "--markdown").out == before != ""
+
+
+# --- what a card admits ---------------------------------------------------------------------------
+
+
+def limits(folder: Path) -> str:
+    return parts((folder / "README.md").read_text())[1].partition("## Limits")[2]
+
+
+def test_a_card_says_what_its_images_were_to_the_training(
+    call: Call, trained_on_folder: Path, folder_data: Path, tmp_path: Path
+) -> None:
+    plain = ("export", trained_on_folder, "--format", "hf", "--out")
+    assert call(*plain, tmp_path / "own").code == 0
+    assert "trained on" not in limits(tmp_path / "own")
+    assert call(*plain, tmp_path / "train", "--split", "train").code == 0
+    assert "It was trained on 9 of the 9 images" in limits(tmp_path / "train")
+    swapped = tmp_path / "swapped" / "test"  # what was trained on, as a test split
+    shutil.copytree(folder_data, swapped)
+    assert call(*plain, tmp_path / "swap", "--dataset_dir", swapped.parent).code == 0
+    assert re.search(r"It was trained on 9 of the \d+ images", limits(tmp_path / "swap"))
+    again = ("export", tmp_path / "own", "--format", "hf", "--out")
+    assert call(*again, tmp_path / "unknown", "--dataset_dir", swapped.parent).code == 0
+    assert "Whether it was trained on some of the" in limits(tmp_path / "unknown")
+
+
+def test_a_weights_file_knows_the_very_images_that_it_was_trained_on(
+    call: Call, trained_on_folder: Path, tmp_path: Path
+) -> None:
+    ids = Run.open(trained_on_folder).images()
+    record = load_trained(trained_on_folder).about.data
+    part = Labelled(
+        Images(torch.empty(len(ids["train.ids"]), 0), ids["train.labels"]),
+        ids["train.ids"],
+        torch.arange(len(ids["train.ids"])),
+    )
+    known = Known({}, record)
+    assert known.seen(part) == {"train": 9, "val": 0}
+    assert known.warning(part) == ("warning: the network was trained on 9 of these images",)
+    assert known.seen(part.pick(torch.arange(9) < 8)) is None
+    assert Known({}, None).seen(part) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "reads"),
+    [
+        ({}, "SparseNet", "some of the layers"),
+        ({"fetch": "dense"}, "DenseNet", "all layers"),
+    ],
+)
+def test_a_card_says_what_the_network_is(changes: Any, name: str, reads: str) -> None:
+    network = make(blocks=(1, 1), **changes)
+    measured = {"fp32": weights.Measured(25.0, 0.0, 8, "animals")}
+    about = weights.About(**(vars(network.about) | {"measured": measured}))
+    card = hf.card("birds", about)
+    assert f"It is a {name}, a convolutional network\nwhose layers each read {reads} before" in card
+    assert "top-5" not in card  # of four classes
+    assert ("1608.06993" in card) == ("fetch" in changes)
+    assert "began with" not in card
+    began = weights.About(**(vars(about) | {"recipe": {"train": {"weights": "hf://a/b"}}}))
+    assert "from the weights of hf://a/b" in hf.card("birds", began)
+    assert "Whether the weights that it began with were trained" in hf.card("birds", began)
+
+
+def test_a_card_names_the_classes_without_images() -> None:
+    one = ClassScores(0, 0, 0, None, None, None)
+    other = ClassScores(8, 8, 6, 75.0, 75.0, 75.0)
+    scores = Scores(75.0, 75.0, 75.0, 80.0, 5.0, {"cat": other, "do|g": one}, {})
+    network = make(blocks=(1, 1))
+    measured = {"fp32": weights.Measured(25.0, 0.0, 8, "animals")}
+    about = weights.About(**(vars(network.about) | {"measured": measured}))
+    text = hf.card("birds", about, scores, {"train": 0, "val": 3})
+    assert "No image of these classes was among them: do\\|g." in text
+    assert "Its best epoch may have been chosen by 3 of the 8 images" in text
 
 
 NAMES = ("a|b", "<b>bold</b>", "*stars* _and_ `ticks`", "[link](http://x) & $1$")
@@ -169,12 +280,12 @@ NAMES = ("a|b", "<b>bold</b>", "*stars* _and_ `ticks`", "[link](http://x) & $1$"
 
 def test_names_mean_themselves_in_a_card() -> None:
     network = make(blocks=(1, 1))
-    about = weights.About(**(vars(network.about) | {"classes": NAMES, "dataset": "my | *data*"}))
+    about = weights.About(**(vars(network.about) | {"classes": NAMES, "dataset": "# my | *data*"}))
     count = 4 * len(NAMES)
     images = Images(
         torch.zeros(count, 3, 8, 8, dtype=torch.uint8), torch.arange(count) % len(NAMES)
     )
-    data = Selection("my | *data*", images, "test", "", ())
+    data = Selection("# my | *data*", images, "test", "", ())
     recipe = {"data": {"test_fraction": 0.2, "skip_corrupt": False, "dataset_name": "```\n# no"}}
     about = weights.About(**(vars(about) | {"recipe": recipe}))
     _, about, evaluation = hf.measured(Trained(network.path, network.model, about), data)
@@ -290,7 +401,7 @@ def test_what_is_pushed_comes_back(
     hub: tuple[str, dict[str, bytes]], folder: Path, tmp_path: Path
 ) -> None:
     address, files = hub
-    (folder / "README.md").write_text("---\nlicense: mit\n---\n\n# Written on by hand\n")
+    (folder / "README.md").write_bytes("---\r\nlicense: mit\r\n---\r\n8 × 8\r\n".encode())
     own = {
         "HF_ENDPOINT": address,
         "HF_HOME": str(tmp_path / "cache"),
@@ -320,13 +431,22 @@ def test_only_what_was_measured_is_given_away(folder: Path, trained: Path, tmp_p
     assert (run / "config.json").read_text() == "{}"
     with pytest.raises(ValueError, match="expected no config"):
         network.save_pretrained(tmp_path / "new", config={"mine": 1})
+    with pytest.raises(ValueError, match="push_to_hub=True beside privat"):
+        network.save_pretrained(tmp_path / "new", privat=True)
+    card = (folder / "README.md").read_bytes()
+    (folder / "README.md").write_bytes("8 × 8".encode("cp1252"))
+    with pytest.raises(ValueError, match=r"README\.md: expected text in UTF-8"):
+        network.push_to_hub("me/birds")
+    (folder / "README.md").write_bytes(card)
     with torch.no_grad():
         network.model.classifier.bias += 1
     with pytest.raises(ValueError, match="found changed ones"):
         network.save_pretrained(tmp_path / "new")
     with pytest.raises(ValueError, match="found changed ones"):
         network.push_to_hub("me/birds")  # before it asks for any hub
-    with pytest.raises(ValueError, match="--format hf makes one"):
+    with pytest.raises(ValueError, match="expected no config"):
+        network.push_to_hub("me/birds", config={"mine": 1})
+    with pytest.raises(ValueError, match="expected a folder that sparsenet export --format hf"):
         HubNetwork.from_pretrained(trained)
     with pytest.raises(TypeError, match="devise"):
         HubNetwork.from_pretrained(folder, devise="cpu")

@@ -285,6 +285,8 @@ def test_evaluate_says_what_the_command_says(
     assert other.images == 9  # those that are not held out
     both = sparsenet.evaluate(trained_on_folder, mirror=True, split="test")
     assert both.mirrored and not report.mirrored and both.loss != report.loss
+    with pytest.raises(ValueError, match="mirror: expected True or False, found 'false'"):
+        sparsenet.evaluate(trained_on_folder, mirror="false")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"unknown argument .--splits=test.*--split"):
         sparsenet.evaluate(trained_on_folder, splits="test")
 

@@ -385,6 +385,19 @@ def test_mirrored_probabilities_are_means_of_both() -> None:
     assert not torch.allclose(each[0].float(), probabilities)
 
 
+def test_a_logit_that_is_no_number_of_a_mirror_image_is_told() -> None:
+    class Half(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            broken = torch.where(images[:, 0, 0, 0] > 0, 0.0, -torch.inf)
+            return torch.stack([broken, torch.ones(len(images))], 1)
+
+    pixels = torch.zeros(2, 1, 2, 2, dtype=torch.uint8)
+    pixels[0, :, :, 0] = pixels[1] = 255  # of the first, only the mirror image is dark on the left
+    step = EvaluationStep(Half(), Preprocessing(2, 1, (0.5,), (0.25,)), "fp32", mirrored=True)
+    losses = step(pixels, torch.tensor([1, 1]))[0]
+    assert losses.isnan().tolist() == [True, False]
+
+
 def test_eval_says_that_it_took_mirror_images(call: Call, trained_on_folder: Path) -> None:
     plain = json.loads(call("eval", trained_on_folder, "--json").out)
     outcome = call("eval", trained_on_folder, "--json", "--mirror", "--predictions", "out.csv")

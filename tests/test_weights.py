@@ -344,7 +344,7 @@ def test_what_names_nothing_is_one_line(
         ),
         (
             ("export", "mine.safetensors", "--format", "safetensors", "--dataset", "digits"),
-            "--out: expected a file, as mine.safetensors is there already, found none",
+            "--out: expected a name, as mine.safetensors is there already, found none",
         ),
         (
             (
@@ -400,7 +400,7 @@ def test_weights_become_onnx_in_the_folder_where_one_is(
     assert [None if real is None else len(real) for _, _, real, _ in asked] == [None, 64, 64]
     Path(f"{NAME}.onnx").write_text("somebody's")
     outcome = call("export", NAME, "--dataset", "digits")
-    assert outcome.code == 2 and f"--out: expected a file, as {NAME}.onnx is there" in outcome.error
+    assert outcome.code == 2 and f"--out: expected a name, as {NAME}.onnx is there" in outcome.error
     assert len(asked) == 3
     passed(call("export", NAME, "--dataset", "digits", "--out", f"{NAME}.onnx"))
 

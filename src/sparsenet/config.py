@@ -14,7 +14,7 @@ from typing import Any
 
 from sparsenet.architecture import WRITTEN, Architecture
 from sparsenet.data.config import DataConfig
-from sparsenet.files import read_bytes, read_json, user_path
+from sparsenet.files import is_address, read_bytes, read_json, user_path
 from sparsenet.ops.implementations import IMPLEMENTATIONS, MEMORY
 from sparsenet.schedule import OptimConfig
 from sparsenet.validation import check_settings, check_type, nearest, plain, setting, shown
@@ -287,7 +287,9 @@ def recipe(config: RunConfig) -> dict[str, dict[str, Any]]:
     """Returns how a network was trained, as a JSON value: what matters for the result alone."""
     left_out = MAY_CHANGE - LENGTH
     # Neither where it lies on this machine nor what lets somebody read an address.
-    name = re.split(r"[?#]", config.train.weights)[0]
+    name = config.train.weights
+    if is_address(name):
+        name = re.split(r"[?#]", name)[0].rstrip("/")
     name = name if name.startswith("hf://") else re.split(r"[/\\]", name)[-1]
     train = dataclasses.replace(config.train, weights=name)
     components = dataclasses.replace(config, train=train).to_dict()

@@ -137,14 +137,16 @@ class EvaluationStep:
         ``(N, C, S, S)`` and *labels* int64 ``(N,)``.
         """
         logits = self._logits(pixels)
+        finite = logits.isfinite().all(1)
         if self.mirrored:
             both = torch.stack([logits, self._logits(pixels.flip(3))])
+            finite = both.isfinite().all(2).all(0)
             logits = both.log_softmax(2).logsumexp(0) - math.log(2)
         probabilities = logits.softmax(1)
         confidence, predicted = probabilities.max(1)
         top5 = logits.topk(min(5, logits.shape[1]), 1).indices
         losses = F.cross_entropy(logits, labels, reduction="none")
-        losses = losses.where(logits.isfinite().all(1), torch.nan)
+        losses = losses.where(finite, torch.nan)
         found = losses, predicted, confidence, (top5 == labels[:, None]).any(1)
         return (*found, probabilities) if self.tell_all else found
 

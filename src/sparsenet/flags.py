@@ -375,7 +375,7 @@ def _add_export(commands: Any) -> None:
     _add_run(export)
     text = "; or ".join(each.help for each in FORMATS.values())
     export.add_argument("--format", default="onnx", choices=tuple(FORMATS), help=text)
-    text = "the file; default: model.FORMAT in the run folder"
+    text = "the file, or with hf the folder; default: model.FORMAT or NAME-hf in the run folder"
     export.add_argument("--out", type=_given, help=text)
     export.add_argument("--opset", type=_at_least_1, default=None, help="ONNX operator set")
     _add_data(export)
@@ -410,7 +410,10 @@ def _add_check(commands: Any) -> None:
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
-    text = "a run folder; or a weights file, its https address, or its name (sparsenet models)"
+    text = (
+        "a run folder; or weights: a file or what --format hf writes, an address of these "
+        "(https://, hf://OWNER/NAME), or a name (sparsenet models)"
+    )
     parser.add_argument("run", type=_given, metavar="RUN", help=text)
     kinds = ("best", "last")
     parser.add_argument(

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ import torch
 from sparsenet import weights
 from sparsenet.export import check_empty, hf
 from sparsenet.extras import require
+from sparsenet.files import user_path
 from sparsenet.library import Network, load
 
 hub = require("huggingface_hub", "hub")
@@ -25,36 +27,37 @@ else:
 
 
 class HubNetwork(Network, ModelHubMixin, library_name="sparsenet"):
-    """A trained network that comes from a folder of the hub, and can be put there.
+    """A trained network that comes from a folder of the hub, and can be put there."""
 
-    ``HubNetwork.from_pretrained("OWNER/NAME")`` takes the name of a repository or a local folder,
-    the mixin's ``revision``, ``token``, ``cache_dir``, ``force_download`` and ``local_files_only``,
-    and *device* and *implementation* as ``sparsenet.load`` does. ``save_pretrained(FOLDER)`` and
-    ``push_to_hub("OWNER/NAME")`` write the weights as they were measured, with their model card.
-    """
-
-    # The mixin keeps here what made an instance, which the weights say themselves; a value of the
-    # class keeps it from setting one, as the fields of a network cannot be set.
+    # The mixin would set one on each instance, whose fields cannot be set; weights say all there is
+    # to say themselves.
     _hub_mixin_config = {"library_name": "sparsenet"}  # noqa: RUF012
 
     @classmethod
-    def _from_pretrained(  # type: ignore[override]  # what it does not know is refused
+    def from_pretrained(  # type: ignore[override]  # what it does not know is refused
         cls,
+        pretrained_model_name_or_path: str | Path,
         *,
-        model_id: str,
-        revision: str | None,
-        cache_dir: str | Path | None,
-        force_download: bool,
-        local_files_only: bool,
-        token: str | bool | None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
         device: str = "auto",
         implementation: str = "auto",
     ) -> HubNetwork:
-        """The network of a folder, or of a repository whose files are downloaded into the cache."""
-        folder = Path(model_id)
+        """The network of a local folder, or of a repository ``OWNER/NAME``, at a *revision*.
+
+        What is downloaded lies in huggingface_hub's cache, and *token* to *local_files_only* are as
+        there. *device* and *implementation* are those of ``sparsenet.load``. Raises ``ValueError``
+        in one line for a folder without weights, and what huggingface_hub raises where it gets
+        nothing.
+        """
+        source = str(pretrained_model_name_or_path).removeprefix(weights.HUB)
+        folder = user_path(source).absolute()
         if not folder.is_dir():
             downloaded = hub.snapshot_download(
-                model_id,
+                source,
                 revision=revision,
                 cache_dir=cache_dir,
                 force_download=force_download,
@@ -64,42 +67,67 @@ class HubNetwork(Network, ModelHubMixin, library_name="sparsenet"):
             )
             folder = Path(downloaded)
         if not weights.in_folder(folder):
-            advice = f"sparsenet export {model_id} --format hf" if folder == Path(model_id) else ""
-            expected = f"a folder with {weights.FILE}{advice and f', as {advice} makes one'}"
-            raise ValueError(f"{model_id}: expected {expected}, found none")
+            expected = (
+                f"a folder that sparsenet export --format hf has written, with {weights.FILE}"
+            )
+            raise ValueError(f"{source}: expected {expected}, found none")
         network = load(folder, device=device, implementation=implementation)
-        return cls(**(vars(network) | {"source": model_id}))
+        return cls(**(vars(network) | {"source": source}))
 
-    def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
-        """Writes a new or empty folder, as ``sparsenet export --format hf`` does.
+    def save_pretrained(  # type: ignore[override]  # likewise
+        self,
+        save_directory: str | Path,
+        *,
+        config: None = None,
+        model_card_kwargs: None = None,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **of_push: Any,
+    ) -> str | None:
+        """Writes the weights, as they were measured, and their card into a new or empty folder.
 
-        *options* are the mixin's; the address of a commit is returned where it was also pushed.
-        Raises ``ValueError`` where there are files in it, and where the model has other weights
-        than those that were loaded, of which no error was measured.
+        With *push_to_hub* that is uploaded too, as *repo_id*, by default the name of the folder,
+        and the address of the commit is returned. Raises ``ValueError`` in one line where there are
+        files in the folder, where the model has other weights than those that were loaded, of which
+        no error was measured, and for *config* and *model_card_kwargs*, which weights do not need.
         """
-        for name in ("config", "model_card_kwargs"):
-            if options.get(name) not in (None, {}, self._hub_mixin_config):
-                expected = f"no {name}, as both files come from the weights"
-                raise ValueError(f"save_pretrained: expected {expected}, found one")
-        check_empty(Path(save_directory), "save_pretrained")
-        self._check_unchanged()
-        return super().save_pretrained(save_directory, **options)
+        folder = Path(save_directory)
+        self._check("save_pretrained", {"config": config, "model_card_kwargs": model_card_kwargs})
+        if of_push and not push_to_hub:
+            expected = f"push_to_hub=True beside {min(of_push)}"
+            raise ValueError(f"save_pretrained: expected {expected}, found False")
+        check_empty(folder, "save_pretrained")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        hf.write(folder, self.path.read_bytes(), self.about, self._card())
+        return self.push_to_hub(repo_id or folder.name, **of_push) if push_to_hub else None
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Uploads what ``save_pretrained`` writes, and returns the address of the commit.
 
-        *options* are the mixin's, such as *private*, *token* and *commit_message*. Raises
+        *options* are the mixin's, such as *private*, *token*, *branch* and *commit_message*. Raises
         ``ValueError`` as that does, before anything is made on the hub.
         """
-        self._check_unchanged()
+        self._check("push_to_hub", options)
         return super().push_to_hub(repo_id, **options)
 
-    def _save_pretrained(self, save_directory: Path) -> None:
-        card = self.path.parent / hf.CARD
-        text = card.read_text() if card.is_file() else hf.card(self.name, self.about)
-        hf.write(save_directory, self.path.read_bytes(), self.about, text)
+    def _card(self) -> bytes | str:
+        """The card beside the weights, which somebody may have written on, or else a new one."""
+        file = self.path.parent / hf.CARD
+        if not file.is_file():
+            return hf.card(self.name, self.about)
+        content = file.read_bytes()
+        try:
+            content.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file}: expected text in UTF-8, found: {error.reason}") from None
+        return content
 
-    def _check_unchanged(self) -> None:
+    def _check(self, where: str, options: Mapping[str, object]) -> None:
+        for name in ("config", "model_card_kwargs"):
+            if options.get(name):
+                expected = f"no {name}, as the weights bring their own"
+                raise ValueError(f"{where}: expected {expected}, found one")
+        self._card()
         measured = weights.load(self.path).tensors
         now = weights.rounded(self.model.state_dict())
         same = now.keys() == measured.keys() and all(
@@ -107,8 +135,7 @@ class HubNetwork(Network, ModelHubMixin, library_name="sparsenet"):
             for name, value in now.items()
         )
         if not same:
-            expected = f"the weights that were loaded from {self.path}"
             raise ValueError(
-                f"save_pretrained: expected {expected}, whose error was measured, found changed "
-                "ones; sparsenet.fit or a weights file of them (docs/how-to/export.md) comes first"
+                f"{where}: expected the weights of {self.path}, whose error was measured, found "
+                "changed ones, of which none was"
             )

@@ -32,6 +32,7 @@ from sparsenet.signals import Signals
 from sparsenet.tracking import require_all, tracked
 from sparsenet.train import train
 from sparsenet.trained import Trained, load_trained
+from sparsenet.validation import shown
 
 TEXT_AND_BYTES = (str, bytes, bytearray, memoryview)  # iterables that are one picture
 
@@ -205,7 +206,7 @@ def load(
     return Network(**vars(trained))
 
 
-def evaluate(source: Path | str, mirror: bool = False, **options: Any) -> EvaluationReport:
+def evaluate(source: Path | str, *, mirror: bool = False, **options: Any) -> EvaluationReport:
     """What ``sparsenet eval`` says of a run or of weights: errors, scores of classes, calibration.
 
     With *mirror*, probabilities are means over each image and its mirror image. *options* have the
@@ -214,7 +215,10 @@ def evaluate(source: Path | str, mirror: bool = False, **options: Any) -> Evalua
     ``ValueError`` in one line, and ``OSError`` where predictions cannot be written after all.
     """
     flags = [f"--{name}={value}" for name, value in options.items() if value is not None]
-    flags += ["--mirror"] * mirror
+    if mirror not in (True, False, None):  # such as "false"
+        raise ValueError(f"mirror: expected True or False, found {shown(mirror)}")
+    if mirror:
+        flags.append("--mirror")
     report, _, write = evaluated(parser().parse(["eval", *flags, "--", str(source)]))
     write()
     return report

@@ -36,7 +36,8 @@ class Trained:
         """What people call it: the folder of the run, or the file without its suffix."""
         place = self.source or self.path
         if os.path.isdir(place):  # noqa: PTH112
-            return Path(place).resolve().name
+            name = Path(place).resolve().name
+            return name if self.path.is_dir() else name.removesuffix("-hf")  # as export calls it
         is_address = weights.is_address(self.source)
         source = re.split(r"[?#]", self.source)[0] if is_address else self.source or str(self.path)
         return re.split(r"[/\\]", source)[-1].removesuffix(".safetensors")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 import re
 import tempfile
@@ -137,11 +136,11 @@ def load(source: str | Path, alternatives: str = "") -> Weights:
 
 def in_folder(path: Path | str) -> bool:
     """Whether *path* is a folder of weights as the hub has them, and not a run's."""
-    inside = {
-        name: os.path.exists(os.path.join(path, name))  # noqa: PTH110, PTH118 - pathlib raises
-        for name in (FILE, "train.log", "checkpoints")
-    }
-    return inside.pop(FILE) and not any(inside.values())
+    there, *of_run = (
+        os.path.exists(os.path.join(path, name))  # noqa: PTH110, PTH118 - pathlib raises
+        for name in (FILE, "checkpoints", "train.log", "metrics.csv", "result.json")
+    )
+    return there and not any(of_run)
 
 
 def load_shipped(name: str) -> Weights:
@@ -257,17 +256,17 @@ def is_our_own(path: Path) -> bool:
 
 def _load_folder(folder: Path, source: str) -> Weights:
     """The weights of a folder, whose ``CONFIG`` must not say anything else of them."""
-    found = _load_file(folder / FILE, source)
+    stored, own = _parse_file(folder / FILE, source)
+    found = _checked(stored, own, source)
     if (config := folder / CONFIG).exists():
         said = read_json(config, dict[str, Any])
-        own = json.loads(msgspec.json.encode(found.about))
         for name, value in own.items():
             if said.get(name, value) != value:
                 raise ValueError(
                     f"{config}: expected what {FILE} says of itself, found another {name!r}; what "
                     "is changed here has no effect on the weights"
                 )
-    return found
+    return Weights(source, folder / FILE, *found)
 
 
 def _load_address(address: str) -> Weights:
@@ -340,6 +339,11 @@ def _on_the_web(address: str) -> str:
 
 
 def _load_file(path: Path, source: str, sha256: str = "") -> Weights:
+    return Weights(source, path, *_checked(*_parse_file(path, source, sha256), source))
+
+
+def _parse_file(path: Path, source: str, sha256: str = "") -> tuple[dict[str, Tensor], Any]:
+    """What ``parse`` finds in a file."""
     try:
         data = read_bytes(path, LIMIT)
     except OSError as error:
@@ -348,10 +352,16 @@ def _load_file(path: Path, source: str, sha256: str = "") -> Weights:
     if sha256 and (actual := hashlib.sha256(data).hexdigest()) != sha256:
         raise ValueError(f"{source}: expected SHA-256 {sha256}, found {actual}: install it again")
     try:
-        stored, value = parse(data)
+        return parse(data)
     except ValueError as error:
         problem = f"another kind or damage ({error})"
         raise ValueError(f"{source}: expected a safetensors file, found {problem}") from None
+
+
+def _checked(
+    stored: Mapping[str, Tensor], value: Any, source: str
+) -> tuple[dict[str, Tensor], About]:
+    """A state dict in fp32 and what is said of it."""
     try:
         about = _parse_about(value)
     except ValueError as error:
@@ -363,7 +373,7 @@ def _load_file(path: Path, source: str, sha256: str = "") -> Weights:
     }
     if wrong := not_numbers(tensors):
         raise ValueError(f"{source}: expected numbers to compute with, found {wrong}")
-    return Weights(source, path, tensors, about)
+    return tensors, about
 
 
 def _parse_about(value: Any) -> About:

@@ -43,10 +43,11 @@ def _default_target(args: argparse.Namespace, trained: Trained) -> Path:
 
     There it may be anybody's file, and is not replaced: raises ``ValueError``.
     """
-    is_folder = FORMATS[args.format].is_folder
-    if trained.path.is_dir():
-        return trained.path / (args.format if is_folder else f"model.{args.format}")
-    target = Path(f"{trained.name or 'model'}{'-' if is_folder else '.'}{args.format}")
-    if target.exists() and not is_folder:
-        raise ValueError(f"--out: expected a file, as {target} is there already, found none")
+    is_folder, of_run = FORMATS[args.format].is_folder, trained.path.is_dir()
+    name = "model" if of_run and not is_folder else trained.name or "model"
+    target = Path(f"{name}{'-' if is_folder else '.'}{args.format}")
+    if of_run:
+        return trained.path / target
+    if target.exists():
+        raise ValueError(f"--out: expected a name, as {target} is there already, found none")
     return target

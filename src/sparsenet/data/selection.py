@@ -39,6 +39,8 @@ class Selection:
     place: str  # a folder or a file; nothing where the data lie in none
     notes: tuple[str, ...]  # lines for the user
     names: tuple[str, ...] = ()  # of the images: paths, or what the file that holds them calls them
+    # How many the network was trained on (train) and chosen by (val); ``None``: not recorded.
+    seen: Mapping[str, int] | None = None
 
     @property
     def description(self) -> str:
@@ -73,6 +75,19 @@ class Known:
         ids = [self.images[name] for name in names if name in self.images]
         return torch.isin(part.ids, torch.cat(ids)) if ids else torch.zeros(len(part.ids)).bool()
 
+    def seen(self, part: Labelled) -> Mapping[str, int] | None:
+        """How many images of *part* were those of the splits train and val, if that is recorded.
+
+        Of a weights file it is known only where they are just the images of one split.
+        """
+        if self.images:
+            return {name: int(self.in_splits(part, name).sum()) for name in ("train", "val")}
+        found = digest(part.ids, part.images.labels)
+        digests = self.record.digests if self.record else {}
+        if found not in digests.values():
+            return None
+        return {name: len(part.ids) * (digests.get(name) == found) for name in ("train", "val")}
+
     def with_drawn(self, whole: Labelled, config: DataConfig) -> Known:
         """The same with the images of the splits that were drawn from *whole*.
 
@@ -105,7 +120,7 @@ class Known:
 
     def warning(self, part: Labelled) -> tuple[str, ...]:
         """A line where some of the images were trained on."""
-        count = int(self.in_splits(part, "train").sum())
+        count = (self.seen(part) or {}).get("train")
         return (f"warning: the network was trained on {count} of these images",) if count else ()
 
 
@@ -139,6 +154,7 @@ def select_images(
         place=source.places.get(name, config.dataset_dir),
         notes=(*(() if known.own else source.notes), *notes, *more),
         names=names_at(source.splits[name], part.places),
+        seen=known.seen(part),
     )
 
 

@@ -52,22 +52,24 @@ def check_target(target: Path, source: Path, format: str) -> None:
     if (suffix := target.suffix.removeprefix(".")) in FORMATS and suffix != format:
         expected = f"a name that ends in .{format}, or --format {suffix}"
         raise ValueError(f"--out: expected {expected}, found {target}")
+    what, folder = "file", target.parent
     if FORMATS[format].is_folder:
         check_empty(target, "--out")
-        target = target.resolve()
-    elif target.is_dir():
-        raise ValueError(f"{target}: expected the name of a file in a folder that exists")
-    if not target.parent.is_dir():
-        what = "a folder" if FORMATS[format].is_folder else "a file"
-        raise ValueError(f"{target}: expected the name of {what} in a folder that exists")
-    if not os.access(target.parent, os.W_OK):
+        what, folder = "folder", target if target.exists() else folder
+    if (what == "file" and target.is_dir()) or not folder.is_dir():
+        raise ValueError(f"{target}: expected the name of a {what} in a folder that exists")
+    if not os.access(folder, os.W_OK):
         raise ValueError(f"{target}: expected a folder that can be written, found one that cannot")
 
 
 def check_empty(folder: Path, where: str) -> None:
     """Raises ``ValueError``, at *where*, if a new *folder* would replace or join what is there."""
-    if folder.is_dir() and not any(folder.iterdir()):
-        return
+    try:
+        if folder.is_dir() and not any(folder.iterdir()):
+            return
+    except OSError as error:
+        expected = "a folder that can be read"
+        raise ValueError(f"{where}: expected {expected}, {folder}: {error.strerror}") from None
     if folder.exists() or folder.is_symlink():
         found = f"files in {folder}" if folder.is_dir() else f"a file, {folder}"
         raise ValueError(f"{where}: expected a new or an empty folder, found {found}")

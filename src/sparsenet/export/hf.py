@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from sparsenet import __version__
 from sparsenet.architecture import from_dict
-from sparsenet.data.errors import count_images
+from sparsenet.data.errors import count_images, shortened
 from sparsenet.data.selection import Selection
 from sparsenet.data.splits import IMAGES_OF
-from sparsenet.export import check_target
+from sparsenet.export import check_empty, check_target
 from sparsenet.export.safetensors import errors, measured
 from sparsenet.extras import require
 from sparsenet.files import behind_link, size_text, write_atomic
@@ -28,6 +29,10 @@ from sparsenet.weights import CONFIG, FILE, About
 CARD = "README.md"
 TEMPLATE = Path(__file__).parent.parent / "templates" / "card.md"
 MOST_NAMES, MOST_ROWS = 30, 20  # of classes
+READS = {  # by how a network aggregates: what a layer reads, and the paper
+    "dense": ("all layers", "1608.06993"),
+    "": ("some of the layers", "1801.05895"),
+}
 
 
 def export(trained: Trained, target: Path, data: Selection | None, opset: int | None = None) -> str:
@@ -41,8 +46,8 @@ def export(trained: Trained, target: Path, data: Selection | None, opset: int | 
     check_target(target, trained.path, "hf")
     content, about, evaluation = measured(trained, data)
     target = behind_link(target)
-    scores = evaluation.scores(about.classes)
-    write(target, content, about, card(trained.name or target.resolve().name, about, scores))
+    scores, title = evaluation.scores(about.classes), trained.name or target.resolve().name
+    write(target, content, about, card(title, about, scores, data.seen))
     size = size_text(len(content))
     return (
         f"{target}: {FILE} ({size}), {CONFIG}, {CARD}; {errors(about, data)}; "
@@ -50,28 +55,39 @@ def export(trained: Trained, target: Path, data: Selection | None, opset: int | 
     )
 
 
-def write(folder: Path, content: bytes, about: About, card: str) -> None:
-    """Writes the files of a new or empty *folder*, or none of them."""
+def write(folder: Path, content: bytes, about: About, card: str | bytes) -> None:
+    """Writes the files of a new or empty *folder*, or none of them.
+
+    Raises ``ValueError`` where there is something in it after all.
+    """
+    check_empty(folder, "--out")
     config = msgspec.json.format(msgspec.json.encode(about), indent=2) + b"\n"
     # The weights first: with them a folder is one that they can be loaded from.
     files: dict[str, bytes | str] = {FILE: content, CONFIG: config, CARD: card}
-    is_new = not folder.exists()
+    is_new, written = not folder.exists(), list[Path]()
     folder.mkdir(exist_ok=True)
     try:
         for name, each in files.items():
             write_atomic(folder / name, each)
+            written.append(folder / name)
     except BaseException:
-        for name in files:
-            (folder / name).unlink(missing_ok=True)
+        for path in written:
+            path.unlink(missing_ok=True)
         if is_new:
             folder.rmdir()
         raise
 
 
-def card(title: str, about: About, scores: Scores | None = None) -> str:
+def card(
+    title: str,
+    about: About,
+    scores: Scores | None = None,
+    seen: Mapping[str, int] | None = None,
+) -> str:
     """The model card, Markdown after metadata in YAML, of a network that is called *title*.
 
-    *scores* are those of the images on which its error was measured, where they are known.
+    *scores* are those of the images on which its error was measured, and *seen* of how many of them
+    the training made use, as ``Selection`` has it, where they are known.
     """
     hub = require("huggingface_hub", "hub")
     architecture = from_dict(about.architecture)
@@ -79,6 +95,7 @@ def card(title: str, about: About, scores: Scores | None = None) -> str:
     parameters, macs = count(architecture, size)
     found = about.measured["fp32"]
     low, high = likely(found.error / 100, found.images)
+    reads, paper = READS.get(str(architecture.fetch), READS[""])
     tested_on = f"{count_images(found.images, found.split)} of {_escaped(found.dataset)}"
     named = [_escaped(each) for each in about.classes[:MOST_NAMES]]
     left = len(about.classes) - len(named)
@@ -93,15 +110,17 @@ def card(title: str, about: About, scores: Scores | None = None) -> str:
             class_names=", ".join(named) + (f" and {left:,} more" if left else ""),
             family=family_name(architecture.fetch),
             parameters=f"{parameters:,}",
-            macs=f"{macs / 1e6:,.1f}",
+            macs=f"{macs:,}",
+            reads=reads,
+            paper=paper,
             size=size,
-            version=about.sparsenet,
+            version=__version__,
             tested_on=tested_on,
             measured=about.measured,
-            certainty=(
-                f"An error of {found.error:.2f} % of {count_images(found.images)} fits a true one "
-                f"of {100 * low:.1f} to {100 * high:.1f} % (Wilson's interval, 95 % confidence)."
-            ),
+            has_top5=len(about.classes) > 5,
+            low=f"{100 * low:.1f}",
+            high=f"{100 * high:.1f}",
+            images=count_images(found.images),
             scores=scores,
             heading=heading,
             rows=rows[:MOST_ROWS],
@@ -110,7 +129,7 @@ def card(title: str, about: About, scores: Scores | None = None) -> str:
             epochs=about.epoch,
             begun_with=_escaped(str(about.recipe.get("train", {}).get("weights", ""))),
             recipe=json.dumps(about.recipe, indent=2),
-            remarks=list(_remarks(about, scores)),
+            remarks=list(_remarks(about, scores, seen)),
         )
     )
 
@@ -159,16 +178,23 @@ def _data(about: About) -> str:
     return f"{_escaped(about.dataset)}{': ' * bool(parts)}{', '.join(parts)}."
 
 
-def _remarks(about: About, scores: Scores | None) -> Iterator[str]:
+def _remarks(about: About, scores: Scores | None, seen: Mapping[str, int] | None) -> Iterator[str]:
     """What else its user has to know, in sentences."""
-    of_split = {
-        "training": "The error was measured on images that it was trained on.",
-        "validation": "The error was measured on images by which the best epoch may be chosen.",
-        "": "It is not known whether it was trained on some of the images it was measured on.",
-    }
-    if remark := of_split.get(about.measured["fp32"].split):
-        yield remark
-    if scores and scores.remark:
+    of = f"of the {count_images(about.measured['fp32'].images)} that its error was measured on"
+    if seen is None:
+        yield f"Whether it was trained on some {of} is not recorded."
+        seen = {}
+    if count := seen.get("train"):
+        yield f"It was trained on {count} {of}."
+    if count := seen.get("val"):
+        yield f"Its best epoch may have been chosen by {count} {of}."
+    if about.recipe.get("train", {}).get("weights"):
+        yield f"Whether the weights that it began with were trained on some {of} is not recorded."
+    if scores is None:
+        return
+    if missing := [name for name, each in scores.classes.items() if not each.images]:
+        yield f"No image of these classes was among them: {_escaped(shortened(missing))}."
+    if scores.remark:
         yield _escaped(f"{scores.remark[0].upper()}{scores.remark[1:]}.")
 
 
