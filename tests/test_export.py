@@ -11,7 +11,6 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from shutil import copyfile
 from typing import Any
 
 import numpy as np
@@ -33,7 +32,7 @@ from sparsenet.extras import MissingExtra
 from sparsenet.model import SparseNet
 from sparsenet.predict import predict
 from sparsenet.trained import Trained, load_trained
-from sparsenet.weights import SHIPPED, About
+from sparsenet.weights import About, Measured, pack, rounded
 
 CLASSES = ("cat", "dog", "größer", '"quoted"')
 
@@ -50,6 +49,14 @@ def make(**options: Any) -> Trained:
     architecture = model.architecture.to_dict()
     about = About("0.1.0", architecture, preprocessing, CLASSES, "animals", recipe={}, epoch=3)
     return Trained(Path("run"), model, about)
+
+
+def packed(trained: Trained) -> bytes:
+    """A weights file of a network that was never measured."""
+    recipe = {"data": {"test_fraction": 0.2, "skip_corrupt": False}}
+    measured = {"fp32": Measured(50.0, 0.0, 8, "animals")}
+    about = dataclasses.replace(trained.about, recipe=recipe, measured=measured)
+    return pack(rounded(trained.model.state_dict()), about)
 
 
 def pixels(count: int) -> Tensor:
@@ -234,7 +241,7 @@ def test_weights_are_not_replaced_by_another_format(
     monkeypatch.chdir(tmp_path)
     (folder := Path("runs #2")).mkdir()
     weights = folder / "birds.safetensors"
-    copyfile(SHIPPED / "sparsenet_40_12.safetensors", weights)
+    weights.write_bytes(packed(make(blocks=(1, 1))))
     before = weights.read_bytes()
     for target in (weights, folder / "other.safetensors"):
         outcome = call("export", weights, "--out", target)

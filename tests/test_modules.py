@@ -985,7 +985,7 @@ def test_images_without_memory(implementation: str) -> None:
 def test_compiled_autograd(engine: str) -> None:
     from torch._dynamo import compiled_autograd
 
-    ours = network(engine, Architecture(blocks=(1, 1), growth_rate=4))
+    ours = network(engine, Architecture(blocks=(1,), growth_rate=4))
     expected = gradients(ours, images())
     output = ours(images())
     ours.zero_grad()

@@ -57,6 +57,7 @@ def changed(value: Any, path: tuple[Any, ...], text: Any) -> str:
 
 
 def variants(value: Any) -> Iterator[str]:
+    # Every n-th has all kinds of what is wrong, where n and their number have no common factor.
     for path in places(value):
         for text in WRONG:
             yield changed(value, path, text)
@@ -89,7 +90,7 @@ def test_what_a_table_and_a_page_show(copied: Path, name: str, tmp_path: Path) -
     if name == "graph.json":
         content["nodes"] = content["nodes"][:1]
     refused = 0
-    for text in variants(content):
+    for text in islice(variants(content), 0, None, 4):  # all of one file take ten seconds
         file.write_text(text)
         try:
             read_summaries([copied])
@@ -184,7 +185,7 @@ def test_a_checkpoint_of_whatever_description_gives_way_to_the_one_before(
     shutil.copytree(copied, run)
     whole = {path: path.read_bytes() for path in (run / "checkpoints").iterdir()}
     passed_over = 0
-    for text in islice(variants(content), 0, None, 7):  # all of them take a minute
+    for text in islice(variants(content), 0, None, 13):  # all of them take a minute
         for path, data in whole.items():
             path.write_bytes(data)
         rewritten(run, "last", text)
@@ -196,7 +197,7 @@ def test_a_checkpoint_of_whatever_description_gives_way_to_the_one_before(
             continue
         assert network.step in steps and state.step in steps
         passed_over += state.step == steps[1]
-    assert passed_over > 30
+    assert passed_over > 15
 
 
 def test_a_weights_file(trained: Path, tmp_path: Path) -> None:
@@ -206,14 +207,14 @@ def test_a_weights_file(trained: Path, tmp_path: Path) -> None:
     assert call(["export", str(trained), "--format", "safetensors", "--out", str(path)]) == 0
     tensors, about = weights.parse(path.read_bytes())
     refused = 0
-    for text in variants(about):
+    for text in islice(variants(about), 0, None, 4):
         path.write_bytes(serialise_tensors(tensors, {"sparsenet": text}))
         try:
             load_trained(path)
         except ValueError as error:
             check_line(error, path)
             refused += 1
-    assert refused > 200
+    assert refused > 50
 
 
 @pytest.mark.parametrize("kind", ["best", "last"])
