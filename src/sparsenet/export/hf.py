@@ -125,7 +125,7 @@ def card(
             heading=heading,
             rows=rows[:MOST_ROWS],
             data=_data(about),
-            rule=about.rule,
+            rule=_escaped(about.rule),
             epochs=about.epoch,
             begun_with=_escaped(str(about.recipe.get("train", {}).get("weights", ""))),
             recipe=json.dumps(about.recipe, indent=2),
