@@ -14,7 +14,7 @@ from typing import Any
 
 from sparsenet.architecture import WRITTEN, Architecture
 from sparsenet.data.config import DataConfig
-from sparsenet.files import is_address, read_bytes, read_json, user_path
+from sparsenet.files import is_address, parse_json, readable, user_path
 from sparsenet.ops.implementations import IMPLEMENTATIONS, MEMORY
 from sparsenet.schedule import OptimConfig
 from sparsenet.validation import check_settings, check_type, nearest, plain, setting, shown
@@ -247,14 +247,15 @@ def _stated(path: Path) -> dict[str, Any]:
     """What a file says of settings."""
     if path.suffix.lower() in (".yaml", ".yml"):
         return read_yaml(path, dict[str, Any], MOST_BYTES)
-    found = read_json(path, dict[str, Any], MOST_BYTES)
+    data = readable(path, MOST_BYTES)
+    found = parse_json(data, dict[str, Any], str(path))
 
     def once(pairs: list[tuple[str, Any]]) -> None:
         for name, count in Counter(name for name, _ in pairs).items():
             if count > 1:  # of which one would be lost
                 raise ValueError(f"{path}: expected each name once, found {shown(name)} again")
 
-    json.loads(read_bytes(path, MOST_BYTES), object_pairs_hook=once)
+    json.loads(data, object_pairs_hook=once)
     return found
 
 

@@ -218,9 +218,13 @@ def _place(data: bytes | str) -> str:
 
 def read_json(file: Path, kind: type[T], limit: int = MOST_BYTES) -> T:
     """Reads a file with ``parse_json``; also ``ValueError`` where it cannot be read."""
+    return parse_json(readable(file, limit), kind, str(file))
+
+
+def readable(file: Path, limit: int = MOST_BYTES) -> bytes:
+    """As ``read_bytes``, but raises ``ValueError`` in one line."""
     try:
-        data = read_bytes(file, limit)
+        return read_bytes(file, limit)
     except OSError as error:
         found = error.strerror or error
         raise ValueError(f"{file}: expected a readable file, found: {found}") from None
-    return parse_json(data, kind, str(file))

@@ -127,7 +127,7 @@ class HubNetwork(Network, ModelHubMixin, library_name="sparsenet"):
             if options.get(name):
                 expected = f"no {name}, as the weights bring their own"
                 raise ValueError(f"{where}: expected {expected}, found one")
-        self._card()
+        self._card()  # raises for one that the hub would refuse later
         measured = weights.load(self.path).tensors
         now = weights.rounded(self.model.state_dict())
         same = now.keys() == measured.keys() and all(

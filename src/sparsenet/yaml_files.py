@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sparsenet.extras import require
-from sparsenet.files import parse_json, read_bytes
+from sparsenet.files import parse_json, readable
 
 T = TypeVar("T")
 
@@ -23,12 +23,9 @@ def read_yaml(file: Path, kind: type[T], limit: int) -> T:
     can stand for more than any memory holds.
     """
     yaml = require("yaml", "train")
+    data = readable(file, limit)
     try:
-        value = yaml.load(read_bytes(file, limit), Loader=_loader(yaml))
-        text = json.dumps(value, allow_nan=False)
-    except OSError as error:
-        found = error.strerror or error
-        raise ValueError(f"{file}: expected a readable file, found: {found}") from None
+        text = json.dumps(yaml.load(data, Loader=_loader(yaml)), allow_nan=False)
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         problem = getattr(error, "problem", None) or getattr(error, "reason", None) or error
         mark = getattr(error, "problem_mark", None)
