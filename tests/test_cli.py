@@ -312,7 +312,7 @@ def test_the_paper_command_is_the_paper_recipe(
     assert dataclasses.asdict(config.optim) == {
         "lr": 0.1, "schedule": "step", "drop_1": 150, "drop_2": 225, "warmup": 0.0, "momentum": 0.9,
         "weight_decay": 1e-4, "label_smoothing": 0.0, "class_weights": "none", "ema": 0.0,
-        "grad_clip": 0.0, "backbone_lr": 0.0, "freeze": "",
+        "grad_clip": 0.0, "backbone_lr": 0.0, "freeze": "", "optimizer": "sgd",
     }  # fmt: skip
     rates = [
         learning_rate(config.optim, epoch * 10, 10, config.train.max_epoch)

@@ -121,7 +121,7 @@ def test_what_is_frozen_stays_and_normalises_by_what_it_was_trained_on(
     expected = forward_by_hand(model, frozen, x)
     found = model(x)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
-    optimizer = optim.sgd(model, OptimConfig(lr=0.1))
+    optimizer = optim.new_optimizer(model, OptimConfig(lr=0.1))
     found.square().sum().backward()
     optimizer.step()
     after = model.state_dict()
@@ -332,11 +332,20 @@ def test_a_run_goes_on_without_the_weights_that_it_started_from(animals: Path, c
 
 
 @pytest.mark.parametrize("freeze", ["stage3", "all"])
-def test_a_rate_for_layers_that_all_stay_is_refused(freeze: str, animals: Path, call: Call) -> None:
+@pytest.mark.parametrize(
+    ("setting", "value", "expected"),
+    [
+        ("--backbone_lr", 0.001, "--backbone_lr: expected layers before the classifier"),
+        ("--optimizer", "muon", "--optimizer muon: expected convolutions that learn"),
+    ],
+)
+def test_a_setting_for_layers_that_all_stay_is_refused(
+    freeze: str, setting: str, value: object, expected: str, animals: Path, call: Call
+) -> None:
     settings = ("--weights", animals / "run", "--dataset_dir", animals / "data", "--freeze", freeze)
-    outcome = call("train", *settings, "--backbone_lr", 0.001, "--out", "run")
+    outcome = call("train", *settings, setting, value, "--out", "run")
     assert outcome.code == 2 and f"--freeze {freeze}" in outcome.error
-    assert "--backbone_lr: expected layers before the classifier" in outcome.error
+    assert expected in outcome.error
 
 
 @pytest.mark.parametrize("source", ["run", "weights file"])

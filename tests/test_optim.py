@@ -1,6 +1,7 @@
 """Rates are functions of the step; decay reaches weights only; averages forget their start."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sparsenet import create_model
-from sparsenet.optim import epoch_rates, sgd, update_average
+from sparsenet.optim import MUON_SHARE, epoch_rates, new_optimizer, orthogonal, update_average
 from sparsenet.schedule import OptimConfig, ema_rate, learning_rate
 
 
@@ -62,7 +63,11 @@ def test_an_epochs_schedule_is_that_of_its_steps():
 
 def test_an_update_is_nesterovs_at_the_rate_in_the_tensor():
     config, model = OptimConfig(momentum=0.8, weight_decay=0.1), nn.Linear(3, 2).double()
-    optimizer, velocity, expected = sgd(model, config), None, model.weight.detach().clone()
+    optimizer, velocity, expected = (
+        new_optimizer(model, config),
+        None,
+        model.weight.detach().clone(),
+    )
     for step in range(4):
         gradient, rate = torch.randn(2, 3, dtype=torch.float64), torch.tensor(0.5 / (1 + step))
         model.weight.grad, model.bias.grad = gradient.clone(), torch.zeros(2, dtype=torch.float64)
@@ -77,11 +82,80 @@ def test_an_update_is_nesterovs_at_the_rate_in_the_tensor():
 
 def test_decay_on_convolution_and_linear_weights_only():
     model = create_model("sparsenet_40_12")
-    decayed, free = sgd(model, OptimConfig()).param_groups
+    decayed, free = new_optimizer(model, OptimConfig()).param_groups
     weights = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     assert {id(p) for p in decayed["params"]} == {id(w) for w in weights}
     assert len(decayed["params"]) + len(free["params"]) == len(list(model.parameters()))
     assert (decayed["weight_decay"], free["weight_decay"], decayed["nesterov"]) == (1e-4, 0.0, True)
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 999))
+def test_orthogonal_matrices_keep_singular_vectors_and_make_values_alike(rows, columns, seed):
+    random = torch.Generator().manual_seed(seed)
+    matrices = torch.randn(3, rows, columns, generator=random, dtype=torch.float64)
+    left, values, right = torch.linalg.svd(matrices, full_matrices=False)
+    shares = values / values.norm(dim=1, keepdim=True)
+    alike = shares
+    for _ in range(5):
+        alike = 3.4445 * alike - 4.7750 * alike**3 + 2.0315 * alike**5
+    factor = max(1, rows / columns) ** 0.5
+    found = torch.stack(orthogonal(list(matrices)))
+    torch.testing.assert_close(found, factor * (left * alike[:, None]) @ right, rtol=0, atol=1e-9)
+    assert ((alike > 0.65) & (alike < 1.25))[shares > 0.01].all()
+
+
+def test_a_kernel_without_a_gradient_has_no_step_by_muon():
+    assert torch.equal(orthogonal([torch.zeros(3, 5)])[0], torch.zeros(3, 5))
+
+
+def layers_of_all_kinds():
+    torch.manual_seed(0)
+    kernels = nn.Conv2d(2, 3, 3, bias=False), nn.Conv2d(2, 3, 3, bias=False), nn.Conv2d(3, 4, 1)
+    return nn.Sequential(*kernels, nn.BatchNorm2d(4), nn.Linear(4, 2)).double()
+
+
+def test_muon_makes_the_steps_of_kernels_orthogonal_and_those_of_all_else_as_sgd_does():
+    sgd, muon = (OptimConfig(weight_decay=0.1, optimizer=name) for name in ("sgd", "muon"))
+    models = [layers_of_all_kinds() for _ in range(2)]
+    optimizers = [new_optimizer(*pair) for pair in zip(models, (sgd, muon), strict=True)]
+    expected = [parameter.detach().clone() for parameter in models[0].parameters()]
+    velocities = [torch.zeros_like(each) for each in expected]
+    for step in range(4):
+        rate = torch.tensor(0.5 / (1 + step), dtype=torch.float64)
+        for index, pair in enumerate(zip(*(model.parameters() for model in models), strict=True)):
+            gradient = torch.randn_like(pair[0])
+            for parameter in pair:
+                parameter.grad = gradient.clone()
+            velocity = velocities[index] = 0.9 * velocities[index] + gradient
+            if gradient.ndim == 4:
+                (direction,) = orthogonal([(gradient + 0.9 * velocity).flatten(1)])
+                direction = direction.view_as(gradient)
+                decayed = expected[index] * (1 - rate * 0.1 / (1 - 0.9))
+                expected[index] = decayed - rate * MUON_SHARE * direction
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["share"]
+            optimizer.step()
+    for by_sgd, by_muon, kernel in zip(*(m.parameters() for m in models), expected, strict=True):
+        wanted = kernel if by_muon.ndim == 4 else by_sgd
+        torch.testing.assert_close(by_muon, wanted, rtol=1e-6, atol=1e-7)
+
+
+def test_weight_decay_shrinks_kernels_alike_with_both_optimizers():
+    lengths = []
+    for name in ("sgd", "muon"):
+        model = layers_of_all_kinds()
+        optimizer = new_optimizer(model, OptimConfig(weight_decay=0.001, optimizer=name))
+        before = model[0].weight.norm().item()
+        for _ in range(1000):
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            for group in optimizer.param_groups:
+                group["lr"] = torch.tensor(0.1 * group["share"])
+            optimizer.step()
+        lengths.append(model[0].weight.norm().item() / before)
+    assert lengths[1] == pytest.approx(math.exp(-1000 * 0.1 * 0.001 / (1 - 0.9)), rel=1e-3)
+    assert math.log(lengths[0]) == pytest.approx(math.log(lengths[1]), rel=0.02)
 
 
 def test_the_average_is_the_exponential_one_and_includes_running_statistics():
@@ -108,6 +182,7 @@ def test_the_average_is_the_exponential_one_and_includes_running_statistics():
     "wrong",
     [
         {"lr": 0},
+        {"optimizer": "adam"},
         {"schedule": "linear"},
         {"drop_1": 9, "drop_2": 3},
         {"momentum": 1.0},

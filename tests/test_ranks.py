@@ -32,7 +32,7 @@ from sparsenet.evaluation import recompute_statistics
 from sparsenet.events import Reading, Stopped
 from sparsenet.model import SparseNet
 from sparsenet.ops import synchronised
-from sparsenet.optim import sgd
+from sparsenet.optim import new_optimizer
 from sparsenet.ranks import ALONE, LostError, Ranks
 from sparsenet.run import Run
 from sparsenet.stage import synchronise_statistics
@@ -156,7 +156,7 @@ def test_images_that_all_processes_have_count_once(monkeypatch: pytest.MonkeyPat
     preprocessing = Preprocessing(8, 1, (0.5,), (0.25,))
     images, rate = Images(pixels, torch.arange(3)), torch.tensor(0.1)
     for model, size in ((alone, 1), (ours, 2)):
-        ranks, optimizer = Ranks(0, size), sgd(model, config.optim)
+        ranks, optimizer = Ranks(0, size), new_optimizer(model, config.optim)
         step = TrainingStep(model, optimizer, None, config, preprocessing, "fp32", ranks)
         step(pixels, images.labels, rate, rate, torch.tensor(ranks.shares(3)), *moves)
     torch.testing.assert_close(ours.state_dict(), alone.state_dict())

@@ -193,7 +193,7 @@ RECIPES = {
     },
     "sum": {
         "network": {"aggregation": "sum", "growth_rate": 8, "depth": 10},
-        "optim": {"ema": 0.5},
+        "optim": {"ema": 0.5, "optimizer": "muon"},
     },
 }
 
@@ -203,7 +203,7 @@ def trained(config, precision, wrap, implementation="shared"):
     torch.manual_seed(0)
     model = SparseNet(config.network, implementation).train()
     average = copy.deepcopy(model) if config.optim.ema else None
-    optimizer = optim.sgd(model, config.optim)
+    optimizer = optim.new_optimizer(model, config.optim)
     weights = torch.rand(10) if config.optim.class_weights == "balanced" else None
     act = wrap(
         TrainingStep(
@@ -329,7 +329,9 @@ def test_a_step_learns_from_the_images_as_they_are_augmented_and_mixed(changes, 
     model.register_forward_hook(
         lambda module, inputs, logits: seen.extend((*inputs, logits.detach()))
     )
-    act = TrainingStep(model, optim.sgd(model, config.optim), None, config, PREPROCESSING, "fp32")
+    act = TrainingStep(
+        model, optim.new_optimizer(model, config.optim), None, config, PREPROCESSING, "fp32"
+    )
     pixels, labels = (
         torch.randint(256, (8, 3, side, side), dtype=torch.uint8),
         torch.randint(10, (8,)),

@@ -245,6 +245,7 @@ def test_killed_at_random_and_resumed_is_bit_identical(kind, parquet_folder, tmp
     if kind == "parquet":
         config = tiny(
             train={"save_every": 0.0, "batch_size": 16},
+            optim={"optimizer": "muon"},
             data={"dataset": "auto", "dataset_dir": str(parquet_folder), **EVERYTHING},
         )
     assert kill_and_resume(config, tmp_path, seed=kind) >= 2

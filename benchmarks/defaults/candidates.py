@@ -24,7 +24,7 @@ PRESET = "short"
 PLAIN_RECIPE = {"ema": 0.0, "lr": 0.1}
 RECIPE = ("lr", "schedule", "momentum", "weight_decay", "label_smoothing")  # which cost nothing
 COSTLY = (  # other settings that have their meaning here
-    *("ema", "grad_clip", "batch_size", "precision", "implementation", "memory"),
+    *("optimizer", "ema", "grad_clip", "batch_size", "precision", "implementation", "memory"),
     *("mirror", "shift", "crop", "trivial_augment", "cutout", "mixup", "cutmix", "first_size"),
 )
 AT_32 = ("resnet20", "resnet9+lr=0.05", "sparsenet_40_12", "sparsenet_22_16_32_64")

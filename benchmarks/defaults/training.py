@@ -114,7 +114,7 @@ class Training:
         self.model: nn.Module = model if self.candidate.plain else place(model, CPU)
         self.model.train()
         self.average = copy.deepcopy(self.model) if self.config.optim.ema else None
-        optimizer = optim.sgd(cast(SparseNet, self.model), self.config.optim)
+        optimizer = optim.new_optimizer(cast(SparseNet, self.model), self.config.optim)
         of_step = self.config, self.preprocessing, self.arithmetic.precision
         self._make_step = TrainingStep(self.model, optimizer, self.average, *of_step)
 

@@ -7,17 +7,21 @@ from dataclasses import dataclass
 
 from sparsenet.validation import check_settings, setting
 
+OPTIMIZERS = ("sgd", "muon")
 SCHEDULES = ("step", "cosine", "onecycle")
 DROP = 0.1  # factor of the step schedule at each drop
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """SGD with Nesterov momentum; the defaults are the paper's.
+    """SGD with Nesterov momentum, or Muon; the defaults are the paper's.
 
     Raises ``ValueError`` naming the field.
     """
 
+    optimizer: str = setting(
+        "sgd", "muon: the steps of convolutions are made orthogonal", OPTIMIZERS
+    )
     lr: float = setting(0.1, "peak learning rate")
     schedule: str = setting("step", "how the rate changes over the run", SCHEDULES)
     drop_1: int = setting(150, "epochs before the first division of the rate by 10")

@@ -207,7 +207,7 @@ def new_state(setup: Setup, start: Start | None = None) -> TrainingState:
     steps = len(batch_ends(len(setup.data.train), config.train.batch_size))
     losses = torch.zeros(steps, device=device)
     mistakes = torch.zeros(steps, dtype=torch.int64, device=device)
-    return TrainingState(model, optim.sgd(model, config.optim), average, losses, mistakes)
+    return TrainingState(model, optim.new_optimizer(model, config.optim), average, losses, mistakes)
 
 
 def restore(state: TrainingState, setup: Setup, run: Run) -> list[str]:
