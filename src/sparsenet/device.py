@@ -29,13 +29,19 @@ class DeviceTraits:
     measured: bool = True  # whether ``auto`` goes by timings; not where steps are replayed
     fused_update: bool = False  # whether SGD reads its rate from a tensor on the device
     records: bool = False  # whether steps can be recorded and replayed: see sparsenet.capture
+    double: bool = False  # whether it computes in float64
     asynchronous: bool = True  # whether calls return before their work is done
 
 
 TRAITS = {
-    "cpu": DeviceTraits(engines=("native",), fused_update=True, asynchronous=False),
+    "cpu": DeviceTraits(engines=("native",), fused_update=True, double=True, asynchronous=False),
     "cuda": DeviceTraits(
-        torch.channels_last, engines=("triton",), measured=False, fused_update=True, records=True
+        torch.channels_last,
+        engines=("triton",),
+        measured=False,
+        fused_update=True,
+        records=True,
+        double=True,
     ),
     "meta": DeviceTraits(measured=False),
 }

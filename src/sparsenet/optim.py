@@ -137,6 +137,9 @@ def orthogonal(matrices: Sequence[Tensor]) -> list[Tensor]:
 
 def _quintic_factors(squares: Tensor) -> Tensor:
     """The factors ``(k, m, m)`` that make *k* matrices orthogonal, whose squares are given."""
+    dtype = squares.dtype
+    if traits(squares.device).double:  # errors grow 20,000 times: too much for TF32
+        squares = squares.double()
     total = squares.diagonal(dim1=1, dim2=2).sum(1).clamp_min(TINY)[:, None, None]
     squares = squares / total
     one = torch.eye(squares.shape[-1], dtype=squares.dtype, device=squares.device)
@@ -146,7 +149,7 @@ def _quintic_factors(squares: Tensor) -> Tensor:
         factor = first * one + (third * one + fifth * squares) @ squares
         product = factor @ product
         squares = factor @ squares @ factor
-    return product
+    return product.to(dtype)
 
 
 @torch.no_grad()
