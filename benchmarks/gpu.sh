@@ -366,7 +366,7 @@ piece densenet121 445 record densenet121 \
 paper=(--preset paper --fetch sparse --depth 100 --growth_rate 24)
 paper+=(--precision bf16 --implementation $engine)
 # 94 and 95 %: how soon. Images grow from 16 pixels, so that early epochs are cheap.
-fast=("${paper[@]}" --schedule onecycle --lr 0.4 --batch_size 256 --warmup 3)
+fast=("${paper[@]}" --optimizer muon --schedule onecycle --lr 0.4 --batch_size 256 --warmup 3)
 fast+=(--weight_decay 5e-4 --ema 0.995 --first_size 16)
 # As the paper's in network, epochs and batch, stronger in what is seen and in how the rate falls.
 strong=("${paper[@]}" --schedule cosine --warmup 5 --weight_decay 5e-4 --label_smoothing 0.1)

@@ -20,8 +20,8 @@ from sparsenet.model import SparseNet
 from sparsenet.validation import nearest
 
 PRESET = "short"
-# ResNets are mostly trained without an average of their weights, and at lower rates.
-PLAIN_RECIPE = {"ema": 0.0, "lr": 0.1}
+# ResNets are mostly trained by SGD, without an average of their weights, and at lower rates.
+PLAIN_RECIPE = {"optimizer": "sgd", "ema": 0.0, "lr": 0.1}
 RECIPE = ("lr", "schedule", "momentum", "weight_decay", "label_smoothing")  # which cost nothing
 COSTLY = (  # other settings that have their meaning here
     *("optimizer", "ema", "grad_clip", "batch_size", "precision", "implementation", "memory"),

@@ -55,6 +55,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "short": {
         "network": {"depth": 22, "growth_rate": (16, 32, 64), "stem": "auto"},
         "optim": {
+            "optimizer": "muon",
             "schedule": "onecycle",
             "lr": 0.2,
             "weight_decay": 5e-4,
