@@ -251,7 +251,7 @@ def _describe_setting(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return words if value else f"no {words}"
     if isinstance(value, str):
-        texts = {"schedule": value, "weights": f"from {Path(value).name}"}
+        texts = {"schedule": value, "optimizer": value, "weights": f"from {Path(value).name}"}
         return texts.get(name, f"{words} {value}")
     if isinstance(value, tuple):
         return f"{words} {','.join(f'{each:g}' for each in value)}"
