@@ -5,7 +5,7 @@
 makes two small data sets in OUT, trains on them with each recipe and seed that OUT has not yet,
 and prints a table. CIFAR10 is a folder with the parquet files of CIFAR-10. The images are some that
 the shipped network was not trained on: the first of each class of CIFAR-10's test images, under
-other names of classes, so that the classifier is a new one; and scikit-learn's digits, which look
+other names of classes, so that the classifier is a new one; and the package's digits, which look
 like nothing that it has seen.
 """
 

@@ -154,7 +154,7 @@ def version(name):
     try: return f"{name} {known.version(name)}"
     except known.PackageNotFoundError: return f"no {name}"
 names = "torch triton numpy torchvision pytest hypothesis msgspec safetensors filelock"
-names += " pillow pyarrow rich matplotlib scikit-learn"
+names += " pillow pyarrow rich matplotlib"
 print("Python", platform.python_version(), *map(version, names.split()), sep=", ")
 if not torch.cuda.is_available(): sys.exit("no GPU that PyTorch can use")
 free, total = (round(size / 2**30) for size in torch.cuda.mem_get_info())

@@ -20,9 +20,11 @@ import pytest
 import torch
 from conftest import write_image
 from PIL import Image
+from safetensors.torch import load_file
 
 from sparsenet.data.config import DataConfig
 from sparsenet.data.dataset import Dataset
+from sparsenet.data.digits import DIGITS
 from sparsenet.data.errors import DataError
 from sparsenet.data.load import load_dataset
 from sparsenet.data.registry import KINDS
@@ -61,6 +63,18 @@ def test_digits_are_the_default() -> None:
     assert torch.equal(again.test.pixels, digits.test.pixels)
     assert again.val is not None and len(again.val) + len(again.train) == len(digits.train)
     assert load(dataset="digits", image_size=16, in_chans=3).train.pixels.shape[1:] == (3, 16, 16)
+
+
+def test_digits_are_those_of_scikit_learn() -> None:
+    theirs = pytest.importorskip("sklearn.datasets").load_digits()
+    ours = load_file(DIGITS)
+    assert (ours["images"].numpy() == theirs.images).all()
+    assert (ours["labels"].numpy() == theirs.target).all()
+    pixels = torch.from_numpy(np.rint(theirs.images * (255 / 16)).astype(np.uint8))
+    data = load()
+    assert sorted(map(bytes, pixels.numpy())) == sorted(
+        map(bytes, torch.cat([data.train.pixels, data.test.pixels]).numpy())
+    )
 
 
 def test_folder_of_classes_is_split(tmp_path: Path) -> None:

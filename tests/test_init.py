@@ -33,6 +33,21 @@ print("torch" in sys.modules, "numpy" in sys.modules)
     assert in_a_fresh_process(code) == ["False", "False"]
 
 
+@pytest.mark.parametrize("flags", [(), ("--optimizer", "muon", "--ema", "0.9")])
+def test_training_and_predicting_load_no_compiler_and_no_scipy(tmp_path, flags):
+    training = ["train", "--depth", "7", "--growth_rate", "4", "--max_epoch", "1", *flags]
+    commands = [[*training, "--out", "run"], ["predict", "run", "run/samples.png"]]
+    code = f"""
+import contextlib, io, os, sys
+from sparsenet import cli
+os.chdir({str(tmp_path)!r})
+with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    codes = [cli.run(command) for command in {commands!r}]
+print(*codes, *({{"torch._dynamo", "sympy", "scipy", "sklearn"}} & set(sys.modules)))
+"""
+    assert in_a_fresh_process(code) == ["0", "0"]
+
+
 def test_public_names_and_modules_are_there_after_a_bare_import():
     code = """
 import sparsenet

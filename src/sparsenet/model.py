@@ -108,7 +108,7 @@ def _classifier(width: int, classes: int) -> nn.Module:
 
 def _initialise(module: nn.Module) -> None:
     # He et al.'s normal initialisation by fan-out, as the papers' codes do.
-    if isinstance(module, nn.Conv2d):
+    if isinstance(module, nn.Conv2d) and not module.weight.is_meta:  # where it imports the compiler
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     elif isinstance(module, nn.Linear):
         nn.init.zeros_(module.bias)

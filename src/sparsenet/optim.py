@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,7 +32,7 @@ def epoch_rates(
     return torch.tensor(rates, device=reader), torch.tensor(ema_rates, device=reader)
 
 
-def new_optimizer(model: SparseNet, config: OptimConfig) -> torch.optim.SGD:
+def new_optimizer(model: SparseNet, config: OptimConfig) -> SGD:
     """The optimizer of *config*, with weight decay on convolution and linear weights only.
 
     The *model* has to lie on its device already, and what is frozen in it is left out. A group
@@ -67,11 +68,24 @@ def new_optimizer(model: SparseNet, config: OptimConfig) -> torch.optim.SGD:
             kernel_group = {"params": kernels, "weight_decay": decay, "share": share}
             groups.append({**kernel_group, "orthogonal": True})
     fused = traits(trained[0].device).fused_update
-    kind = Muon if muon else torch.optim.SGD
+    kind = Muon if muon else SGD
     return kind(groups, lr=config.lr, momentum=config.momentum, nesterov=True, fused=fused)
 
 
-class Muon(torch.optim.SGD):
+class SGD(torch.optim.SGD):
+    """PyTorch's, without what marks its methods for ``torch.compile``.
+
+    The marks import all of that compiler, which takes longer than importing PyTorch does.
+    """
+
+    add_param_group = inspect.unwrap(torch.optim.SGD.add_param_group)
+    load_state_dict = inspect.unwrap(torch.optim.SGD.load_state_dict)
+    state_dict = inspect.unwrap(torch.optim.SGD.state_dict)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.SGD.step))
+    zero_grad = inspect.unwrap(torch.optim.SGD.zero_grad)
+
+
+class Muon(SGD):
     """SGD with Nesterov momentum whose steps of *orthogonal* groups are orthogonal matrices.
 
     The step of a kernel ``(out, in, height, width)`` is that of SGD as a matrix
