@@ -41,14 +41,17 @@ def reduced(tensors: list[Tensor]) -> list[Tensor]:
     return tensors
 
 
-def steps_agree(name: str, implementation: str, memory: str = "normal", steps: int = 3) -> None:
+def steps_agree(
+    name: str, implementation: str, memory: str = "normal", steps: int = 3, size: int = 16
+) -> None:
     """Outputs, gradients, running statistics and the weights after *steps* steps."""
     alone = network(name, implementation, memory)
     ours = copy.deepcopy(alone)
     synchronise_statistics(ours)
     part = PARTS[dist.get_rank()]
     for step in range(steps):
-        images = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(step)).double()
+        generator = torch.Generator().manual_seed(step)
+        images = torch.randn(8, 3, size, size, generator=generator).double()
         for model, x in ((alone, images), (ours, images[part])):
             x.requires_grad_()
             model.zero_grad()
@@ -111,7 +114,7 @@ def main() -> None:
         modules_agree(implementation)
     steps_agree("sparse", "native", steps=20)
     if len(sys.argv) > 1:  # where the interpreter takes its time
-        steps_agree("tiny", sys.argv[1], steps=2)
+        steps_agree("tiny", sys.argv[1], steps=2, size=8)
     dist.destroy_process_group()
     print("rank", os.environ["RANK"], "agrees")
 

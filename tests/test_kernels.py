@@ -1,6 +1,5 @@
 """The C kernels for themselves: index arithmetic, every build, memory, other libraries."""
 
-import gc
 import itertools
 import os
 import re
@@ -290,11 +289,9 @@ def test_a_block_is_handed_out_again_once_nobody_holds_it():
     first = block.take(LEAST, torch.bfloat16)
     place, view = first.data_ptr(), first[:10].view(2, 5)
     del first
-    gc.collect()
     second = block.take(LEAST, torch.bfloat16)
     assert second.data_ptr() != place  # the view holds the first
     del view
-    gc.collect()
     assert block.take(LEAST // 2, torch.float32).data_ptr() == place
 
 
@@ -302,18 +299,14 @@ def test_one_block_is_kept_and_none_that_is_too_large():
     block = Block()
     large, small = block.take(4 * LEAST, torch.uint8), block.take(2 * LEAST, torch.uint8)
     del small
-    gc.collect()
     assert block.memory is None
     del large
-    gc.collect()
     assert len(block.memory) == 4 * LEAST
     for _ in range(IDLE + 1):
         held = block.take(2 * LEAST, torch.uint8)
         del held
-        gc.collect()
     assert len(block.memory) == 2 * LEAST
     block.take(8 * LEAST, torch.uint8)
-    gc.collect()
     assert len(block.memory) == 8 * LEAST
 
 
