@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
@@ -191,6 +192,19 @@ optim:
 train:
   max_epoch: 3
 """
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_what_an_older_run_did_not_say_was_the_default(name, tmp_path):
+    """Of no preset beneath comes, say, another optimizer than the one it was trained by."""
+    records = [*(Path(__file__).parents[1] / "results").rglob("config.json")]
+    said = [json.loads(file.read_text()) for file in records]
+    assert any("optimizer" not in each["optim"] for each in said)
+    for file in records:
+        assert load(file, preset(name)) == load(file, RunConfig())
+    own = tmp_path / "settings.json"
+    own.write_text('{"optim": {"momentum": 0.8}}')
+    assert load(own, preset(name)).optim.lr == preset(name).optim.lr
 
 
 def test_a_name_that_comes_twice_is_refused(tmp_path):

@@ -30,6 +30,7 @@ SEED = (
 )
 SMALL = (
     *(*TINY, "--batch_size", "32", "--max_epoch", "2", "--lr", "0.02", "--image_size", "12"),
+    *("--optimizer", "muon"),
     *("--first_size", "8", "--ema", "0.9", "--dropout", "0.1", "--grad_clip", "1"),
     *("--trivial_augment", "--cutout", "3", "--mixup", "0.5", "--cutmix", "0.5"),
 )

@@ -141,6 +141,61 @@ def test_muon_makes_the_steps_of_kernels_orthogonal_and_those_of_all_else_as_sgd
         torch.testing.assert_close(by_muon, wanted, rtol=1e-6, atol=1e-7)
 
 
+def test_muon_is_an_optimizer_like_any_other():
+    """A closure, hooks and an error within a step meet all groups, once."""
+    new_optimizer(layers_of_all_kinds(), OptimConfig())  # after which SGD's steps call hooks
+    found = []
+    for way in ("plain", "closure"):
+        model = layers_of_all_kinds()
+        optimizer = new_optimizer(model, OptimConfig(optimizer="muon"))
+        seen = []
+        optimizer.register_step_pre_hook(
+            lambda by, *_, seen=seen: seen.append(len(by.param_groups))
+        )
+        images = torch.randn(4, 2, 8, 8, generator=torch.Generator().manual_seed(1)).double()
+
+        def loss(model=model, optimizer=optimizer, images=images):
+            optimizer.zero_grad()
+            features = model[0](images) + model[1](images)
+            result = model[4](model[3](model[2](features)).mean((2, 3))).square().sum()
+            result.backward()
+            return result
+
+        for _ in range(3):
+            if way == "closure":
+                assert optimizer.step(loss) > 0
+            else:
+                loss()
+                optimizer.step()
+        groups = len(optimizer.param_groups)
+        assert seen == [groups] * 3
+        with pytest.raises(ZeroDivisionError):
+            optimizer.step(lambda: 1 / 0)
+        assert len(optimizer.param_groups) == groups
+        found.append([parameter.detach().clone() for parameter in model.parameters()])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+def test_a_gradient_scaler_skips_steps_of_muon():
+    model = layers_of_all_kinds().float()
+    optimizer = new_optimizer(model, OptimConfig(optimizer="muon"))
+    scaler = torch.amp.GradScaler("cpu")
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    scaler.scale(sum(p.sum() for p in model.parameters())).backward()
+    model[0].weight.grad.fill_(math.inf)
+    scaler.step(optimizer)
+    assert all(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
+
+
+def test_a_decay_that_leaves_nothing_of_a_kernel_is_refused():
+    assert OptimConfig(lr=0.2, weight_decay=0.5).weight_decay == 0.5
+    for more in ({"lr": 0.2}, {"backbone_lr": 0.2}):
+        with pytest.raises(
+            ValueError, match=r"weight_decay: expected with muon less than .*0\.5\)"
+        ):
+            OptimConfig(optimizer="muon", weight_decay=0.5, **more)
+
+
 def test_weight_decay_shrinks_kernels_alike_with_both_optimizers():
     lengths = []
     for name in ("sgd", "muon"):

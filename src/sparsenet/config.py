@@ -239,8 +239,13 @@ def from_dict(value: Any, source: str, base: RunConfig) -> RunConfig:
 
 
 def load(path: Path, base: RunConfig) -> RunConfig:
-    """Returns *base* with what a JSON or YAML file sets; ``ValueError`` in one line otherwise."""
-    return from_dict(_stated(path), str(path), base)
+    """Returns *base* with what a JSON or YAML file sets; ``ValueError`` in one line otherwise.
+
+    A run's config.json says what all settings were, and what an older version's leaves out was the
+    default: nothing of *base* is left.
+    """
+    value = _stated(path)
+    return from_dict(value, str(path), RunConfig() if _is_of_a_run(value) else base)
 
 
 def _stated(path: Path) -> dict[str, Any]:
@@ -262,14 +267,24 @@ def _stated(path: Path) -> dict[str, Any]:
 def asked_by(path: Path) -> list[str]:
     """Names of settings for which a file that ``load`` takes asks for more than the default.
 
-    Of a run's config.json it is none: that says what all settings were, or, of an older version's,
-    most of them.
+    Of a run's config.json it is none: that says what all settings were.
     """
     value = _stated(path)
-    found = [each for each in settings() if each.name in value.get(each.component, {})]
-    if 2 * len(found) > len([*settings()]):
+    if _is_of_a_run(value):
         return []
+    found = [each for each in settings() if _states(value, each)]
     return [each.name for each in found if value[each.component][each.name] != each.default]
+
+
+def _is_of_a_run(value: dict[str, Any]) -> bool:
+    """Whether a file says what most settings are: an older version's run lacks what came later."""
+    stated = [_states(value, each) for each in settings()]
+    return 2 * sum(stated) > len(stated)
+
+
+def _states(value: dict[str, Any], setting: Setting) -> bool:
+    fields = value.get(setting.component)
+    return isinstance(fields, dict) and setting.name in fields
 
 
 def differences(old: RunConfig, new: RunConfig) -> list[str]:
@@ -287,15 +302,17 @@ def differences(old: RunConfig, new: RunConfig) -> list[str]:
 def recipe(config: RunConfig) -> dict[str, dict[str, Any]]:
     """Returns how a network was trained, as a JSON value: what matters for the result alone."""
     left_out = MAY_CHANGE - LENGTH
-    # Neither where it lies on this machine nor what lets somebody read an address.
-    name = config.train.weights
-    if is_address(name):
-        name = re.split(r"[?#]", name)[0].rstrip("/")
-    name = name if name.startswith("hf://") else re.split(r"[/\\]", name)[-1]
-    train = dataclasses.replace(config.train, weights=name)
+    train = dataclasses.replace(config.train, weights=name_of_weights(config.train.weights))
     components = dataclasses.replace(config, train=train).to_dict()
     del components["network"]
     return {
         component: {name: value for name, value in fields.items() if name not in left_out}
         for component, fields in components.items()
     }
+
+
+def name_of_weights(source: str) -> str:
+    """Neither where they lie on this machine nor what lets somebody read an address."""
+    if is_address(source):
+        source = re.split(r"[?#]", source)[0].rstrip("/")
+    return source if source.startswith("hf://") else re.split(r"[/\\]", source)[-1]

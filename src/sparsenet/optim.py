@@ -43,7 +43,8 @@ def new_optimizer(model: SparseNet, config: OptimConfig) -> SGD:
     muon = config.optimizer == "muon"
     found = f"only a classifier that learns (--freeze {config.freeze})"
     if muon and not any(parameter.ndim == 4 for parameter in trained):
-        raise ValueError(f"--optimizer muon: expected convolutions that learn, found {found}")
+        expected = "expected convolutions that learn"
+        raise ValueError(f"--optimizer muon: {expected}, found {found}; --optimizer sgd trains it")
     parts = [(1.0, trained)]
     if config.backbone_lr:
         head = set(model.classifier.parameters())
@@ -95,16 +96,24 @@ class Muon(SGD):
     as fast as SGD's would if there were no gradients. The state is that of SGD.
     """
 
+    def __init__(self, *groups: Any, **settings: Any) -> None:
+        super().__init__(*groups, **settings)
+        # A ``GradScaler`` is to unscale gradients and to skip steps itself, as of any optimizer.
+        self._step_supports_amp_scaling = False
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        groups = self.param_groups
-        self.param_groups = [group for group in groups if not group.get("orthogonal")]
-        loss = super().step(closure)
-        self.param_groups = groups
-        for group in groups:
+        loss = inspect.unwrap(SGD.step)(self, closure)  # hooks are called around this method
+        for group in self.param_groups:
             if group.get("orthogonal"):
                 self._step_kernels(group)
         return loss
+
+    def _init_group(self, group: dict[str, Any], *lists: list[Any]) -> bool:
+        """Lists what SGD is to update: nothing of the kernels."""
+        if group.get("orthogonal"):
+            return False
+        return super()._init_group(group, *lists)  # type: ignore[no-any-return, no-untyped-call]
 
     def _step_kernels(self, group: dict[str, Any]) -> None:
         kernels = [kernel for kernel in group["params"] if kernel.grad is not None]

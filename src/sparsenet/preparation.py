@@ -27,6 +27,7 @@ from sparsenet.events import Message, Reading
 from sparsenet.graph import Node, graph, totals
 from sparsenet.memory import free_memory, total_memory
 from sparsenet.ops import dispatch
+from sparsenet.presets import describe_recipe
 from sparsenet.ranks import ALONE, Ranks
 from sparsenet.weights import Description
 
@@ -279,6 +280,7 @@ def introduce(setup: Setup, previous: Arithmetic) -> Iterator[str]:
         f"{network.stage_depths} layers, growth {network.growth_rates}{stem}: "
         f"{parameters:,} parameters, {macs:,} MACs"
     )
+    yield f"recipe: {describe_recipe(setup.config, settings.max_epoch)}"
     yield from explain(setup.arithmetic, settings, setup.device, previous)
     if setup.synchronised:
         yield "statistics of batches are those of all processes together (--sync_statistics)"

@@ -1,10 +1,12 @@
-"""Recipes by name, as changes to the default settings of a run."""
+"""Recipes by name, as changes to the default settings of a run, and any run's as a text."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from sparsenet.config import RunConfig, replace
+from sparsenet.config import RunConfig, name_of_weights, replace
 from sparsenet.data.registry import KINDS, resolve
 from sparsenet.validation import nearest
 
@@ -82,3 +84,54 @@ def preset_for(dataset: str, dataset_dir: str) -> str:
     """
     kind = KINDS.get(resolve(dataset, dataset_dir))
     return kind.preset if kind else "short"
+
+
+PAPER = preset("paper")
+RECIPE = (  # the settings that a recipe names where they are not the paper's
+    ("train", "batch_size"),
+    *(("optim", field.name) for field in dataclasses.fields(PAPER.optim)),
+    ("train", "weights"),
+    ("network", "dropout"),
+    ("data", "image_size"),
+    ("data", "mirror"),
+    ("data", "shift"),
+    ("data", "crop"),
+    ("data", "stored_size"),
+    ("data", "cutout"),
+    ("data", "mixup"),
+    ("data", "cutmix"),
+    ("data", "trivial_augment"),
+    ("data", "first_size"),
+    ("data", "sampler"),
+    ("data", "val_fraction"),
+)
+
+
+def describe_recipe(config: RunConfig, epochs: int) -> str:
+    """Returns as a text how many *epochs* were trained and what is not as the paper has it."""
+    planned = config.train.max_epoch or epochs
+    trained = str(planned) if epochs == planned else f"{epochs} of {planned}"
+    changed = list(unlike_the_paper(config, RECIPE))
+    if planned == PAPER.train.max_epoch and not changed:
+        return f"the paper's, {trained} epochs"
+    return ", ".join([f"{trained} epoch{'' if trained == '1' else 's'}", *changed])
+
+
+def unlike_the_paper(config: RunConfig, names: Iterable[tuple[str, str]]) -> Iterator[str]:
+    """Those of the settings that are not as the paper has them, as texts."""
+    for component, name in names:
+        value = getattr(getattr(config, component), name)
+        if value != getattr(getattr(PAPER, component), name):
+            yield _describe_setting(name, value)
+
+
+def _describe_setting(name: str, value: Any) -> str:
+    words = name.replace("_", " ")
+    if isinstance(value, bool):
+        return words if value else f"no {words}"
+    if isinstance(value, str):
+        texts = {"schedule": value, "optimizer": value, "weights": f"from {name_of_weights(value)}"}
+        return texts.get(name, f"{words} {value}")
+    if isinstance(value, tuple):
+        return f"{words} {','.join(f'{each:g}' for each in value)}"
+    return f"{words} {value:g}"

@@ -14,7 +14,7 @@ from sparsenet.data.identity import digest
 from sparsenet.data.splits import IMAGES_OF, SPLITS
 from sparsenet.data.tree import list_folder
 from sparsenet.files import read_json
-from sparsenet.presets import preset
+from sparsenet.presets import PAPER, describe_recipe, unlike_the_paper
 from sparsenet.run import Run
 from sparsenet.summary import MeasuredRun, RunSummary
 from sparsenet.validation import Count, Name, Percent
@@ -23,25 +23,6 @@ from sparsenet.weights import in_folder
 T = TypeVar("T")
 
 RUN_FILES = ("config.json", "metrics.csv", "result.json")  # any of them makes a folder a run
-PAPER = preset("paper")
-RECIPE = (  # the settings that a recipe names where they are not the paper's
-    ("train", "batch_size"),
-    *(("optim", field.name) for field in dataclasses.fields(PAPER.optim)),
-    ("train", "weights"),
-    ("network", "dropout"),
-    ("data", "image_size"),
-    ("data", "mirror"),
-    ("data", "shift"),
-    ("data", "crop"),
-    ("data", "stored_size"),
-    ("data", "cutout"),
-    ("data", "mixup"),
-    ("data", "cutmix"),
-    ("data", "trivial_augment"),
-    ("data", "first_size"),
-    ("data", "sampler"),
-    ("data", "val_fraction"),
-)
 DETAILS = (  # those that it names only where they tell rows apart
     ("data", "image_column"),
     ("data", "label_column"),
@@ -197,7 +178,7 @@ def _details(folder: Run, config: RunConfig) -> tuple[str, ...]:
     ]
     if config.train.weights:  # of which a recipe says the last part
         said.append(f"weights {config.train.weights}")
-    return (*said, *_changed(config, DETAILS))
+    return (*said, *unlike_the_paper(config, DETAILS))
 
 
 def _told_apart(rows: Iterable[RunSummary]) -> Iterator[RunSummary]:
@@ -226,33 +207,3 @@ def _read_config(file: Path) -> tuple[RunConfig, set[str]]:
 
 def _read_if_there(file: Path, kind: type[T]) -> T | None:
     return read_json(file, kind) if file.is_file() else None
-
-
-def describe_recipe(config: RunConfig, epochs: int) -> str:
-    """Returns as a text how many *epochs* were trained and what is not as the paper has it."""
-    planned = config.train.max_epoch or epochs
-    trained = str(planned) if epochs == planned else f"{epochs} of {planned}"
-    changed = list(_changed(config, RECIPE))
-    if planned == PAPER.train.max_epoch and not changed:
-        return f"the paper's, {trained} epochs"
-    return ", ".join([f"{trained} epoch{'' if trained == '1' else 's'}", *changed])
-
-
-def _changed(config: RunConfig, names: Iterable[tuple[str, str]]) -> Iterator[str]:
-    """Those of the settings that are not as the paper has them, as texts."""
-    for component, name in names:
-        value = getattr(getattr(config, component), name)
-        if value != getattr(getattr(PAPER, component), name):
-            yield _describe_setting(name, value)
-
-
-def _describe_setting(name: str, value: Any) -> str:
-    words = name.replace("_", " ")
-    if isinstance(value, bool):
-        return words if value else f"no {words}"
-    if isinstance(value, str):
-        texts = {"schedule": value, "optimizer": value, "weights": f"from {Path(value).name}"}
-        return texts.get(name, f"{words} {value}")
-    if isinstance(value, tuple):
-        return f"{words} {','.join(f'{each:g}' for each in value)}"
-    return f"{words} {value:g}"

@@ -58,6 +58,10 @@ class OptimConfig:
             ("backbone_lr", 0 <= self.backbone_lr < math.inf, "a positive number, or 0"),
             ("grad_clip", 0 <= self.grad_clip < math.inf, "a norm of at least 0"),
         )
+        if self.optimizer == "muon":  # a step takes that much away at once: ``optim.Muon``
+            bound = (1 - self.momentum) / max(self.lr, self.backbone_lr)
+            expected = f"with muon less than (1 - momentum) / lr ({bound:g})"
+            check_settings(self, ("weight_decay", self.weight_decay < bound, expected))
 
 
 def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, max_epoch: int) -> float:
