@@ -40,6 +40,7 @@ from sparsenet.presets import preset
 from sparsenet.run import Run
 from sparsenet.schedule import learning_rate
 from sparsenet.train import train
+from sparsenet.trained import load_trained
 
 PROGRAM = [sys.executable, "-m", "sparsenet.cli"]
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # several, on as many workers' cores, wait for each other
@@ -425,6 +426,19 @@ def test_the_settings_of_a_run_on_other_data_do_not_name_its_data(
     assert named.dataset_name == "P"
     Path("table.json").write_text('{"data": {"dataset_dir": "p", "labels": "l.csv"}}')
     assert configured("--config", "table.json", "--dataset_dir", "q").data.labels == ""
+
+
+def test_a_tilde_is_the_home_whether_or_not_a_shell_wrote_it_out(
+    call: Call, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(copied.parent))
+    run, weights = f"~/{copied.name}", "~/w.safetensors"
+    assert call("export", run, "--format", "safetensors", f"--out={weights}").code == 0
+    assert (copied.parent / "w.safetensors").exists() and not Path("~").exists()
+    assert call("report", run, "--out=~/page.html").code == 0
+    assert (copied.parent / "page.html").exists()
+    for source in (run, Path(run), weights):
+        assert load_trained(source).about.classes == load_trained(copied).about.classes
 
 
 def test_a_function_of_ones_own_is_a_topology(configured: Callable[..., RunConfig]) -> None:

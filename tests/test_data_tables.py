@@ -659,6 +659,11 @@ def test_columns_of_a_table_are_told(pets: Path) -> None:
         labelled(pets, table, image_column="a", label_column="a")
 
 
+def test_a_table_of_classes_alone_names_no_images(pets: Path) -> None:
+    with pytest.raises(DataError, match=r"expected a column that names the 4 images .*found ''"):
+        labelled(pets, ",label\n0,cat\n1,dog\n", label_column="label")
+
+
 def test_numbers_of_classes_that_are_also_names_of_files_are_no_images(tmp_path: Path) -> None:
     plant(*(tmp_path / "pics" / f"{i}.png" for i in range(10)))
     rows = "".join(f"{i},{i % 3}\n" for i in range(10))

@@ -54,6 +54,12 @@ def test_the_newest_checkpoint_comes_back_and_two_are_kept(tmp_path):
     assert {file.name for file in run.checkpoints.iterdir()} == checkpoint_files(2, 3)
 
 
+def test_a_hundred_million_steps_are_more_than_one_less(tmp_path):
+    run = saved(tmp_path, steps=(10**8 - 2, 10**8 - 1, 10**8, 10**8 + 1))
+    assert newest(run.checkpoints, "last")[0].manifest.step == 10**8 + 1
+    assert {file.name for file in run.checkpoints.iterdir()} == checkpoint_files(10**8, 10**8 + 1)
+
+
 def test_only_files_that_the_program_wrote_are_removed(tmp_path):
     run = saved(tmp_path, steps=(1, 2))
     mine = [

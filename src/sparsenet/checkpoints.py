@@ -87,19 +87,19 @@ def save(folder: Path, manifest: Manifest, tensors: Mapping[str, Tensor]) -> Non
     stem = folder / f"{manifest.kind}-{manifest.step:08d}"
     files.write_atomic(stem.with_suffix(".safetensors"), data)
     files.write_json(stem.with_suffix(".json"), description | identity)
-    _remove_others(folder, manifest.kind, stem.name)
+    _remove_others(folder, manifest.kind, manifest.step)
 
 
-def _remove_others(folder: Path, kind: str, newest: str) -> None:
+def _remove_others(folder: Path, kind: str, newest: int) -> None:
     # Later steps are of a run that was taken back.
-    manifests = [path for path in saved(folder, kind) if path.stem <= newest]
+    manifests = [path for path in saved(folder, kind) if _step_of(path) <= newest]
     kept = {path.stem for path in manifests[: KEPT[kind]]}
     whole = rf"{kind}-{NUMBER}\.(json|safetensors)"
     half = rf"\.{whole}\.\w+"  # named by files.write_atomic, and left by a kill
     for path in sorted(folder.iterdir()):  # manifests before tensors
         if re.fullmatch(f"{whole}|{half}", path.name) and path.stem not in kept:
             # An older one that stays does no harm, one of a later step would be taken for the last.
-            with suppress(OSError) if path.stem <= newest else nullcontext():
+            with suppress(OSError) if _step_of(path) <= newest else nullcontext():
                 path.unlink()
 
 
@@ -107,7 +107,11 @@ def saved(folder: Path, kind: str) -> list[Path]:
     """The manifests of *kind* in *folder*, newest first, whether intact or not."""
     name = re.compile(rf"{kind}-{NUMBER}\.json")
     manifests = [path for path in folder.glob("*.json") if name.fullmatch(path.name)]
-    return sorted(manifests, reverse=True)
+    return sorted(manifests, key=_step_of, reverse=True)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.partition("-")[2].partition(".")[0])
 
 
 def restore(folder: Path, kind: str, use: Callable[[Checkpoint], T]) -> tuple[T, list[str]]:

@@ -15,6 +15,7 @@ from sparsenet.config import COMPONENTS, Setting, settings
 from sparsenet.data.config import POINTERS, READING
 from sparsenet.data.splits import split_of
 from sparsenet.export import FORMATS, RUNTIMES
+from sparsenet.files import user_path
 from sparsenet.serving.limits import Limits
 from sparsenet.topology import fetch_from_file
 from sparsenet.validation import nearest
@@ -193,7 +194,7 @@ def _hint(argument: str, flags: Collection[str]) -> str:
     flag = instead.split()[0] if instead.startswith("--") else ""
     if instead and not flag:
         return f"; here: {instead}"
-    if flag.rstrip(",") in flags:
+    if flag in flags:
         return f"; did you mean {instead}?"
     return nearest(name, flags, 0.6)
 
@@ -446,10 +447,13 @@ def _split(text: str) -> str:
 
 
 def _given(text: str) -> str:
-    """*text*, but for one without a character, such as of a variable that a script has not set."""
+    """*text*, with ``~`` for the user's home, which no shell writes out in ``--out=~/run``.
+
+    Refused is one without a character, such as of a variable that a script has not set.
+    """
     if not text:
         raise argparse.ArgumentTypeError("expected a value, found an empty one")
-    return text
+    return str(user_path(text)) if text.startswith("~") else text
 
 
 def _names(text: str) -> tuple[str, ...]:

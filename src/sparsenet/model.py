@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sparsenet.architecture import Architecture, StemLayers
 from sparsenet.ops import dispatch
 from sparsenet.ops.implementations import CHANNELS_LAST, MEMORY
+from sparsenet.ops.plan import EPS, MOMENTUM
 from sparsenet.ops.tracing import is_watched
 from sparsenet.stage import Stage
 
@@ -44,7 +45,7 @@ class Stem(nn.Sequential):
         kernel, stride = layers.kernel, layers.stride
         conv = nn.Conv2d(in_chans, width, kernel, stride, padding=kernel // 2, bias=False)
         pool = nn.MaxPool2d(3, stride, padding=1)
-        strided = (nn.BatchNorm2d(width), nn.ReLU(), pool) if stride > 1 else ()
+        strided = (nn.BatchNorm2d(width, EPS, MOMENTUM), nn.ReLU(), pool) if stride > 1 else ()
         super().__init__(conv, *strided)
         self.in_chans, self.width = in_chans, width
         self.feature = 2 if strided else 0  # the last module before the pooling

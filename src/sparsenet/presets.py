@@ -134,4 +134,4 @@ def _describe_setting(name: str, value: Any) -> str:
         return texts.get(name, f"{words} {value}")
     if isinstance(value, tuple):
         return f"{words} {','.join(f'{each:g}' for each in value)}"
-    return f"{words} {value:g}"
+    return f"{words} {value:g}" if isinstance(value, float) else f"{words} {value}"

@@ -114,7 +114,7 @@ def load(source: str | Path, alternatives: str = "") -> Weights:
     Raises ``ValueError`` in one line for a source that names nothing, and for a file that is
     damaged, too large or of another kind.
     """
-    name = str(source)
+    name = os.path.expanduser(str(source))  # noqa: PTH111 - pathlib raises where there is no home
     scheme, separator, _ = name.partition("://")
     if in_folder(name):
         return _load_folder(Path(name), name)

@@ -19,7 +19,7 @@ from sparsenet.display import warn
 from sparsenet.evaluation import Evaluation, EvaluationStep, evaluate
 from sparsenet.export.onnx import Exported
 from sparsenet.export.runtimes import Runtime
-from sparsenet.files import behind_link, try_to_write, user_path, write_atomic
+from sparsenet.files import behind_link, try_to_write, write_atomic
 from sparsenet.ops import dispatch
 from sparsenet.results import ClassScores, Scores
 from sparsenet.run import Run
@@ -125,7 +125,7 @@ def evaluated(
 
 
 def _check_target(predictions: str) -> None:
-    file = user_path(predictions)
+    file = Path(predictions)
     if not file.parent.is_dir():
         raise ValueError(f"--predictions: expected a file in a folder, found no {file.parent}")
     if file.is_dir():
@@ -219,7 +219,7 @@ def _write_predictions(
             )
 
     try:
-        write_atomic(behind_link(user_path(predictions)), rows())
+        write_atomic(behind_link(Path(predictions)), rows())
     except OSError as error:  # such as a full disk
         raise OSError(_unwritten(predictions, error)) from error
 

@@ -13,7 +13,7 @@ from sparsenet.data.tree import HEAT_MAP, describe_others
 from sparsenet.device import choose_device
 from sparsenet.display import say, warn
 from sparsenet.extras import require
-from sparsenet.files import failure, user_path, write_atomic
+from sparsenet.files import failure, write_atomic
 from sparsenet.pictures.heat_map import mark_of
 from sparsenet.predict import Prediction, find_images, predict
 from sparsenet.validation import printable
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _folder(name: str) -> Path:
-    folder = user_path(name)
+    folder = Path(name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -196,13 +196,13 @@ def _image_column(table: _Table, images: _Images, config: DataConfig) -> tuple[s
             named = {cell: tuple(images.find(cell)) for cell in set(cells)}
             found[name] = [named[cell] for cell in cells]
     counts = {name: len({paths for paths in column if paths}) for name, column in found.items()}
-    best = max(counts, key=lambda name: counts[name])
-    rivals = {name for name, count in counts.items() if count and 2 * count > counts[best]} - {best}
+    best = max(counts, key=lambda name: counts[name], default="")
     if not images.paths:
         raise DataError(f"--dataset_dir: expected images in {images.root}, found none")
-    if not counts[best]:
+    if not counts.get(best):
         expected = f"a column that names the {len(images.paths)} images below {images.root}"
         raise DataError(f"{table.path}: expected {expected}, found {_quoted(table.columns)}")
+    rivals = {name for name, count in counts.items() if count and 2 * count > counts[best]} - {best}
     if any(found[name] != found[best] for name in rivals):
         raise DataError(
             f"{table.path}: expected one column that names images, found "
