@@ -9,7 +9,7 @@ import pytest
 from sparsenet import config as settings
 from sparsenet.config import (
     RunConfig,
-    asked_by,
+    SettingsFile,
     changed,
     differences,
     from_dict,
@@ -224,7 +224,7 @@ def test_yaml_says_what_json_says(tmp_path):
     assert (found.network.depth, found.network.growth_rate) == (16, (4, 8, 16))
     assert (found.data.mirror, found.data.dataset_name) == (False, "1e3")
     assert (found.optim.lr, found.optim.weight_decay, found.train.max_epoch) == (0.05, 1e-4, 3)
-    assert set(asked_by(file)) == {
+    assert set(SettingsFile.read(file).asked()) == {
         *("depth", "growth_rate", "dataset_name", "lr", "max_epoch"),
         *(["mirror"] if RunConfig().data.mirror else []),
     }

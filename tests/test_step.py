@@ -365,8 +365,9 @@ def test_evaluation_is_recorded_once_and_follows_the_weights():
     torch.manual_seed(0)
     model, news = SparseNet(CONFIG.network, "shared"), []
     images = Images(torch.randint(256, (10, 3, 8, 8), dtype=torch.uint8), torch.arange(10) % 3)
-    score = Captured(EvaluationStep(model, PREPROCESSING, "fp32"), "it", Tape(), news.append)
-    given = model, images, PREPROCESSING, torch.device("cpu"), 4, "fp32"
+    step = EvaluationStep(model, PREPROCESSING, "fp32")
+    score = Captured(step, "it", Tape(), news.append)
+    given = step, images, torch.device("cpu"), 4
     for _ in range(WARM_UP + 3):
         found, expected = evaluate(*given, score), evaluate(*given)
         assert found.loss == expected.loss and model.training

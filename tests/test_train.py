@@ -479,9 +479,9 @@ def test_images_grow_in_training_and_are_tested_whole(data, sizes, tmp_path, mon
         trained.append(pixels.shape[-1])
         return act(step, pixels, *rest)
 
-    def spying(model, images, *rest, **options):
+    def spying(step, images, *rest, **options):
         tested.append(images.pixels.shape[-1])
-        return evaluate(model, images, *rest, **options)
+        return evaluate(step, images, *rest, **options)
 
     monkeypatch.setattr(TrainingStep, "__call__", spied)
 

@@ -26,7 +26,7 @@ from sparsenet.data.preprocessing import Preprocessing, channel_statistics
 from sparsenet.data.sampling import Batches, batch_ends, plan_epoch, resized, stream
 from sparsenet.device import place
 from sparsenet.environment import environment
-from sparsenet.evaluation import NotFiniteError, evaluate, recompute_statistics
+from sparsenet.evaluation import EvaluationStep, NotFiniteError, evaluate, recompute_statistics
 from sparsenet.memory import memory_mb, peak_memory_mb
 from sparsenet.model import SparseNet
 from sparsenet.preparation import BATCH_SIZE
@@ -254,10 +254,9 @@ def train(
     if finite:
         training.settle()
         precision = training.arithmetic.precision
+        step = EvaluationStep(training.evaluated, data.preprocessing, precision)
         try:
-            result = evaluate(
-                training.evaluated, data.test, data.preprocessing, CPU, precision=precision
-            )
+            result = evaluate(step, data.test, CPU)
             error, eval_seconds = result.error, result.seconds
         except NotFiniteError:
             error = None

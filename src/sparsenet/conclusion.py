@@ -37,7 +37,7 @@ def conclude(
     step = EvaluationStep(trained.model, preprocessing, arithmetic.precision)
     score = captures(step, "the evaluation")
     try:
-        evaluation = evaluate(trained.model, data.test, preprocessing, device, score=score)
+        evaluation = evaluate(step, data.test, device, score=score)
     except NotFiniteError:
         raise DivergedError(f"the weights of step {trained.step} give a loss that is") from None
     result = TrainingResult(

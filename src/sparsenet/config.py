@@ -239,52 +239,61 @@ def from_dict(value: Any, source: str, base: RunConfig) -> RunConfig:
 
 
 def load(path: Path, base: RunConfig) -> RunConfig:
-    """Returns *base* with what a JSON or YAML file sets; ``ValueError`` in one line otherwise.
-
-    A run's config.json says what all settings were, and what an older version's leaves out was the
-    default: nothing of *base* is left.
-    """
-    value = _stated(path)
-    return from_dict(value, str(path), RunConfig() if _is_of_a_run(value) else base)
+    """``SettingsFile.on`` for the file at *path*."""
+    return SettingsFile.read(path).on(base)
 
 
-def _stated(path: Path) -> dict[str, Any]:
-    """What a file says of settings."""
-    if path.suffix.lower() in (".yaml", ".yml"):
-        return read_yaml(path, dict[str, Any], MOST_BYTES)
-    data = readable(path, MOST_BYTES)
-    found = parse_json(data, dict[str, Any], str(path))
+@dataclass(frozen=True)
+class SettingsFile:
+    """What a JSON or YAML file says of settings; a run's config.json says what all of them were."""
 
-    def once(pairs: list[tuple[str, Any]]) -> None:
-        for name, count in Counter(name for name, _ in pairs).items():
-            if count > 1:  # of which one would be lost
-                raise ValueError(f"{path}: expected each name once, found {shown(name)} again")
+    source: str
+    stated: dict[str, Any]
 
-    json.loads(data, object_pairs_hook=once)
-    return found
+    @classmethod
+    def read(cls, path: Path) -> SettingsFile:
+        """The file at *path*, or that of a run's folder; ``ValueError`` in one line."""
+        if path.is_dir():
+            path = path / "config.json"
+        if path.suffix.lower() in (".yaml", ".yml"):
+            return cls(str(path), read_yaml(path, dict[str, Any], MOST_BYTES))
+        data = readable(path, MOST_BYTES)
+        stated = parse_json(data, dict[str, Any], str(path))
 
+        def once(pairs: list[tuple[str, Any]]) -> None:
+            for name, count in Counter(name for name, _ in pairs).items():
+                if count > 1:  # of which one would be lost
+                    raise ValueError(f"{path}: expected each name once, found {shown(name)} again")
 
-def asked_by(path: Path) -> list[str]:
-    """Names of settings for which a file that ``load`` takes asks for more than the default.
+        json.loads(data, object_pairs_hook=once)
+        return cls(str(path), stated)
 
-    Of a run's config.json it is none: that says what all settings were.
-    """
-    value = _stated(path)
-    if _is_of_a_run(value):
-        return []
-    found = [each for each in settings() if _states(value, each)]
-    return [each.name for each in found if value[each.component][each.name] != each.default]
+    def on(self, base: RunConfig) -> RunConfig:
+        """Returns *base* with what the file sets; ``ValueError`` in one line where that is wrong.
 
+        What a run's config.json leaves out, as an older version's does, was the default: nothing of
+        *base* is left.
+        """
+        return from_dict(self.stated, self.source, RunConfig() if self._is_a_run_s() else base)
 
-def _is_of_a_run(value: dict[str, Any]) -> bool:
-    """Whether a file says what most settings are: an older version's run lacks what came later."""
-    stated = [_states(value, each) for each in settings()]
-    return 2 * sum(stated) > len(stated)
+    def asked(self) -> list[str]:
+        """Names of settings for which the file asks for more than the default.
 
+        Of a run's config.json it is none.
+        """
+        if self._is_a_run_s():
+            return []
+        found = [(each, self.stated[each.component]) for each in settings() if self._states(each)]
+        return [each.name for each, fields in found if fields[each.name] != each.default]
 
-def _states(value: dict[str, Any], setting: Setting) -> bool:
-    fields = value.get(setting.component)
-    return isinstance(fields, dict) and setting.name in fields
+    def _is_a_run_s(self) -> bool:
+        """Whether it says what most settings are; an older version's lacks what came later."""
+        stated = [self._states(each) for each in settings()]
+        return 2 * sum(stated) > len(stated)
+
+    def _states(self, setting: Setting) -> bool:
+        fields = self.stated.get(setting.component)
+        return isinstance(fields, dict) and setting.name in fields
 
 
 def differences(old: RunConfig, new: RunConfig) -> list[str]:

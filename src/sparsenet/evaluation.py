@@ -205,25 +205,23 @@ def recompute_statistics(
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
+    step: EvaluationStep,
     images: Images,
-    preprocessing: Preprocessing,
     device: torch.device,
     batch_size: int = 256,
-    precision: str = "fp32",
     score: Scorer | None = None,
     ranks: Ranks = ALONE,
 ) -> Evaluation:
-    """Runs *model* in evaluation mode over *images*, in order, and restores its mode afterwards.
+    """Makes *step* with *images*, in order, its model in evaluation mode until it is done.
 
     Several *ranks* take a piece of the images each, and all return the result of the whole.
 
-    *score* is the model's ``EvaluationStep``, for whoever wants it captured once for many
-    passes; by default this pass makes one and captures it where it can.
+    *score* is the *step* as it was captured once for many passes; by default this pass captures it
+    where it can.
 
     Raises ``NotFiniteError`` naming the first image for which a logit or the loss is not finite.
     """
-    score = score or Captured(EvaluationStep(model, preprocessing, precision))
+    model, score = step.model, score or Captured(step)
     was_training = model.training
     model.eval()
     start = time.perf_counter()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Literal
 
@@ -33,7 +34,6 @@ from sparsenet.evaluation import (
     Evaluation,
     EvaluationStep,
     NotFiniteError,
-    Scorer,
     evaluate,
     recompute_statistics,
 )
@@ -85,6 +85,7 @@ def train(
     make_step = captures(_training_step(setup, state), "the training step")
     evaluation = EvaluationStep(state.evaluated, setup.preprocessing, setup.arithmetic.precision)
     score = captures(evaluation, "the evaluation")
+    evaluated = partial(evaluate, evaluation, device=setup.device, score=score, ranks=ranks)
     stop: str | None = None
     for step in _make_steps(setup, state, make_step):
         yield step
@@ -95,7 +96,7 @@ def train(
         said = ranks.words(should_stop() or (TIME_LIMIT if late else SAVE if due else None))
         stop = next((word for word in said if word != SAVE), None)
         if step.step == step.steps:
-            yield _finish_epoch(run, setup, state, score)
+            yield _finish_epoch(run, setup, state, evaluated)
             yield from map(Message, captures.new_messages())
             saved = time.monotonic()
         elif said:
@@ -300,13 +301,10 @@ def _dropout_seed(setup: Setup, purpose: str, step: int) -> int:
     return stream(setup.config.train.seed, purpose, step, *rank).initial_seed()
 
 
-def _finish_epoch(run: Run, setup: Setup, state: TrainingState, score: Scorer) -> EpochDone:
+def _finish_epoch(
+    run: Run, setup: Setup, state: TrainingState, evaluated: Callable[[Images], Evaluation]
+) -> EpochDone:
     config, data, device = setup.config, setup.data, setup.device
-
-    def evaluated(images: Images) -> Evaluation:
-        model, ranks = state.evaluated, setup.ranks
-        return evaluate(model, images, setup.preprocessing, device, score=score, ranks=ranks)
-
     loss, error = _progress(state, batch_ends(len(data.train), config.train.batch_size))
     _settle_statistics(setup, state)
     try:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsenet.capture import Captured
 from sparsenet.commands.common import load_images, load_network, print_result
 from sparsenet.data.errors import count_images, shortened
 from sparsenet.data.selection import Selection
@@ -87,15 +86,7 @@ def evaluated(
     step = EvaluationStep(
         model, trained.preprocessing, torch_precision, bool(args.predictions), args.mirror
     )
-    evaluation = evaluate(
-        model,
-        data.images,
-        trained.preprocessing,
-        device,
-        args.batch_size,
-        torch_precision,
-        Captured(step),
-    )
+    evaluation = evaluate(step, data.images, device, args.batch_size)
 
     def write() -> None:
         if args.predictions:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import signal
-from collections.abc import Mapping
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any
 
 from sparsenet import config as settings
 from sparsenet import presets, ranks, zoo
 from sparsenet.composition import beneath, check_effect, compose, name_of, pointed, resumed
-from sparsenet.config import RunConfig, TrainConfig
+from sparsenet.config import RunConfig, SettingsFile, TrainConfig
 from sparsenet.display import display, say
 from sparsenet.events import Stopped
 from sparsenet.files import failure
@@ -38,7 +36,7 @@ def _rank_timeout(args: argparse.Namespace) -> float:
         base = Run(Path(args.resume)).config() if args.resume else RunConfig()
         given = {name: text for name, text in vars(args).items() if name == "rank_timeout"}
         if args.config:
-            base = _from_file(args.config, base, {})
+            base = settings.load(Path(args.config), base)
         return settings.changed(base, values(given)).train.rank_timeout
     return TrainConfig.rank_timeout
 
@@ -101,12 +99,13 @@ def _go_on(run: Run) -> str:
 def _new_run(args: argparse.Namespace) -> tuple[Run, RunConfig]:
     base = presets.preset(args.preset) if args.preset else None
     given = values(vars(args))
-    if args.config:
-        stated = _from_file(args.config, base or RunConfig(), given)
-        base = _from_file(args.config, beneath(stated, given, base), given)
+    file = SettingsFile.read(Path(args.config)) if args.config else None
+    if file:
+        stated = pointed(file.on(base or RunConfig()), given)
+        base = pointed(file.on(beneath(stated, given, base)), given)
     config = compose(given, base, args.model or "")
-    if args.config and not Path(args.config).is_dir():
-        check_effect(config, settings.asked_by(Path(args.config)))
+    if file:
+        check_effect(config, file.asked())
     require_all(config.train.trackers)
     if args.out:
         return Run.create(Path(args.out)), config
@@ -122,16 +121,9 @@ def _resumed_run(args: argparse.Namespace) -> tuple[Run, RunConfig]:
     new = presets.preset(args.preset) if args.preset else run.config()
     given = values(vars(args))
     if args.config:
-        new = _from_file(args.config, new, given)
+        new = pointed(settings.load(Path(args.config), new), given)
     if args.model:
         new = dataclasses.replace(new, network=zoo.architecture(args.model))
     new = resumed(run, settings.changed(new, given))
     require_all(new.train.trackers)
     return run, new
-
-
-def _from_file(file: str, base: RunConfig, given: Mapping[str, Any]) -> RunConfig:
-    """*base* with the settings of another run's folder or config.json, and the data of flags."""
-    path = Path(file)
-    base = settings.load(path / "config.json" if path.is_dir() else path, base)
-    return pointed(base, given)

@@ -59,44 +59,39 @@ def list_folder(folder: Path) -> Listing:
     return Listing(tuple(images), tuple(others))
 
 
+# A file or folder as it was found, and the identities of the folders that hold it.
+_Found = tuple[str, os.DirEntry[str] | None, frozenset[tuple[int, int]]]
+
+
 def _walk(root: str) -> Iterator[tuple[str, bool]]:
     """Each visible file, in the order of paths, and whether it is an image.
 
     Folders may lie in each other more deeply than functions may call each other.
     """
-    outer: list[tuple[int, int]] = []  # the folders that are being gone through
-    rest: list[Iterator[os.DirEntry[str]]] = []
-    folder, gone_through = root, 0
-    while True:
+    waiting: list[_Found] = [(root, None, frozenset())]  # the next one last
+    gone_through = 0
+    while waiting:
+        path, entry, holders = waiting.pop()
+        if entry and not is_folder(entry):
+            yield path, _is_image(entry)
+            continue
         try:
-            status = os.stat(folder)  # noqa: PTH116 - names as text are much faster
-            with os.scandir(folder) as found:
-                entries = sorted(found, key=lambda entry: entry.name)
+            status = os.stat(path)  # noqa: PTH116 - names as text are much faster
+            with os.scandir(path) as found:
+                entries = sorted(found, key=lambda entry: entry.name, reverse=True)
         except OSError:
-            yield folder, True
-        else:
-            gone_through += 1
-            if gone_through > MAX_FOLDERS:
-                raise DataError(
-                    f"{root}: expected at most {MAX_FOLDERS:,} folders in it, found more; links "
-                    "between folders are followed"
-                )
-            identity = status.st_dev, status.st_ino
-            if identity not in outer:
-                outer.append(identity)
-                rest.append(entry for entry in entries if is_visible(entry.name))
-        while rest:
-            entry = next(rest[-1], None)
-            if entry is None:
-                rest.pop()
-                outer.pop()
-            elif is_folder(entry):
-                folder = entry.path
-                break
-            else:
-                yield entry.path, _is_image(entry)
-        else:
-            return
+            yield path, True
+            continue
+        gone_through += 1
+        if gone_through > MAX_FOLDERS:
+            raise DataError(
+                f"{root}: expected at most {MAX_FOLDERS:,} folders in it, found more; links "
+                "between folders are followed"
+            )
+        identity = status.st_dev, status.st_ino
+        if identity not in holders:
+            inside = holders | {identity}
+            waiting += [(each.path, each, inside) for each in entries if is_visible(each.name)]
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from sparsenet import weights
 from sparsenet.data.selection import Selection
 from sparsenet.device import computes_in_bf16
-from sparsenet.evaluation import Evaluation, evaluate
+from sparsenet.evaluation import Evaluation, EvaluationStep, evaluate
 from sparsenet.export import check_target
 from sparsenet.files import behind_link, size_text, write_atomic
 from sparsenet.trained import Trained
@@ -40,7 +40,9 @@ def measured(trained: Trained, data: Selection) -> tuple[bytes, About, Evaluatio
     model.load_state_dict(tensors)
     device = next(model.parameters()).device
     found = {
-        precision: evaluate(model, data.images, trained.preprocessing, device, precision=precision)
+        precision: evaluate(
+            EvaluationStep(model, trained.preprocessing, precision), data.images, device
+        )
         for precision in (("fp32", "bf16") if computes_in_bf16(device) else ("fp32",))
     }
     stated = {

@@ -117,18 +117,12 @@ class Plan:
 
         This is its last reader on which the stage output depends; ``None`` where there is none.
         """
-        made_from = self.terms or self.reads
-        first: list[int | None] = [None] * len(self.reads)
+        used = Topology(self.terms or self.reads).used
         output = len(self.reads) - 1
-        contributing = set(made_from[output])  # what the stage output depends on
-        for r in reversed(range(len(self.reads))):
-            if r != output and r + 1 not in contributing:
-                continue
-            contributing.update(made_from[r])
-            for j in self.reads[r]:
-                if first[j] is None:
-                    first[j] = r
-        return tuple(first)
+        first = {
+            j: r for r, read in enumerate(self.reads) if r == output or r + 1 in used for j in read
+        }
+        return tuple(first.get(j) for j in range(len(self.reads)))
 
     @cached_property
     def recomputed(self) -> frozenset[int]:
