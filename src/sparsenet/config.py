@@ -321,7 +321,7 @@ def recipe(config: RunConfig) -> dict[str, dict[str, Any]]:
 
 
 def name_of_weights(source: str) -> str:
-    """Neither where they lie on this machine nor what lets somebody read an address."""
+    """What of *source* says which weights, and not where they lie here or how to get at them."""
     if is_address(source):
         source = re.split(r"[?#]", source)[0].rstrip("/")
     return source if source.startswith("hf://") else re.split(r"[/\\]", source)[-1]

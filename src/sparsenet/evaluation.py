@@ -59,14 +59,9 @@ class Evaluation:
 
     def class_errors(self, names: Sequence[str]) -> dict[str, float | None]:
         """Error of each class in percent; ``None`` where the data has no image of it."""
-        totals, wrong = (
-            torch.bincount(labels, minlength=len(names)).double()
-            for labels in (self.labels, self.labels[self.predicted != self.labels])
-        )
-        errors = (100 * wrong / totals).tolist()
         return {
-            name: round(error, 4) if total else None
-            for name, error, total in zip(names, errors, totals.tolist(), strict=True)
+            name: round(100 * each.wrong / each.images, 4) if each.images else None
+            for name, each in self.scores(names).classes.items()
         }
 
     def scores(self, names: Sequence[str]) -> Scores:

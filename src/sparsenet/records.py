@@ -1,4 +1,4 @@
-"""Runs folders, read as rows of a table."""
+"""Run folders, read as rows of a table."""
 
 from __future__ import annotations
 

@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +15,6 @@ from sparsenet import weights, zoo
 from sparsenet.adoption.files import read_densenet
 from sparsenet.architecture import Architecture
 from sparsenet.config import RunConfig
-from sparsenet.data.config import DataConfig
 from sparsenet.data.dataset import Dataset, Images, Labelled
 from sparsenet.data.errors import shortened
 from sparsenet.data.preprocessing import Preprocessing
@@ -112,13 +110,7 @@ class Start:
             ids = torch.cat([data.ids[name] for name in names])
             labels = torch.cat([data.labels(name).cpu() for name in names])
             whole = Labelled(Images(torch.empty(len(ids), 0), labels), ids, torch.arange(len(ids)))
-            fractions: dict[str, Any] = {
-                "test_fraction": 0.2,
-                "val_fraction": 0.0,
-                **self.about.recipe["data"],
-            }
-            shares = {name: fractions[name] for name in ("test_fraction", "val_fraction")}
-            known = known.with_drawn(whole, DataConfig(**shares))
+            known = known.with_drawn(whole, self.about.data_settings())
         called = {**IMAGES_OF, "val": data.chosen_on, "test": data.tested_on}
         for name in ("val", "test"):
             if name not in data.ids or "train.ids" not in known.images:

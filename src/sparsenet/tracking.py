@@ -27,7 +27,7 @@ import msgspec
 from sparsenet.events import Concluded, EpochDone, Event, Message, Step, Stopped
 from sparsenet.extras import MissingExtra, install_hint, require
 from sparsenet.files import read_json
-from sparsenet.run import WRITTEN, Run
+from sparsenet.run import PICTURES, Run
 from sparsenet.schedule import OptimConfig, learning_rate
 from sparsenet.validation import printable
 
@@ -372,7 +372,7 @@ class _Feed:
         step = max([self.last_step, *(row.step or 0 for row in run.metrics()[-1:])])
         values = msgspec.to_builtins(event.result).items()
         plain = {name: value for name, value in values if isinstance(value, int | float | str)}
-        pictures = [run.path / name for name in WRITTEN if name.endswith(".png")]
+        pictures = [run.path / name for name in PICTURES]
 
         def send(tracker: Tracker) -> None:
             tracker.result(step, plain)

@@ -25,6 +25,7 @@ from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as serialise_tensors
 from torch import Tensor
 
+from sparsenet.data.config import DataConfig
 from sparsenet.data.identity import DataRecord
 from sparsenet.data.preprocessing import RULE, Preprocessing
 from sparsenet.downloads import ChecksumError, DownloadError, download
@@ -70,6 +71,12 @@ class Description:
     recipe: dict[Name, dict[Name, Value]]  # sparsenet.config.recipe
     data: DataRecord | None = None  # of the images; older versions did not record them
 
+    def data_settings(self) -> DataConfig:
+        """How the test images were found, as far as it says."""
+        said: dict[str, Any] = self.recipe["data"]
+        known = ("test_fraction", "val_fraction", "skip_corrupt")
+        return DataConfig(**{name: said[name] for name in known if name in said})
+
     def problem(self) -> str | None:
         """What in it does not fit together, in one clause."""
         images, classes = self.preprocessing, self.architecture.get("num_classes")
@@ -103,7 +110,7 @@ class Weights:
 
 
 def load(source: str | Path, alternatives: str = "") -> Weights:
-    """Loads what *source* names: a file that exists, else an https address, else a shipped name.
+    """Loads what *source* names: a file that exists, else an address, else a shipped name.
 
     A folder as the Hugging Face hub has it stands for the ``FILE`` in it.
 

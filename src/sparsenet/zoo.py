@@ -103,12 +103,12 @@ def create_model(
 
     *pretrained* is ``True`` for the weights that come with this package, which works offline; or a
     weights file from ``sparsenet export RUN --format safetensors``, by its path or its ``https://``
-    address, with ``#sha256=HEX`` at the end if it is to be checked. *num_classes* defaults to that
-    of the weights, else to 10 for CIFAR networks and 1000 for ImageNet ones; with another number
-    than the weights have, the classifier is a new one. Weights for colours or greys become those
-    for another *in_chans* as timm's do: the first convolution's are summed for 1 channel, else
-    repeated. Parameters are fp32. How images of the weights' channels are normalised, and the names
-    of the classes, are in ``sparsenet.weights.load(name).about``.
+    or ``hf://`` address, with ``#sha256=HEX`` at the end if it is to be checked. *num_classes*
+    defaults to that of the weights, else to 10 for CIFAR networks and 1000 for ImageNet ones; with
+    another number than the weights have, the classifier is a new one. Weights for colours or greys
+    become those for another *in_chans* as timm's do: the first convolution's are summed for 1
+    channel, else repeated. Parameters are fp32. How images of the weights' channels are normalised,
+    and the names of the classes, are in ``sparsenet.weights.load(name).about``.
 
     Raises ``ValueError``, also where there are no weights or they are of another network.
     """

@@ -59,9 +59,7 @@ def _stored_data(trained: Trained) -> DataConfig:
     """The settings of the data that a run, or as far as it knows them a weights file, was given."""
     if trained.path.is_dir():
         return Run.open(trained.path).config().data
-    recipe: dict[str, Any] = trained.about.recipe["data"]  # only how its test images were found
-    known = ("test_fraction", "val_fraction", "skip_corrupt")
-    return DataConfig(**{name: recipe[name] for name in known if name in recipe})
+    return trained.about.data_settings()
 
 
 def _data_config(args: argparse.Namespace, trained: Trained, stored: DataConfig) -> DataConfig:

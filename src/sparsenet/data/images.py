@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sparsenet.data.config import DataConfig
-from sparsenet.data.dataset import Content, Example, Images, Split
+from sparsenet.data.dataset import Content, Example, Images, Labelled, Split
 from sparsenet.data.errors import BadImage
 from sparsenet.data.pixels import (
     JPEG_FACTOR,
@@ -92,6 +92,10 @@ class Decoded(NamedTuple):
     skipped: tuple[str, ...] = ()
     grey_range: tuple[float, ...] = ()
     clipped: int = 0
+
+    @property
+    def part(self) -> Labelled:
+        return Labelled(self.images, self.ids, self.places)
 
 
 def read_images(

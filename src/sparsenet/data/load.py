@@ -24,7 +24,7 @@ from sparsenet.data.images import Decoded, common_size, reading_images
 from sparsenet.data.registry import KINDS, DatasetKind, resolve
 from sparsenet.data.remote import fetching
 from sparsenet.data.sampling import hold_out
-from sparsenet.data.splits import IMAGES_OF
+from sparsenet.data.splits import IMAGES_OF, LIES_IN
 from sparsenet.events import Message, Reading, drained
 from sparsenet.files import cache_folder, is_address, size_text, user_path
 from sparsenet.memory import available_memory
@@ -68,32 +68,21 @@ def loading_dataset(config: DataConfig) -> Generator[Reading | Message, None, Da
             decoded = yield from read_split(
                 source, name, config, sides[name], channels, grey_range, on_disk
             )
-            parts[name] = Labelled(decoded.images, decoded.ids, decoded.places)
+            parts[name] = decoded.part
             skipped += decoded.skipped
             clipped += clipping(decoded, name)
             grey_range = decoded.grey_range
             del decoded  # or all training images would be held until the end
-    tested_on = "test"
-    if "test" not in parts and "val" in parts:
-        parts["test"], tested_on = parts.pop("val"), "validation"
-    tested = source.splits[next(name for name in ("test", "val", "train") if name in names)]
-    drawn = []
-    if "test" not in parts:
-        tested_on = "held-out"
-        drawn.append("test")
-        parts |= draw(parts["train"], config.test_fraction, "test")
     unused: tuple[str, ...] = ()
-    if "val" in parts and config.val_fraction:
+    if {"val", "test"} <= set(names) and config.val_fraction:
         unused = (f"--val_fraction {config.val_fraction:g} has no effect: there is a val split",)
-    elif config.val_fraction:
-        drawn.append("val")
-        parts |= draw(parts["train"], config.val_fraction, "val")
+    tested_on, drawn = _complete(parts, config)
     if drawn and kept != size:  # what is tested on is read from the files, as all test images are
         with one_line():
             decoded = yield from read_split(
                 source, "train", config, size, channels, grey_range, on_disk
             )
-        again = Labelled(decoded.images, decoded.ids, decoded.places)
+        again = decoded.part
         for name in drawn:
             parts[name] = again.pick(torch.isin(again.ids, parts[name].ids))
     if not len(parts["test"].images):
@@ -113,8 +102,26 @@ def loading_dataset(config: DataConfig) -> Generator[Reading | Message, None, Da
         ids={name: part.ids for name, part in parts.items()},
         grey_range=grey_range or (),
         notes=(*source.notes, *unused, *clipped, *_remarks(parts, source.classes, tested_on)),
-        test_names=names_at(tested, parts["test"].places),
+        test_names=names_at(source.splits[LIES_IN[tested_on]], parts["test"].places),
     )
+
+
+def _complete(parts: dict[str, Labelled], config: DataConfig) -> tuple[str, list[str]]:
+    """Adds images to test on, and to validate on where that is asked for.
+
+    Returns what is tested on, and the names of what was drawn from the training images.
+    """
+    tested_on, drawn = "test", []
+    if "test" not in parts and "val" in parts:
+        parts["test"], tested_on = parts.pop("val"), "validation"
+    elif "test" not in parts:
+        tested_on = "held-out"
+        drawn.append("test")
+        parts |= draw(parts["train"], config.test_fraction, "test")
+    if "val" not in parts and config.val_fraction:
+        drawn.append("val")
+        parts |= draw(parts["train"], config.val_fraction, "val")
+    return tested_on, drawn
 
 
 def names_at(split: Split, places: Tensor) -> tuple[str, ...]:

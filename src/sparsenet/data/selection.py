@@ -191,7 +191,7 @@ def _decoded(
         decoded = drained(work)
     notes = (*clipping(decoded, name), *unreadable(decoded.skipped))
     labels = _labels(decoded.images.labels, source, classes)
-    return Labelled(decoded.images.labelled(labels), decoded.ids, decoded.places), notes
+    return decoded.part._replace(images=decoded.images.labelled(labels)), notes
 
 
 def _part_of_training(

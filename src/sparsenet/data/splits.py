@@ -9,6 +9,7 @@ from sparsenet.data.errors import DataError
 
 SPLITS = ("train", "val", "test")
 IMAGES_OF = {"train": "training", "val": "validation", "test": "test"}  # as "training images"
+LIES_IN = {"test": "test", "validation": "val", "held-out": "train"}  # what is tested on
 SPLIT_COLUMNS = ("split", "set", "subset", "usage")  # of tables, in any case
 WORDS = {
     "train": "train",
