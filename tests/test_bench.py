@@ -144,23 +144,23 @@ def test_an_error_by_chance_varies_as_much_as_is_derived(share):
     assert errors.std() <= derived <= 1.3 * errors.std()  # 1.2 for 0.2: 1 / (1 - share)**.5
 
 
-def _without_a_gradient(plan, x, readers, statistics, training, group=None):
-    readers = [reader._replace(scale=reader.scale.detach().requires_grad_()) for reader in readers]
-    return dispatch.reference.aggregate(plan, x, readers, statistics, training)
+def _without_a_gradient(plan, x, operands):
+    readers = [r._replace(scale=r.scale.detach().requires_grad_()) for r in operands.readers]
+    return dispatch.reference.aggregate(plan, x, operands._replace(readers=readers))
 
 
-def _without_shifts(plan, x, readers, statistics, training, group=None):
-    readers = [reader._replace(shift=0 * reader.shift) for reader in readers]
-    return dispatch.reference.aggregate(plan, x, readers, statistics, training)
+def _without_shifts(plan, x, operands):
+    readers = [reader._replace(shift=0 * reader.shift) for reader in operands.readers]
+    return dispatch.reference.aggregate(plan, x, operands._replace(readers=readers))
 
 
-def _with_another_order(plan, x, readers, statistics, training, group=None):
+def _with_another_order(plan, x, operands):
     plan = Plan(tuple(read[::-1] for read in plan.reads))
-    return dispatch.reference.aggregate(plan, x, readers, statistics, training)
+    return dispatch.reference.aggregate(plan, x, operands)
 
 
-def _always_as_in_training(plan, x, readers, statistics, training, group=None):
-    return dispatch.reference.aggregate(plan, x, readers, statistics, True)
+def _always_as_in_training(plan, x, operands):
+    return dispatch.reference.aggregate(plan, x, operands._replace(training=True))
 
 
 def refusals(*variants):
@@ -217,7 +217,7 @@ def _times(factor, tensor):
 def _with_gradients(**factors):
     """Of the first stage's parameters; the others' are right."""
 
-    def aggregate(plan, x, readers, statistics, training, group=None):
+    def aggregate(plan, x, operands):
         if x.shape[-1] == 16:
             changed = [
                 {
@@ -225,17 +225,19 @@ def _with_gradients(**factors):
                     for k, f in factors.items()
                     if getattr(r, k) is not None
                 }
-                for r in readers
+                for r in operands.readers
             ]
             readers = [
-                reader._replace(**each) for reader, each in zip(readers, changed, strict=True)
+                reader._replace(**each)
+                for reader, each in zip(operands.readers, changed, strict=True)
             ]
-        return dispatch.reference.aggregate(plan, x, readers, statistics, training)
+            operands = operands._replace(readers=readers)
+        return dispatch.reference.aggregate(plan, x, operands)
 
     return aggregate
 
 
-def _as_if_statistics_had_no_gradient(plan, x, readers, statistics, training, group=None):
+def _as_if_statistics_had_no_gradient(plan, x, operands):
     right = dispatch.reference._batch_norm
 
     def wrong(plan, r, joined, reader, statistics, training, group):
@@ -245,7 +247,7 @@ def _as_if_statistics_had_no_gradient(plan, x, readers, statistics, training, gr
 
     with pytest.MonkeyPatch.context() as changed:
         changed.setattr(dispatch.reference, "_batch_norm", wrong)
-        return dispatch.reference.aggregate(plan, x, readers, statistics, training)
+        return dispatch.reference.aggregate(plan, x, operands)
 
 
 WRONG = {

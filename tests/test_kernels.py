@@ -19,7 +19,7 @@ from sparsenet.ops import compiler, native
 from sparsenet.ops.blocks import IDLE, LEAST, Block
 from sparsenet.ops.dispatch import aggregate
 from sparsenet.ops.engine import StageCall
-from sparsenet.ops.plan import EPS, Plan, Reader, Statistics
+from sparsenet.ops.plan import EPS, Operands, Plan, Reader, Statistics
 
 if reason := native.unavailable(torch.device("cpu")):
     pytest.skip(f"native: {reason}", allow_module_level=True)
@@ -79,9 +79,8 @@ def gradients_of(implementation, dtype, plan, x, readers, d):
         for w in widths
     ]
     x = x.to(dtype, copy=True).requires_grad_()
-    out = aggregate(
-        implementation, plan, x, [Reader(*each) for each in parameters], statistics, False
-    )
+    operands = Operands([Reader(*each) for each in parameters], statistics, training=False)
+    out = aggregate(implementation, plan, x, operands)
     out.backward(d.to(dtype))
     return [out, x.grad, *(t.grad for each in parameters for t in each if t is not None)]
 

@@ -18,7 +18,7 @@ from sparsenet.model import SparseNet
 from sparsenet.ops import dispatch
 from sparsenet.ops.dispatch import aggregate, choose, unavailable
 from sparsenet.ops.engine import Engine
-from sparsenet.ops.plan import Plan, Reader, Statistics
+from sparsenet.ops.plan import Operands, Plan, Reader, Statistics
 
 EXACT = 1e-10  # relative, in fp64
 FETCHES = ["sparse", "sparse:3", "dense", "harmonic", "windowed:2"]
@@ -273,7 +273,7 @@ def test_gradcheck(engine, training, kernel):
         again = [
             Reader(*(None if t is None else next(given) for t in reader)) for reader in readers
         ]
-        return aggregate(engine, plan, x, again, statistics, training)
+        return aggregate(engine, plan, x, Operands(again, statistics, training))
 
     assert torch.autograd.gradcheck(run, (x, *tensors))
 
@@ -291,14 +291,12 @@ def test_any_topology_gives_what_the_reference_does(reads, aggregation, training
         *(e for e in ("shared", "native") if not unavailable(e, x.device)),
     ):
         kept = copy.deepcopy(statistics)
-        out = aggregate(implementation, plan, x, readers, kept, training)
+        out = aggregate(implementation, plan, x, Operands(readers, kept, training))
         gradients = torch.autograd.grad(out, tensors, out.detach().sin(), allow_unused=True)
         results[implementation] = [out, *gradients, *(t for each in kept for t in each)]
         with torch.no_grad():
-            close(
-                aggregate(implementation, plan, x, readers, copy.deepcopy(statistics), training),
-                out,
-            )
+            again = Operands(readers, copy.deepcopy(statistics), training)
+            close(aggregate(implementation, plan, x, again), out)
     expected = results.pop("reference")
     scale = max(t.abs().max() for t in expected if t is not None)
     for actual in results.values():

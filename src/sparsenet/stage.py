@@ -19,7 +19,7 @@ from sparsenet import changes
 from sparsenet.architecture import Stage as StageLayout
 from sparsenet.changes import Changed
 from sparsenet.ops import dispatch, synchronised
-from sparsenet.ops.plan import EPS, MOMENTUM, Plan, Reader, Statistics
+from sparsenet.ops.plan import EPS, MOMENTUM, Operands, Plan, Reader
 from sparsenet.ops.synchronised import Group
 from sparsenet.ops.tracing import is_watched
 
@@ -144,7 +144,7 @@ class Stage(nn.Module):
         if _is_traced(x):  # where modules can be looked into, and none can be looked at
             return self.call_modules(x)
         try:
-            readers, statistics, training, group = self._read_modules()
+            operands = self._operands()
             changes.check_input(self, x)
         except Changed as change:
             if not is_watched(x):  # who counts or traces operations knows
@@ -153,10 +153,8 @@ class Stage(nn.Module):
         if x.dim() != 4 or x.shape[1] != self.widths[0]:
             expected = f"stage: expected features (N, {self.widths[0]}, H, W)"
             raise ValueError(f"{expected}, found {tuple(x.shape)}")
-        output = dispatch.aggregate(
-            self.implementation, self.plan, x, readers, statistics, training, group
-        )
-        if training:
+        output = dispatch.aggregate(self.implementation, self.plan, x, operands)
+        if operands.training:
             last_reader = self.plan.for_engine.topology.last_reader
             norms: Iterable[Any] = self.statistics
             _count_batch([n for n, last in zip(norms, last_reader, strict=True) if last], x)
@@ -196,17 +194,13 @@ class Stage(nn.Module):
         """
         self._check_lists()
         try:
-            self._read_modules()
+            self._operands()
         except Changed as change:
             return change
         return None
 
-    def _read_modules(self) -> tuple[list[Reader], list[Statistics], bool, Group | None]:
-        """What an engine computes with: readers, statistics, and whether they are the batch's.
-
-        Last come the processes with which the batch has its statistics in common.
-        Raises ``Changed`` where a module may do other than its tensors say.
-        """
+    def _operands(self) -> Operands:
+        """The tensors of the modules; ``Changed`` where one may do other than these say."""
         changes.check_global_hooks(self)
         if changes.methods(*KINDS) != METHODS:
             raise Changed(self, "has modules with a method that was replaced")
@@ -247,7 +241,7 @@ class Stage(nn.Module):
         precisions = {each.dtype for reader in readers for each in reader[:2]}
         if len(precisions.union(each.dtype for pair in statistics for each in pair)) > 1:
             raise Changed(self, "has norms of more than one precision")
-        return readers, statistics, training, group
+        return Operands(readers, statistics, training, group)
 
     def _check_lists(self) -> None:
         layers: Iterable[Any] = self.layers

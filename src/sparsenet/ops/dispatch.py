@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from importlib import import_module
 from typing import Protocol, cast
 
@@ -15,8 +14,7 @@ from sparsenet.extras import MissingExtra
 from sparsenet.ops import measured, reference, shared  # noqa: F401 - always loaded
 from sparsenet.ops.implementations import IMPLEMENTATIONS
 from sparsenet.ops.measured import Timings
-from sparsenet.ops.plan import Plan, Readers, Statistics
-from sparsenet.ops.synchronised import Group
+from sparsenet.ops.plan import Operands, Plan
 from sparsenet.ops.tracing import is_watched
 
 MEASURED = (torch.float32, torch.bfloat16)  # fp64 is for checks; fp16 takes a CPU minutes
@@ -25,15 +23,7 @@ MEASURED = (torch.float32, torch.bfloat16)  # fp64 is for checks; fp16 takes a C
 class Implementation(Protocol):
     """What a module offers. Importing it may raise ``sparsenet.extras.MissingExtra``."""
 
-    def aggregate(
-        self,
-        plan: Plan,
-        x: Tensor,
-        readers: Readers,
-        statistics: Sequence[Statistics],
-        training: bool,
-        group: Group | None = None,
-    ) -> Tensor: ...
+    def aggregate(self, plan: Plan, x: Tensor, operands: Operands) -> Tensor: ...
 
     def unavailable(self, device: torch.device) -> str | None:
         """Why it cannot run there, in half a line: what is expected and what is found."""
@@ -151,27 +141,17 @@ def _runnable(device: torch.device) -> list[str]:
     return [name for name in names if not unavailable(name, device)]
 
 
-def aggregate(
-    implementation: str,
-    plan: Plan,
-    x: Tensor,
-    readers: Readers,
-    statistics: Sequence[Statistics],
-    training: bool,
-    group: Group | None = None,
-) -> Tensor:
+def aggregate(implementation: str, plan: Plan, x: Tensor, operands: Operands) -> Tensor:
     """Runs a stage: ``(N, C_0, H, W)`` to the activated stage output ``(N, C_out, H, W)``.
-
-    With a *group*, statistics of batches are those of its processes together.
 
     Who looks at single operations, or changes what they do, is shown those of the reference: see
     ``is_watched``. It also computes batches without an image, and those without memory.
     """
     if is_watched(x) or not x.numel() or x.is_meta:
-        return reference.aggregate(plan, x, readers, statistics, training, group)
-    with_gradient = training or torch.is_grad_enabled()
+        return reference.aggregate(plan, x, operands)
+    with_gradient = operands.training or torch.is_grad_enabled()
     name = choose(implementation, x.device, x.dtype, with_gradient, plan.memory)
-    return _load(name).aggregate(plan, x, readers, statistics, training, group)
+    return _load(name).aggregate(plan, x, operands)
 
 
 def _load(implementation: str) -> Implementation:

@@ -42,7 +42,7 @@ from torch import Tensor
 
 from sparsenet.device import autocast
 from sparsenet.ops import reference, synchronised
-from sparsenet.ops.plan import EPS, MOMENTUM, Columns, Plan, Reader, Readers, Statistics
+from sparsenet.ops.plan import EPS, MOMENTUM, Columns, Operands, Plan, Reader, Statistics
 from sparsenet.ops.sums import SumAggregation
 from sparsenet.ops.synchronised import Group
 from sparsenet.ops.tracing import is_watched
@@ -318,19 +318,12 @@ class Engine(ABC):
         return *self.backward_activation(r, d_activated), d_weight
 
 
-def aggregate(
-    engine_type: type[Engine],
-    plan: Plan,
-    x: Tensor,
-    readers: Readers,
-    statistics: Sequence[Statistics],
-    training: bool,
-    group: Group | None = None,
-) -> Tensor:
+def aggregate(engine_type: type[Engine], plan: Plan, x: Tensor, operands: Operands) -> Tensor:
     """The activated stage output ``(N, C_out, H, W)``, in exact arithmetic that of the reference.
 
     Raises ``ValueError`` for one value per channel in training, which has no variance.
     """
+    readers, statistics, training, group = operands
     group = group if training else None
     if training and x.numel() == x.shape[1] and not group:
         raise ValueError(
@@ -427,15 +420,9 @@ def _reference_gradients(
         scales, shifts, weights = wide[:readers], wide[readers : 2 * readers], wide[2 * readers :]
         # Where those of the batch are taken, these are changed and of no use.
         statistics = [Statistics(*(each.to(dtype, copy=True) for each in part)) for part in parts]
-        output = reference.aggregate(
-            call.stage_plan,
-            x,
-            [Reader(*each) for each in zip(scales, shifts, [*weights, None], strict=True)],
-            statistics,
-            call.training,
-            call.group,
-            dropout_masks,
-        )
+        again = [Reader(*each) for each in zip(scales, shifts, [*weights, None], strict=True)]
+        operands = Operands(again, statistics, call.training, call.group)
+        output = reference.aggregate(call.stage_plan, x, operands, dropout_masks)
     needed = [tensor for tensor, want in zip(inputs, wanted, strict=True) if want]
     found = iter(
         torch.autograd.grad(

@@ -29,10 +29,10 @@ from sparsenet.architecture import Architecture, Stage
 from sparsenet.device import LEAST_SECONDS, device_name, end_idle_threads
 from sparsenet.files import cache_folder, read_json, write_json
 from sparsenet.memory import shortage
-from sparsenet.ops.plan import Plan, Reader, Readers, Statistics
+from sparsenet.ops.plan import Operands, Plan, Reader, Statistics
 
 Clock = Callable[[], float]
-Aggregate = Callable[[Plan, Tensor, Readers, Sequence[Statistics], bool], Tensor]
+Aggregate = Callable[[Plan, Tensor, Operands], Tensor]
 
 MODES = ("training", "inference")
 MARGIN = 1.05  # another implementation has to be faster by this factor than a preferred one
@@ -255,7 +255,7 @@ class _Workload:
         training = mode == "training"
         start = self.clock()
         with torch.set_grad_enabled(training):
-            result = aggregate(self.plan, self.x, self.readers, self.statistics, training)
+            result = aggregate(self.plan, self.x, Operands(self.readers, self.statistics, training))
             if training:
                 result, *_ = torch.autograd.grad(result, self.inputs, result.detach().clone())
         result.flatten()[0].item()  # there is a value only when the device is done

@@ -8,7 +8,6 @@ convolutions made them.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import NamedTuple
@@ -19,8 +18,7 @@ from torch import Tensor
 from sparsenet.ops import engine
 from sparsenet.ops.blocks import Block
 from sparsenet.ops.compiler import library
-from sparsenet.ops.plan import EPS, MOMENTUM, Plan, Readers, Statistics
-from sparsenet.ops.synchronised import Group
+from sparsenet.ops.plan import EPS, MOMENTUM, Operands, Plan
 
 SUFFIXES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16"}
 BLOCKS = {"features": Block(), "gradients": Block()}  # kept for the next step
@@ -40,14 +38,7 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
-def aggregate(
-    plan: Plan,
-    x: Tensor,
-    readers: Readers,
-    statistics: Sequence[Statistics],
-    training: bool,
-    group: Group | None = None,
-) -> Tensor:
+def aggregate(plan: Plan, x: Tensor, operands: Operands) -> Tensor:
     """The stage output; ``ValueError`` for features in another precision than fp64, fp32, bf16."""
     if x.dtype not in SUFFIXES:
         raise ValueError(
@@ -55,7 +46,7 @@ def aggregate(
             f"'shared' and 'reference' take it"
         )
     _address(x)
-    return engine.aggregate(Native, plan, x, readers, statistics, training, group)
+    return engine.aggregate(Native, plan, x, operands)
 
 
 class Arguments(ctypes.Structure):

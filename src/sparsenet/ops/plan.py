@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from sparsenet.ops.synchronised import Group
 from sparsenet.topology import Topology
 
 MOMENTUM = 0.1  # weight of the new batch in the running statistics
@@ -31,7 +32,13 @@ class Statistics(NamedTuple):
     var: Tensor  # (C,)
 
 
-Readers = Sequence[Reader]
+class Operands(NamedTuple):
+    """What a stage computes with, besides its input."""
+
+    readers: Sequence[Reader]
+    statistics: Sequence[Statistics]  # running ones, which move in training
+    training: bool  # the batch's statistics normalise it
+    group: Group | None = None  # processes whose batches have their statistics in common
 
 
 class Columns(NamedTuple):

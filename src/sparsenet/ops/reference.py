@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsenet.ops import synchronised
-from sparsenet.ops.plan import EPS, MOMENTUM, Plan, Reader, Readers, Statistics
+from sparsenet.ops.plan import EPS, MOMENTUM, Operands, Plan, Reader, Statistics
 from sparsenet.ops.synchronised import Group
 
 
@@ -22,19 +22,13 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def aggregate(
-    plan: Plan,
-    x: Tensor,
-    readers: Readers,
-    statistics: Sequence[Statistics],
-    training: bool,
-    group: Group | None = None,
-    dropout_masks: Sequence[Tensor] = (),
+    plan: Plan, x: Tensor, operands: Operands, dropout_masks: Sequence[Tensor] = ()
 ) -> Tensor:
     """The activated stage output ``(N, C_out, H, W)`` for a stage input ``(N, C_0, H, W)``.
 
-    With a *group*, statistics of batches are those of its processes together. Dropout draws masks
-    unless it is given those of each reader.
+    Dropout draws masks unless it is given those of each reader.
     """
+    readers, statistics, training, group = operands
     features = {0: x}
     for r, (read, reader) in enumerate(zip(plan.reads, readers, strict=True)):
         gathered = [features[j] for j in read]

@@ -6,7 +6,6 @@ and variance 1, the one pass of PyTorch that applies them at the parameters' pre
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -14,8 +13,7 @@ from torch import Tensor
 
 from sparsenet.device import TRAITS
 from sparsenet.ops import engine, reference
-from sparsenet.ops.plan import EPS, MOMENTUM, Plan, Readers, Statistics
-from sparsenet.ops.synchronised import Group
+from sparsenet.ops.plan import EPS, MOMENTUM, Operands, Plan
 
 RECIPROCAL_DEVIATION, VARIANCE = 0.5, 4.0  # of 0 and 4
 
@@ -39,18 +37,11 @@ def _saved_statistic(device: torch.device) -> float:
     return round(saved.item(), 3)
 
 
-def aggregate(
-    plan: Plan,
-    x: Tensor,
-    readers: Readers,
-    statistics: Sequence[Statistics],
-    training: bool,
-    group: Group | None = None,
-) -> Tensor:
+def aggregate(plan: Plan, x: Tensor, operands: Operands) -> Tensor:
     """The stage output; without a gradient in evaluation the reference is as lean, so it runs."""
-    if training or torch.is_grad_enabled():
-        return engine.aggregate(Shared, plan, x, readers, statistics, training, group)
-    return reference.aggregate(plan, x, readers, statistics, training, group)
+    if operands.training or torch.is_grad_enabled():
+        return engine.aggregate(Shared, plan, x, operands)
+    return reference.aggregate(plan, x, operands)
 
 
 class Shared(engine.Engine):
