@@ -36,7 +36,7 @@ from sparsenet.config import RunConfig, replace, settings
 from sparsenet.display import display
 from sparsenet.events import Event
 from sparsenet.export import RUNTIMES
-from sparsenet.presets import preset
+from sparsenet.presets import describe_recipe, preset
 from sparsenet.run import Run
 from sparsenet.schedule import learning_rate
 from sparsenet.train import train
@@ -456,6 +456,8 @@ def test_a_run_folder_explains_the_run(trained: Path) -> None:
         assert (trained / name).stat().st_size > 0, name
     log = (trained / "train.log").read_text()
     assert "epoch 1/2" in log and "epoch 2/2" in log
+    recipe = describe_recipe(Run(trained).config(), 2)
+    assert f"recipe: {recipe}\n" in log and recipe.startswith("2 epochs, ") and "onecycle" in recipe
     assert len((trained / "metrics.csv").read_text().splitlines()) == 3
     for name in ("config.json", "environment.json", "graph.json"):
         json_of((trained / name).read_text())
@@ -472,6 +474,8 @@ def test_the_config_of_a_run_makes_the_same_weights_and_the_folder_is_the_last_l
     assert json_of((tmp_path / "again" / "config.json").read_text()) == json_of(
         (trained / "config.json").read_text()
     )
+    refused = call("train", "--preset", "short", "--config", trained)
+    assert refused.code == 2 and "--preset: expected none with" in refused.err
     ours, theirs = (
         sorted((run / "checkpoints").glob("*.safetensors")) for run in (trained, tmp_path / "again")
     )

@@ -19,7 +19,7 @@ from sparsenet.config import (
 )
 from sparsenet.files import write_json
 from sparsenet.flags import values
-from sparsenet.presets import PRESETS, preset, preset_for
+from sparsenet.presets import PRESETS, describe_recipe, preset, preset_for
 from sparsenet.zoo import IMAGENET_BLOCKS, architecture
 
 
@@ -194,6 +194,10 @@ train:
 """
 
 
+def without(value, name):
+    return {key: each for key, each in value.items() if key != name}
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_what_an_older_run_did_not_say_was_the_default(name, tmp_path):
     """Of no preset beneath comes, say, another optimizer than the one it was trained by."""
@@ -202,9 +206,26 @@ def test_what_an_older_run_did_not_say_was_the_default(name, tmp_path):
     assert any("optimizer" not in each["optim"] for each in said)
     for file in records:
         assert load(file, preset(name)) == load(file, RunConfig())
-    own = tmp_path / "settings.json"
-    own.write_text('{"optim": {"momentum": 0.8}}')
-    assert load(own, preset(name)).optim.lr == preset(name).optim.lr
+    # Of a file of one's own it comes, however many settings that states.
+    own, whole = tmp_path / "settings.json", RunConfig().to_dict()
+    for stated in ({"optim": {"momentum": 0.8}}, recipe(RunConfig()), without(whole, "optim")):
+        write_json(own, stated)
+        assert load(own, preset(name)) == replace(preset(name), stated)
+
+
+@pytest.mark.parametrize(
+    ("weights", "told"),
+    [
+        ("https://a.example/w.pth?token=secret", "w.pth"),
+        ("https://a.example/b/w.safetensors#sha256=0a", "w.safetensors"),
+        ("hf://owner/name", "hf://owner/name"),
+        ("/home/me/runs/birds", "birds"),
+        ("C:\\runs\\birds", "birds"),
+    ],
+)
+def test_a_recipe_names_weights_and_not_where_they_lie(weights, told):
+    config = replace(preset("paper"), {"train": {"weights": weights, "batch_size": 10**6}})
+    assert describe_recipe(config, 300) == f"300 epochs, batch size 1000000, from {told}"
 
 
 def test_a_name_that_comes_twice_is_refused(tmp_path):

@@ -268,28 +268,29 @@ class SettingsFile:
         json.loads(data, object_pairs_hook=once)
         return cls(str(path), stated)
 
+    @property
+    def is_of_a_run(self) -> bool:
+        """Whether it is a run's config.json, which says what no flag can set as well."""
+        decided = [each for each in _fields() if each.name in DECIDED_BY_DATA]
+        return self.stated.keys() >= COMPONENTS.keys() and all(map(self._states, decided))
+
     def on(self, base: RunConfig) -> RunConfig:
         """Returns *base* with what the file sets; ``ValueError`` in one line where that is wrong.
 
         What a run's config.json leaves out, as an older version's does, was the default: nothing of
         *base* is left.
         """
-        return from_dict(self.stated, self.source, RunConfig() if self._is_a_run_s() else base)
+        return from_dict(self.stated, self.source, RunConfig() if self.is_of_a_run else base)
 
     def asked(self) -> list[str]:
         """Names of settings for which the file asks for more than the default.
 
         Of a run's config.json it is none.
         """
-        if self._is_a_run_s():
+        if self.is_of_a_run:
             return []
         found = [(each, self.stated[each.component]) for each in settings() if self._states(each)]
         return [each.name for each, fields in found if fields[each.name] != each.default]
-
-    def _is_a_run_s(self) -> bool:
-        """Whether it says what most settings are; an older version's lacks what came later."""
-        stated = [self._states(each) for each in settings()]
-        return 2 * sum(stated) > len(stated)
 
     def _states(self, setting: Setting) -> bool:
         fields = self.stated.get(setting.component)

@@ -207,7 +207,7 @@ def evaluate(
     score: Scorer | None = None,
     ranks: Ranks = ALONE,
 ) -> Evaluation:
-    """Makes *step* with *images*, in order, its model in evaluation mode until it is done.
+    """Evaluates *images*, in order, by *step*, whose model is in evaluation mode meanwhile.
 
     Several *ranks* take a piece of the images each, and all return the result of the whole.
 

@@ -293,7 +293,7 @@ def _value_of(setting: Setting, text: str) -> Any:
         value = None if None in numbers else tuple(numbers)
         expected = f"{'whole numbers' if kind is int else 'numbers'} like {example}"
     elif setting.name == "fetch" and ".py:" in text:
-        return fetch_from_file(text)
+        return fetch_from_file(str(user_path(text)))
     else:
         return text
     if value is None:

@@ -59,8 +59,9 @@ class OptimConfig:
             ("grad_clip", 0 <= self.grad_clip < math.inf, "a norm of at least 0"),
         )
         if self.optimizer == "muon":  # a step takes that much away at once: ``optim.Muon``
-            bound = (1 - self.momentum) / max(self.lr, self.backbone_lr)
-            expected = f"with muon less than (1 - momentum) / lr ({bound:g})"
+            rate = "backbone_lr" if self.backbone_lr > self.lr else "lr"
+            bound = (1 - self.momentum) / getattr(self, rate)
+            expected = f"with muon less than (1 - momentum) / {rate} ({bound:g})"
             check_settings(self, ("weight_decay", self.weight_decay < bound, expected))
 
 

@@ -63,8 +63,8 @@ def load_trained(
     a name of ``sparsenet.list_models`` that has weights. Raises ``ValueError`` in one line
     (``RunError`` for a run folder).
     """
-    source = os.path.expanduser(source)  # noqa: PTH111 - pathlib raises for what none can be called
-    is_folder = os.path.isdir(source)  # noqa: PTH112 - and here
+    source = os.path.expanduser(str(source))  # noqa: PTH111 - pathlib raises without a home
+    is_folder = os.path.isdir(source)  # noqa: PTH112 - pathlib raises for what none can be called
     if is_folder and not weights.in_folder(source):
         return _load_run(Path(source), kind, device, implementation)
     file = weights.load(source, alternatives="a run folder, ")

@@ -99,7 +99,7 @@ def _go_on(run: Run) -> str:
 def _new_run(args: argparse.Namespace) -> tuple[Run, RunConfig]:
     base = presets.preset(args.preset) if args.preset else None
     given = values(vars(args))
-    file = SettingsFile.read(Path(args.config)) if args.config else None
+    file = _settings_file(args)
     if file:
         stated = pointed(file.on(base or RunConfig()), given)
         base = pointed(file.on(beneath(stated, given, base)), given)
@@ -120,10 +120,20 @@ def _resumed_run(args: argparse.Namespace) -> tuple[Run, RunConfig]:
     run = Run.open(Path(args.resume))
     new = presets.preset(args.preset) if args.preset else run.config()
     given = values(vars(args))
-    if args.config:
-        new = pointed(settings.load(Path(args.config), new), given)
+    if file := _settings_file(args):
+        new = pointed(file.on(new), given)
     if args.model:
         new = dataclasses.replace(new, network=zoo.architecture(args.model))
     new = resumed(run, settings.changed(new, given))
     require_all(new.train.trackers)
     return run, new
+
+
+def _settings_file(args: argparse.Namespace) -> SettingsFile | None:
+    if not args.config:
+        return None
+    file = SettingsFile.read(Path(args.config))
+    if args.preset and file.is_of_a_run:
+        expected = f"none with {file.source}, which says what all settings of a run were"
+        raise ValueError(f"--preset: expected {expected}, found {args.preset!r}")
+    return file

@@ -37,7 +37,7 @@ class Operands(NamedTuple):
 
     readers: Sequence[Reader]
     statistics: Sequence[Statistics]  # running ones, which move in training
-    training: bool  # the batch's statistics normalise it
+    training: bool  # the batch is normalised by its own statistics
     group: Group | None = None  # processes whose batches have their statistics in common
 
 
