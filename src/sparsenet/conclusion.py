@@ -40,6 +40,7 @@ def conclude(
         evaluation = evaluate(step, data.test, device, score=score)
     except NotFiniteError:
         raise DivergedError(f"the weights of step {trained.step} give a loss that is") from None
+    scores = evaluation.scores(data.classes)
     result = TrainingResult(
         dataset=data.name,
         error=evaluation.error,
@@ -50,9 +51,9 @@ def conclude(
         epochs=trained.about.epoch,
         checkpoint=_why(trained, rows),
         classes=data.classes,
-        class_errors=evaluation.class_errors(data.classes),
+        class_errors=scores.class_errors,
         tested_on=data.tested_on,
-        scores=evaluation.scores(data.classes),
+        scores=scores,
     )
     write_json(run.file("result.json"), result)
     title = f"{run.path.name} on {data.name}"

@@ -57,13 +57,6 @@ class Evaluation:
         """Images whose class is not among the five most probable, in percent."""
         return 100 * (~self.in_top5).double().mean().item()
 
-    def class_errors(self, names: Sequence[str]) -> dict[str, float | None]:
-        """Error of each class in percent; ``None`` where the data has no image of it."""
-        return {
-            name: round(100 * each.wrong / each.images, 4) if each.images else None
-            for name, each in self.scores(names).classes.items()
-        }
-
     def scores(self, names: Sequence[str]) -> Scores:
         """What *names*, those of the classes, come to."""
         right = self.labels[self.predicted == self.labels]

@@ -43,9 +43,14 @@ def _passing_folder() -> Path:
     return Path(folder)
 
 
+def with_home(text: str) -> str:
+    """*text*, a path or an address, with ``~`` for the user's home; without one it stays."""
+    return os.path.expanduser(text)  # noqa: PTH111 - pathlib raises instead
+
+
 def user_path(text: str) -> Path:
-    """*text* as a path, with ``~`` for the user's home; where there is none, it stays."""
-    return Path(os.path.expanduser(text))  # noqa: PTH111 - pathlib raises instead
+    """``with_home`` as a path."""
+    return Path(with_home(text))
 
 
 def is_address(text: str) -> bool:

@@ -15,7 +15,7 @@ from sparsenet.config import COMPONENTS, Setting, settings
 from sparsenet.data.config import POINTERS, READING
 from sparsenet.data.splits import split_of
 from sparsenet.export import FORMATS, RUNTIMES
-from sparsenet.files import user_path
+from sparsenet.files import with_home
 from sparsenet.serving.limits import Limits
 from sparsenet.topology import fetch_from_file
 from sparsenet.validation import nearest
@@ -293,7 +293,7 @@ def _value_of(setting: Setting, text: str) -> Any:
         value = None if None in numbers else tuple(numbers)
         expected = f"{'whole numbers' if kind is int else 'numbers'} like {example}"
     elif setting.name == "fetch" and ".py:" in text:
-        return fetch_from_file(str(user_path(text)))
+        return fetch_from_file(with_home(text))
     else:
         return text
     if value is None:
@@ -453,7 +453,7 @@ def _given(text: str) -> str:
     """
     if not text:
         raise argparse.ArgumentTypeError("expected a value, found an empty one")
-    return str(user_path(text)) if text.startswith("~") else text
+    return with_home(text)
 
 
 def _names(text: str) -> tuple[str, ...]:

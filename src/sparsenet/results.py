@@ -78,6 +78,14 @@ class Scores:
     confusion: dict[str, dict[str, int]]  # images by true and predicted class, without zeros
 
     @property
+    def class_errors(self) -> dict[str, float | None]:
+        """Error of each class in percent; ``None`` where the data has no image of it."""
+        return {
+            name: round(100 * each.wrong / each.images, 4) if each.images else None
+            for name, each in self.classes.items()
+        }
+
+    @property
     def worst(self) -> str | None:
         """The worst class whose error is far above that of all other images.
 

@@ -13,6 +13,7 @@ from sparsenet import checkpoints, weights, zoo
 from sparsenet.checkpoints import Checkpoint, Manifest
 from sparsenet.data.preprocessing import Preprocessing
 from sparsenet.device import place
+from sparsenet.files import with_home
 from sparsenet.model import SparseNet
 from sparsenet.ops.implementations import IMPLEMENTATIONS
 from sparsenet.run import Run
@@ -63,7 +64,7 @@ def load_trained(
     a name of ``sparsenet.list_models`` that has weights. Raises ``ValueError`` in one line
     (``RunError`` for a run folder).
     """
-    source = os.path.expanduser(str(source))  # noqa: PTH111 - pathlib raises without a home
+    source = with_home(str(source))
     is_folder = os.path.isdir(source)  # noqa: PTH112 - pathlib raises for what none can be called
     if is_folder and not weights.in_folder(source):
         return _load_run(Path(source), kind, device, implementation)

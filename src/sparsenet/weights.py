@@ -29,7 +29,7 @@ from sparsenet.data.config import DataConfig
 from sparsenet.data.identity import DataRecord
 from sparsenet.data.preprocessing import RULE, Preprocessing
 from sparsenet.downloads import ChecksumError, DownloadError, download
-from sparsenet.files import cache_folder, parse_json, read_bytes, read_json
+from sparsenet.files import cache_folder, parse_json, read_bytes, read_json, with_home
 from sparsenet.validation import LONGEST_NAME, Count, Name, Percent, Value, nearest, shown
 
 T = TypeVar("T")
@@ -121,7 +121,7 @@ def load(source: str | Path, alternatives: str = "") -> Weights:
     Raises ``ValueError`` in one line for a source that names nothing, and for a file that is
     damaged, too large or of another kind.
     """
-    name = os.path.expanduser(str(source))  # noqa: PTH111 - pathlib raises where there is no home
+    name = with_home(str(source))
     scheme, separator, _ = name.partition("://")
     if in_folder(name):
         return _load_folder(Path(name), name)

@@ -93,6 +93,7 @@ def evaluated(
             _write_predictions(args.predictions, data.names, evaluation, trained.classes)
 
     stated = trained.about.measured.get(precision)
+    scores = evaluation.scores(trained.classes)
     report = EvaluationReport(
         run=args.run,
         dataset=data.name,
@@ -108,8 +109,8 @@ def evaluated(
         place=data.place,
         notes=data.notes,
         seconds=evaluation.seconds,
-        class_errors=evaluation.class_errors(trained.classes),
-        scores=evaluation.scores(trained.classes),
+        class_errors=scores.class_errors,
+        scores=scores,
         stated_error=stated.error if stated else None,
     )
     return report, _lines(report, data, stated), write
