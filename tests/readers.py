@@ -60,7 +60,7 @@ from sparsenet.data.errors import BadImage
 from sparsenet.data.identity import differences, in_order, to_tensors
 from sparsenet.data.images import drained, read_image
 from sparsenet.data.load import load_dataset
-from sparsenet.data.preprocessing import channel_statistics
+from sparsenet.data.preprocessing import Form, channel_statistics
 from sparsenet.data.unpickle import load_pickle
 from sparsenet.downloads import DownloadError, download
 from sparsenet.files import cache_folder, read_json
@@ -659,11 +659,10 @@ def image_files(rng: random.Random, base: Base, folder: Path) -> Case:
 
     def read() -> None:
         _check_data(config)
-        first = read_image(
-            path, size or 8, channels or 3, grey_range=(0.0, 65535.0), max_megapixels=4
-        )
-        again = read_image(path.read_bytes(), size or 8, channels or 3, "x", (0.0, 65535.0), 4)
-        expect(first.shape == (channels or 3, size or 8, size or 8), "another shape")
+        form = Form(size or 8, channels or 3, (0.0, 65535.0), max_megapixels=4)
+        first = read_image(path, form)
+        again = read_image(path.read_bytes(), form, "x")
+        expect(first.shape == form.shape, "another shape")
         expect(bool((first == again).all()), "another picture the second time")
 
     def tolerant() -> None:

@@ -31,7 +31,7 @@ from sparsenet.data.dataset import Example, Images
 from sparsenet.data.errors import BadImage, DataError
 from sparsenet.data.images import Decoded, read_images
 from sparsenet.data.load import load_dataset, loading_dataset
-from sparsenet.data.preprocessing import channel_statistics
+from sparsenet.data.preprocessing import Form, channel_statistics
 from sparsenet.data.sampling import Batches, plan_epoch, resized
 from sparsenet.data.stored import StoredImages
 from sparsenet.events import Message, drained
@@ -81,11 +81,11 @@ def examples(count: int, seed: int = 0) -> list[Example]:
 
 
 def stored(split: list[Example], skip_corrupt: bool = False) -> Decoded:
-    return drained(filling.reading_stored(split, 4, 3, skip_corrupt, None, 128.0))
+    return drained(filling.reading_stored(split, Form(4, 3), skip_corrupt))
 
 
 def assert_same(found: Decoded, split: list[Example]) -> None:
-    expected = read_images(split, 4, 3)
+    expected = read_images(split, Form(4, 3))
     assert isinstance(found.images, StoredImages)
     assert torch.equal(found.images.pixels, expected.images.pixels)
     assert torch.equal(found.images.labels, expected.images.labels)
@@ -198,7 +198,7 @@ def test_what_was_decoded_before_a_kill_is_not_decoded_again(
     after: int, decoded: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     split = examples(150)
-    work = filling.reading_stored(split, 4, 3, False, None, 128.0)
+    work = filling.reading_stored(split, Form(4, 3))
     while next(work) != after:
         pass
     # A kill leaves what was written to the file, of which a line may be half.
@@ -291,7 +291,7 @@ def test_a_damaged_image_ends_it_or_is_left_out_whoever_wrote(decoded: list[str]
 
 def test_who_comes_second_waits_and_takes_what_the_first_has_written(decoded: list[str]) -> None:
     split = examples(40)
-    first, second = (filling.reading_stored(split, 4, 3, False, None, 128.0) for _ in range(2))
+    first, second = (filling.reading_stored(split, Form(4, 3)) for _ in range(2))
     assert next(first) == 1
     waiting = next(second)
     assert isinstance(waiting, Message) and "waiting for another process" in waiting.text
@@ -337,7 +337,7 @@ def test_several_decode_a_part_each(
         file = io.BytesIO()
         Image.fromarray(grey[0]).save(file, "PNG")
         split[place] = split[place]._replace(source=file.getvalue())
-    first, second = (filling.reading_stored(split, 4, 3, False, None, 128.0) for _ in range(2))
+    first, second = (filling.reading_stored(split, Form(4, 3)) for _ in range(2))
     assert next(first) == 1  # takes the first part
     assert next(second) == 1 and {"no 10", "no 11"} <= set(decoded)  # the second
     seen = list(islice(second, 19))
@@ -361,7 +361,7 @@ def test_a_mark_of_a_process_that_ended_is_not_believed(
 ) -> None:
     monkeypatch.setattr(filling, "LEAST_IMAGES", 10)
     split = examples(30)
-    work = filling.reading_stored(split, 4, 3, False, None, 128.0)
+    work = filling.reading_stored(split, Form(4, 3))
     while next(work) < 25:
         pass
     work.close()

@@ -25,7 +25,7 @@ from sparsenet.data.dataset import Example, Images
 from sparsenet.data.errors import BadImage, DataError
 from sparsenet.data.images import common_size, read_image, read_images
 from sparsenet.data.pixels import limits_of_our_own
-from sparsenet.data.preprocessing import Preprocessing, channel_statistics
+from sparsenet.data.preprocessing import Form, Preprocessing, channel_statistics
 from sparsenet.events import drained
 from sparsenet.extras import MissingExtra, require
 
@@ -43,7 +43,7 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
 def read(
     image: Image.Image, kind: str = "PNG", channels: int = 3, size: int = 0, **options: object
 ) -> np.ndarray:
-    return read_image(encoded(image, kind, **options), size, channels)
+    return read_image(encoded(image, kind, **options), Form(size, channels))
 
 
 def chw(pixels: np.ndarray) -> np.ndarray:
@@ -70,7 +70,7 @@ def test_jpeg_is_near_and_gif_gives_its_first_frame() -> None:
     for frame in frames:
         frame.putpalette([255, 0, 0, 0, 0, 255])
     animated = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
-    assert (read_image(animated, 0, 3)[:, 0, 0] == (255, 0, 0)).all()
+    assert (read_image(animated, Form(0, 3))[:, 0, 0] == (255, 0, 0)).all()
 
 
 def test_grey_becomes_three_equal_channels_and_back() -> None:
@@ -112,14 +112,14 @@ def test_the_transparent_level_of_a_png_of_few_bits_is_laid_on_white(bits: int) 
         expected = [255 * level // (count - 1) for level in range(count)]
         expected[transparent] = 255
         for source in (data, Image.open(BytesIO(data))):
-            assert read_image(source, 0, 1)[0, 0].tolist() == expected
+            assert read_image(source, Form(0, 1))[0, 0].tolist() == expected
 
 
 def test_a_transparent_colour_of_sixteen_bits_is_refused() -> None:
     row = struct.pack(">6H", *3 * [0x1234], 0x8000, 0x9000, 0xA000)
     data = transparent_png(16, 2, 2, row, struct.pack(">3H", *3 * [0x1234]))
     with pytest.raises(BadImage, match="colours of 16 bits without transparency"):
-        read_image(data, 0, 3)
+        read_image(data, Form(0, 3))
 
 
 def test_cmyk_is_the_colour_it_prints() -> None:
@@ -149,7 +149,7 @@ def test_sixteen_bits_are_scaled_not_clipped(kind: str, channels: int) -> None:
 def test_deep_greys_have_the_smallest_scale_that_holds_them(highest: int, scale: int) -> None:
     levels = np.linspace(0, highest, 64).round().astype(np.uint16).reshape(8, 8)
     for kind in ("PNG", "TIFF"):
-        decoded = read_images([Example("x", encoded(Image.fromarray(levels), kind), 0)], 8, 1)
+        decoded = read_images([Example("x", encoded(Image.fromarray(levels), kind), 0)], Form(8, 1))
         assert decoded.grey_range == (0, scale) and decoded.clipped == 0
         expected = (levels / scale * 255).round()
         assert np.array_equal(decoded.images.pixels[0, 0].numpy(), expected)
@@ -166,26 +166,26 @@ def test_one_scale_serves_all_images_of_a_split_and_leaves_eight_bits_alone() ->
     eight = encoded(Image.fromarray(GREY), "PNG")
     sources = [deep(100), eight, deep(0, 3000), deep(4095)]
     split = [Example(str(i), source, i) for i, source in enumerate(sources)]
-    decoded = read_images(split, 8, 1)
+    decoded = read_images(split, Form(8, 1))
     assert decoded.grey_range == (0, 4095)
     assert decoded.images.pixels[:, 0, -1, -1].tolist() == [6, GREY[-1, -1], 0, 255]
     assert np.array_equal(decoded.images.pixels[1, 0].numpy(), GREY)
     assert decoded.images.labels.tolist() == [0, 1, 2, 3]
-    assert read_images(split[1:2], 8, 1).grey_range == ()  # says nothing of deep greys
+    assert read_images(split[1:2], Form(8, 1)).grey_range == ()  # says nothing of deep greys
 
 
 def test_a_range_that_is_given_clips_and_counts() -> None:
     split = [Example("x", deep(*levels), 0) for levels in ((1000, 3000), (999, 2000), (3001, 2000))]
-    decoded = read_images(split, 2, 1, grey_range=(1000, 3000))
+    decoded = read_images(split, Form(2, 1, (1000, 3000)))
     assert (decoded.grey_range, decoded.clipped) == ((1000, 3000), 2)
     assert decoded.images.pixels[:, 0, 0].tolist() == [[0, 255], [0, 128], [255, 128]]
 
 
 def test_without_deep_training_images_sixteen_bits_are_whole_or_refused() -> None:
-    assert read_image(deep(4112, 65535), 0, 1, grey_range=())[0, 0].tolist() == [16, 255]
+    assert read_image(deep(4112, 65535), Form(0, 1, ()))[0, 0].tolist() == [16, 255]
     for source, found in ((deep(4095), "deep greys from 4095 to 4095"), (FLOATS, "float greys")):
         with pytest.raises(BadImage, match=f"x: expected 8-bit images as in training.*{found}"):
-            read_image(source, 0, 1, "x", grey_range=())
+            read_image(source, Form(0, 1, ()), "x")
 
 
 FLOATS = deep(-1000, 500, 3000, 0, dtype=np.float32)
@@ -205,33 +205,33 @@ def test_a_scale_that_nobody_can_guess_must_be_stated(
 ) -> None:
     split = [Example("first", deep(4000), 0), Example("odd", source, 0)]
     with pytest.raises(BadImage, match=rf"^odd: expected --grey_range LOW,HIGH for .*{sort}$"):
-        read_images(split, 2, 1, skip_corrupt)
+        read_images(split, Form(2, 1), skip_corrupt)
 
 
 def test_floats_and_negative_levels_are_scaled_as_stated() -> None:
     for source in (FLOATS, deep(-1000, 500, 3000, 0, dtype=np.int32)):
-        pixels = read_image(source, 0, 3, grey_range=(-1000, 1000))
+        pixels = read_image(source, Form(0, 3, (-1000, 1000)))
         assert pixels.tolist() == [[[0, 191], [255, 128]]] * 3  # rounded half to even
     fraction = deep(0, dtype=np.float32)
-    assert read_image(fraction, 0, 1, grey_range=(-0.5, 0.5)).tolist() == [[[128, 128], [128, 128]]]
+    assert read_image(fraction, Form(0, 1, (-0.5, 0.5))).tolist() == [[[128, 128], [128, 128]]]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_levels_that_are_no_numbers_are_refused(value: float) -> None:
     levels = encoded(Image.fromarray(np.array([[value, 1], [0, 1]], np.float32)), "TIFF")
     with pytest.raises(BadImage, match="expected finite grey levels, found 1 NaN or infinite"):
-        read_image(levels, 0, 1, grey_range=(0, 1))
+        read_image(levels, Form(0, 1, (0, 1)))
 
 
 def test_deep_greys_are_resized_before_they_are_rounded() -> None:
     levels = np.array([[0, 1], [1, 1]], np.uint16)  # 0.75 of 255 levels on a scale of one
-    assert read_image(encoded(Image.fromarray(levels), "PNG"), 1, 1, grey_range=(0, 1)) == 191
+    assert read_image(encoded(Image.fromarray(levels), "PNG"), Form(1, 1, (0, 1))) == 191
 
 
 def test_deep_greys_that_are_inverted_or_transparent_are_refused() -> None:
     inverted = deep(1).replace(TAG.pack(262, 3, 1, 1), TAG.pack(262, 3, 1, 0))
     with pytest.raises(BadImage, match="found white to black"):
-        read_image(inverted, 0, 1)
+        read_image(inverted, Form(0, 1))
     grey = Image.fromarray(np.array([[5, 300]], np.uint16))
     assert read(grey, "PNG", channels=1, transparency=7).tolist() == [[[1, 75]]]
     with pytest.raises(BadImage, match="without transparency"):
@@ -294,17 +294,17 @@ def test_colours_of_sixteen_bits_are_right_or_refused(
     colours = np.full((4, 4, channels), 65535, np.uint16)
     grey = np.arange(1, 17, dtype=np.uint16).reshape(4, 4) * 257
     colours[:, :, : channels - (channels != 3)] = grey[:, :, None]
-    assert np.array_equal(read_image(write(colours), 0, 1)[0], grey // 257)
+    assert np.array_equal(read_image(write(colours), Form(0, 1))[0], grey // 257)
     colours[:, :, : channels - (channels != 3)] = grey[:, :, None] // 16  # 12 bits or fewer
     with pytest.raises(BadImage, match="fill their 16 bits, found all in the lowest 1/16"):
-        read_image(write(colours), 0, 3)
+        read_image(write(colours), Form(0, 3))
 
 
 def test_planes_of_sixteen_bits_are_refused() -> None:
     colours = np.full((4, 4, 3), (1 << 12, 1 << 15, 7), np.uint16)
-    assert read_image(tiff16(colours), 0, 3)[:, 0, 0].tolist() == [16, 128, 0]
+    assert read_image(tiff16(colours), Form(0, 3))[:, 0, 0].tolist() == [16, 128, 0]
     with pytest.raises(BadImage, match="found them plane by plane"):
-        read_image(tiff16(colours, planar=True), 0, 3)
+        read_image(tiff16(colours, planar=True), Form(0, 3))
 
 
 def test_a_split_is_gone_through_once_though_its_scale_comes_last() -> None:
@@ -319,7 +319,7 @@ def test_a_split_is_gone_through_once_though_its_scale_comes_last() -> None:
             yield from (Example("x", deep(level), 0) for level in (7, 700))
 
     split = Once()
-    assert read_images(split, 2, 1).images.pixels[:, 0, 0, 0].tolist() == [2, 174]
+    assert read_images(split, Form(2, 1)).images.pixels[:, 0, 0, 0].tolist() == [2, 174]
     assert split.asked == 1
 
 
@@ -345,7 +345,7 @@ def test_exif_orientation_is_applied(orientation: int) -> None:
 def test_tiff_files_are_turned_too(tmp_path: Path, dtype: type) -> None:
     levels = np.arange(12, dtype=dtype).reshape(3, 4)
     Image.fromarray(levels).save(tmp_path / "x.tif", tiffinfo={0x0112: 6})  # 90° clockwise
-    pixels = read_image(tmp_path / "x.tif", 0, 1, grey_range=(0, 255))
+    pixels = read_image(tmp_path / "x.tif", Form(0, 1, (0, 255)))
     assert np.array_equal(pixels[0], np.rot90(levels, -1))
 
 
@@ -376,7 +376,7 @@ def test_a_large_jpeg_is_decoded_whole(size: int) -> None:
     noise = RNG.integers(0, 256, (300, 400, 3), dtype=np.uint8)
     content = encoded(Image.fromarray(noise), "JPEG")
     whole = Image.open(BytesIO(content)).resize((size, size), BILINEAR, box=(50, 0, 350, 300))
-    assert np.array_equal(read_image(content, size, 3), chw(np.asarray(whole)))
+    assert np.array_equal(read_image(content, Form(size, 3)), chw(np.asarray(whole)))
 
 
 BILINEAR = Image.Resampling.BILINEAR
@@ -390,7 +390,7 @@ def test_phones_jpegs_of_two_pictures_give_the_first_turned() -> None:
     second = Image.new("RGB", (32, 16))
     content = encoded(first, "MPO", save_all=True, append_images=[second], exif=exif)
     assert Image.open(BytesIO(content)).format == "MPO"
-    pixels = read_image(content, 0, 3).astype(int)
+    pixels = read_image(content, Form(0, 3)).astype(int)
     assert pixels.shape == (3, 32, 16)
     assert np.abs(pixels[:, 2, 8] - (20, 200, 40)).max() <= 4
     assert np.abs(pixels[:, -3, 8] - (200, 40, 90)).max() <= 4
@@ -399,7 +399,7 @@ def test_phones_jpegs_of_two_pictures_give_the_first_turned() -> None:
 def test_array_and_file_take_the_same_path() -> None:
     arrays = Images(torch.from_numpy(chw(COLOUR)[None].copy()), torch.tensor([3]))
     for size, channels in ((8, 1), (5, 3), (13, 1)):
-        images = read_images(arrays, size, channels).images
+        images = read_images(arrays, Form(size, channels)).images
         assert np.array_equal(
             images.pixels[0].numpy(), read(Image.fromarray(COLOUR), size=size, channels=channels)
         )
@@ -409,13 +409,13 @@ def test_array_and_file_take_the_same_path() -> None:
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "BMP"])
 def test_what_is_too_large_is_called_so_and_not_damaged(kind: str) -> None:
     content = encoded(Image.fromarray(COLOUR), kind)  # 64 pixels
-    assert np.array_equal(read_image(content, 8, 3, max_megapixels=64e-6), chw(COLOUR))
+    assert np.array_equal(read_image(content, Form(8, 3, max_megapixels=64e-6)), chw(COLOUR))
     with pytest.raises(BadImage, match=r"^huge: too large: .* megapixels, .*--max_megapixels") as e:
-        read_image(content, 8, 3, "huge", max_megapixels=63e-6)
+        read_image(content, Form(8, 3, max_megapixels=63e-6), "huge")
     assert "damaged" not in str(e.value)
     with pytest.raises(BadImage, match=r"too large: 64\.0 megapixels, at most 63; --max"):
         blank = encoded(Image.new("1", (8000, 8000)), "PNG")
-        read_images([Example("x", blank, 0)], 8, 1, max_megapixels=63, skip_corrupt=False)
+        read_images([Example("x", blank, 0)], Form(8, 1, max_megapixels=63))
 
 
 def test_a_jpeg_above_the_limit_is_decoded_at_the_first_size_below_it() -> None:
@@ -428,12 +428,12 @@ def test_a_jpeg_above_the_limit_is_decoded_at_the_first_size_below_it() -> None:
             (2048, (64, 32)),
             (2047, (32, 16)),
         ):
-            pixels = read_image(content, 0, 3, max_megapixels=limit / 1e6)
+            pixels = read_image(content, Form(0, 3, max_megapixels=limit / 1e6))
             assert pixels.shape[1:] == shape
             assert np.abs(pixels[:, 5, 5].astype(int) - (200, 40, 90)).max() <= 4
-        assert read_image(content, 0, 3, max_megapixels=1024e-6).shape[1:] == (32, 16)
+        assert read_image(content, Form(0, 3, max_megapixels=1024e-6)).shape[1:] == (32, 16)
         with pytest.raises(BadImage, match=r"at most .* of a JPEG; --max_megapixels$"):
-            read_image(content, 0, 3, max_megapixels=1023e-6)
+            read_image(content, Form(0, 3, max_megapixels=1023e-6))
 
 
 @pytest.mark.parametrize("content", [b"?", encoded(Image.fromarray(COLOUR), "PNG")])
@@ -442,8 +442,8 @@ def test_pillows_own_limit_does_not_count_and_is_put_back(
 ) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     with suppress(BadImage):
-        assert np.array_equal(read_image(content, 8, 3), chw(COLOUR))
-    read_images([Example("x", content, 0)], 8, 3, skip_corrupt=True)
+        assert np.array_equal(read_image(content, Form(8, 3)), chw(COLOUR))
+    read_images([Example("x", content, 0)], Form(8, 3), skip_corrupt=True)
     assert drained(common_size([Example("x", content, 0)])) == (8 if len(content) > 1 else 128)
     assert Image.MAX_IMAGE_PIXELS == 10
 
@@ -466,10 +466,10 @@ def test_what_is_no_file_is_refused_and_never_waited_for(tmp_path: Path) -> None
     }
     for path, found in expected.items():
         with pytest.raises(BadImage, match=rf"^{path}: .*{found}"):
-            read_image(path, 8, 3)
+            read_image(path, Form(8, 3))
     split = [Example(str(path), path, 0) for path in expected]
     assert drained(common_size(split)) == 128
-    assert len(read_images(split, 8, 3, skip_corrupt=True).skipped) == 6
+    assert len(read_images(split, Form(8, 3), skip_corrupt=True).skipped) == 6
 
 
 def test_what_is_no_image_is_named(tmp_path: Path) -> None:
@@ -477,14 +477,14 @@ def test_what_is_no_image_is_named(tmp_path: Path) -> None:
     path.write_text("Dear reader")
     for bad in (path, tmp_path / "absent.png", tmp_path):
         with pytest.raises(BadImage, match=bad.name) as caught:
-            read_image(bad, 8, 3)
+            read_image(bad, Form(8, 3))
         assert "\n" not in str(caught.value)
     with pytest.raises(BadImage, match="cell 7"):
-        read_image(b"", 8, 3, "cell 7")
+        read_image(b"", Form(8, 3), "cell 7")
     with pytest.raises(
         BadImage
     ):  # a program in PostScript, which Pillow would hand to another program
-        read_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n", 8, 3)
+        read_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n", Form(8, 3))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"])
@@ -492,7 +492,7 @@ def test_truncated_files_are_bad_images(kind: str) -> None:
     whole = encoded(Image.fromarray(RNG.integers(0, 256, (32, 32, 3), dtype=np.uint8)), kind)
     for length in (1, len(whole) // 3, len(whole) // 2):
         with pytest.raises(BadImage):
-            read_image(whole[:length], 32, 3)
+            read_image(whole[:length], Form(32, 3))
 
 
 def test_damaged_files_are_read_or_refused_but_nothing_else() -> None:
@@ -507,7 +507,7 @@ def test_damaged_files_are_read_or_refused_but_nothing_else() -> None:
             for _ in range(chance.randint(1, 8)):
                 damaged[chance.randrange(min(len(damaged), 400))] = chance.randrange(256)
             with suppress(BadImage):
-                assert read_image(bytes(damaged), 16, 3).shape == (3, 16, 16)
+                assert read_image(bytes(damaged), Form(16, 3)).shape == (3, 16, 16)
 
 
 def png_chunk(kind: bytes, data: bytes) -> bytes:
@@ -554,7 +554,7 @@ CLAIMS = {
 def test_claims_of_a_header_take_no_memory(kind: str) -> None:
     tracemalloc.start()
     with pytest.raises(BadImage, match=r"^x: ") as caught:
-        read_image(CLAIMS[kind], 8, 3, "x")
+        read_image(CLAIMS[kind], Form(8, 3), "x")
     assert "\n" not in str(caught.value)
     assert tracemalloc.get_traced_memory()[1] < 1 << 24
     tracemalloc.stop()
@@ -567,7 +567,7 @@ def test_pictures_and_tags_beside_the_first_take_no_memory() -> None:
         tiff_of(*[(40000 + i, 7, 300, 8) for i in range(999)]),
     ]
     for content in contents:
-        assert read_image(content, 0, 1).shape == (1, 8, 8)
+        assert read_image(content, Form(0, 1)).shape == (1, 8, 8)
     assert tracemalloc.get_traced_memory()[1] < 1 << 22
     tracemalloc.stop()
 
@@ -579,10 +579,10 @@ def test_a_file_of_nothing_but_metadata_is_not_joined_part_by_part(tmp_path: Pat
     path.write_bytes(whole[:2] + part * 300 + whole[2:])
     for source in (path, path.read_bytes()):
         with pytest.raises(BadImage, match="at most 100 parts of EXIF data, found 300"):
-            read_image(source, 8, 1)
+            read_image(source, Form(8, 1))
     assert drained(common_size([Example("x", path, 0)])) == 128
     large = whole[:2] + b"\xff\xfe\xff\xff" + bytes(65533) + whole[2:] + bytes(1 << 24)
-    assert np.array_equal(read_image(large, 8, 1), read_image(whole, 8, 1))
+    assert np.array_equal(read_image(large, Form(8, 1)), read_image(whole, Form(8, 1)))
 
 
 def test_what_is_read_ahead_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -597,7 +597,7 @@ def test_what_is_read_ahead_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
                 yield example
 
     content = encoded(Image.fromarray(GREY), "BMP")  # 1,142 bytes
-    work = images.reading_images(Split([Example("x", content, 0)] * 100), 8, 1)
+    work = images.reading_images(Split([Example("x", content, 0)] * 100), Form(8, 1))
     assert next(work) == 1 and taken == 5
     assert len(drained(work).images) == 100
 
@@ -609,8 +609,8 @@ def corrupt_at(*places: int, count: int = 70) -> list[Example]:
 
 def test_corrupt_images_stop_or_are_skipped_and_named() -> None:
     with pytest.raises(BadImage, match=r"no 41: .*--skip_corrupt"):
-        read_images(corrupt_at(41, 55), 4, 1)
-    images, _, places, skipped, *_ = read_images(corrupt_at(0, 41), 4, 1, skip_corrupt=True)
+        read_images(corrupt_at(41, 55), Form(4, 1))
+    images, _, places, skipped, *_ = read_images(corrupt_at(0, 41), Form(4, 1), skip_corrupt=True)
     assert [line.partition(":")[0] for line in skipped] == ["no 0", "no 41"]
     assert all("expected an image" in line for line in skipped) and len(images) == 68
     assert torch.equal(places, images.labels)
@@ -620,7 +620,7 @@ def test_corrupt_images_stop_or_are_skipped_and_named() -> None:
 def test_result_does_not_depend_on_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     def with_threads(count: int) -> torch.Tensor:
         monkeypatch.setattr(torch, "get_num_threads", lambda: count)
-        return read_images(corrupt_at(3, count=1500), 4, 3, skip_corrupt=True)[0].pixels
+        return read_images(corrupt_at(3, count=1500), Form(4, 3), skip_corrupt=True)[0].pixels
 
     assert torch.equal(with_threads(1), with_threads(7))
 
@@ -628,7 +628,7 @@ def test_result_does_not_depend_on_threads(monkeypatch: pytest.MonkeyPatch) -> N
 def test_filters_of_warnings_are_left_as_they_were() -> None:
     before = warnings.filters[:]
     with pytest.raises(BadImage):
-        read_images(corrupt_at(1), 4, 1)
+        read_images(corrupt_at(1), Form(4, 1))
     assert warnings.filters == before
 
 
@@ -703,7 +703,7 @@ def test_levels_whose_sign_is_lost_are_refused(kind: type) -> None:
     )
     header = b"II*\0\x08\0\0\0" + len(fields).to_bytes(2, "little") + entries + bytes(4)
     with pytest.raises(BadImage, match=r"expected (unsigned levels of 8 bits|levels below)"):
-        read_image(header + data, 0, 1, "x.tif", (0.0, 4e9))
+        read_image(header + data, Form(0, 1, (0.0, 4e9)), "x.tif")
 
 
 def test_limits_of_pillow_are_put_back_by_the_last_of_several_threads() -> None:

@@ -22,6 +22,7 @@ from sparsenet.data.config import DataConfig
 from sparsenet.data.errors import DataError
 from sparsenet.data.images import read_images
 from sparsenet.data.load import finding, load_dataset
+from sparsenet.data.preprocessing import Form
 from sparsenet.events import drained
 
 
@@ -75,7 +76,7 @@ def test_files_that_another_reads_are_not_replaced(bucket: str, tmp_path: Path) 
     system.pipe_file("/bucket/insects/train-1.tar", (tmp_path / "local/test.tar").read_bytes())
     with pytest.raises(DataError, match="another process reads them, found others; wait until"):
         load_dataset(config)
-    read = read_images(found.splits["train"], 4, 3)
+    read = read_images(found.splits["train"], Form(4, 3))
     assert read.images.pixels.max() == 39
     del found
     gc.collect()

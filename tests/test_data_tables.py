@@ -25,6 +25,7 @@ from sparsenet.data.errors import BadImage, DataError
 from sparsenet.data.images import read_image
 from sparsenet.data.load import find, load_dataset
 from sparsenet.data.parquet import read_parquet
+from sparsenet.data.preprocessing import Form
 from sparsenet.data.unreadable import name_what_it_is
 
 STRUCT = pa.struct({"bytes": pa.binary(), "path": pa.string()})
@@ -81,7 +82,7 @@ def labels_of(source: Source) -> dict[str, list[str]]:
 
 def greys(source: Source, split: str = "train") -> list[int]:
     return [
-        int(read_image(example.source, 0, 1)[0, 0, 0])  # type: ignore[arg-type]
+        int(read_image(example.source, Form(0, 1))[0, 0, 0])  # type: ignore[arg-type]
         for example in source.splits[split]
     ]
 

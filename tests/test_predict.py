@@ -15,7 +15,7 @@ from PIL import Image
 from sparsenet.architecture import Architecture
 from sparsenet.data import tree
 from sparsenet.data.images import read_image
-from sparsenet.data.preprocessing import Preprocessing
+from sparsenet.data.preprocessing import Form, Preprocessing
 from sparsenet.device import autocast
 from sparsenet.model import SparseNet
 from sparsenet.predict import find_images, predict
@@ -131,7 +131,7 @@ def test_globs_leave_out_what_explain_has_drawn(folder: Path, pattern: str) -> N
 
 def test_predictions_are_the_models(trained: Trained, folder: Path) -> None:
     paths = [folder / "b.png", folder / "deep/c.jpg"]
-    pixels = torch.stack([torch.from_numpy(read_image(path, 16, 3)) for path in paths])
+    pixels = torch.stack([torch.from_numpy(read_image(path, Form(16, 3))) for path in paths])
     expected = trained.model(trained.preprocessing.normalise(pixels)).softmax(1)
     for prediction, row in zip(predict(trained, paths, top=6), expected, strict=True):
         assert list(prediction.probabilities) == sorted(prediction.probabilities, reverse=True)
@@ -163,7 +163,7 @@ def test_one_bad_file_spoils_no_other(trained: Trained, folder: Path) -> None:
 
 def test_the_precision_is_the_one_that_was_asked_for(trained: Trained, folder: Path) -> None:
     paths = [folder / "b.png"]
-    pixels = torch.from_numpy(read_image(paths[0], 16, 3))[None]
+    pixels = torch.from_numpy(read_image(paths[0], Form(16, 3)))[None]
     image = trained.preprocessing.normalise(pixels)
     found = {}
     for precision in ("fp32", "bf16"):

@@ -30,7 +30,7 @@ from PIL import Image
 from sparsenet.architecture import Architecture
 from sparsenet.data import pixels
 from sparsenet.data.images import read_image
-from sparsenet.data.preprocessing import Preprocessing
+from sparsenet.data.preprocessing import Form, Preprocessing
 from sparsenet.explain import heat_maps
 from sparsenet.model import SparseNet
 from sparsenet.predict import predict
@@ -224,7 +224,7 @@ def test_the_heat_map_is_that_of_the_first_class(trained: Trained, pictures: lis
     assert "heat_map" not in plain.json()["predictions"][0]
     about = trained.preprocessing
     for path, found in zip(pictures, answer.json()["predictions"], strict=True):
-        pixels = read_image(path, about.size, about.channels, grey_range=about.grey_range)
+        pixels = read_image(path, about.form())
         label = torch.tensor([CLASSES.index(found["classes"][0])])
         images = about.normalise(torch.from_numpy(pixels)[None])
         [expected] = heat_maps(trained.model, images, label).detach()
@@ -351,18 +351,18 @@ def test_large_pictures_are_decoded_one_at_a_time(
     monkeypatch.setattr(service_module, "LARGE_MEGAPIXELS", 0.01)
     service = Service(trained, Limits())
     lock = threading.Lock()
-    decode, found = service._decode, []
+    decode, found = service_module._decoded, []
 
-    def watched(picture: Any, most: float) -> Any:
-        if most < 1:
-            return decode(picture, most)
+    def watched(picture: Any, form: Form) -> Any:
+        if form.max_megapixels < 1:
+            return decode(picture, form)
         assert lock.acquire(blocking=False), "two at a time"
         time.sleep(0.01)
-        found.append(decode(picture, most))
+        found.append(decode(picture, form))
         lock.release()
         return found[-1]
 
-    monkeypatch.setattr(service, "_decode", watched)
+    monkeypatch.setattr(service_module, "_decoded", watched)
     [answer] = asked(service, {"files": [("a", ("a.png", _png_of(110, 100)))] * 4})
     assert answer.status_code == 200 and len(found) == 4
 

@@ -22,7 +22,7 @@ from sparsenet.data.config import DataConfig
 from sparsenet.data.dataset import Dataset, Images
 from sparsenet.data.images import read_images
 from sparsenet.data.load import load_dataset
-from sparsenet.data.preprocessing import Preprocessing, channel_statistics
+from sparsenet.data.preprocessing import Form, Preprocessing, channel_statistics
 from sparsenet.data.sampling import Batches, batch_ends, plan_epoch, resized, stream
 from sparsenet.device import place
 from sparsenet.environment import environment
@@ -62,7 +62,7 @@ class Cut:
             for label in images.labels.unique().tolist()
         ]
         part = images[torch.cat(firsts).sort().values]
-        return read_images(part, self.side, 3).images  # as those of any other size are read
+        return read_images(part, Form(self.side, 3)).images  # as those of any other size are read
 
 
 CUTS = {

@@ -145,14 +145,7 @@ class Network(Trained):
         """
         about = self.preprocessing
         example = as_example(picture, 0, about.max_megapixels)
-        pixels = read_image(
-            example.source,
-            about.size,
-            about.channels,
-            example.name,
-            about.grey_range,
-            about.max_megapixels,
-        )
+        pixels = read_image(example.source, about.form(), example.name)
         return about.normalise(torch.tensor(pixels)[None])[0]
 
     def predict(

@@ -23,6 +23,7 @@ from sparsenet.data.errors import BadImage
 from sparsenet.data.images import image_id as content_id
 from sparsenet.data.images import read_image, read_images
 from sparsenet.data.pixels import MAX_BYTES, copied, file_content
+from sparsenet.data.preprocessing import Form
 from sparsenet.data.tree import HEAT_MAP, Listing, list_folder
 from sparsenet.device import autocast
 from sparsenet.explain import Explanation, draw_explanation, explain
@@ -162,13 +163,14 @@ def predict(
     if explained and precision == "bf16":
         raise ValueError("--precision: expected fp32 for what is to be explained, found 'bf16'")
     precision = "fp32" if explained else choose_precision(precision, device, training=False)
-    limit = max_megapixels or trained.preprocessing.max_megapixels
+    form = trained.preprocessing.form(max_megapixels)
+    limit = form.max_megapixels
     remaining = (as_example(each, number, limit) for number, each in enumerate(pictures))
     batches = iter(lambda: list(islice(remaining, batch_size)), [])
     return (
         prediction
         for batch in batches
-        for prediction in _predict_batch(trained, batch, top, limit, explained, precision)
+        for prediction in _predict_batch(trained, batch, form, top, explained, precision)
     )
 
 
@@ -176,8 +178,8 @@ def predict(
 def _predict_batch(
     trained: Trained,
     batch: list[Example],
+    form: Form,
     top: int,
-    max_megapixels: float,
     explained: bool,
     precision: str,
 ) -> list[Prediction]:
@@ -186,10 +188,7 @@ def _predict_batch(
         example._replace(source=_source(example.source), label=index)
         for index, example in enumerate(batch)
     ]
-    about = trained.preprocessing
-    images, ids, *_ = read_images(
-        examples, about.size, about.channels, True, about.grey_range, max_megapixels
-    )
+    images, ids, *_ = read_images(examples, form, skip_corrupt=True)
     predictions: dict[int, Prediction] = {}
     if len(images):
         device = next(trained.model.parameters()).device
@@ -204,10 +203,10 @@ def _predict_batch(
             for row, (index, image_id) in enumerate(zip(indices, ids.tolist(), strict=True)):
                 if predictions[index].error is None:
                     given = trained, examples[index], predictions[index]
-                    seen = normalised[row : row + 1], image_id, max_megapixels
+                    seen = normalised[row : row + 1], image_id, form
                     predictions[index] = _explained(*given, *seen)
     return [
-        predictions.get(index) or _failure(trained, named.source, example, max_megapixels)
+        predictions.get(index) or _failure(named.source, example, form)
         for index, (named, example) in enumerate(zip(batch, examples, strict=True))
     ]
 
@@ -233,15 +232,14 @@ def _explained(
     found: Prediction,
     image: Tensor,
     image_id: int,
-    max_megapixels: float,
+    form: Form,
 ) -> Prediction:
     """*found* with an explanation, drawn over the whole picture, which is read once more for it."""
-    about = trained.preprocessing
     try:
         content = file_content(example)
         if content_id(content) != image_id:
             raise BadImage(f"{example.name}: expected an image, {CHANGED}")
-        whole = read_image(content, 0, 3, example.name, about.grey_range, max_megapixels)
+        whole = read_image(content, replace(form, size=0, channels=3), example.name)
     except BadImage as error:
         return Prediction(found.path, error=str(error))
     label = torch.tensor([trained.classes.index(found.classes[0])])
@@ -250,7 +248,7 @@ def _explained(
     name = printable(name)
     title = f"{name}: {found.classes[0]} {100 * found.probabilities[0]:.1f} %"
     mark = f"{image_id % 2**64:016x}"
-    given = explanation, trained.model, about.size, f"{title}, logit {explanation.logit:.2f}", mark
+    given = explanation, trained.model, form.size, f"{title}, logit {explanation.logit:.2f}", mark
     return replace(found, explanation=explanation, drawn=draw_explanation(whole, *given))
 
 
@@ -301,9 +299,7 @@ def _source(source: Path | Content) -> Path | Content:
     return source
 
 
-def _failure(
-    trained: Trained, source: Path | Content, example: Example, max_megapixels: float
-) -> Prediction:
+def _failure(source: Path | Content, example: Example, form: Form) -> Prediction:
     """Reads an image once more, alone, to learn what is wrong with it."""
     name = example.name
     error = f"{name}: expected an image, {CHANGED}"
@@ -315,15 +311,7 @@ def _failure(
         error = f"{name}: expected {expected}, found nothing of that name"
     else:
         try:
-            about = trained.preprocessing
-            read_image(
-                example.source,
-                about.size,
-                about.channels,
-                example.name,
-                about.grey_range,
-                max_megapixels,
-            )
+            read_image(example.source, form, example.name)
         except BadImage as bad:
             error = str(bad)
     return Prediction(name, error=error)

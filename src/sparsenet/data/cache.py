@@ -30,12 +30,13 @@ import numpy as np
 from sparsenet.data.dataset import Example, Split
 from sparsenet.data.errors import DataError, reason
 from sparsenet.data.pixels import Greys
+from sparsenet.data.preprocessing import Form
 from sparsenet.data.stored import Kept, PixelFile
 from sparsenet.events import Message
 from sparsenet.extras import require
 from sparsenet.files import cache_folder, file_state, is_ours, read_json, size_text
 
-FORMAT = 1  # another where what is decoded to what changes
+FORMAT = 2  # another where what is decoded to what changes
 OURS = re.compile(r"[0-9a-f]{32}")  # names of folders
 PATIENCE = 0.1  # seconds between looks at a lock
 WAITS = Message("waiting for another process, which is writing the same data into the cache")
@@ -64,9 +65,7 @@ class Key(msgspec.Struct, frozen=True):
 
     images: str  # a digest
     count: int
-    shape: tuple[int, ...]
-    grey_range: tuple[float, ...] | None
-    max_megapixels: float
+    form: Form
     pillow: str
     version: int = FORMAT
 
@@ -153,7 +152,7 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
-        return self.key.count * math.prod(self.key.shape)
+        return self.key.count * math.prod(self.key.form.shape)
 
     def lock(self) -> Any:
         return lock_of(self.folder)
@@ -173,7 +172,7 @@ class Entry:
         """The pixels and what is said of them, where all are there; they stay as long as held."""
         try:
             file = Kept(self.file("pixels"))
-            pixels = PixelFile(self.file("pixels"), file, self.key.shape)
+            pixels = PixelFile(self.file("pixels"), file, self.key.form.shape)
             hold(file)
             whole = read_json(self.file("whole"), Whole)
             found = whole.key, whole.pixels, whole.rows

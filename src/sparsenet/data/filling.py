@@ -41,7 +41,7 @@ from sparsenet.data.dataset import Example, Images, Split
 from sparsenet.data.errors import BadImage, DataError, count_images
 from sparsenet.data.images import Decoded, read_all, settled_range
 from sparsenet.data.pixels import Greys, decode, limits_of_our_own
-from sparsenet.data.preprocessing import FULL_RANGE
+from sparsenet.data.preprocessing import FULL_RANGE, Form
 from sparsenet.data.stored import Kept, PixelFile, StoredImages
 from sparsenet.events import Message
 from sparsenet.extras import require
@@ -56,12 +56,7 @@ LINES = 64  # rows between writes of their lines
 
 
 def reading_stored(
-    split: Split,
-    size: int,
-    channels: int,
-    skip_corrupt: bool,
-    grey_range: tuple[float, ...] | None,
-    max_megapixels: float,
+    split: Split, form: Form, skip_corrupt: bool = False
 ) -> Generator[int | Message, None, Decoded]:
     """Does what ``reading_images`` does, with pixels that come to lie in the user's cache.
 
@@ -70,9 +65,7 @@ def reading_stored(
     there is no room.
     """
     pillow = require("PIL", "train").__version__
-    identity = digest_of(split)
-    key = Key(identity, len(split), (channels, size, size), grey_range, max_megapixels, pillow)
-    entry = Entry(key)
+    entry = Entry(Key(digest_of(split), len(split), form, pillow))
     stored, attempts = entry.opened(), 0
     while stored is None and attempts < ATTEMPTS:  # another may remove it before it is held
         yield from _fill(entry, split, skip_corrupt)
@@ -85,7 +78,7 @@ def reading_stored(
     kept = [row for row in rows if not row.problem]
     places = torch.tensor([row.row for row in kept], dtype=torch.int64)
     greys = [row.grey.without_levels() for row in kept if row.grey]
-    settled = settled_range(grey_range, greys)
+    settled = settled_range(form.grey_range, greys)
     return Decoded(
         StoredImages(file, places, labels[places]),
         torch.tensor([row.id for row in kept], dtype=torch.int64),
@@ -161,7 +154,7 @@ class _Filling:
         hold(self.file)
         hold(self.filled)
         self.file.truncate(entry.nbytes)
-        self.pixels = PixelFile(entry.file("pixels"), self.file, entry.key.shape)
+        self.pixels = PixelFile(entry.file("pixels"), self.file, entry.key.form.shape)
         self.known: dict[int, Row] = {}
         for name in ("rows", *sorted(path.name for path in entry.folder.glob("part-*[0-9]"))):
             with suppress(FileNotFoundError):
@@ -303,7 +296,7 @@ class _Examples:
 def _other_greys(key: Key, rows: Mapping[int, Row]) -> set[int]:
     """Greys that had another black and white than all of them together now give."""
     greys = {place: row.grey for place, row in rows.items() if row.grey}
-    settled = settled_range(key.grey_range, [grey.without_levels() for grey in greys.values()])
+    settled = settled_range(key.form.grey_range, [grey.without_levels() for grey in greys.values()])
     return {place for place, grey in greys.items() if grey.scale != (settled or FULL_RANGE)}
 
 
@@ -311,16 +304,11 @@ def _decoded(
     key: Key, examples: Iterator[Example], places: set[int], pixels: PixelFile, highest: float
 ) -> Generator[Row, None, None]:
     """Decodes the images at *places* into *pixels*, where greys so far reach up to *highest*."""
-    decoder = partial(
-        decode,
-        size=key.shape[1],
-        channels=key.shape[0],
-        grey_range=key.grey_range,
-        max_megapixels=key.max_megapixels,
-    )
+    form = key.form
+    decoder = partial(decode, form=form)
     with (
         limits_of_our_own(),
-        closing(read_all(examples, decoder, math.prod(key.shape))) as found,
+        closing(read_all(examples, decoder, math.prod(form.shape))) as found,
     ):
         for place, (_, image) in zip(sorted(places), found, strict=True):
             if isinstance(image, BadImage):
@@ -331,9 +319,9 @@ def _decoded(
             if isinstance(content, Greys):
                 highest = min(max(highest, content.highest), FULL_RANGE[1])
                 usual = content._replace(highest=highest, unusual="")
-                scale = settled_range(key.grey_range, [usual]) or FULL_RANGE
+                scale = settled_range(form.grey_range, [usual]) or FULL_RANGE
                 name, levels = printable(content.name), (content.lowest, content.highest)
                 grey = Grey(name, *levels, content.unusual, scale)
-                content = np.ascontiguousarray(content.pixels(scale, key.shape[0]))
+                content = np.ascontiguousarray(content.pixels(scale, form.channels))
             pixels.write(place, content)
             yield Row(place, number, 0, "", grey).checked(key, content.data)

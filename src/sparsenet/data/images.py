@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsenet.data.config import DataConfig
 from sparsenet.data.dataset import Content, Example, Images, Labelled, Split
 from sparsenet.data.errors import BadImage
 from sparsenet.data.pixels import (
@@ -28,7 +27,7 @@ from sparsenet.data.pixels import (
     measured_range,
     opened,
 )
-from sparsenet.data.preprocessing import FULL_RANGE
+from sparsenet.data.preprocessing import FULL_RANGE, Form
 from sparsenet.events import drained
 from sparsenet.ranks import local_processes
 
@@ -39,38 +38,20 @@ LARGEST_OWN, DEFAULT_SIZE = 224, 128  # sides of images in pixels: see ``common_
 TASKS = 128  # that are begun before the first of them is needed
 
 
-def read_image(
-    source: Path | Content,
-    size: int,
-    channels: int,
-    name: str = "",
-    grey_range: tuple[float, ...] | None = None,
-    max_megapixels: float = DataConfig.max_megapixels,
-) -> np.ndarray:
-    """The pixels of an image, what an ``Example`` may be: uint8 ``(channels, size, size)``.
-
-    The shorter side is resized to *size* and the longer cropped about its centre; an image of that
-    size is kept to the byte, and any image where *size* is 0. ``preprocessing.RULE`` says it all.
-    *grey_range* and *max_megapixels* are as for ``reading_images``. Raises ``BadImage``.
-    """
+def read_image(source: Path | Content, form: Form, name: str = "") -> np.ndarray:
+    """The pixels in *form* of an image, which is what an ``Example`` may be. ``BadImage``."""
     example = Example(name or (str(source) if isinstance(source, Path) else "image"), source, 0)
     with limits_of_our_own():
         example = example._replace(source=file_content(example))
-        return decoded_image(example, size, channels, grey_range, max_megapixels)
+        return decoded_image(example, form)
 
 
-def decoded_image(
-    example: Example,
-    size: int,
-    channels: int,
-    grey_range: tuple[float, ...] | None,
-    max_megapixels: float,
-    jpeg_factor: int = JPEG_FACTOR,
-) -> np.ndarray:
+def decoded_image(example: Example, form: Form, jpeg_factor: int = JPEG_FACTOR) -> np.ndarray:
     """As ``read_image``, in any thread, within the caller's ``limits_of_our_own``."""
-    found = decode(example, size, channels, grey_range, max_megapixels, jpeg_factor)
+    found = decode(example, form, jpeg_factor)
     if isinstance(found, Greys):
-        found = found.pixels(settled_range(grey_range, [found]) or FULL_RANGE, channels).copy()
+        settled = settled_range(form.grey_range, [found]) or FULL_RANGE
+        found = found.pixels(settled, form.channels).copy()
     return found
 
 
@@ -98,52 +79,33 @@ class Decoded(NamedTuple):
         return Labelled(self.images, self.ids, self.places)
 
 
-def read_images(
-    split: Split,
-    size: int,
-    channels: int,
-    skip_corrupt: bool = False,
-    grey_range: tuple[float, ...] | None = None,
-    max_megapixels: float = DataConfig.max_megapixels,
-) -> Decoded:
+def read_images(split: Split, form: Form, skip_corrupt: bool = False) -> Decoded:
     """Does what ``reading_images`` does, at once."""
-    work = reading_images(split, size, channels, skip_corrupt, grey_range, max_megapixels)
-    return drained(work)
+    return drained(reading_images(split, form, skip_corrupt))
 
 
 def reading_images(
-    split: Split,
-    size: int,
-    channels: int,
-    skip_corrupt: bool = False,
-    grey_range: tuple[float, ...] | None = None,
-    max_megapixels: float = DataConfig.max_megapixels,
+    split: Split, form: Form, skip_corrupt: bool = False
 ) -> Generator[int, None, Decoded]:
-    """Reads a split's images as ``read_image`` does, and yields how many it has read so far.
+    """Reads a split's images in *form*, and yields how many it has read so far.
 
-    They are read by several threads but stay in the split's order. Greys of more than 8 bits are
-    black and white at the ends of *grey_range*. ``None`` measures it over this split: from 0 to the
-    smallest of 255, 1023, 4095, 16383, 65535 that holds them all. An empty one is that of a
-    training set without any: they are taken for 16 bits, and refused where they cannot be.
-
-    An image of more than *max_megapixels* is refused; a JPEG of up to 8 times as many is decoded
-    smaller. Raises ``BadImage`` for the first image that cannot be read, unless *skip_corrupt*,
-    and where a range must be stated to be known.
+    They are read by several threads but stay in the split's order. Raises ``BadImage`` for the
+    first image that cannot be read, unless *skip_corrupt*, and where a range of greys must be
+    stated to be known.
     """
-    if isinstance(split, Images) and split.shape == (channels, size, size):
+    grey_range = form.grey_range
+    if isinstance(split, Images) and split.shape == form.shape:
         ids = [image_id(image) for image in split.pixels.numpy()]
         numbers = torch.tensor(ids, dtype=torch.int64), torch.arange(len(split))
         return Decoded(split, *numbers, (), grey_range or ())
-    pixels = np.empty((len(split), channels, size, size), np.uint8)
+    pixels = np.empty((len(split), *form.shape), np.uint8)
     labels: list[int] = []
     ids = []
     places: list[int] = []
     skipped: list[str] = []
     greys: dict[int, Greys] = {}  # until their range is known
     clipped = 0
-    decoded = partial(
-        decode, size=size, channels=channels, grey_range=grey_range, max_megapixels=max_megapixels
-    )
+    decoded = partial(decode, form=form)
     with limits_of_our_own(), closing(read_all(split, decoded, pixels[:1].nbytes)) as work:
         for example, image in work:
             if isinstance(image, BadImage):
@@ -156,7 +118,7 @@ def reading_images(
                     pixels[len(labels)] = found
                 elif grey_range:
                     clipped += found.exceeds(grey_range)
-                    pixels[len(labels)] = found.pixels(grey_range, channels)
+                    pixels[len(labels)] = found.pixels(grey_range, form.channels)
                 else:
                     greys[len(labels)] = found
                 places.append(len(labels) + len(skipped))
@@ -167,7 +129,7 @@ def reading_images(
     clipped += sum(grey.exceeds(settled or FULL_RANGE) for grey in greys.values())
     while greys:  # frees their memory
         index, grey = greys.popitem()
-        pixels[index] = grey.pixels(settled or FULL_RANGE, channels)
+        pixels[index] = grey.pixels(settled or FULL_RANGE, form.channels)
     images = Images(torch.from_numpy(pixels[: len(labels)]), torch.tensor(labels).long())
     numbers = torch.tensor(ids, dtype=torch.int64), torch.tensor(places, dtype=torch.int64)
     return Decoded(images, *numbers, tuple(skipped), settled, clipped)

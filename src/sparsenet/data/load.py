@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pkgutil
 import time
 from collections import Counter
@@ -21,6 +22,7 @@ from sparsenet.data.errors import DataError, count_images, reason, shortened
 from sparsenet.data.filling import reading_stored
 from sparsenet.data.identity import copies, repeated
 from sparsenet.data.images import Decoded, common_size, reading_images
+from sparsenet.data.preprocessing import Form
 from sparsenet.data.registry import KINDS, DatasetKind, resolve
 from sparsenet.data.remote import fetching
 from sparsenet.data.sampling import hold_out
@@ -55,23 +57,22 @@ def loading_dataset(config: DataConfig) -> Generator[Reading | Message, None, Da
         config.check_stored_size(size)
         kept = config.stored_size or size
         channels = config.in_chans or source.channels
+        form = Form(size, channels, config.grey_range or None, config.max_megapixels)
         names = sorted(source.splits, key="train".__ne__)  # whose greys set the scale, first
-        sides = {name: kept if name == "train" else size for name in names}
-        on_disk, message = where_pixels_lie(config.cache, source.splits, channels, sides)
+        forms = {name: replace(form, size=kept) if name == "train" else form for name in names}
+        on_disk, message = where_pixels_lie(config.cache, source.splits, forms)
         if message:
             yield Message(message)
         parts: dict[str, Labelled] = {}
         skipped: tuple[str, ...] = ()
         clipped: tuple[str, ...] = ()
-        grey_range = config.grey_range or None
         for name in names:
-            decoded = yield from read_split(
-                source, name, config, sides[name], channels, grey_range, on_disk
-            )
+            asked = replace(forms[name], grey_range=form.grey_range)
+            decoded = yield from read_split(source, name, asked, config.skip_corrupt, on_disk)
             parts[name] = decoded.part
             skipped += decoded.skipped
             clipped += clipping(decoded, name)
-            grey_range = decoded.grey_range
+            form = replace(form, grey_range=decoded.grey_range)
             del decoded  # or all training images would be held until the end
     unused: tuple[str, ...] = ()
     if {"val", "test"} <= set(names) and config.val_fraction:
@@ -79,9 +80,7 @@ def loading_dataset(config: DataConfig) -> Generator[Reading | Message, None, Da
     tested_on, drawn = _complete(parts, config)
     if drawn and kept != size:  # what is tested on is read from the files, as all test images are
         with one_line():
-            decoded = yield from read_split(
-                source, "train", config, size, channels, grey_range, on_disk
-            )
+            decoded = yield from read_split(source, "train", form, config.skip_corrupt, on_disk)
         again = decoded.part
         for name in drawn:
             parts[name] = again.pick(torch.isin(again.ids, parts[name].ids))
@@ -100,7 +99,7 @@ def loading_dataset(config: DataConfig) -> Generator[Reading | Message, None, Da
         skipped=skipped,
         tested_on=tested_on,
         ids={name: part.ids for name, part in parts.items()},
-        grey_range=grey_range or (),
+        grey_range=form.grey_range or (),
         notes=(*source.notes, *unused, *clipped, *_remarks(parts, source.classes, tested_on)),
         test_names=names_at(source.splits[LIES_IN[tested_on]], parts["test"].places),
     )
@@ -214,20 +213,12 @@ def _check_training(source: Source) -> None:
 
 
 def read_split(
-    source: Source,
-    name: str,
-    config: DataConfig,
-    size: int,
-    channels: int,
-    grey_range: tuple[float, ...] | None,
-    on_disk: bool,
+    source: Source, name: str, form: Form, skip_corrupt: bool, on_disk: bool
 ) -> Generator[Reading | Message, None, Decoded]:
-    """Reads a split of *source*, with *grey_range* as for ``reading_images``."""
+    """Reads a split of *source* in *form*, as ``reading_images`` does."""
     split = source.splits[name]
-    on_disk = on_disk and not _is_decoded(split, channels, size)
-    reading = (reading_stored if on_disk else reading_images)(
-        split, size, channels, config.skip_corrupt, grey_range, config.max_megapixels
-    )
+    on_disk = on_disk and not _is_decoded(split, form)
+    reading = (reading_stored if on_disk else reading_images)(split, form, skip_corrupt)
     decoded = yield from told(name, len(split), reading)
     if not len(decoded.images):
         expected = f"{name} images"
@@ -238,28 +229,24 @@ def read_split(
 
 
 def where_pixels_lie(
-    cache: str, splits: Mapping[str, Split], channels: int, sides: Mapping[str, int]
+    cache: str, splits: Mapping[str, Split], forms: Mapping[str, Form]
 ) -> tuple[bool, str]:
     """Whether decoded images come to lie on the disk, and a line that says so and how much it is.
-
-    *sides* are those of the images of each split, in pixels.
 
     For ``auto`` they do where they would fill more than half of the memory that is free, as holding
     images out copies them, and where this is one of several processes on a machine, which then
     share the work of decoding and the memory. The line is empty where nothing has to be decoded.
     """
     counts = {
-        name: len(split)
-        for name, split in splits.items()
-        if not _is_decoded(split, channels, sides[name])
+        name: len(split) for name, split in splits.items() if not _is_decoded(split, forms[name])
     }
     count, free = sum(counts.values()), available_memory()
-    needed = sum(channels * sides[name] ** 2 * each for name, each in counts.items())
+    needed = sum(math.prod(forms[name].shape) * each for name, each in counts.items())
     processes = local_processes()
     free //= processes
     on_disk = cache == "disk" or (cache == "auto" and (2 * needed > free or processes > 1))
     place = f"on disk in {cache_folder() / 'images'}" if on_disk else "in memory"
-    shapes = " and ".join(sorted({f"{sides[name]}x{sides[name]}" for name in counts}))
+    shapes = " and ".join(sorted({f"{forms[name].size}x{forms[name].size}" for name in counts}))
     line = (
         f"{count_images(count)} of {shapes} pixels are {size_text(needed)} decoded, with "
         f"{size_text(free)} of memory free: they lie {place} (--cache {cache})"
@@ -267,8 +254,8 @@ def where_pixels_lie(
     return on_disk, line * bool(count)
 
 
-def _is_decoded(split: Split, channels: int, size: int) -> bool:
-    return isinstance(split, Images) and split.shape == (channels, size, size)
+def _is_decoded(split: Split, form: Form) -> bool:
+    return isinstance(split, Images) and split.shape == form.shape
 
 
 def told(

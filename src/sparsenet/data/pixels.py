@@ -17,7 +17,7 @@ import numpy as np
 
 from sparsenet.data.dataset import Content, Example
 from sparsenet.data.errors import DAMAGE, BadImage, decoding
-from sparsenet.data.preprocessing import FULL_RANGE
+from sparsenet.data.preprocessing import FULL_RANGE, Form
 from sparsenet.extras import require
 
 # None of them is one for which Pillow runs another program, as it does for EPS. A phone's JPEG of
@@ -205,23 +205,16 @@ def opened(example: Example) -> Iterator[Any]:
             yield image
 
 
-def decode(
-    example: Example,
-    size: int,
-    channels: int,
-    grey_range: tuple[float, ...] | None,
-    max_megapixels: float,
-    jpeg_factor: int = JPEG_FACTOR,
-) -> np.ndarray | Greys:
-    """The pixels, uint8 ``(channels, size, size)``, or the levels of a deep grey.
+def decode(example: Example, form: Form, jpeg_factor: int = JPEG_FACTOR) -> np.ndarray | Greys:
+    """The pixels in *form*, or the levels of a deep grey.
 
-    The arguments are those of ``images.reading_images``; a JPEG may have *jpeg_factor* times as
-    many pixels. Raises ``BadImage``, for too many pixels ``TooLarge``.
+    A JPEG may have *jpeg_factor* times as many pixels as other images. Raises ``BadImage``, for
+    too many pixels ``TooLarge``.
     """
     operations = require("PIL.ImageOps", "train")
     with opened(example) as image:
         is_callers = image is example.source  # and so stays as it is
-        _fit_limit(image, example.name, max_megapixels, 1 if is_callers else jpeg_factor)
+        _fit_limit(image, example.name, form.max_megapixels, 1 if is_callers else jpeg_factor)
         transparent = _transparent_level(image, example.name)
         is_deep_grey = image.mode[0] in "IF"
         if not is_deep_grey:
@@ -237,12 +230,12 @@ def decode(
         with suppress(*DAMAGE):  # damaged metadata must not spoil the image
             operations.exif_transpose(image, in_place=True)
         if is_deep_grey:
-            greys = _greys(image, example.name, size)
-            if grey_range == ():
+            greys = _greys(image, example.name, form.size)
+            if form.grey_range == ():
                 greys.check_fills_16_bits()
             return greys
-        pixels = np.asarray(_resized(_as_channels(image, channels), size))
-        pixels = pixels.reshape(*pixels.shape[:2], channels)
+        pixels = np.asarray(_resized(_as_channels(image, form.channels), form.size))
+        pixels = pixels.reshape(*pixels.shape[:2], form.channels)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 

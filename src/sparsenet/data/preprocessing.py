@@ -10,7 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from sparsenet.data.config import MAX_IMAGE_SIZE
+from sparsenet.data.config import MAX_IMAGE_SIZE, DataConfig
 from sparsenet.data.dataset import Images
 from sparsenet.events import drained
 
@@ -38,6 +38,30 @@ RULE = (
 
 
 @dataclass(frozen=True)
+class Form:
+    """What image files are decoded to, uint8 ``(channels, size, size)``.
+
+    The shorter side is resized to *size* and the longer cropped about its centre; an image of that
+    size is kept to the byte, and any image where *size* is 0. ``RULE`` says it all.
+
+    Greys of more than 8 bits are black and white at the ends of *grey_range*. ``None`` measures it
+    over what is read together: from 0 to the smallest of 255, 1023, 4095, 16383, 65535 that holds
+    them all. An empty one is that of a training set without any: they are taken for 16 bits, and
+    refused where they cannot be. An image of more than *max_megapixels* is refused; a JPEG of up
+    to 8 times as many is decoded smaller.
+    """
+
+    size: int
+    channels: int
+    grey_range: tuple[float, ...] | None = None
+    max_megapixels: float = DataConfig.max_megapixels
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.channels, self.size, self.size
+
+
+@dataclass(frozen=True)
 class Preprocessing:
     """The images that a model was trained on; *mean* and *std* are those of ``pixels / 255``.
 
@@ -51,11 +75,16 @@ class Preprocessing:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     grey_range: tuple[float, ...] = ()
-    max_megapixels: float = 128.0
+    max_megapixels: float = DataConfig.max_megapixels
 
     def __post_init__(self) -> None:
         for name in ("mean", "std", "grey_range"):  # a JSON file has lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    def form(self, max_megapixels: float | None = None) -> Form:
+        """What images are decoded to, by default of as many *max_megapixels* as in training."""
+        limit = max_megapixels or self.max_megapixels
+        return Form(self.size, self.channels, self.grey_range, limit)
 
     def problem(self) -> str | None:
         """Why these are the statistics of no images, in one clause; ``None`` where they may be.

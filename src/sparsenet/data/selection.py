@@ -23,6 +23,7 @@ from sparsenet.data.load import (
     read_split,
     where_pixels_lie,
 )
+from sparsenet.data.preprocessing import Form
 from sparsenet.data.sampling import stratified_split
 from sparsenet.data.splits import IMAGES_OF
 from sparsenet.events import drained
@@ -182,13 +183,11 @@ def _decoded(
     source: Source, name: str, config: DataConfig, classes: Sequence[str]
 ) -> tuple[Labelled, tuple[str, ...]]:
     """A split, with labels that are numbers of *classes*, and notes about it."""
-    size, channels = config.image_size, config.in_chans
+    form = Form(config.image_size, config.in_chans, config.grey_range, config.max_megapixels)
     with one_line():
-        on_disk, _ = where_pixels_lie(
-            config.cache, {name: source.splits[name]}, channels, {name: size}
-        )
-        work = read_split(source, name, config, size, channels, config.grey_range, on_disk)
-        decoded = drained(work)
+        there = {name: source.splits[name]}
+        on_disk, _ = where_pixels_lie(config.cache, there, {name: form})
+        decoded = drained(read_split(source, name, form, config.skip_corrupt, on_disk))
     notes = (*clipping(decoded, name), *unreadable(decoded.skipped))
     labels = _labels(decoded.images.labels, source, classes)
     return decoded.part._replace(images=decoded.images.labelled(labels)), notes

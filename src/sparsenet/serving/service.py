@@ -18,6 +18,7 @@ from sparsenet.data.dataset import Example
 from sparsenet.data.errors import BadImage, DataError
 from sparsenet.data.images import decoded_image
 from sparsenet.data.pixels import TooLarge, limits_of_our_own
+from sparsenet.data.preprocessing import Form
 from sparsenet.device import end_idle_threads
 from sparsenet.explain import grid, maps_of
 from sparsenet.memory import shortage
@@ -161,7 +162,7 @@ class Service:
     ) -> None:
         self.trained, self.limits = trained, limits
         self.name = printable(trained.name)
-        self.max_megapixels = max_megapixels or trained.preprocessing.max_megapixels
+        self.form = trained.preprocessing.form(max_megapixels)
         self.gate = Gate(limits)
         self.measures = Measures(lambda: self.gate.pictures)
         self.decoders = ThreadPoolExecutor(DECODERS)
@@ -236,21 +237,13 @@ class Service:
     async def _pixels(self, picture: Picture) -> np.ndarray:
         self.decoding += 1
         try:
-            loop, most = asyncio.get_running_loop(), self.max_megapixels
+            loop, limit = asyncio.get_running_loop(), self.form.max_megapixels
             with suppress(TooLarge):
-                small = min(most, LARGE_MEGAPIXELS)
-                return await loop.run_in_executor(self.decoders, self._decode, picture, small)
-            return await loop.run_in_executor(self.large_decoder, self._decode, picture, most)
+                small = replace(self.form, max_megapixels=min(limit, LARGE_MEGAPIXELS))
+                return await loop.run_in_executor(self.decoders, _decoded, picture, small)
+            return await loop.run_in_executor(self.large_decoder, _decoded, picture, self.form)
         finally:
             self.decoding -= 1
-
-    def _decode(self, picture: Picture, max_megapixels: float) -> np.ndarray:
-        about = self.trained.preprocessing
-        example = Example(picture.name, picture.content, 0)
-        # A JPEG that is larger still is not decoded smaller, as that may take much more memory.
-        return decoded_image(
-            example, about.size, about.channels, about.grey_range, max_megapixels, 1
-        )
 
     def _draw(self, heat_map: np.ndarray) -> str:
         drawn = veil(heat_map, self.grid, HEAT_MAP_PIXELS)
@@ -283,6 +276,11 @@ class Service:
             Seen(_answer_of(found, each), by_place.get(place))
             for place, (found, each) in enumerate(zip(predictions, asked, strict=True))
         ]
+
+
+def _decoded(picture: Picture, form: Form) -> np.ndarray:
+    # A JPEG that is larger still is not decoded smaller, as that may take much more memory.
+    return decoded_image(Example(picture.name, picture.content, 0), form, jpeg_factor=1)
 
 
 def _answer_of(found: Prediction, asked: Asked) -> Answer:
