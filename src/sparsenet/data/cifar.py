@@ -20,9 +20,10 @@ import numpy as np
 import torch
 
 from sparsenet.data.config import DataConfig
-from sparsenet.data.dataset import Images, Source, check_labels
+from sparsenet.data.dataset import Images, Source
 from sparsenet.data.download import CIFAR_URL, download
 from sparsenet.data.errors import DataError, decoding
+from sparsenet.data.labels import check_labels
 from sparsenet.data.unpickle import load_pickle
 from sparsenet.files import is_special
 

@@ -12,8 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsenet.data.errors import DataError
-
 if TYPE_CHECKING:
     from PIL.Image import Image as PillowImage
 
@@ -183,18 +181,3 @@ class Dataset:
         """The same images on *device*."""
         val = self.val and self.val.to(device)
         return replace(self, train=self.train.to(device), val=val, test=self.test.to(device))
-
-
-def check_labels(labels: np.ndarray, classes: int, where: str, first: int = 0) -> np.ndarray:
-    """*labels* as int64 ``(N,)``; ``DataError`` where one is not from 0 to ``classes - 1``.
-
-    *where* is what the message says before the number of the image, such as ``FILE row``, which
-    is *first* for the first one.
-    """
-    wrong = np.flatnonzero((labels < 0) | (labels >= classes))
-    if len(wrong):
-        expected = f"a label from 0 to {classes - 1}"
-        raise DataError(
-            f"{where} {first + wrong[0]}: expected {expected}, found {labels[wrong[0]]}"
-        )
-    return labels.astype(np.int64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice, product
@@ -16,8 +16,9 @@ from unicodedata import normalize
 import numpy as np
 
 from sparsenet.data.config import DataConfig
-from sparsenet.data.dataset import Example, Source, check_labels
+from sparsenet.data.dataset import Example, Source
 from sparsenet.data.errors import DataError, decoding, shortened
+from sparsenet.data.labels import MAX_CLASSES, Labels, check_labels, numbered
 from sparsenet.data.shards import find_files, left_out, missing_parts
 from sparsenet.data.splits import SPLIT_COLUMNS, split_of
 from sparsenet.data.tree import SUFFIXES
@@ -27,10 +28,6 @@ from sparsenet.files import file_state
 IMAGES = ("image", "img")  # the column that is meant where several hold images
 LABELS = ("label", "labels", "fine_label", "class", "category", "target")
 HOLD_LABELS = ("integers", "bool", "string", "null")  # what cells of a label column may hold
-MAX_CLASSES = 1 << 16  # of texts and of names; ImageNet-21k has 21,841
-# Of labels without names, all numbers up to the largest are classes: so many, or so many for each
-# that there is, as of 10 classes of ImageNet's 1,000 or of a tenth of its 21,841.
-ALWAYS_CLASSES, MAX_SPARE = 1000, 10
 # A file of 2 KB can claim to hold any number of any cells, as what repeats takes no place.
 MAX_ROWS = 1 << 24  # in all files; ImageNet-21k has 14 million, and each image is held in memory
 MAX_METADATA = 1 << 24  # bytes; the names of ImageNet-21k's classes have 1 MB
@@ -56,21 +53,17 @@ def read_parquet(root: Path, config: DataConfig) -> Source | None:
     image, label, notes = _columns(next(iter(files.values()))[0], config)
     notes += (*left_out(root, files, ".parquet"), *missing_parts(files))
     _check_rows(files)
-    columns: dict[str, list[Labels]] = {}
-    for split, paths in files.items():
-        columns[split] = [_read_labels(path, image, label, split) for path in paths]
-        if not have_labels(split, columns[split]):
-            count = sum(len(column.labels) for column in columns.pop(split))
-            notes += (f"{split}: {count} images without labels, left out",)
-    if not columns:
+    labels = {
+        split: [_read_labels(path, image, label, split) for path in paths]
+        for split, paths in files.items()
+    }
+    classes, numbers, more = numbered(labels)
+    if not numbers:
         raise DataError(f"--dataset_dir: expected images with labels in {root}, found none")
-    classes, more = joint_classes(columns)
     folder = root if root.is_dir() else root.parent
     splits = {
-        split: ParquetSplit(
-            tuple((part.path, numbers_in(part, classes)) for part in parts), folder, image
-        )
-        for split, parts in columns.items()
+        split: ParquetSplit(tuple(zip(files[split], parts, strict=True)), folder, image)
+        for split, parts in numbers.items()
     }
     name = root.resolve()
     title = name.stem if root.is_file() else name.name
@@ -239,16 +232,6 @@ def _features(path: Path, file: Any) -> dict[str, dict[str, Any]]:
 # --- labels ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Labels:
-    """The labels of a file: int64 ``(N,)``, numbers in *names* where it has some, -1 for none."""
-
-    path: Path
-    content: str
-    names: tuple[str, ...]
-    labels: np.ndarray
-
-
 def _read_labels(path: Path, image: str, label: str, split: str) -> Labels:
     with _opened(path) as file:
         contents = _contents(file)
@@ -328,81 +311,6 @@ def _class_names(path: Path, names: Any) -> tuple[str, ...]:
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise DataError(f"{path}: expected other names for other classes, found {twice[0]!r} twice")
     return tuple(names)
-
-
-def have_labels(split: str, parts: list[Labels]) -> bool:
-    """Whether the images of *split* have labels; ``DataError`` where only some have."""
-    absent = [(part, row) for part in parts for row in np.flatnonzero(part.labels < 0)[:1]]
-    if not absent:
-        return True
-    if split != "train" and all((part.labels < 0).all() for part in parts):
-        return False
-    part, row = absent[0]
-    expected, found = "a label", "none"
-    if part.content == "integers":
-        expected, found = f"a label from 0 to {(len(part.names) or MAX_CLASSES) - 1}", "-1"
-    raise DataError(f"{part.path} row {row}: expected {expected}, found {found}")
-
-
-def joint_classes(columns: Mapping[str, list[Labels]]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The classes of all files, and notes on how their labels were taken."""
-    parts = [(split, part) for split, column in columns.items() for part in column]
-    first = parts[0][1]
-    for _, part in parts:
-        if part.content != first.content:
-            expected = f"labels as in {first.path}, {first.content}"
-            raise DataError(f"{part.path}: expected {expected}, found {part.content}")
-    if first.content == "string":
-        return tuple(sorted({name for _, part in parts for name in part.names})), ()
-    if first.content == "bool":
-        return ("False", "True"), ()
-    named = [part for _, part in parts if part.names]
-    if not named:
-        largest = _largest(part for _, part in parts)
-        return tuple(str(label) for label in range(largest + 1)), ()
-    model = named[0]
-    notes = []
-    for split, part in parts:
-        unknown, missing = set(part.names) - set(model.names), set(model.names) - set(part.names)
-        if not part.names:
-            notes.append(f"{part.path.name} has no class names: numbered as {model.path.name} is")
-        elif unknown or (missing and split == "train"):
-            signed = [f"+{name}" for name in sorted(unknown)]
-            signed += [f"-{name}" for name in sorted(missing)]
-            raise DataError(
-                f"{part.path}: expected the classes of {model.path}, "
-                f"found unknown (+), missing (-): {shortened(signed)}"
-            )
-        elif part.names != model.names[: len(part.names)]:
-            notes.append(f"{part.path.name} numbers the classes otherwise: taken by their names")
-    return model.names, tuple(notes)
-
-
-def _largest(parts: Iterable[Labels]) -> int:
-    """The largest of labels without names, all below which are classes.
-
-    Raises ``DataError`` where next to none of these classes has an image.
-    """
-    known = list(parts)
-    different = len(np.unique(np.concatenate([part.labels for part in known])))
-    most = ALWAYS_CLASSES + different * MAX_SPARE
-    for part in known:
-        row = int(part.labels.argmax()) if len(part.labels) else 0
-        if (largest := part.labels.max(initial=0)) > most:
-            raise DataError(
-                f"{part.path} row {row}: expected a label of at most {most}, as there are "
-                f"{different} different ones without names, found {largest}"
-            )
-    return max(int(part.labels.max(initial=0)) for part in known)
-
-
-def numbers_in(part: Labels, classes: tuple[str, ...]) -> np.ndarray:
-    """The labels of a file as numbers in *classes*, int64 ``(N,)``."""
-    if not part.names:
-        return check_labels(part.labels, len(classes), f"{part.path} row")
-    number = {name: number for number, name in enumerate(classes)}
-    numbers: np.ndarray = np.array([number[name] for name in part.names], np.int64)[part.labels]
-    return numbers
 
 
 # --- images ---------------------------------------------------------------------------------------

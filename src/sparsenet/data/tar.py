@@ -15,9 +15,9 @@ from unicodedata import normalize
 import numpy as np
 
 from sparsenet.data.config import DataConfig
-from sparsenet.data.dataset import Example, Source, check_labels
+from sparsenet.data.dataset import Example, Source
 from sparsenet.data.errors import DataError, decoding, shortened
-from sparsenet.data.parquet import MAX_CLASSES, Labels, have_labels, joint_classes, numbers_in
+from sparsenet.data.labels import MAX_CLASSES, Labels, check_labels, numbered
 from sparsenet.data.pixels import MAX_BYTES
 from sparsenet.data.shards import find_files, left_out, missing_parts
 from sparsenet.data.tree import SUFFIXES, is_visible
@@ -75,23 +75,14 @@ def read_tar(root: Path, config: DataConfig) -> Source | None:
     for shard in all_shards:
         if shard.unreadable:
             raise DataError(f"{shard.path}: {shard.unreadable}")
-    columns = {split: [_labels(shard) for shard in parts] for split, parts in shards.items()}
+    labels = {split: [_labels(shard) for shard in parts] for split, parts in shards.items()}
     notes = (*left_out(root, files, ".tar"), *missing_parts(files))
-    for split in list(columns):
-        if not have_labels(split, columns[split]):
-            count = sum(len(part.labels) for part in columns.pop(split))
-            notes += (f"{split}: {count} images without classes, left out",)
     if unused := sorted({each for parts in shards.values() for s in parts for each in s.unused}):
         notes += (f"not used of the samples: {shortened(unused)}",)
-    classes, more = joint_classes(columns)
+    classes, numbers, more = numbered(labels)
     splits = {
-        split: TarSplit(
-            tuple(
-                (shard, numbers_in(part, classes))
-                for shard, part in zip(shards[split], parts, strict=True)
-            )
-        )
-        for split, parts in columns.items()
+        split: TarSplit(tuple(zip(shards[split], parts, strict=True)))
+        for split, parts in numbers.items()
     }
     name = root.resolve()
     return Source(name.stem if root.is_file() else name.name, classes, 3, splits, notes + more)
