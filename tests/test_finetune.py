@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from test_adopt import TWO_STAGES, close, disagree, images, peer, torchvision_state
 from torch import Tensor, nn
 
-from sparsenet import Architecture, SparseNet, optim, weights
+from sparsenet import Architecture, SparseNet, addresses, optim
 from sparsenet.architecture import LARGE_IMAGES
 from sparsenet.composition import compose
 from sparsenet.config import RunConfig, replace
@@ -531,7 +531,7 @@ def test_other_files_are_refused_in_one_line(call: Call, tmp_path: Path) -> None
 
 
 def test_addresses_of_the_hub_are_those_of_its_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    place = weights._on_the_web
+    place = addresses._on_the_web
     monkeypatch.delenv("HF_ENDPOINT", raising=False)
     assert place("https://a.org/b#sha256=1") == "https://a.org/b#sha256=1"
     hub = "https://huggingface.co/timm/densenet121.ra_in1k/resolve"

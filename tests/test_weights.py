@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save
 from test_data_archives import Server
 
 import sparsenet
-from sparsenet import Architecture, SparseNet, checkpoints, downloads, weights, zoo
+from sparsenet import Architecture, SparseNet, addresses, checkpoints, downloads, weights, zoo
 from sparsenet.data.selection import Known, select_images
 from sparsenet.export.onnx import ExportReport
 from sparsenet.export.safetensors import export
@@ -667,7 +667,7 @@ def test_a_network_without_weights_is_told_those_that_have_some(shipped: Path) -
 @pytest.fixture
 def server(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Server:
     """Serves the weights file; without TLS, which no test can have, hence the other scheme."""
-    monkeypatch.setattr(weights, "SCHEME", "http://")
+    monkeypatch.setattr(addresses, "SCHEME", "http://")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return Server(file.read_bytes())
 
@@ -758,7 +758,7 @@ def test_what_is_fetched_and_wrong_is_not_kept(
             assert str(found.value).startswith(url) and "\n" not in str(found.value)
             assert kept(tmp_path) == []
         server.content, server.limit = whole, len(whole)
-        monkeypatch.setattr(weights, "LIMIT", len(whole) - 1)
+        monkeypatch.setattr(addresses, "LIMIT", len(whole) - 1)
         with pytest.raises(ValueError, match="more than 0 MiB"):
             weights.load(f"{url}a.safetensors")
     with pytest.raises(ValueError, match=r"expected a weights file, found: .*refused"):
@@ -810,7 +810,7 @@ def test_the_packages_weights_are_listed_small_and_in_the_wheel() -> None:
 
 
 def test_every_network_gets_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "download", None)  # offline
+    monkeypatch.setattr(addresses, "download", None)  # offline
     for name in weights.shipped():
         about = weights.load_shipped(name).about
         model = sparsenet.create_model(name, in_chans=about.preprocessing.channels, pretrained=True)

@@ -16,7 +16,7 @@ import msgspec
 from safetensors.torch import save as serialise_tensors
 from torch import Tensor
 
-from sparsenet import files, weights
+from sparsenet import addresses, files, weights
 from sparsenet.results import EpochMetrics
 from sparsenet.validation import Amount, Count, Percent, one_line
 from sparsenet.weights import Description
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 KEPT = {"last": 2, "best": 1}  # checkpoints of each kind that stay on disk
 IDENTITY = ("kind", "step", "sha256")  # what a manifest has beside what the tensors' file says
-LIMIT = 6 * weights.LIMIT  # bytes: weights, momenta and averaged weights, each in twice the bits
+LIMIT = 6 * addresses.LIMIT  # bytes: weights, momenta and averaged weights, each in twice the bits
 NUMBER = r"\d{8,}"  # a step in the name of a file
 
 

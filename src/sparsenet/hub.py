@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sparsenet import weights
+from sparsenet import addresses, weights
 from sparsenet.export import check_empty, hf
 from sparsenet.extras import require
 from sparsenet.files import user_path
@@ -53,7 +53,7 @@ class HubNetwork(Network, ModelHubMixin, library_name="sparsenet"):
         in one line for a folder without weights, and what huggingface_hub raises where it gets
         nothing.
         """
-        source = str(pretrained_model_name_or_path).removeprefix(weights.HUB)
+        source = str(pretrained_model_name_or_path).removeprefix(addresses.HUB)
         folder = user_path(source).absolute()
         if not folder.is_dir():
             downloaded = hub.snapshot_download(
@@ -63,12 +63,12 @@ class HubNetwork(Network, ModelHubMixin, library_name="sparsenet"):
                 force_download=force_download,
                 local_files_only=local_files_only,
                 token=token,
-                allow_patterns=[weights.FILE, weights.CONFIG, hf.CARD],
+                allow_patterns=[addresses.FILE, weights.CONFIG, hf.CARD],
             )
             folder = Path(downloaded)
         if not weights.in_folder(folder):
             expected = (
-                f"a folder that sparsenet export --format hf has written, with {weights.FILE}"
+                f"a folder that sparsenet export --format hf has written, with {addresses.FILE}"
             )
             raise ValueError(f"{source}: expected {expected}, found none")
         network = load(folder, device=device, implementation=implementation)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sparsenet import weights, zoo
+from sparsenet import addresses, weights, zoo
 from sparsenet.adoption.files import read_densenet
 from sparsenet.architecture import Architecture
 from sparsenet.config import RunConfig
@@ -152,8 +152,8 @@ def read_start(source: str) -> Start:
     its address. Raises ``ValueError`` in one line.
     """
     path = Path(source)
-    if weights.is_address(source):
-        found, path = weights.fetch(source, _foreign)
+    if addresses.can_fetch(source):
+        found, path = addresses.fetch(source, _foreign)
     else:
         found = _foreign(path, source) if os.path.isfile(source) else None  # noqa: PTH113
     if found:

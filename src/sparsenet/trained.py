@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from sparsenet import checkpoints, weights, zoo
+from sparsenet import addresses, checkpoints, weights, zoo
 from sparsenet.checkpoints import Checkpoint, Manifest
 from sparsenet.data.preprocessing import Preprocessing
 from sparsenet.device import place
@@ -39,7 +39,7 @@ class Trained:
         if os.path.isdir(place):  # noqa: PTH112
             name = Path(place).resolve().name
             return name if self.path.is_dir() else name.removesuffix("-hf")  # as export calls it
-        is_address = weights.is_address(self.source)
+        is_address = addresses.can_fetch(self.source)
         source = re.split(r"[?#]", self.source)[0] if is_address else self.source or str(self.path)
         return re.split(r"[/\\]", source)[-1].removesuffix(".safetensors")
 

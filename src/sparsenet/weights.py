@@ -9,11 +9,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-import re
-import tempfile
 import unicodedata
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -25,19 +22,18 @@ from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as serialise_tensors
 from torch import Tensor
 
+from sparsenet import addresses
+from sparsenet.addresses import FILE, HUB, LIMIT, SCHEME
 from sparsenet.data.config import DataConfig
 from sparsenet.data.identity import DataRecord
 from sparsenet.data.preprocessing import RULE, Preprocessing
-from sparsenet.downloads import ChecksumError, DownloadError, download
-from sparsenet.files import cache_folder, parse_json, read_bytes, read_json, with_home
+from sparsenet.files import parse_json, read_bytes, read_json, with_home
 from sparsenet.validation import LONGEST_NAME, Count, Name, Percent, Value, nearest, shown
 
 T = TypeVar("T")
 
 SHIPPED = Path(__file__).with_name("pretrained")  # NAME.safetensors; index.json: NAME to SHA-256
-FILE, CONFIG = "model.safetensors", "config.json"  # in a folder as the hub has them
-SCHEME = "https://"
-HUB = "hf://"  # of the Hugging Face hub
+CONFIG = "config.json"  # beside FILE in a folder as the hub has them
 Key = Annotated[str, msgspec.Meta(pattern=r"^\w+$", max_length=100)]
 Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]  # SHA-256
 DTYPES = {  # of tensors that can be compared and computed with
@@ -45,7 +41,6 @@ DTYPES = {  # of tensors that can be compared and computed with
     *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
 }
 MOST_HEADER = 2**24  # bytes; a topology may be a table
-LIMIT = 512 * 2**20  # bytes of a weights file
 
 
 @dataclass(frozen=True)
@@ -114,7 +109,7 @@ def load(source: str | Path, alternatives: str = "") -> Weights:
 
     A folder as the Hugging Face hub has it stands for the ``FILE`` in it.
 
-    An address is one that ``fetch`` takes, and may end in ``#sha256=HEX``. The hashes
+    An address is one that ``addresses.fetch`` takes, and may end in ``#sha256=HEX``. The hashes
     of a shipped file and of one in the cache are always checked. The error for a source that names
     nothing also lists *alternatives*, other things that the caller accepts.
 
@@ -127,7 +122,7 @@ def load(source: str | Path, alternatives: str = "") -> Weights:
         return _load_folder(Path(name), name)
     if os.path.exists(name):  # noqa: PTH110 - where pathlib raises for what no file can be called
         return _load_file(Path(name), name)
-    if is_address(name):
+    if addresses.can_fetch(name):
         return _load_address(name)
     if separator:
         expected = f"an address that begins with {SCHEME} or {HUB}"
@@ -277,72 +272,8 @@ def _load_folder(folder: Path, source: str) -> Weights:
 
 
 def _load_address(address: str) -> Weights:
-    weights, path = fetch(address, _load_file)
+    weights, path = addresses.fetch(address, _load_file)
     return dataclasses.replace(weights, path=path)
-
-
-def is_address(source: str) -> bool:
-    """Whether *source* is an address that ``fetch`` takes."""
-    return source.startswith((SCHEME, HUB))
-
-
-def fetch(address: str, read: Callable[[Path, str], T]) -> tuple[T, Path]:
-    """What *read* makes of a file and its *address*, and where in the user's cache the file lies.
-
-    An address is ``https://…`` or ``hf://OWNER/NAME[@REVISION][/FILE]``, by default
-    ``model.safetensors``, and may end in ``#sha256=HEX``. It is downloaded once, and stays in the
-    cache where *read* raises nothing. Raises ``ValueError`` in one line.
-    """
-    url, _, fragment = _on_the_web(address).partition("#")
-    checksum = fragment.lower()
-    if not re.fullmatch(r"(sha256=[0-9a-f]{64})?", checksum):
-        expected = "#sha256= and 64 hexadecimal digits at its end"
-        raise ValueError(f"{address}: expected {expected}, found #{fragment}")
-    # With what was asked for in the key, the file is of that, and with its own hash in its name, it
-    # is found out when it is no longer what was downloaded.
-    key = hashlib.sha256(address.encode()).hexdigest()[:32]
-    folder = cache_folder() / "weights"
-    for cached in folder.glob(f"{key}-*.safetensors"):
-        with suppress(ValueError, OSError):
-            content = read_bytes(cached, LIMIT)
-            if hashlib.sha256(content).hexdigest() == cached.stem.removeprefix(f"{key}-"):
-                return read(cached, address), cached
-        with suppress(OSError):  # damaged meanwhile: downloaded again
-            cached.unlink()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            file = download(url, Path(temporary) / "weights", checksum, LIMIT)
-            found = read(file, address)
-            digest = hashlib.sha256(file.read_bytes()).hexdigest()
-            return found, file.replace(folder / f"{key}-{digest}.safetensors")
-    except ChecksumError as error:
-        raise ValueError(f"{address}: {error}") from None
-    except DownloadError as error:
-        raise ValueError(f"{address}: expected a weights file, found: {error}") from None
-    except OSError as error:
-        raise ValueError(f"{address}: expected a writable cache, found: {error}") from None
-
-
-def _on_the_web(address: str) -> str:
-    """The address of a file on the Hugging Face hub as one that is downloaded.
-
-    ``HF_ENDPOINT`` names a mirror of the hub, as it does for huggingface_hub.
-    """
-    if not address.startswith(HUB):
-        return address
-    path, _, fragment = address.removeprefix(HUB).partition("#")
-    owner, _, rest = path.partition("/")
-    name, _, file = rest.partition("/")
-    name, _, revision = name.partition("@")
-    if not (owner and name):
-        raise ValueError(f"{address}: expected {HUB}OWNER/NAME or {HUB}OWNER/NAME/FILE")
-    endpoint = os.environ.get("HF_ENDPOINT") or f"{SCHEME}huggingface.co"
-    if not endpoint.startswith(SCHEME):
-        expected = f"an address that begins with {SCHEME}"
-        raise ValueError(f"HF_ENDPOINT: expected {expected}, found {endpoint}")
-    place = f"{owner}/{name}/resolve/{revision or 'main'}/{file or FILE}"
-    return f"{endpoint.rstrip('/')}/{place}" + f"#{fragment}" * bool(fragment)
 
 
 def _load_file(path: Path, source: str, sha256: str = "") -> Weights:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsenet import weights
+from sparsenet import addresses, weights
 from sparsenet.adoption.state_dict import SPELLINGS, load_torchvision, respelled
 from sparsenet.architecture import Architecture
 from sparsenet.files import read_bytes
@@ -66,7 +66,7 @@ def _read_tensors(path: Path, source: str) -> dict[str, Tensor]:
     """What a file of PyTorch or of safetensors holds; nothing in it is run."""
     try:
         if weights.is_safetensors(path):
-            return dict(weights.parse(read_bytes(path, weights.LIMIT))[0])
+            return dict(weights.parse(read_bytes(path, addresses.LIMIT))[0])
         _check_size(path)
         with warnings.catch_warnings(action="ignore"):
             found: Any = torch.load(path, "cpu", weights_only=True)
@@ -95,8 +95,8 @@ def _check_size(path: Path) -> None:
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             sizes.append(sum(entry.file_size for entry in archive.infolist()))
-    if max(sizes) > weights.LIMIT:
-        limit = weights.LIMIT // 2**20
+    if max(sizes) > addresses.LIMIT:
+        limit = addresses.LIMIT // 2**20
         raise ValueError(f"{max(sizes) // 2**20:,} MiB, more than {limit} MiB")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from sparsenet import __version__
+from sparsenet.addresses import FILE
 from sparsenet.architecture import from_dict
 from sparsenet.data.errors import count_images, shortened
 from sparsenet.data.selection import Selection
@@ -24,7 +25,7 @@ from sparsenet.results import ClassScores, Scores, likely
 from sparsenet.topology import family_name
 from sparsenet.trained import Trained
 from sparsenet.validation import printable
-from sparsenet.weights import CONFIG, FILE, About
+from sparsenet.weights import CONFIG, About
 
 CARD = "README.md"
 TEMPLATE = Path(__file__).parent.parent / "templates" / "card.md"
