@@ -19,7 +19,7 @@ from sparsenet.data.dataset import Images
 from sparsenet.data.sampling import (
     Batches,
     batch_ends,
-    drawn,
+    images_of_epoch,
     plan_epoch,
     resized,
     stratified_split,
@@ -75,24 +75,26 @@ def test_a_balanced_epoch_has_equally_many_of_each_class(labels: list[int], seed
     given = torch.tensor(labels)
     counts = torch.zeros(len(labels))
     for epoch in range(4):
-        order = drawn(seed, epoch, given, "balanced")
-        assert torch.equal(order, drawn(seed, epoch, given, "balanced"))
+        order = images_of_epoch(seed, epoch, given, "balanced")
+        assert torch.equal(order, images_of_epoch(seed, epoch, given, "balanced"))
         assert order.shape == (len(labels),)
         counts += torch.bincount(order, minlength=len(labels))
         own = [counts[given == label] for label in given.unique()]
         places = torch.stack([each.sum() for each in own])
         for each in (*own, places, given[order].unique(return_counts=True)[1]):
             assert each.max() - each.min() <= 1
-    assert torch.equal(drawn(seed, 3, given, "shuffled"), torch.arange(len(labels)))
+    assert torch.equal(images_of_epoch(seed, 3, given, "shuffled"), torch.arange(len(labels)))
 
 
 def test_balanced_epochs_are_other_ones() -> None:
     labels = (torch.arange(200) < 20).long()
-    first, second = (drawn(seed, epoch, labels, "balanced") for seed, epoch in ((0, 0), (0, 1)))
+    first, second = (
+        images_of_epoch(seed, epoch, labels, "balanced") for seed, epoch in ((0, 0), (0, 1))
+    )
     common, rare = (labels == label for label in (0, 1))
     assert len(torch.cat([first[common[first]], second[common[second]]]).unique()) == 180
     assert not torch.equal(first[rare[first]], second[rare[second]])
-    assert not torch.equal(first, drawn(1, 0, labels, "balanced"))
+    assert not torch.equal(first, images_of_epoch(1, 0, labels, "balanced"))
 
 
 MIXED = ("shares", "cuts")  # what mixup and CutMix draw together

@@ -2,7 +2,7 @@
 
 A stage is a ``sparsenet.topology.Topology`` plus widths. A layer is a *branch*, a chain of
 BN-ReLU-Conv units. The graph and counts of ``sparsenet.graph`` and the modules of
-``sparsenet.model`` are all read off the same ``Stage`` objects.
+``sparsenet.model`` are all read off the same ``StageLayout`` objects.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ LARGE_IMAGES = 96  # pixels a side from which ``auto`` is the strided stem (docs
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageLayout:
     """One stage: ``topology.depth`` layers, each of them a ``branch``."""
 
     topology: Topology
@@ -279,10 +279,10 @@ class Architecture:
         return Topology(self.fetch[: depth + 1])
 
     @cached_property
-    def stages(self) -> tuple[Stage, ...]:
+    def stages(self) -> tuple[StageLayout, ...]:
         """The stages, first to last."""
         reduction = self.reduction or (0.5 if self.bottleneck else 1.0)
-        stages: list[Stage] = []
+        stages: list[StageLayout] = []
         for depth, growth in zip(self.stage_depths, self.growth_rates, strict=True):
             if self.aggregation == "sum":
                 in_width = growth
@@ -291,7 +291,7 @@ class Architecture:
             else:
                 in_width = max(floor(stages[-1].out_width * reduction), 1)
             branch = self._branch(growth)
-            stages.append(Stage(self.topology(depth), in_width, branch, self.aggregation))
+            stages.append(StageLayout(self.topology(depth), in_width, branch, self.aggregation))
             check_reads(sum(stage.topology.edges for stage in stages))
         return tuple(stages)
 

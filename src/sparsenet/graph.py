@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sparsenet.architecture import Architecture, Stage
+from sparsenet.architecture import Architecture, StageLayout
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def _stem(architecture: Architecture, image_size: int, size: int) -> Node:
     return Node("stem", "stem", 0, 0, (), shape, weights + norm, weights * side**2)
 
 
-def _layer(stage: Stage, number: int, index: int, size: int) -> Node:
+def _layer(stage: StageLayout, number: int, index: int, size: int) -> Node:
     units = list(stage.units(index))
     weights = sum(kernel**2 * width * out for width, kernel, out in units)
     norms = sum(2 * width for width, _, _ in units)

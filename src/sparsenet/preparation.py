@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from sparsenet import __version__
-from sparsenet.arithmetic import Arithmetic, choose_arithmetic, explain
+from sparsenet.arithmetic import Arithmetic, choose_arithmetic, reasons
 from sparsenet.config import RunConfig, TrainConfig, recipe
 from sparsenet.data.dataset import Dataset
 from sparsenet.data.errors import shortened, unreadable
 from sparsenet.data.identity import in_order, record
-from sparsenet.data.load import loading_dataset, told
+from sparsenet.data.load import loading_dataset, reporting
 from sparsenet.data.preprocessing import ChannelStatistics, Preprocessing, measuring_channels
 from sparsenet.data.sampling import batch_ends
 from sparsenet.device import choose_device
@@ -115,7 +115,7 @@ def preparing(
         mean, std = _for_all_channels(config, channels)
     else:
         measuring = measuring_channels(data.train)
-        mean, std = yield from told("statistics", len(data.train), measuring)
+        mean, std = yield from reporting("statistics", len(data.train), measuring)
     limit = config.data.max_megapixels
     preprocessing = Preprocessing(size, channels, mean, std, data.grey_range, limit)
     if problem := preprocessing.problem():
@@ -281,6 +281,6 @@ def introduce(setup: Setup, previous: Arithmetic) -> Iterator[str]:
         f"{parameters:,} parameters, {macs:,} MACs"
     )
     yield f"recipe: {describe_recipe(setup.config, settings.max_epoch)}"
-    yield from explain(setup.arithmetic, settings, setup.device, previous)
+    yield from reasons(setup.arithmetic, settings, setup.device, previous)
     if setup.synchronised:
         yield "statistics of batches are those of all processes together (--sync_statistics)"

@@ -23,7 +23,7 @@ from sparsenet.ops.synchronised import UnreachableError
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(days=1)  # with others that read or decode their images
+READING_TIMEOUT = timedelta(days=1)  # with others that read or decode their images
 SIGNS = 3.0  # seconds in which those that still run say so, or why they do not
 
 
@@ -43,7 +43,7 @@ class Ranks:
     size: int = 1
     store: Any = field(default=None, repr=False)  # which all can write to and read
     control: Any = field(default=None, repr=False)  # the group that tensors on CPUs go through
-    patient: Any = field(default=None, repr=False)  # the same, with ``PATIENCE``
+    patient: Any = field(default=None, repr=False)  # the same, with ``READING_TIMEOUT``
 
     @property
     def is_first(self) -> bool:
@@ -260,7 +260,7 @@ def joined(timeout: float) -> Iterator[Ranks]:
     try:
         dist.init_process_group(timeout=timedelta(seconds=timeout), **known)
         control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
-        patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+        patient = dist.new_group(backend="gloo", timeout=READING_TIMEOUT)
     except (RuntimeError, ValueError) as error:
         expected = f"expected {size} processes that reach each other"
         raise LostError(f"{expected}, found: {_first_words(error)}") from None

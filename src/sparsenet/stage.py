@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsenet import changes
-from sparsenet.architecture import Stage as StageLayout
+from sparsenet.architecture import StageLayout
 from sparsenet.changes import Changed
 from sparsenet.ops import dispatch, synchronised
 from sparsenet.ops.plan import EPS, MOMENTUM, Operands, Plan, Reader

@@ -15,7 +15,7 @@ from sparsenet import addresses, weights, zoo
 from sparsenet.adoption.files import read_densenet
 from sparsenet.architecture import Architecture
 from sparsenet.config import RunConfig
-from sparsenet.data.dataset import Dataset, Images, Labelled
+from sparsenet.data.dataset import Dataset, Images, Part
 from sparsenet.data.errors import shortened
 from sparsenet.data.preprocessing import Preprocessing
 from sparsenet.data.selection import Known
@@ -109,7 +109,7 @@ class Start:
             names = [name for name in data.ids if name != "test" or held_out]
             ids = torch.cat([data.ids[name] for name in names])
             labels = torch.cat([data.labels(name).cpu() for name in names])
-            whole = Labelled(Images(torch.empty(len(ids), 0), labels), ids, torch.arange(len(ids)))
+            whole = Part(Images(torch.empty(len(ids), 0), labels), ids, torch.arange(len(ids)))
             known = known.with_drawn(whole, self.about.data_settings())
         called = {**IMAGES_OF, "val": data.chosen_on, "test": data.tested_on}
         for name in ("val", "test"):

@@ -22,7 +22,7 @@ from sparsenet.data.identity import to_tensors
 from sparsenet.data.sampling import (
     Batches,
     batch_ends,
-    drawn,
+    images_of_epoch,
     plan_epoch,
     resized,
     stream,
@@ -226,7 +226,7 @@ def _make_epoch_steps(
     epoch, steps, start = state.epoch, state.steps_per_epoch, state.step % state.steps_per_epoch
     data = config.data.scaled(images.shape[-1], setup.preprocessing.size)
     plan = plan_epoch(seed, epoch, len(images), data)
-    chosen = drawn(seed, epoch, images.labels, data.sampler)
+    chosen = images_of_epoch(seed, epoch, images.labels, data.sampler)
     plan = dataclasses.replace(plan, order=chosen[plan.order])
     batches = Batches(images, batch_size, plan, start, device, ranks)
     ends = batch_ends(len(images), batch_size)
@@ -279,7 +279,7 @@ def _settle_statistics(setup: Setup, state: TrainingState) -> None:
     train, images, seed = setup.config.train, setup.data.train, setup.config.train.seed
     order = torch.randperm(len(images), generator=stream(seed, "statistics", state.step))
     epoch = max(state.step - 1, 0) // state.steps_per_epoch
-    order = drawn(seed, epoch, images.labels, setup.config.data.sampler)[order]
+    order = images_of_epoch(seed, epoch, images.labels, setup.config.data.sampler)[order]
     order = order[: max(state.step, FEWEST_BATCHES) * train.batch_size]  # no longer than training
     if setup.config.network.dropout:
         torch.manual_seed(_dropout_seed(setup, "statistics", state.step))

@@ -39,11 +39,11 @@ def load_images(args: argparse.Namespace, trained: Trained) -> Selection:
             f"{trained.path}/images.safetensors: expected the images that the weights were trained "
             "on, found others; without that file the images are told by the settings"
         )
-    told = any(getattr(args, name) for name in POINTERS)
+    named = any(getattr(args, name) for name in POINTERS)
     stored = _stored_data(trained)
     config = _data_config(args, trained, stored)
     own = trained.path.is_dir() and _same_place(config, stored)
-    known = Known(ids, trained.about.data, own, told)
+    known = Known(ids, trained.about.data, own, named)
     selection = select_images(config, args.split or "", trained.classes, known)
     for note in selection.notes:
         warn(f"sparsenet: {note}")

@@ -234,11 +234,11 @@ def _split_column(table: _Table, taken: set[str]) -> tuple[str, list[str]]:
     return "", ["train"] * len(table.lines)
 
 
-def _labels(table: _Table, others: list[str], told: str) -> tuple[str, list[str]]:
+def _labels(table: _Table, others: list[str], stated: str) -> tuple[str, list[str]]:
     """The name of the label column and the class of each row."""
     usual = [name for name in others if name.lower() in LABELS]
-    if told:
-        label = table.column("label_column", told)
+    if stated:
+        label = table.column("label_column", stated)
     elif len(others) == 1 or len(usual) == 1:
         label = (usual or others)[0]
     elif not usual and (hot := _hot_columns(table, others)):

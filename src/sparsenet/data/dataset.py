@@ -118,7 +118,7 @@ class Images:
         return Images(self.pixels.to(device), self.labels.to(device))
 
 
-class Labelled(NamedTuple):
+class Part(NamedTuple):
     """Images, and for each an int64 number that is a function of its bytes, *ids* ``(N,)``.
 
     *places*, int64 ``(N,)``, are those among the examples that they were decoded from.
@@ -128,9 +128,9 @@ class Labelled(NamedTuple):
     ids: Tensor
     places: Tensor
 
-    def pick(self, index: Tensor) -> Labelled:
+    def pick(self, index: Tensor) -> Part:
         """Those that *index*, a mask or numbers, chooses."""
-        return Labelled(self.images[index], self.ids[index], self.places[index])
+        return Part(self.images[index], self.ids[index], self.places[index])
 
     def missing(self, classes: Sequence[str]) -> str:
         """The names of the classes of which there is no image; of many the first five."""

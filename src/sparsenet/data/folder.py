@@ -133,10 +133,10 @@ def _entered(tree: Tree, notes: list[str]) -> Tree:
     return tree
 
 
-def _split_trees(tree: Tree, notes: list[str], told: bool) -> dict[str, Tree]:
+def _split_trees(tree: Tree, notes: list[str], stated: bool) -> dict[str, Tree]:
     """The folders of *tree* that are splits; none where it holds class folders itself.
 
-    Where somebody *told* that it is class folders, their names are not doubted.
+    Where somebody *stated* that it is class folders, their names are not doubted.
     """
     entered: dict[str, list[str]] = {name: [] for name in tree.below if split_of(name)}
     named = {name: _entered(tree.inner(name), said) for name, said in entered.items()}
@@ -145,7 +145,7 @@ def _split_trees(tree: Tree, notes: list[str], told: bool) -> dict[str, Tree]:
     others = [name for name in tree.filled if name not in names.values()]
     if not splits:
         as_classes = [name for name in others if name in named]
-        _check_classes_named_as_splits(tree, as_classes, notes, told)
+        _check_classes_named_as_splits(tree, as_classes, notes, stated)
         return {}
     _refuse_ambiguous(tree, splits, others)
     notes += [note for name in names.values() for note in entered[name]]
@@ -164,11 +164,11 @@ def _split_trees(tree: Tree, notes: list[str], told: bool) -> dict[str, Tree]:
 
 
 def _check_classes_named_as_splits(
-    tree: Tree, names: list[str], notes: list[str], told: bool
+    tree: Tree, names: list[str], notes: list[str], stated: bool
 ) -> None:
     """Says that class folders are named as splits are; ``DataError`` where they look like some."""
     meanings = {meaning[0] for name in names if (meaning := split_of(name))}
-    if len(meanings) > 1 and names == tree.filled and not told:
+    if len(meanings) > 1 and names == tree.filled and not stated:
         raise DataError(
             f"{tree.path}: expected class folders, or splits that hold some, found "
             f"{shortened(names)}, named as splits, with images in no class folders; "

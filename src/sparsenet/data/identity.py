@@ -10,24 +10,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsenet.data.dataset import Dataset, Labelled
+from sparsenet.data.dataset import Dataset, Part
 from sparsenet.data.errors import shortened
 from sparsenet.data.splits import SPLITS
 from sparsenet.validation import Count, Name
 
 
-def copies(part: Labelled) -> int:
+def copies(part: Part) -> int:
     """The number of images that come after another of the same bytes and class."""
     return len(part.ids) - len(_distinct(part))
 
 
-def repeated(part: Labelled) -> int:
+def repeated(part: Part) -> int:
     """The number of images that are in several classes, their copies not counted."""
     _, counts = _distinct(part)[:, 0].unique(return_counts=True)
     return int(counts[counts > 1].sum())
 
 
-def _distinct(part: Labelled) -> Tensor:
+def _distinct(part: Part) -> Tensor:
     rows: Tensor = torch.stack([part.ids, part.images.labels], 1).unique(dim=0)
     return rows
 

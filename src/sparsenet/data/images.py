@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsenet.data.dataset import Content, Example, Images, Labelled, Split
+from sparsenet.data.dataset import Content, Example, Images, Part, Split
 from sparsenet.data.errors import BadImage
 from sparsenet.data.pixels import (
     JPEG_FACTOR,
@@ -75,8 +75,8 @@ class Decoded(NamedTuple):
     clipped: int = 0
 
     @property
-    def part(self) -> Labelled:
-        return Labelled(self.images, self.ids, self.places)
+    def part(self) -> Part:
+        return Part(self.images, self.ids, self.places)
 
 
 def read_images(split: Split, form: Form, skip_corrupt: bool = False) -> Decoded:

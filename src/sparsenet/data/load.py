@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparsenet.data.cache import Table
 from sparsenet.data.config import DataConfig
-from sparsenet.data.dataset import Dataset, Images, Labelled, Source, Split
+from sparsenet.data.dataset import Dataset, Images, Part, Source, Split
 from sparsenet.data.errors import DataError, count_images, reason, shortened
 from sparsenet.data.filling import reading_stored
 from sparsenet.data.identity import copies, repeated
@@ -53,7 +53,7 @@ def loading_dataset(config: DataConfig) -> Generator[Reading | Message, None, Da
         source = yield from finding(config)
         _check_training(source)
         train = source.splits["train"]
-        size = config.image_size or (yield from told("sizes", len(train), common_size(train)))
+        size = config.image_size or (yield from reporting("sizes", len(train), common_size(train)))
         config.check_stored_size(size)
         kept = config.stored_size or size
         channels = config.in_chans or source.channels
@@ -63,7 +63,7 @@ def loading_dataset(config: DataConfig) -> Generator[Reading | Message, None, Da
         on_disk, message = where_pixels_lie(config.cache, source.splits, forms)
         if message:
             yield Message(message)
-        parts: dict[str, Labelled] = {}
+        parts: dict[str, Part] = {}
         skipped: tuple[str, ...] = ()
         clipped: tuple[str, ...] = ()
         for name in names:
@@ -105,7 +105,7 @@ def loading_dataset(config: DataConfig) -> Generator[Reading | Message, None, Da
     )
 
 
-def _complete(parts: dict[str, Labelled], config: DataConfig) -> tuple[str, list[str]]:
+def _complete(parts: dict[str, Part], config: DataConfig) -> tuple[str, list[str]]:
     """Adds images to test on, and to validate on where that is asked for.
 
     Returns what is tested on, and the names of what was drawn from the training images.
@@ -219,7 +219,7 @@ def read_split(
     split = source.splits[name]
     on_disk = on_disk and not _is_decoded(split, form)
     reading = (reading_stored if on_disk else reading_images)(split, form, skip_corrupt)
-    decoded = yield from told(name, len(split), reading)
+    decoded = yield from reporting(name, len(split), reading)
     if not len(decoded.images):
         expected = f"{name} images"
         raise DataError(
@@ -258,7 +258,7 @@ def _is_decoded(split: Split, form: Form) -> bool:
     return isinstance(split, Images) and split.shape == form.shape
 
 
-def told(
+def reporting(
     what: str, total: int, work: Generator[int | Message, None, T]
 ) -> Generator[Reading | Message, None, T]:
     """Does *work*, which yields how many images are done, and yields now and then how far it is."""
@@ -285,15 +285,13 @@ def clipping(decoded: Decoded, split: str) -> tuple[str, ...]:
     return (f"warning: {split} has {count_images(decoded.clipped)} with {beyond}",)
 
 
-def draw(part: Labelled, fraction: float, purpose: str) -> dict[str, Labelled]:
+def draw(part: Part, fraction: float, purpose: str) -> dict[str, Part]:
     """The training images without those that are held out, and these under the name *purpose*."""
     held = hold_out(part.ids, part.images.labels, fraction, purpose)
     return {"train": part.pick(~held), purpose: part.pick(held)}
 
 
-def _remarks(
-    parts: Mapping[str, Labelled], classes: tuple[str, ...], tested_on: str
-) -> Iterator[str]:
+def _remarks(parts: Mapping[str, Part], classes: tuple[str, ...], tested_on: str) -> Iterator[str]:
     """Lines about what is missing from the splits, and about images that are in two places."""
     called = {**IMAGES_OF, "test": tested_on}
     for name, part in parts.items():

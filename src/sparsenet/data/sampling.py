@@ -79,7 +79,7 @@ def plan_epoch(seed: int, epoch: int, count: int, config: DataConfig) -> EpochPl
     return EpochPlan(order, moves)
 
 
-def drawn(seed: int, epoch: int, labels: Tensor, sampler: str) -> Tensor:
+def images_of_epoch(seed: int, epoch: int, labels: Tensor, sampler: str) -> Tensor:
     """The images of an epoch, int64 ``(N,)``, before they are mixed: all, or ``balanced`` ones.
 
     For these the epochs of a run are one row of places, which go to the classes that there are in

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsenet.data.config import DataConfig
-from sparsenet.data.dataset import Images, Labelled, Source
+from sparsenet.data.dataset import Images, Part, Source
 from sparsenet.data.errors import DataError, count_images, shortened, unreadable
 from sparsenet.data.identity import DataRecord, differences, digest
 from sparsenet.data.load import (
@@ -63,20 +63,20 @@ class Known:
     images: Mapping[str, Tensor]
     record: DataRecord | None
     own: bool = False  # whether the data that are looked at are those of the run
-    told: bool = False  # whether somebody has named them all the same
+    named: bool = False  # whether somebody has named them all the same
 
     @property
     def tested_on(self) -> str:
         """What the network was tested on, which older versions did not record."""
         return self.record.tested_on if self.record else ""
 
-    def in_splits(self, part: Labelled, *splits: str) -> Tensor:
+    def in_splits(self, part: Part, *splits: str) -> Tensor:
         """Which images are in one of *splits* of the training, bool ``(N,)``."""
         names = [f"{split}.ids" for split in splits]
         ids = [self.images[name] for name in names if name in self.images]
         return torch.isin(part.ids, torch.cat(ids)) if ids else torch.zeros(len(part.ids)).bool()
 
-    def seen(self, part: Labelled) -> Mapping[str, int] | None:
+    def seen(self, part: Part) -> Mapping[str, int] | None:
         """How many images of *part* were those of the splits train and val, if that is recorded.
 
         Of a weights file it is known only where they are just the images of one split.
@@ -89,7 +89,7 @@ class Known:
             return None
         return {name: len(part.ids) * (digests.get(name) == found) for name in ("train", "val")}
 
-    def with_drawn(self, whole: Labelled, config: DataConfig) -> Known:
+    def with_drawn(self, whole: Part, config: DataConfig) -> Known:
         """The same with the images of the splits that were drawn from *whole*.
 
         Of a weights file these are known only where *whole* is still what they were drawn from.
@@ -109,7 +109,7 @@ class Known:
                 return Known(ids, self.record)
         return self
 
-    def changes(self, part: Labelled, split: str = "test") -> tuple[str, ...]:
+    def changes(self, part: Part, split: str = "test") -> tuple[str, ...]:
         """A line where the images of a *split* of the run have changed since."""
         names = f"{split}.ids", f"{split}.labels"
         if not self.own or names[0] not in self.images:
@@ -119,7 +119,7 @@ class Known:
         kind, changes = IMAGES_OF[split], differences(before, now)
         return (f"warning: {kind} images have changed since then: {changes}",) if changes else ()
 
-    def warning(self, part: Labelled) -> tuple[str, ...]:
+    def warning(self, part: Part) -> tuple[str, ...]:
         """A line where some of the images were trained on."""
         count = (self.seen(part) or {}).get("train")
         return (f"warning: the network was trained on {count} of these images",) if count else ()
@@ -181,7 +181,7 @@ def _split_of_source(source: Source, split: str, known: Known) -> str:
 
 def _decoded(
     source: Source, name: str, config: DataConfig, classes: Sequence[str]
-) -> tuple[Labelled, tuple[str, ...]]:
+) -> tuple[Part, tuple[str, ...]]:
     """A split, with labels that are numbers of *classes*, and notes about it."""
     form = Form(config.image_size, config.in_chans, config.grey_range, config.max_megapixels)
     with one_line():
@@ -194,8 +194,8 @@ def _decoded(
 
 
 def _part_of_training(
-    whole: Labelled, split: str, known: Known, config: DataConfig
-) -> tuple[Labelled, str, tuple[str, ...]]:
+    whole: Part, split: str, known: Known, config: DataConfig
+) -> tuple[Part, str, tuple[str, ...]]:
     """The images of *whole*, all there are to train on, that are in a split; kind and notes."""
     if split == "val":
         part = whole.pick(known.in_splits(whole, "val"))
@@ -216,13 +216,13 @@ def _part_of_training(
 
 
 def _not_trained_on(
-    whole: Labelled, known: Known, config: DataConfig
-) -> tuple[Labelled, str, tuple[str, ...]]:
+    whole: Part, known: Known, config: DataConfig
+) -> tuple[Part, str, tuple[str, ...]]:
     """The images of *whole* that a network can be tested on; kind and notes."""
     folder = config.dataset_dir
     learned = known.in_splits(whole, "train", "val")
     count = int(learned.sum())
-    if known.own and known.images and not count and not known.told:
+    if known.own and known.images and not count and not known.named:
         raise DataError(
             f"{folder}: expected the images that the run was made with, found none of them; "
             f"--dataset_dir {folder} tests on all that are there"

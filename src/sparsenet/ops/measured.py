@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsenet.architecture import Architecture, Stage
+from sparsenet.architecture import Architecture, StageLayout
 from sparsenet.device import LEAST_SECONDS, device_name, end_idle_threads
 from sparsenet.files import cache_folder, read_json, write_json
 from sparsenet.memory import shortage
@@ -221,7 +221,7 @@ class _Workload:
 
     def __init__(
         self,
-        stage: Stage,
+        stage: StageLayout,
         batch: tuple[int, int],
         device: torch.device,
         dtype: torch.dtype,
