@@ -73,8 +73,8 @@ from sparsenet.report import write_report
 from sparsenet.run import Run
 from sparsenet.state import new_state, restore
 from sparsenet.summary import markdown_table
+from sparsenet.texts import printable
 from sparsenet.trained import load_trained
-from sparsenet.validation import printable
 
 sys.path.append(str(Path(__file__).parents[1]))
 from benchmarks import readme_tables

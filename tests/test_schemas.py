@@ -20,8 +20,8 @@ from sparsenet.preparation import preparing
 from sparsenet.records import read_summaries
 from sparsenet.run import Run
 from sparsenet.state import new_state, restore
+from sparsenet.texts import one_line
 from sparsenet.trained import load_trained
-from sparsenet.validation import one_line
 
 MISSING = object()
 BRACKETS = "[" * 100_000

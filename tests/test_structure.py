@@ -12,7 +12,7 @@ PACKAGE = ROOT / "src" / "sparsenet"
 FLOORS = [
     line.split()
     for line in """
-    validation topology extras results events files yaml_files downloads addresses schedule
+    texts validation topology extras results events files yaml_files downloads addresses schedule
     architecture graph device memory environment capture
     ops
     ranks changes stage model

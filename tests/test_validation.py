@@ -6,7 +6,8 @@ from dataclasses import dataclass, fields
 
 import pytest
 
-from sparsenet.validation import check_settings, expect, printable, setting
+from sparsenet.texts import printable
+from sparsenet.validation import check_settings, expect, setting
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from sparsenet.device import traits
 from sparsenet.extras import require
 from sparsenet.ops import dispatch
 from sparsenet.ops.implementations import IMPLEMENTATIONS, OPAQUE
-from sparsenet.validation import nearest
+from sparsenet.texts import nearest
 
 TORCHVISION = "torchvision"  # its DenseNet, for comparison
 NAMES = (*IMPLEMENTATIONS, TORCHVISION)

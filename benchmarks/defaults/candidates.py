@@ -17,7 +17,7 @@ from sparsenet.config import RunConfig, changed, settings
 from sparsenet.data.sampling import training_size
 from sparsenet.graph import count
 from sparsenet.model import SparseNet
-from sparsenet.validation import nearest
+from sparsenet.texts import nearest
 
 PRESET = "short"
 # ResNets are mostly trained by SGD, without an average of their weights, and at lower rates.

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from sparsenet import addresses, files, weights
 from sparsenet.results import EpochMetrics
-from sparsenet.validation import Amount, Count, Percent, one_line
+from sparsenet.texts import one_line
+from sparsenet.validation import Amount, Count, Percent
 from sparsenet.weights import Description
 
 T = TypeVar("T")

@@ -17,7 +17,7 @@ from contextlib import suppress
 from typing import NoReturn
 
 from sparsenet.memory import shortage
-from sparsenet.validation import one_line
+from sparsenet.texts import one_line
 
 FAILED, BAD_CALL = 1, 2
 SPINS = 30_000  # of a thread that waits for the others, before it gives its core away

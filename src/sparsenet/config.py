@@ -17,7 +17,8 @@ from sparsenet.data.config import DataConfig
 from sparsenet.files import is_address, parse_json, readable, user_path
 from sparsenet.ops.implementations import IMPLEMENTATIONS, MEMORY
 from sparsenet.schedule import OptimConfig
-from sparsenet.validation import check_settings, check_type, nearest, plain, setting, shown
+from sparsenet.texts import nearest, shown
+from sparsenet.validation import check_settings, check_type, plain, setting
 from sparsenet.yaml_files import read_yaml
 
 MOST_BYTES = 2**24  # of a JSON file of settings, of which a topology may be a table

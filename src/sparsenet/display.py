@@ -13,7 +13,7 @@ from typing import Any
 from sparsenet.events import Concluded, EpochDone, Event, Message, Reading, Step, Stopped
 from sparsenet.extras import require
 from sparsenet.run import Run
-from sparsenet.validation import one_line, printable
+from sparsenet.texts import one_line, printable
 
 # Columns of a terminal that have room beside the bar for loss and error; and for images/s.
 NARROW, WIDE = 60, 84

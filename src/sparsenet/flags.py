@@ -17,8 +17,8 @@ from sparsenet.data.splits import split_of
 from sparsenet.export import FORMATS, RUNTIMES
 from sparsenet.files import with_home
 from sparsenet.serving.limits import Limits
+from sparsenet.texts import nearest
 from sparsenet.topology import fetch_from_file
-from sparsenet.validation import nearest
 
 # Flags of other programs whose names do not lead to ours, and what takes their place here.
 INSTEAD = {

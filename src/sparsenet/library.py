@@ -29,10 +29,10 @@ from sparsenet.ranks import started_by_others
 from sparsenet.results import EpochMetrics, TrainingResult
 from sparsenet.run import Run
 from sparsenet.signals import Signals
+from sparsenet.texts import shown
 from sparsenet.tracking import require_all, tracked
 from sparsenet.train import train
 from sparsenet.trained import Trained, load_trained
-from sparsenet.validation import shown
 
 TEXT_AND_BYTES = (str, bytes, bytearray, memoryview)  # iterables that are one picture
 

@@ -29,8 +29,8 @@ from sparsenet.device import autocast
 from sparsenet.explain import Explanation, draw_explanation, explain
 from sparsenet.extras import require
 from sparsenet.ops.dispatch import choose_precision
+from sparsenet.texts import printable
 from sparsenet.trained import Trained
-from sparsenet.validation import printable
 
 CHANGED = "found one that changed while it was read"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from sparsenet.config import RunConfig, name_of_weights, replace
 from sparsenet.data.registry import KINDS, resolve
-from sparsenet.validation import nearest
+from sparsenet.texts import nearest
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # The settings' own defaults are the paper's (arXiv:1801.05895, section 4): 300 epochs of

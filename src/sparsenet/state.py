@@ -29,7 +29,7 @@ from sparsenet.run import Run
 from sparsenet.schedule import learning_rate
 from sparsenet.stage import synchronise_statistics
 from sparsenet.start import Start
-from sparsenet.validation import shown
+from sparsenet.texts import shown
 from sparsenet.weights import Description
 
 

@@ -10,8 +10,8 @@ from statistics import fmean, median, stdev
 
 from sparsenet.architecture import Architecture
 from sparsenet.results import EpochMetrics
+from sparsenet.texts import printable
 from sparsenet.topology import family_name
-from sparsenet.validation import printable
 
 HEADINGS = {
     "platform": "platform",

@@ -20,7 +20,8 @@ from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
-from sparsenet.validation import nearest, plain, shown
+from sparsenet.texts import nearest, shown
+from sparsenet.validation import plain
 
 Fetch = Callable[[int], Sequence[int]]
 Sources = tuple[tuple[int, ...], ...]

@@ -29,7 +29,7 @@ from sparsenet.extras import MissingExtra, install_hint, require
 from sparsenet.files import read_json
 from sparsenet.run import PICTURES, Run
 from sparsenet.schedule import OptimConfig, learning_rate
-from sparsenet.validation import printable
+from sparsenet.texts import printable
 
 POINTS = 100  # of an epoch, at most, from its steps
 WAITING = 1000  # readings that wait for a tracker; further ones are left out

@@ -17,7 +17,7 @@ from sparsenet.files import with_home
 from sparsenet.model import SparseNet
 from sparsenet.ops.implementations import IMPLEMENTATIONS
 from sparsenet.run import Run
-from sparsenet.validation import shown
+from sparsenet.texts import shown
 from sparsenet.weights import About, Description
 
 

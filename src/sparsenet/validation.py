@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import unicodedata
-from collections.abc import Iterable
 from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
+
+from sparsenet.texts import shown
 
 # What the fields of files hold. Numbers are bounded, so that none is too large to compute with.
 Count = Annotated[int, Meta(ge=0, le=2**53)]  # what a float holds exactly
@@ -27,8 +26,6 @@ Value = (
     | None
 )
 
-JOINERS = "\u200c\u200d"  # of letters, in Persian and Hindi words and in emoji
-LONGEST = 1900  # characters of a line
 WORDS = {
     bool: "true or false",
     int: "a whole number",
@@ -89,41 +86,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return tuple(map(plain, value))
     return value.tolist() if hasattr(value, "tolist") else value
-
-
-def shown(value: object) -> str:
-    """*value* as Python writes it, of a long text its beginning."""
-    text = repr(value)
-    return text if len(text) <= 400 else f"{text[:400]}…"
-
-
-def printable(text: str, kept: str = "") -> str:
-    """*text* with escapes for what cannot be printed and is not *kept*.
-
-    That is a line break in the name of a file, what a terminal would obey, what turns the direction
-    of writing, and half a surrogate pair, which stands for a byte of a name that is not UTF-8.
-    """
-    if text.isprintable():
-        return text
-
-    def is_shown(each: str) -> bool:
-        return each.isprintable() or each in JOINERS + kept or unicodedata.category(each) == "Zs"
-
-    return "".join(each if is_shown(each) else ascii(each)[1:-1] for each in text)
-
-
-def cut(text: str) -> str:
-    """*text*, but of one of more than ``LONGEST`` characters the beginning and the end."""
-    half = LONGEST // 2
-    return text if len(text) <= LONGEST else f"{text[:half]} … {text[-half:]}"
-
-
-def one_line(text: str) -> str:
-    """What is printed of a message: ``printable``, and what ``cut`` leaves of a long one."""
-    return cut(printable(cut(text)))  # escapes take more room
-
-
-def nearest(name: str, known: Iterable[str], likeness: float = 0.5) -> str:
-    """Returns ``; did you mean ...?`` where a known name is near, else nothing."""
-    near = difflib.get_close_matches(name, list(known), 1, likeness)
-    return f"; did you mean {near[0]}?" if near else ""

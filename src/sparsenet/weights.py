@@ -28,7 +28,8 @@ from sparsenet.data.config import DataConfig
 from sparsenet.data.identity import DataRecord
 from sparsenet.data.preprocessing import RULE, Preprocessing
 from sparsenet.files import parse_json, read_bytes, read_json, with_home
-from sparsenet.validation import LONGEST_NAME, Count, Name, Percent, Value, nearest, shown
+from sparsenet.texts import nearest, shown
+from sparsenet.validation import LONGEST_NAME, Count, Name, Percent, Value
 
 T = TypeVar("T")
 

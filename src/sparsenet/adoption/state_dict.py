@@ -17,7 +17,7 @@ from torch import Tensor
 from sparsenet.architecture import Architecture
 from sparsenet.model import SparseNet
 from sparsenet.ops.plan import EPS
-from sparsenet.validation import shown
+from sparsenet.texts import shown
 
 FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}  # that are computed with
 BATCHES = "num_batches_tracked"  # of a batch norm; its momentum does not depend on it

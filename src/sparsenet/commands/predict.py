@@ -16,7 +16,7 @@ from sparsenet.extras import require
 from sparsenet.files import failure, write_atomic
 from sparsenet.pictures.heat_map import mark_of
 from sparsenet.predict import Prediction, find_images, predict
-from sparsenet.validation import printable
+from sparsenet.texts import printable
 
 
 def run(args: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from sparsenet.memory import shortage
-from sparsenet.validation import cut
+from sparsenet.texts import cut
 
 # What decoders of images, pickles, archives and tables raise on damaged bytes, seen while fuzzing.
 DAMAGE: tuple[type[Exception], ...] = (

@@ -46,7 +46,7 @@ from sparsenet.data.stored import Kept, PixelFile, StoredImages
 from sparsenet.events import Message
 from sparsenet.extras import require
 from sparsenet.files import write_atomic, write_json
-from sparsenet.validation import printable
+from sparsenet.texts import printable
 
 MOST_PARTS = 64
 LEAST_IMAGES = 256  # of a part: at its end threads wait for the last of them

@@ -31,7 +31,8 @@ from sparsenet.events import Message, Reading, drained
 from sparsenet.files import cache_folder, is_address, size_text, user_path
 from sparsenet.memory import available_memory
 from sparsenet.ranks import local_processes
-from sparsenet.validation import LONGEST_NAME, printable
+from sparsenet.texts import printable
+from sparsenet.validation import LONGEST_NAME
 
 T = TypeVar("T")
 TELL_EVERY = 0.1  # seconds between two words on how far the reading has come

@@ -27,7 +27,7 @@ from sparsenet.data.preprocessing import Form
 from sparsenet.data.sampling import stratified_split
 from sparsenet.data.splits import IMAGES_OF
 from sparsenet.events import drained
-from sparsenet.validation import printable
+from sparsenet.texts import printable
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from sparsenet.extras import require
 from sparsenet.files import behind_link, size_text, write_atomic
 from sparsenet.graph import count
 from sparsenet.results import ClassScores, Scores, likely
+from sparsenet.texts import printable
 from sparsenet.topology import family_name
 from sparsenet.trained import Trained
-from sparsenet.validation import printable
 from sparsenet.weights import CONFIG, About
 
 CARD = "README.md"

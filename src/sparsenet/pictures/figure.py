@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from sparsenet.extras import require
 from sparsenet.files import write_atomic
 from sparsenet.results import EpochMetrics
-from sparsenet.validation import printable
+from sparsenet.texts import printable
 
 INK, FAINT, GRID = "#22272e", "#8a929c", "#e3e6ea"
 # The colours of Okabe and Ito, which people of any colour vision can tell apart.

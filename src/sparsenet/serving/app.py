@@ -22,7 +22,7 @@ from sparsenet.serving.limits import MAX_HEADERS, Refused
 from sparsenet.serving.measures import Measures
 from sparsenet.serving.reading import read_pictures, stated_size
 from sparsenet.serving.service import Answer, Service
-from sparsenet.validation import one_line, shown
+from sparsenet.texts import one_line, shown
 
 if TYPE_CHECKING:
     from fastapi import FastAPI

@@ -11,7 +11,8 @@ import msgspec
 from sparsenet.files import size_text
 from sparsenet.serving.limits import Limits, Refused
 from sparsenet.serving.service import Picture
-from sparsenet.validation import LONGEST_NAME, Name, one_line
+from sparsenet.texts import one_line
+from sparsenet.validation import LONGEST_NAME, Name
 
 if TYPE_CHECKING:
     from starlette.datastructures import Headers

@@ -26,8 +26,8 @@ from sparsenet.pictures.heat_map import Grid, png, veil
 from sparsenet.predict import Prediction, ranked
 from sparsenet.serving.limits import LARGEST_REQUESTS, Limits, busy
 from sparsenet.serving.measures import Measures
+from sparsenet.texts import printable
 from sparsenet.trained import Trained
-from sparsenet.validation import printable
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
