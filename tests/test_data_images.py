@@ -328,6 +328,8 @@ def test_other_spaces_of_colour_become_the_colours_they_mean(mode: str) -> None:
     colour = (200, 40, 90)
     pixels = read(Image.new("RGB", (8, 8), colour).convert(mode), "TIFF")[:, 0, 0].astype(int)
     assert np.abs(pixels - colour).max() <= 2
+    (grey,) = read(Image.new("RGB", (8, 8), colour).convert(mode), "TIFF", channels=1)[:, 0, 0]
+    assert abs(int(grey) - Image.new("RGB", (1, 1), colour).convert("L").getpixel((0, 0))) <= 2
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

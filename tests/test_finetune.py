@@ -16,6 +16,7 @@ from conftest import TINY, Call, newest, signals_put_back, write_classes, write_
 from safetensors.torch import load_file, save_file
 from test_adopt import TWO_STAGES, close, disagree, images, peer, torchvision_state
 from torch import Tensor, nn
+from torch.optim import swa_utils
 
 from sparsenet import Architecture, SparseNet, addresses, optim
 from sparsenet.architecture import LARGE_IMAGES
@@ -108,6 +109,7 @@ def forward_by_hand(model: SparseNet, frozen: list[str], x: Tensor) -> Tensor:
         ("all", ["stem", "stages", "transitions"]),
     ],
 )
+@pytest.mark.filterwarnings("ignore:sparsenet. .* has other settings")  # of update_bn
 def test_what_is_frozen_stays_and_normalises_by_what_it_was_trained_on(
     part: str, frozen: list[str], implementation: str
 ) -> None:
@@ -128,9 +130,16 @@ def test_what_is_frozen_stays_and_normalises_by_what_it_was_trained_on(
     kept = {name for name in before if torch.equal(before[name], after[name])}
     expected_kept = {name for name in before if name.startswith(tuple(f"{f}." for f in frozen))}
     assert kept == expected_kept
+    swa_utils.update_bn([x, x], model)  # which resets all norms that track their statistics
+    after = model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in kept)
     model.freeze("")
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert all(module.training for module in model.modules())
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert all(norm.track_running_stats for norm in norms)
+    swa_utils.update_bn([x, x, x], model)
+    assert {int(norm.num_batches_tracked) for norm in norms} == {3}
 
 
 def test_a_part_that_there_is_not_cannot_be_frozen(call: Call, trained_on_folder: Path) -> None:

@@ -27,7 +27,7 @@ from test_export import make
 
 import sparsenet
 from sparsenet import weights
-from sparsenet.data.dataset import Images, Labelled
+from sparsenet.data.dataset import Images, Part
 from sparsenet.data.selection import Known, Selection
 from sparsenet.export import hf
 from sparsenet.hub import HubNetwork
@@ -230,7 +230,7 @@ def test_a_weights_file_knows_the_very_images_that_it_was_trained_on(
 ) -> None:
     ids = Run.open(trained_on_folder).images()
     record = load_trained(trained_on_folder).about.data
-    part = Labelled(
+    part = Part(
         Images(torch.empty(len(ids["train.ids"]), 0), ids["train.labels"]),
         ids["train.ids"],
         torch.arange(len(ids["train.ids"])),

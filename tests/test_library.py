@@ -273,6 +273,49 @@ def test_what_is_no_picture_is_told(network: sparsenet.library.Network, tmp_path
             network.predict([wrong])
 
 
+@pytest.mark.parametrize("explained", [False, True])
+def test_a_network_in_training_predicts_nothing_and_stays_as_it_is(
+    trained_on_folder: Path, folder_data: Path, explained: bool
+) -> None:
+    network = sparsenet.load(trained_on_folder, device="cpu")
+    before = {name: tensor.clone() for name, tensor in network.model.state_dict().items()}
+    for part in (network.model, network.model.stages[0]):
+        part.train()
+        with pytest.raises(ValueError, match=r"^model: expected one in evaluation mode, found tr"):
+            network.predict(folder_data, explained=explained)
+        network.model.eval()
+    assert all(before[name].equal(tensor) for name, tensor in network.model.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_network_of_another_precision_predicts(
+    trained_on_folder: Path, folder_data: Path, dtype: torch.dtype
+) -> None:
+    network = sparsenet.load(trained_on_folder, device="cpu")
+    expected = network.predict(folder_data, top=1)
+    network.model.to(dtype)
+    for found, one in zip(network.predict(folder_data, top=1), expected, strict=True):
+        assert found.error is None
+        assert found.probabilities == pytest.approx(one.probabilities, abs=0.05)
+
+
+def test_what_predicts_something_else_than_it_says_is_refused(
+    trained_on_folder: Path, folder_data: Path
+) -> None:
+    network = sparsenet.load(trained_on_folder, device="cpu")
+    for precision in ("fp16", "bfloat16", "BF16", "", None):
+        with pytest.raises(ValueError, match=r"^--precision: expected auto, fp32 or bf16, found "):
+            network.predict(folder_data, precision=precision)  # type: ignore[arg-type]
+    size = network.preprocessing.size
+    for wrong in (torch.rand(1, 3, size, size), torch.zeros(3, size, size, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match=r"^images: expected uint8 \(N, 3, H, W\)"):
+            network.preprocessing.normalise(wrong)
+    for outputs in (0, 1, 7):
+        network.model.reset_classifier(outputs)
+        with pytest.raises(ValueError, match=r"^model: expected logits of \d classes, those that"):
+            network.predict(folder_data)
+
+
 def test_evaluate_says_what_the_command_says(
     trained_on_folder: Path, folder_data: Path, call: Call
 ) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -281,6 +283,10 @@ def test_test_images_beyond_the_range_are_counted_aloud(call: Call) -> None:
 
 
 @pytest.mark.parametrize("option", ["top", "batch_size"])
-def test_options_below_one_are_refused_by_name(trained: Trained, option: str) -> None:
-    with pytest.raises(ValueError, match=f"--{option}: expected at least 1, found 0"):
-        predict(trained, [], **{option: 0})
+@pytest.mark.parametrize("value", [0, 1.5, True, "3"])
+def test_options_that_are_no_whole_numbers_from_one_are_refused_by_name(
+    trained: Trained, option: str, value: Any
+) -> None:
+    expected = f"--{option}: expected a whole number of at least 1, found {value!r}"
+    with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
+        predict(trained, [], **{option: value})

@@ -33,6 +33,17 @@ from sparsenet.pictures.training import _split_names
 from sparsenet.results import Scores, _tail, likely
 
 
+def test_among_equal_logits_what_is_right_is_among_the_top_five() -> None:
+    def tied(images: Tensor) -> Tensor:
+        return torch.zeros(len(images), 40)
+
+    preprocessing = Preprocessing(4, 3, (0.5,) * 3, (0.5,) * 3)
+    step = EvaluationStep(tied, preprocessing, "fp32")  # type: ignore[arg-type]
+    labels = torch.arange(40)
+    _, predicted, _, in_top5 = step(torch.zeros(40, 3, 4, 4, dtype=torch.uint8), labels)
+    assert in_top5[predicted == labels].all() and 1 <= in_top5.sum() <= 6
+
+
 def evaluated(labels: Tensor, predicted: Tensor, confidence: Tensor | None = None) -> Evaluation:
     sure = torch.ones(len(labels)) if confidence is None else confidence
     return Evaluation(0.0, 0.0, labels, predicted, sure, predicted == labels)

@@ -113,8 +113,9 @@ def read_convolution(module: nn.Module, shape: tuple[int, ...]) -> Tensor:
 
 def read_norm(module: nn.Module, kind: type[nn.Module], width: int, training: bool) -> Statistics:
     own, shape = check_module(module, kind), (width,)
-    settings = own["momentum"], own["eps"], own["track_running_stats"]
-    if settings != (MOMENTUM, EPS, True):
+    # In evaluation nothing is tracked, as of what ``SparseNet.freeze`` keeps.
+    tracked = (own["momentum"], own["track_running_stats"]) if training else (MOMENTUM, True)
+    if own["eps"] != EPS or tracked != (MOMENTUM, True):
         raise Changed(module, "has other settings")
     if attribute(own, "weight") is not None or attribute(own, "bias") is not None:
         raise Changed(module, "has a scale or a shift")

@@ -133,9 +133,11 @@ class EvaluationStep:
         probabilities = logits.softmax(1)
         confidence, predicted = probabilities.max(1)
         top5 = logits.topk(min(5, logits.shape[1]), 1).indices
+        # Of equal logits ``topk`` may leave out the one that is predicted.
+        in_top5 = (top5 == labels[:, None]).any(1) | (predicted == labels)
         losses = F.cross_entropy(logits, labels, reduction="none")
         losses = losses.where(finite, torch.nan)
-        found = losses, predicted, confidence, (top5 == labels[:, None]).any(1)
+        found = losses, predicted, confidence, in_top5
         return (*found, probabilities) if self.tell_all else found
 
     def _logits(self, pixels: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from sparsenet.model import SparseNet
 from sparsenet.pictures import heat_map as drawing
@@ -124,6 +125,12 @@ def _classifier(model: SparseNet) -> nn.Linear:
     return model.classifier
 
 
+def check_evaluates(model: nn.Module) -> None:
+    """Raises ``ValueError`` where a batch norm in *model* would normalise by the batch it sees."""
+    if any(isinstance(norm, BatchNorm) and norm.training for norm in model.modules()):
+        raise ValueError("model: expected one in evaluation mode, found training; model.eval()")
+
+
 @torch.no_grad()
 def explain(model: SparseNet, images: Tensor, classes: Tensor) -> list[Explanation]:
     """What the logit of a class is made of, for each image; *model* is in evaluation mode.
@@ -136,8 +143,7 @@ def explain(model: SparseNet, images: Tensor, classes: Tensor) -> list[Explanati
     that it is left out of the sums. Raises ``ValueError`` as ``heat_maps`` does, and for a model in
     training.
     """
-    if model.training:
-        raise ValueError("model: expected one in evaluation mode, found training; model.eval()")
+    check_evaluates(model)
     bias = _exact(_classifier(model).bias)[classes.cpu()].tolist()
     inputs, features = _stages(model, images)
     maps = maps_of(model, features, classes)

@@ -91,7 +91,7 @@ class HubNetwork(Network, ModelHubMixin, library_name="sparsenet"):
         files in the folder, where the model has other weights than those that were loaded, of which
         no error was measured, and for *config* and *model_card_kwargs*, which weights do not need.
         """
-        folder = Path(save_directory)
+        folder = user_path(str(save_directory))
         self._check("save_pretrained", {"config": config, "model_card_kwargs": model_card_kwargs})
         if of_push and not push_to_hub:
             expected = f"push_to_hub=True beside {min(of_push)}"

@@ -10,6 +10,7 @@ from typing import Any, NoReturn, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from sparsenet.architecture import Architecture, StemLayers
 from sparsenet.ops import dispatch
@@ -101,6 +102,13 @@ def _checked_memory(memory: str, implementation: str) -> str:
             f"which keeps everything), found {memory!r}"
         )
     return memory
+
+
+def _track(modules: Iterable[nn.Module], tracked: bool) -> None:
+    for module in modules:
+        for norm in module.modules():
+            if isinstance(norm, BatchNorm) and norm.running_mean is not None:
+                norm.track_running_stats = tracked
 
 
 def _classifier(width: int, classes: int) -> nn.Module:
@@ -210,7 +218,7 @@ class SparseNet(nn.Module):
 
         *part* is ``stem``, ``stage1`` and so on, ``all`` for all but the classifier, or empty for
         nothing. What is frozen has no gradients, and in training normalises by its running
-        statistics, which stay.
+        statistics, which stay; nor does ``update_bn`` reset them, as they are not tracked.
 
         Raises ``ValueError`` for a part that this network has not.
         """
@@ -219,11 +227,13 @@ class SparseNet(nn.Module):
             expected = f"one of {', '.join(parts[1:])}, all"
             raise ValueError(f"freeze: expected {expected}, found {part!r}")
         self.requires_grad_()
+        _track(self.frozen, True)
         stages = len(self.stages) if part == "all" else max(parts.index(part) - 1, 0)
         stem = [self.stem] if part else []
         self.frozen = [*stem, *self.stages[:stages], *self.transitions[: max(stages - 1, 0)]]
         for module in self.frozen:
             module.requires_grad_(False)
+        _track(self.frozen, False)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Self:

@@ -26,11 +26,12 @@ from sparsenet.data.pixels import MAX_BYTES, copied, file_content
 from sparsenet.data.preprocessing import Form
 from sparsenet.data.tree import HEAT_MAP, Listing, list_folder
 from sparsenet.device import autocast
-from sparsenet.explain import Explanation, draw_explanation, explain
+from sparsenet.explain import Explanation, check_evaluates, draw_explanation, explain
 from sparsenet.extras import require
 from sparsenet.ops.dispatch import choose_precision
-from sparsenet.texts import printable
+from sparsenet.texts import printable, shown
 from sparsenet.trained import Trained
+from sparsenet.validation import plain
 
 CHANGED = "found one that changed while it was read"
 
@@ -153,12 +154,15 @@ def predict(
     that cannot be read, or has more than *max_megapixels* (by default what the network was trained
     with), gives a prediction with an error, and so does one whose logits are not finite.
     *precision* is fp32, bf16, or auto: what is fastest there. Raises ``ValueError`` for a *top* or
-    *batch_size* below 1, for what is no picture, and where bf16 is to be *explained*: shares add up
-    to the logits of fp32.
+    *batch_size* below 1, a model in training or of other classes, what is no picture, and where
+    bf16 is to be *explained*: shares add up to the logits of fp32.
     """
+    top, batch_size = plain(top), plain(batch_size)
     for flag, value in (("top", top), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"--{flag}: expected at least 1, found {value}")
+        if type(value) is not int or value < 1:
+            expected = "a whole number of at least 1"
+            raise ValueError(f"--{flag}: expected {expected}, found {shown(value)}")
+    check_evaluates(trained.model)
     device = next(trained.model.parameters()).device
     if explained and precision == "bf16":
         raise ValueError("--precision: expected fp32 for what is to be explained, found 'bf16'")
@@ -191,8 +195,9 @@ def _predict_batch(
     images, ids, *_ = read_images(examples, form, skip_corrupt=True)
     predictions: dict[int, Prediction] = {}
     if len(images):
-        device = next(trained.model.parameters()).device
-        normalised = trained.preprocessing.normalise(images.pixels.to(device))
+        parameter = next(trained.model.parameters())
+        device, dtype = parameter.device, parameter.dtype
+        normalised = trained.preprocessing.normalise(images.pixels.to(device), dtype)
         indices = images.labels.tolist()
         names = [batch[index].name for index in indices]
         with autocast(device, precision):
@@ -215,6 +220,9 @@ def ranked(
     logits: Tensor, paths: Iterable[str], classes: Sequence[str], top: int
 ) -> list[Prediction]:
     """The *top* classes of each row of *logits*, ``(N, classes)``, which are of these *paths*."""
+    if logits.dim() != 2 or logits.shape[1] != len(classes):
+        expected = f"logits of {len(classes)} classes, those that it was trained on"
+        raise ValueError(f"model: expected {expected}, found {tuple(logits.shape)}")
     best = logits.float().softmax(1).topk(min(top, len(classes)), 1)
     columns = logits.isfinite().all(1), best.indices, best.values
     rows = zip(paths, *(column.tolist() for column in columns), strict=True)

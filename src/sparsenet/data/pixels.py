@@ -299,6 +299,8 @@ def _as_channels(image: Any, channels: int) -> Any:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = pillow.alpha_composite(pillow.new("RGBA", image.size, "white"), image)
+    if image.mode == "LAB":  # which Pillow makes no grey of
+        image = image.convert("RGB")
     return image.convert("L" if channels == 1 else "RGB")
 
 

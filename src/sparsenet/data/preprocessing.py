@@ -111,11 +111,12 @@ class Preprocessing:
     def normalise(self, batch: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Turns uint8 ``(N, C, H, W)`` into ``(pixels / 255 - mean) / std``, on the same device.
 
-        Raises ``ValueError`` for images of other channels.
+        Raises ``ValueError`` for images of other channels, and for numbers that are no pixels from
+        0 to 255, such as floats from 0 to 1.
         """
-        if batch.shape[1] != self.channels:
-            expected = f"images: expected (N, {self.channels}, H, W)"
-            raise ValueError(f"{expected}, found {tuple(batch.shape)}")
+        if batch.dtype != torch.uint8 or batch.dim() != 4 or batch.shape[1] != self.channels:
+            expected = f"images: expected uint8 (N, {self.channels}, H, W) to normalise"
+            raise ValueError(f"{expected}, found {batch.dtype} {tuple(batch.shape)}")
         exact = torch.promote_types(dtype, torch.float32)
         scale, offset = _scale_and_offset(self.mean, self.std, exact, batch.device)
         return torch.addcmul(offset, batch.to(exact), scale).to(dtype)

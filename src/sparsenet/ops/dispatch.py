@@ -16,6 +16,7 @@ from sparsenet.ops.implementations import IMPLEMENTATIONS
 from sparsenet.ops.measured import Timings
 from sparsenet.ops.plan import Operands, Plan
 from sparsenet.ops.tracing import is_watched
+from sparsenet.texts import shown
 
 MEASURED = (torch.float32, torch.bfloat16)  # fp64 is for checks; fp16 takes a CPU minutes
 
@@ -71,8 +72,11 @@ def choose_precision(
 ) -> str:
     """``auto`` becomes bf16 where the *device* computes in it, unless fp32 is measured faster.
 
-    Raises ``ValueError`` for bf16 where nothing would be cast to it.
+    Raises ``ValueError`` for another *precision* than auto, fp32 and bf16, and for bf16 where
+    nothing would be cast to it.
     """
+    if precision not in ("auto", "fp32", "bf16"):
+        raise ValueError(f"--precision: expected auto, fp32 or bf16, found {shown(precision)}")
     if precision == "bf16" and not casts_to_bf16(device):
         raise ValueError(
             f"--precision: expected fp32 on {device}, where autocast casts nothing to bf16, "
