@@ -29,7 +29,7 @@ from conftest import TINY, Call, Found, snapshot, write_cifar10, write_classes, 
 from rich.progress import Progress
 from safetensors.torch import load_file
 
-from sparsenet import cli, commands, flags, pictures, zoo
+from sparsenet import checkpoints, cli, commands, flags, pictures, zoo
 from sparsenet.commands.common import print_result
 from sparsenet.composition import compose
 from sparsenet.config import RunConfig, replace, settings
@@ -769,7 +769,8 @@ def test_names_reach_no_terminal_as_they_are(call: Call, tmp_path: Path) -> None
         printed = outcome.out + outcome.err
         assert all(each.isprintable() or each == "\n" for each in printed), command
         assert shown in printed.replace(r"\\", "\\"), command
-    assert [outcomes[each].code for each in ("train", "eval", "predict", "report")] == [0] * 4
+    codes = [outcomes[each].code for each in ("train", "eval", "predict", "report")]
+    assert codes == [0, 0, 1, 0]  # a named picture is broken
     assert f"cat{shown}" in outcomes["train"].out and f"cat{shown}" in outcomes["eval"].out
     assert f"broken{shown}.png" in outcomes["predict"].err
     assert all(each.isprintable() for each in (Path(run) / "train.log").read_text().split("\n"))
@@ -813,6 +814,28 @@ def test_a_reader_that_goes_away_is_no_error_message() -> None:
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait(60) == 1
+
+
+def test_a_training_whose_reader_goes_away_says_how_to_go_on(tmp_path: Path) -> None:
+    run = tmp_path / "a run"
+    with subprocess.Popen(
+        [*PROGRAM, "train", *TINY, "--max_epoch", "9", "--out", str(run)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        for line in process.stdout:
+            if line.startswith("epoch 1/"):
+                break
+        process.stdout.close()
+        said = process.stderr.read()
+        assert process.wait(60) == 1
+    expected = "the run broke off: nobody reads what it prints; go on with: "
+    assert said.startswith(f"sparsenet: {run}: {expected}") and said.count("\n") == 1
+    advice = shlex.split(said.rpartition("go on with: ")[2])
+    assert advice == ["sparsenet", "train", "--resume", str(run)]
+    assert checkpoints.saved(run / "checkpoints", "last")
 
 
 @pytest.mark.parametrize(
@@ -960,10 +983,12 @@ def test_predict_json_goes_on_after_a_bad_file(call: Call, trained: Path) -> Non
 def test_predict_names_the_file_it_cannot_read(call: Call, trained: Path) -> None:
     write_image(Path("good.png"))
     Path("bad.png").write_bytes(b"no image")
-    outcome = call("predict", trained, "bad.png", "good.png")
+    outcome = call("predict", trained, "./bad.png", "good.png")
+    assert outcome.code == 1  # though the other one was read
     assert outcome.lines[0].startswith("good.png: ") and len(outcome.lines) == 1
     assert "bad.png" in outcome.error and "expected an image" in outcome.error
     assert call("predict", trained, "good.png").code == 0
+    assert call("predict", trained, "*.png").code == 0  # what nobody has named
     outcome = call("predict", trained, "bad.png")
     assert (outcome.code, outcome.out) == (1, "")
     assert "bad.png" in outcome.error

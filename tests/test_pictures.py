@@ -11,6 +11,7 @@ import matplotlib
 import pytest
 import torch
 from matplotlib import font_manager
+from matplotlib.figure import Figure
 from PIL import Image
 
 from sparsenet.architecture import Architecture
@@ -71,6 +72,19 @@ RUNS = {
 def test_curves_of_any_run(tmp_path: Path, rows: list[EpochMetrics]) -> None:
     draw_curves(rows, tmp_path / "curves.png", "a run that costs $5 to $10")
     assert is_picture(tmp_path / "curves.png")
+
+
+def test_curves_name_the_error_of_the_epoch_whose_weights_are_kept() -> None:
+    errors = {1: 40.0, 2: 20.0, 3: 30.0}
+    rows = [
+        EpochMetrics(epoch=epoch, step=epoch, lr=0.1, test_error=error)
+        for epoch, error in errors.items()
+    ]
+    for chosen, epoch, when in ((2, 2, "\nepoch 2"), (3, 3, ""), (0, 3, ""), (7, 3, "")):
+        axis = Figure().subplots()
+        training._annotate_error(axis, rows, training.SPLITS, chosen)
+        assert [text.get_text() for text in axis.texts] == [f"test\n{errors[epoch]:.2f} %{when}"]
+        assert axis.lines[0].get_xydata().tolist() == [[epoch, errors[epoch]]]
 
 
 def test_errors_of_any_runs(tmp_path: Path) -> None:

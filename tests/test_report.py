@@ -90,6 +90,17 @@ def markdown(paths: Sequence[Path]) -> str:
     return markdown_table([row.cells() for row in read_summaries(paths)])
 
 
+def test_the_table_names_runs_and_says_which_have_no_result(call: Call, tmp_path: Path) -> None:
+    make_run(tmp_path / "done", error=5.0)
+    make_run(tmp_path / "going", error=None)
+    out = call("report", tmp_path, "--markdown").out
+    lines = out.splitlines()
+    assert lines[0].startswith("| run |")
+    assert [line.split(" | ")[0] for line in lines[2:4]] == ["| done", "| going"]
+    assert out.endswith("\n\n\\* last epoch so far, no final result\n")
+    assert "*" not in call("report", tmp_path / "done", "--markdown").out
+
+
 class Page(HTMLParser):
     """What a page loads, runs and says."""
 
@@ -502,7 +513,9 @@ def test_a_picture_of_ones_own_is_not_replaced(call: Call, tmp_path: Path) -> No
 
 
 def test_the_program_prints_the_table(call: Call, copied: Path) -> None:
-    assert call("report", copied, "--markdown").out == markdown([copied])
+    expected = [line.split(" | ")[1:] for line in markdown([copied]).splitlines()]
+    found = call("report", copied, "--markdown").lines
+    assert [line.split(" | ")[2:] for line in found] == expected
     outcome = call("report")
     assert outcome.code == 2
     assert "RUN" in outcome.error

@@ -137,7 +137,8 @@ def lines(report: MachineReport) -> Iterator[str]:
     yield (f"sparsenet {env.sparsenet}, torch {env.torch}, Python {env.python}, {env.platform}")
     for device, precisions in report.devices.items():
         yield f"device {device}: {', '.join(precisions)}"
-    yield f"{env.device} is {env.device_name}; {env.threads} threads on the CPU"
+    threads = f"{env.threads} thread{'s' * (env.threads != 1)}"
+    yield f"{env.device} is {env.device_name}; {threads} on the CPU"
     for device, reasons in report.implementations.items():
         for name, reason in reasons.items():
             yield f"{device}: {name} {f'cannot run: {reason}' if reason else 'runs'}"

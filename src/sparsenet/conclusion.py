@@ -58,7 +58,7 @@ def conclude(
     write_json(run.file("result.json"), result)
     title = f"{run.path.name} on {data.name}"
     names = {"train": "train", "val": data.chosen_on, "test": data.tested_on}
-    pictures.draw_curves(rows, run.path / "curves.png", title, names)
+    pictures.draw_curves(rows, run.path / "curves.png", title, names, result.epochs)
     answers = evaluation.labels, evaluation.predicted
     pictures.draw_confusion(*answers, data.classes, run.path / "confusion.png")
     right = evaluation.predicted == evaluation.labels

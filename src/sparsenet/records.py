@@ -147,7 +147,11 @@ def read_run(path: Path) -> tuple[RunSummary, MeasuredRun]:
         machine = environment.machine(precision, config.train.memory)
         implementation = environment.implementation or config.train.implementation
     epochs = len(run.metrics) or (result.epochs if result else None) or 0
-    dataset = config.data.dataset_name or config.data.dataset if "data" in known else None
+    data = config.data
+    of_settings = data.dataset_name or (
+        Path(data.dataset_dir).name if data.dataset == "auto" else data.dataset
+    )
+    dataset = of_settings if "data" in known else None
     setup = RunSummary(
         runs=(),
         network=config.network if "network" in known else None,

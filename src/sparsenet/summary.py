@@ -66,6 +66,11 @@ class RunSummary:
     is_final: bool  # whether the runs have results
 
     @property
+    def name(self) -> str:
+        """The names of the runs' folders."""
+        return ", ".join(run.path.resolve().name for run in self.runs)
+
+    @property
     def architecture(self) -> str | None:
         """The kind of network, such as SparseNet-BC."""
         if not self.network:

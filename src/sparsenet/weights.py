@@ -27,6 +27,7 @@ from sparsenet.addresses import FILE, HUB, LIMIT, SCHEME
 from sparsenet.data.config import DataConfig
 from sparsenet.data.identity import DataRecord
 from sparsenet.data.preprocessing import RULE, Preprocessing
+from sparsenet.data.tree import SUFFIXES
 from sparsenet.files import parse_json, read_bytes, read_json, with_home
 from sparsenet.texts import nearest, shown
 from sparsenet.validation import LONGEST_NAME, Count, Name, Percent, Value
@@ -293,8 +294,16 @@ def _parse_file(path: Path, source: str, sha256: str = "") -> tuple[dict[str, Te
     try:
         return parse(data)
     except ValueError as error:
-        problem = f"another kind or damage ({error})"
+        problem = _other_kind(path) or f"another kind or damage ({error})"
         raise ValueError(f"{source}: expected a safetensors file, found {problem}") from None
+
+
+def _other_kind(path: Path) -> str:
+    """What a file is by its name, where people give such a file instead of weights, and advice."""
+    suffix = path.suffix.lower()
+    if suffix == ".onnx":
+        return "an ONNX file; give the run or weights that it was exported from"
+    return "an image; the network comes before the images" if suffix in SUFFIXES else ""
 
 
 def _checked(

@@ -86,7 +86,7 @@ def architecture(name: str, **changes: Any) -> Architecture:
     if name not in NETWORKS:
         near = difflib.get_close_matches(name, NETWORKS, 3, 0.5) or list(NETWORKS)[:3]
         expected = f"a name such as {', '.join(near)}"
-        raise ValueError(f"model: expected {expected}, found {name!r} (see list_models())")
+        raise ValueError(f"model: expected {expected}, found {name!r}; sparsenet models lists them")
     return Architecture(**{**NETWORKS[name], **changes})
 
 

@@ -50,7 +50,9 @@ def run(args: argparse.Namespace) -> int:
             say(f"  heat map: {printable(str(heat_map))}")
     if args.json:
         print(json_text(values))
-    return 1 if unwritten or all("error" in value for value in values) else 0
+    failed = [value["path"] for value in values if "error" in value]
+    named = {str(Path(name)) for name in args.images}.intersection(failed)
+    return 1 if unwritten or named or len(failed) == len(values) else 0
 
 
 def _folder(name: str) -> Path:

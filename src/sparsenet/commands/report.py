@@ -10,7 +10,7 @@ from sparsenet.display import say, warn
 from sparsenet.pictures import draw_filters
 from sparsenet.records import read_summaries
 from sparsenet.report import is_page, write_report, wrote
-from sparsenet.summary import markdown_table
+from sparsenet.summary import HEADINGS, markdown_table
 from sparsenet.trained import load_trained
 
 
@@ -24,7 +24,11 @@ def run(args: argparse.Namespace) -> int:
         expected = "--markdown, which prints the table, without --filters and --out"
         raise ValueError(f"report: expected {expected}")
     if args.markdown:
-        say(*markdown_table([row.cells() for row in read_summaries(paths)]).splitlines())
+        rows = read_summaries(paths)
+        cells = [{"run": row.name, **row.cells()} for row in rows]
+        say(*markdown_table(cells, {"run": "run", **HEADINGS}).splitlines())
+        if not all(row.is_final for row in rows):
+            say("", "\\* last epoch so far, no final result")
         return 0
     if args.filters:
         _draw_filters(paths)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shlex
 import signal
 from contextlib import closing, suppress
 from pathlib import Path
@@ -12,7 +13,7 @@ from sparsenet import config as settings
 from sparsenet import presets, ranks, zoo
 from sparsenet.composition import beneath, check_effect, compose, name_of, pointed, resumed
 from sparsenet.config import RunConfig, SettingsFile, TrainConfig
-from sparsenet.display import display, say
+from sparsenet.display import display, say, warn
 from sparsenet.events import Stopped
 from sparsenet.files import failure
 from sparsenet.flags import values
@@ -21,7 +22,7 @@ from sparsenet.ranks import Ranks
 from sparsenet.run import Run
 from sparsenet.signals import Signals
 from sparsenet.tracking import require_all, tracked
-from sparsenet.train import train
+from sparsenet.train import TIME_LIMIT, train
 
 
 def run(args: argparse.Namespace) -> int:
@@ -66,6 +67,8 @@ def _run(args: argparse.Namespace, joined: Ranks) -> int:
             with closing(tracked(events, run, config.train.trackers)) as followed:
                 stopped = display(followed, run)
     except BrokenPipeError:
+        advice = f"; {_go_on(run)}" if run.is_described else ""
+        warn(f"sparsenet: {run.path}: the run broke off: nobody reads what it prints{advice}")
         raise
     except OSError as error:  # such as a full disk; those of the data are a ``DataError``
         advice = f"; {_go_on(run)}" if run.is_described else ""
@@ -79,8 +82,8 @@ def _run(args: argparse.Namespace, joined: Ranks) -> int:
     code = _exit_code(stopped)
     if stopped and not run.is_described:  # while it read the images
         return code
-    if stopped:
-        say(_go_on(run))
+    if stopped:  # with the same limit it would stop again
+        say(_go_on(run) + " --time_limit 0" * (stopped == TIME_LIMIT))
     say(str(run.path))
     return code
 
@@ -93,7 +96,7 @@ def _exit_code(stopped: str | None) -> int:
 
 
 def _go_on(run: Run) -> str:
-    return f"go on with: sparsenet train --resume {run.path}"
+    return f"go on with: sparsenet train --resume {shlex.quote(str(run.path))}"
 
 
 def _new_run(args: argparse.Namespace) -> tuple[Run, RunConfig]:

@@ -132,7 +132,10 @@ def describe_others(paths: Sequence[Path]) -> str:
 
     Pictures in formats that cannot be read come first, with what to do.
     """
-    counts = Counter(path.suffix.lower() or "no suffix" for path in paths)
+    counts = Counter(
+        HEAT_MAP if path.name.endswith(HEAT_MAP) else path.suffix.lower() or "no suffix"
+        for path in paths
+    )
     listed = ", ".join(f"{suffix} {count}" for suffix, count in counts.most_common())
     total = len(paths)
     pictures = [path for path in paths if path.suffix.lower() in UNREADABLE]

@@ -37,17 +37,19 @@ def draw_curves(
     target: Path,
     title: str = "",
     names: Mapping[str, str] = SPLITS,
+    chosen: int = 0,
 ) -> None:
     """Draws a PNG of loss and error over the epochs, and of the learning rate.
 
-    The rate is drawn as a line at each drop, or as a curve where it changes all the time. *names*
-    are what the splits are called.
+    The error is written at the *chosen* epoch, whose weights are kept, or else at the last. The
+    rate is drawn as a line at each drop, or as a curve where it changes all the time. *names* are
+    what the splits are called.
     """
     with picture(target, 11, 4.4, title) as figure:
         loss_axis, error_axis = figure.subplots(1, 2)
         _draw_quantity(loss_axis, rows, "loss", "nats", names)
         _draw_quantity(error_axis, rows, "error", "%", names)
-        _annotate_last_error(error_axis, rows, names)
+        _annotate_error(error_axis, rows, names, chosen)
         rates = measured_points(rows, "lr")
         drops = [after for before, after in pairwise(rates) if before[1] != after[1]]
         if 3 * len(drops) > len(rates):
@@ -83,17 +85,20 @@ def _draw_quantity(
     axis.legend(ncols=3, handlelength=1.2, columnspacing=1.4, **place)
 
 
-def _annotate_last_error(axis: Any, rows: Sequence[EpochMetrics], names: Mapping[str, str]) -> None:
+def _annotate_error(
+    axis: Any, rows: Sequence[EpochMetrics], names: Mapping[str, str], chosen: int
+) -> None:
     tested = measured_points(rows, "test_error")
     split = "test" if tested else "val"
     points = tested or measured_points(rows, "val_error")
     if not points:
         return
-    epoch, error = points[-1]
+    epoch, error = next((each for each in points if each[0] == chosen), points[-1])
+    when = f"\nepoch {epoch}" * (epoch != points[-1][0])
     colour = SPLIT_COLOURS[split]
     axis.plot(epoch, error, "o", color=colour, ms=7, mec="white", clip_on=False, zorder=5)
     axis.annotate(
-        f"{names[split]}\n{error:.2f} %",
+        f"{names[split]}\n{error:.2f} %{when}",
         (1.015, min(error, axis.get_ylim()[1])),
         xycoords=("axes fraction", "data"),
         annotation_clip=False,
