@@ -10,8 +10,10 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
 
+from sparsenet.data.errors import count_images
 from sparsenet.events import Concluded, EpochDone, Event, Message, Reading, Step, Stopped
 from sparsenet.extras import require
+from sparsenet.results import likely_range
 from sparsenet.run import Run
 from sparsenet.texts import one_line, printable
 
@@ -67,8 +69,10 @@ def _line(event: Message | EpochDone | Stopped | Concluded) -> str:
             # Of five classes every one is among the five most probable.
             remark = result.scores.remark if result.scores else ""
             top5 = f", top-5 {result.top5_error:.2f} %" if len(result.classes) > 5 else ""
+            few = likely_range(result.error, result.images)
+            of_few = f" of {count_images(result.images)}{few}" * bool(few)
             return (
-                f"{result.dataset}: {result.tested_on} error {result.error:.2f} %{top5} "
+                f"{result.dataset}: {result.tested_on} error {result.error:.2f} %{of_few}{top5} "
                 f"({result.checkpoint}, epoch {result.epochs})"
                 f"{f'; {remark}' * bool(remark)}"
             )

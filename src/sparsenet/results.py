@@ -38,6 +38,7 @@ def best_row(rows: Iterable[EpochMetrics]) -> EpochMetrics | None:
     return min(measured, key=attrgetter("val_error"), default=None)
 
 
+FEW_IMAGES = 1000  # of which an error is known to within a few points at best
 FAR_TIMES, FAR_POINTS = 2, 10  # the others' error, and percentage points above it
 CHANCE = 0.01  # with which some class is called far worse where all classes are equally hard
 
@@ -123,6 +124,14 @@ def likely(share: float, count: int) -> tuple[float, float]:
     reach = z * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
     whole = 1 + z * z / count
     return max((middle - reach) / whole, 0.0), min((middle + reach) / whole, 1.0)
+
+
+def likely_range(error: float, images: int) -> str:
+    """What an *error* in percent of fewer than ``FEW_IMAGES`` may be of others; else empty."""
+    if images >= FEW_IMAGES:
+        return ""
+    low, high = likely(error / 100, images)
+    return f" (likely {100 * low:.1f} to {100 * high:.1f} %)"
 
 
 def _tail(images: int, wrong: int, drawn: int, least: int) -> float:

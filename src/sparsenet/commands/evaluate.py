@@ -20,7 +20,7 @@ from sparsenet.export.onnx import Exported
 from sparsenet.export.runtimes import Runtime
 from sparsenet.files import behind_link, try_to_write, write_atomic
 from sparsenet.ops import dispatch
-from sparsenet.results import ClassScores, Scores
+from sparsenet.results import ClassScores, Scores, likely_range
 from sparsenet.run import Run
 from sparsenet.weights import Measured
 
@@ -158,7 +158,8 @@ def _lines(report: EvaluationReport, data: Selection, stated: Measured | None) -
     yield f"{data.description}, {report.seconds:.2f} s{engine}"
     top5 = f"top-5 error {report.top5_error:.2f} %, " if len(report.class_errors) > 5 else ""
     mirrored = " (with mirror images)" if report.mirrored else ""
-    yield f"error {report.error:.2f} %, {top5}loss {report.loss:.4f}{mirrored}"
+    few = likely_range(report.error, report.images)
+    yield f"error {report.error:.2f} %{few}, {top5}loss {report.loss:.4f}{mirrored}"
     scores = report.scores
     yield (
         f"balanced accuracy {scores.balanced_accuracy:.2f} %, over classes: "
