@@ -8,7 +8,7 @@ from conftest import CPU, Call, Found
 from test_train import assert_same, finished, outcome, tiny
 
 from sparsenet import arithmetic
-from sparsenet.arithmetic import Arithmetic, choose_arithmetic, reasons
+from sparsenet.arithmetic import Arithmetic, choose_arithmetic, describe_choice
 from sparsenet.checkpoints import RunError
 from sparsenet.config import TrainConfig
 from sparsenet.events import Message
@@ -139,14 +139,14 @@ def test_what_a_resumed_run_had_is_used_and_said(asked, previous, unchanged, fou
     config = TrainConfig(**asked)
     arithmetic = choose_arithmetic(config, CPU, previous)
     assert (arithmetic == previous) == unchanged
-    line = next(reasons(arithmetic, config, CPU, previous))
+    line = next(describe_choice(arithmetic, config, CPU, previous))
     assert line.endswith(", as the run began") == unchanged
 
 
 def test_the_log_says_which_and_by_how_much(found: Found, monkeypatch):
     def told(**asked):
         config = TrainConfig(**asked)
-        return list(reasons(choose_arithmetic(config, CPU), config, CPU))
+        return list(describe_choice(choose_arithmetic(config, CPU), config, CPU))
 
     monkeypatch.setattr(dispatch, "unavailable", lambda name, device: None)
     found(

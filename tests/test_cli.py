@@ -510,7 +510,7 @@ def test_a_time_limit_ends_the_run_cleanly(call: Call, tmp_path: Path) -> None:
     outcome = call("train", *TINY, "--max_epoch", 100000, "--time_limit", 0.2, "--out", run)
     assert (outcome.code, outcome.err) == (0, "")
     assert outcome.lines[-1] == str(run)
-    assert f"--resume {run}" in outcome.out
+    assert f"--resume {run} --time_limit 0" in outcome.out
     assert (run / "result.json").is_file()
     outcome = call("train", "--resume", run, "--time_limit", 0.2)
     assert outcome.code == 0 and "resumed at step" in outcome.out

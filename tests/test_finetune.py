@@ -123,6 +123,7 @@ def test_what_is_frozen_stays_and_normalises_by_what_it_was_trained_on(
     expected = forward_by_hand(model, frozen, x)
     found = model(x)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     optimizer = optim.new_optimizer(model, OptimConfig(lr=0.1))
     found.square().sum().backward()
     optimizer.step()
@@ -130,13 +131,19 @@ def test_what_is_frozen_stays_and_normalises_by_what_it_was_trained_on(
     kept = {name for name in before if torch.equal(before[name], after[name])}
     expected_kept = {name for name in before if name.startswith(tuple(f"{f}." for f in frozen))}
     assert kept == expected_kept
+    for norm in norms:
+        norm.momentum = None  # as ``update_bn`` does, which matters where statistics are tracked
+    changed = [stage.change() is not None for stage in model.stages]
+    assert changed == [
+        f"stages.{number}" not in frozen and "stages" not in frozen
+        for number in range(len(changed))
+    ]
     swa_utils.update_bn([x, x], model)  # which resets all norms that track their statistics
     after = model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in kept)
     model.freeze("")
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert all(module.training for module in model.modules())
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     assert all(norm.track_running_stats for norm in norms)
     swa_utils.update_bn([x, x, x], model)
     assert {int(norm.num_batches_tracked) for norm in norms} == {3}

@@ -30,7 +30,14 @@ from sparsenet.data.preprocessing import Preprocessing
 from sparsenet.evaluation import CALIBRATION_BINS, Evaluation, EvaluationStep, calibration
 from sparsenet.pictures import draw_reliability
 from sparsenet.pictures.training import _split_names
-from sparsenet.results import Scores, _tail, likely
+from sparsenet.results import Scores, _tail, likely, likely_range
+
+
+def test_the_error_of_few_images_comes_with_what_it_would_be_of_many() -> None:
+    assert likely_range(10.0, 1000) == likely_range(0.0, 10_000) == ""
+    low, high = likely(0.1, 999)
+    assert likely_range(10.0, 999) == f", likely {100 * low:.1f} to {100 * high:.1f} %"
+    assert likely_range(0.0, 1) == ", likely 0.0 to 79.3 %"
 
 
 def test_among_equal_logits_what_is_right_is_among_the_top_five() -> None:

@@ -61,7 +61,7 @@ def choose_arithmetic(
     return Arithmetic(precision, implementation, ranks)
 
 
-def reasons(
+def describe_choice(
     arithmetic: Arithmetic,
     config: TrainConfig,
     device: torch.device,

@@ -62,7 +62,7 @@ class TrainConfig:
         0, "epochs without a lower validation error after which the run ends; 0: all of them"
     )
     time_limit: float = setting(
-        0.0, "seconds of training, after which the run saves and ends; 0: none"
+        0.0, "seconds after which the run saves and ends, the reading of images with them; 0: none"
     )
     save_every: float = setting(120.0, "seconds between checkpoints within an epoch")
     track: str = setting("none", f"where to follow the run: some of {','.join(TRACKERS)}")

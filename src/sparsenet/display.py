@@ -69,10 +69,11 @@ def _line(event: Message | EpochDone | Stopped | Concluded) -> str:
             # Of five classes every one is among the five most probable.
             remark = result.scores.remark if result.scores else ""
             top5 = f", top-5 {result.top5_error:.2f} %" if len(result.classes) > 5 else ""
-            few = likely_range(result.error, result.images)
-            of_few = f" of {count_images(result.images)}{few}" * bool(few)
+            likely = likely_range(result.error, result.images)
+            count = f" of {count_images(result.images)}" * bool(likely)
             return (
-                f"{result.dataset}: {result.tested_on} error {result.error:.2f} %{of_few}{top5} "
+                f"{result.dataset}: {result.tested_on} error {result.error:.2f} %"
+                f"{count}{likely}{top5} "
                 f"({result.checkpoint}, epoch {result.epochs})"
                 f"{f'; {remark}' * bool(remark)}"
             )

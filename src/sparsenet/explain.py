@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from sparsenet.model import SparseNet
 from sparsenet.pictures import heat_map as drawing
@@ -126,8 +125,8 @@ def _classifier(model: SparseNet) -> nn.Linear:
 
 
 def check_evaluates(model: nn.Module) -> None:
-    """Raises ``ValueError`` where a batch norm in *model* would normalise by the batch it sees."""
-    if any(isinstance(norm, BatchNorm) and norm.training for norm in model.modules()):
+    """Raises ``ValueError`` where a part of *model* is in training, as norms and dropout may be."""
+    if any(module.training for module in model.modules()):
         raise ValueError("model: expected one in evaluation mode, found training; model.eval()")
 
 

@@ -259,6 +259,7 @@ class SparseNet(nn.Module):
         classifier = _classifier(self.num_features, num_classes)
         self.classifier = classifier.to(parameter.device, parameter.dtype)
         self.classifier.apply(_initialise)
+        self.classifier.train(self.training)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images to the activated output of the last stage, ``(N, num_features, h, w)``.

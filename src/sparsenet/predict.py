@@ -166,7 +166,9 @@ def predict(
     device = next(trained.model.parameters()).device
     if explained and precision == "bf16":
         raise ValueError("--precision: expected fp32 for what is to be explained, found 'bf16'")
-    precision = "fp32" if explained else choose_precision(precision, device, training=False)
+    if explained and precision == "auto":
+        precision = "fp32"
+    precision = choose_precision(precision, device, training=False)
     form = trained.preprocessing.form(max_megapixels)
     limit = form.max_megapixels
     remaining = (as_example(each, number, limit) for number, each in enumerate(pictures))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparsenet import __version__
-from sparsenet.arithmetic import Arithmetic, choose_arithmetic, reasons
+from sparsenet.arithmetic import Arithmetic, choose_arithmetic, describe_choice
 from sparsenet.config import RunConfig, TrainConfig, recipe
 from sparsenet.data.dataset import Dataset
 from sparsenet.data.errors import shortened, unreadable
@@ -281,6 +281,6 @@ def introduce(setup: Setup, previous: Arithmetic) -> Iterator[str]:
         f"{parameters:,} parameters, {macs:,} MACs"
     )
     yield f"recipe: {describe_recipe(setup.config, settings.max_epoch)}"
-    yield from reasons(setup.arithmetic, settings, setup.device, previous)
+    yield from describe_choice(setup.arithmetic, settings, setup.device, previous)
     if setup.synchronised:
         yield "statistics of batches are those of all processes together (--sync_statistics)"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sparsenet.config import COMPONENTS, RunConfig, from_dict
+from sparsenet.data.config import DataConfig
 from sparsenet.data.identity import digest
 from sparsenet.data.splits import IMAGES_OF, SPLITS
 from sparsenet.data.tree import list_folder
@@ -147,11 +148,7 @@ def read_run(path: Path) -> tuple[RunSummary, MeasuredRun]:
         machine = environment.machine(precision, config.train.memory)
         implementation = environment.implementation or config.train.implementation
     epochs = len(run.metrics) or (result.epochs if result else None) or 0
-    data = config.data
-    of_settings = data.dataset_name or (
-        Path(data.dataset_dir).name if data.dataset == "auto" else data.dataset
-    )
-    dataset = of_settings if "data" in known else None
+    dataset = _name_of_data(config.data) if "data" in known else None
     setup = RunSummary(
         runs=(),
         network=config.network if "network" in known else None,
@@ -167,6 +164,12 @@ def read_run(path: Path) -> tuple[RunSummary, MeasuredRun]:
         is_final=result is not None,
     )
     return setup, run
+
+
+def _name_of_data(data: DataConfig) -> str:
+    """What the data of a run without a result are called."""
+    is_named = data.dataset in ("c10", "c100", "digits")
+    return data.dataset_name or (not is_named and Path(data.dataset_dir).stem) or data.dataset
 
 
 def _details(folder: Run, config: RunConfig) -> tuple[str, ...]:

@@ -127,11 +127,14 @@ def likely(share: float, count: int) -> tuple[float, float]:
 
 
 def likely_range(error: float, images: int) -> str:
-    """What an *error* in percent of fewer than ``FEW_IMAGES`` may be of others; else empty."""
+    """What an *error* in percent, of few *images*, would be of very many: ``, likely … to … %``.
+
+    It is empty from ``FEW_IMAGES`` on.
+    """
     if images >= FEW_IMAGES:
         return ""
     low, high = likely(error / 100, images)
-    return f" (likely {100 * low:.1f} to {100 * high:.1f} %)"
+    return f", likely {100 * low:.1f} to {100 * high:.1f} %"
 
 
 def _tail(images: int, wrong: int, drawn: int, least: int) -> float:

@@ -158,8 +158,8 @@ def _lines(report: EvaluationReport, data: Selection, stated: Measured | None) -
     yield f"{data.description}, {report.seconds:.2f} s{engine}"
     top5 = f"top-5 error {report.top5_error:.2f} %, " if len(report.class_errors) > 5 else ""
     mirrored = " (with mirror images)" if report.mirrored else ""
-    few = likely_range(report.error, report.images)
-    yield f"error {report.error:.2f} %{few}, {top5}loss {report.loss:.4f}{mirrored}"
+    likely = likely_range(report.error, report.images)
+    yield f"error {report.error:.2f} %{likely}, {top5}loss {report.loss:.4f}{mirrored}"
     scores = report.scores
     yield (
         f"balanced accuracy {scores.balanced_accuracy:.2f} %, over classes: "

@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
         rows = read_summaries(paths)
         cells = [{"run": row.name, **row.cells()} for row in rows]
         say(*markdown_table(cells, {"run": "run", **HEADINGS}).splitlines())
-        if not all(row.is_final for row in rows):
+        if any(row.errors and not row.is_final for row in rows):
             say("", "\\* last epoch so far, no final result")
         return 0
     if args.filters:

@@ -38,7 +38,7 @@ from sparsenet.files import cache_folder, file_state, is_ours, read_json, size_t
 
 FORMAT = 2  # another where what is decoded to what changes
 OURS = re.compile(r"[0-9a-f]{32}")  # names of folders
-LOOK_EVERY = 0.1  # seconds between looks at a lock
+LOCK_EVERY = 0.1  # seconds between looks at a lock
 WAITS = Message("waiting for another process, which is writing the same data into the cache")
 HELD = ("pixels", "filled", "held")  # what is open while a folder is used
 
@@ -128,7 +128,7 @@ def acquired(lock: Any) -> Iterator[int | Message]:
     waits = False
     while True:
         with suppress(filelock.Timeout):
-            lock.acquire(timeout=LOOK_EVERY if waits else 0)
+            lock.acquire(timeout=LOCK_EVERY if waits else 0)
             return
         if not waits:
             yield WAITS

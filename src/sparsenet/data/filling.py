@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from sparsenet.data.cache import (
-    LOOK_EVERY,
+    LOCK_EVERY,
     WAITS,
     Entry,
     Grey,
@@ -200,7 +200,7 @@ class _Filling:
                     yield WAITS
                 waits = True
                 yield self._count()
-                time.sleep(LOOK_EVERY)
+                time.sleep(LOCK_EVERY)
             left = held_by_others
 
     def _count(self) -> int:

@@ -27,12 +27,13 @@ class Labels:
 
 
 def numbered(
-    splits: Mapping[str, list[Labels]],
+    splits: Mapping[str, list[Labels]], root: Path
 ) -> tuple[tuple[str, ...], dict[str, list[np.ndarray]], tuple[str, ...]]:
     """The classes of all *splits*, the labels of each file as numbers of these, and notes.
 
     Splits without labels, such as of a contest's test images, are left out. Raises ``DataError``
-    where some images of a file have none, and where the labels of files do not go together.
+    where some images of a file have none, or all there are in *root*, and where the labels of files
+    do not go together.
     """
     labelled = {split: parts for split, parts in splits.items() if _have_labels(split, parts)}
     notes = tuple(
@@ -41,7 +42,7 @@ def numbered(
         if split not in labelled
     )
     if not labelled:
-        return (), {}, notes
+        raise DataError(f"--dataset_dir: expected images with labels in {root}, found none")
     classes, more = _joint_classes(labelled)
     numbers = {
         split: [_numbers_in(part, classes) for part in parts] for split, parts in labelled.items()

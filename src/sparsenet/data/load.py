@@ -68,8 +68,8 @@ def loading_dataset(config: DataConfig) -> Generator[Reading | Message, None, Da
         skipped: tuple[str, ...] = ()
         clipped: tuple[str, ...] = ()
         for name in names:
-            asked = replace(forms[name], grey_range=form.grey_range)
-            decoded = yield from read_split(source, name, asked, config.skip_corrupt, on_disk)
+            settled = replace(forms[name], grey_range=form.grey_range)
+            decoded = yield from read_split(source, name, settled, config.skip_corrupt, on_disk)
             parts[name] = decoded.part
             skipped += decoded.skipped
             clipped += clipping(decoded, name)

@@ -57,9 +57,7 @@ def read_parquet(root: Path, config: DataConfig) -> Source | None:
         split: [_read_labels(path, image, label, split) for path in paths]
         for split, paths in files.items()
     }
-    classes, numbers, more = numbered(labels)
-    if not numbers:
-        raise DataError(f"--dataset_dir: expected images with labels in {root}, found none")
+    classes, numbers, more = numbered(labels, root)
     folder = root if root.is_dir() else root.parent
     splits = {
         split: ParquetSplit(tuple(zip(files[split], parts, strict=True)), folder, image)

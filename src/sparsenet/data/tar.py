@@ -79,7 +79,7 @@ def read_tar(root: Path, config: DataConfig) -> Source | None:
     notes = (*left_out(root, files, ".tar"), *missing_parts(files))
     if unused := sorted({each for parts in shards.values() for s in parts for each in s.unused}):
         notes += (f"not used of the samples: {shortened(unused)}",)
-    classes, numbers, more = numbered(labels)
+    classes, numbers, more = numbered(labels, root)
     splits = {
         split: TarSplit(tuple(zip(shards[split], parts, strict=True)))
         for split, parts in numbers.items()
