@@ -1070,7 +1070,7 @@ def test_export_writes_weights_into_the_run_folder(
     outcome = call("export", "run", "--format", "safetensors")
     assert (
         outcome.code == 2
-        and "--dataset_dir: expected a folder with data, found nothing at" in outcome.error
+        and "--dataset_dir: expected where the images of the run lie now, found" in outcome.error
     )
     assert not Path("run/model.safetensors").exists()
 

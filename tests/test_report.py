@@ -99,6 +99,10 @@ def test_the_table_names_runs_and_says_which_have_no_result(call: Call, tmp_path
     assert [line.split(" | ")[0] for line in lines[2:4]] == ["| done", "| going"]
     assert out.endswith("\n\n\\* last epoch so far, no final result\n")
     assert "*" not in call("report", tmp_path / "done", "--markdown").out
+    (tmp_path / "more").mkdir()
+    more = make_run(tmp_path / "more" / "done", error=7.0)
+    lines = call("report", tmp_path / "done", more, "--markdown").lines
+    assert [line.split(" | ")[0] for line in lines[2:4]] == [f"| {tmp_path}/done", f"| {more}"]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from sparsenet.data.config import POINTERS, READING, DataConfig
 from sparsenet.data.registry import lies_in_folder
 from sparsenet.data.selection import Known, Selection, select_images
 from sparsenet.display import say, warn
+from sparsenet.files import is_address, user_path
 from sparsenet.flags import values
 from sparsenet.run import Run
 from sparsenet.trained import Trained, load_trained
@@ -42,6 +43,12 @@ def load_images(args: argparse.Namespace, trained: Trained) -> Selection:
     named = any(getattr(args, name) for name in POINTERS)
     stored = _stored_data(trained)
     config = _data_config(args, trained, stored)
+    place = config.dataset_dir
+    if not named and place and not is_address(place) and not user_path(place).exists():
+        expected = "where the images of the run lie now"
+        raise ValueError(
+            f"--dataset_dir: expected {expected}, found nothing at {user_path(place).absolute()}"
+        )
     own = trained.path.is_dir() and _same_place(config, stored)
     known = Known(ids, trained.about.data, own, named)
     selection = select_images(config, args.split or "", trained.classes, known)

@@ -25,7 +25,10 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"report: expected {expected}")
     if args.markdown:
         rows = read_summaries(paths)
-        cells = [{"run": row.name, **row.cells()} for row in rows]
+        names = [row.name for row in rows]
+        if len(set(names)) < len(names):
+            names = [", ".join(str(run.path) for run in row.runs) for row in rows]
+        cells = [{"run": name, **row.cells()} for name, row in zip(names, rows, strict=True)]
         say(*markdown_table(cells, {"run": "run", **HEADINGS}).splitlines())
         if any(row.errors and not row.is_final for row in rows):
             say("", "\\* last epoch so far, no final result")
