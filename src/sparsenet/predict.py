@@ -170,8 +170,9 @@ def predict(
         precision = "fp32"
     precision = choose_precision(precision, device, training=False)
     form = trained.preprocessing.form(max_megapixels)
-    limit = form.max_megapixels
-    remaining = (as_example(each, number, limit) for number, each in enumerate(pictures))
+    remaining = (
+        as_example(each, number, form.max_megapixels) for number, each in enumerate(pictures)
+    )
     batches = iter(lambda: list(islice(remaining, batch_size)), [])
     return (
         prediction

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from sparsenet.config import COMPONENTS, RunConfig, from_dict
 from sparsenet.data.config import DataConfig
 from sparsenet.data.identity import digest
+from sparsenet.data.registry import KINDS
 from sparsenet.data.splits import IMAGES_OF, SPLITS
 from sparsenet.data.tree import list_folder
 from sparsenet.files import read_json
@@ -168,8 +169,9 @@ def read_run(path: Path) -> tuple[RunSummary, MeasuredRun]:
 
 def _name_of_data(data: DataConfig) -> str:
     """What the data of a run without a result are called."""
-    is_named = data.dataset in ("c10", "c100", "digits")
-    return data.dataset_name or (not is_named and Path(data.dataset_dir).stem) or data.dataset
+    kind = KINDS.get(data.dataset)
+    is_one = kind and (kind.downloader or not kind.in_folder)  # data set, whatever its place is
+    return data.dataset_name or (not is_one and Path(data.dataset_dir).stem) or data.dataset
 
 
 def _details(folder: Run, config: RunConfig) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import msgspec
 import torch
@@ -31,8 +31,6 @@ from sparsenet.data.tree import SUFFIXES
 from sparsenet.files import parse_json, read_bytes, read_json, with_home
 from sparsenet.texts import nearest, shown
 from sparsenet.validation import LONGEST_NAME, Count, Name, Percent, Value
-
-T = TypeVar("T")
 
 SHIPPED = Path(__file__).with_name("pretrained")  # NAME.safetensors; index.json: NAME to SHA-256
 CONFIG = "config.json"  # beside FILE in a folder as the hub has them
